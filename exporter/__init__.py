@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation of Wan checkpoints into bundles, and the command line."""

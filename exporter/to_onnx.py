@@ -1,0 +1,104 @@
+"""Lower an exported program to a weightless ONNX graph, opset 23.
+
+The parameters become initializers whose data lies in the bundle's safetensors file: the graph names
+the file, byte offset and length, and holds no weight itself.
+"""
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, CommonSubexpressionEliminationPass
+from onnxscript import opset23 as op
+from onnxscript import optimizer
+from torch.export import ExportedProgram
+
+from wanexport.runtime.load import WEIGHTS_FILE
+from wanexport.runtime.tensorfile import TensorEntry
+
+OPSET = 23
+_IR_DTYPES = {
+    "F32": ir.DataType.FLOAT,
+    "BF16": ir.DataType.BFLOAT16,
+    "F16": ir.DataType.FLOAT16,
+}
+
+
+def to_onnx(program: ExportedProgram, weights: Mapping[str, TensorEntry]) -> ir.Model:
+    """Translate the program; `weights` says where in the weights file each parameter lies."""
+    with _quiet():
+        model: ir.Model = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,  # with weights that hold no memory the exporter's own optimizer fails
+            verbose=False,
+            custom_translation_table={
+                torch.ops.aten.linear.default: _linear,
+                torch.ops.wanexport.attention.default: _attention,
+            },
+        ).model
+    # As inputs the parameters keep their names and are out of the constant folder's reach.
+    parameters = [model.graph.initializers.pop(name) for name in program.graph_signature.parameters]
+    num_inputs = len(model.graph.inputs)
+    for value in parameters:
+        value.const_value = None
+        model.graph.inputs.append(value)
+    optimizer.optimize(model)
+    CommonSubexpressionEliminationPass()(model)
+    ClearMetadataAndDocStringPass()(model)
+    del model.graph.inputs[num_inputs:]
+    for value in parameters:
+        entry = weights[value.name]
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS_FILE,
+            entry.offset,
+            entry.size,
+            _IR_DTYPES[entry.dtype],
+            shape=ir.Shape(entry.shape),
+            name=value.name,
+        )
+        model.graph.initializers.add(value)
+    model.graph.outputs[0].name = "velocity"
+    model.graph.name = "wan_denoiser"
+    return model
+
+
+def node_counts(model: ir.Model) -> Counter[str]:
+    """How many nodes of each operator the graph has."""
+    return Counter(node.op_type for node in model.graph)
+
+
+class _quiet(warnings.catch_warnings):
+    """Silence notices of torch's exporter about packages and APIs that are not the user's."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        self.level = logging.getLogger("torch.onnx").level
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+    def __exit__(self, *exc_info: Any) -> None:
+        logging.getLogger("torch.onnx").setLevel(self.level)
+        super().__exit__(*exc_info)
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """One Gemm that reads the weight as stored: a MatMul would need a transposed copy of it."""
+    shape = [int(n) for n in x.shape]
+    if len(shape) == 2:
+        return op.Gemm(x, weight, bias, transB=1)
+    rows = op.Reshape(x, op.Constant(value_ints=[-1, shape[-1]]))
+    product = op.Gemm(rows, weight, bias, transB=1)
+    return op.Reshape(product, op.Constant(value_ints=[*shape[:-1], int(weight.shape[0])]))
+
+
+def _attention(q: Any, k: Any, v: Any) -> Any:
+    """[B, S, H, D] to ONNX's [B, H, S, D] and back; its default scale is ours, 1 / sqrt(D)."""
+    q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
+    out, *_ = op.Attention(q, k, v)  # the operator has optional outputs: take the first
+    return op.Transpose(out, perm=[0, 2, 1, 3])

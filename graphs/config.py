@@ -1,0 +1,132 @@
+"""What defines a Wan DiT, the presets, and each family's official sampling defaults.
+
+Figures: Wan-Video/Wan2.1 and Wan2.2, `wan/configs` and `generate.py`.
+"""
+
+from dataclasses import dataclass, replace
+
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.manifest import SamplingDefaults
+
+CONDITION_CHANNELS = 20  # I2V: mask (4) + image latent (16)
+IMAGE_DIM = 1280  # width of CLIP ViT-H/14 features
+PER_FRAME_CHANNELS = 48  # the latent of Wan2.2's VAE: only the 5B has it
+EXPERTS = ("high_noise", "low_noise")
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """The sizes of a Wan DiT. Raises WanExportError when they do not fit together."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_channels: int  # of the patch embedding: latent plus condition
+    out_channels: int
+    image_tokens: int  # CLIP tokens: 0, 257 (I2V) or 514 (first and last frame)
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise WanExportError(
+                f"dim {self.dim} does not split into {self.num_heads} heads of even width"
+            )
+        if self.condition_channels not in (0, CONDITION_CHANNELS):
+            raise WanExportError(
+                f"{self.in_channels} input and {self.out_channels} output channels are no known Wan: "
+                f"expected equal counts (T2V, TI2V) or {CONDITION_CHANNELS} more inputs (I2V)"
+            )
+        if self.image_tokens not in (0, 257, 514):
+            raise WanExportError(f"{self.image_tokens} image tokens: expected 0, 257 or 514")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of the `condition` input; 0 where there is none."""
+        return self.in_channels - self.out_channels
+
+    @property
+    def per_frame_timestep(self) -> bool:
+        """Whether the timestep input has one value per latent frame (TI2V)."""
+        return self.out_channels == PER_FRAME_CHANNELS
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent pixel of this model's VAE."""
+        return 16 if self.out_channels == PER_FRAME_CHANNELS else 8
+
+    def num_timesteps(self, geometry: Geometry) -> int:
+        """Length of the timestep input."""
+        return geometry.latent[0] if self.per_frame_timestep else 1
+
+
+_1_3B = WanConfig(1536, 8960, 12, 30, 16, 16, 0)
+_14B = WanConfig(5120, 13824, 40, 40, 16, 16, 0)
+_5B = WanConfig(3072, 14336, 24, 30, 48, 48, 0)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published model: its config and whether it has two experts."""
+
+    config: WanConfig
+    experts: tuple[str, ...] = ()
+
+
+PRESETS = {
+    "tiny": Preset(WanConfig(256, 1024, 2, 4, 16, 16, 0)),
+    "t2v-1.3b": Preset(_1_3B),
+    "t2v-14b": Preset(_14B),
+    "i2v-14b": Preset(replace(_14B, in_channels=36, image_tokens=257)),
+    "flf2v-14b": Preset(replace(_14B, in_channels=36, image_tokens=514)),
+    "t2v-a14b": Preset(_14B, EXPERTS),
+    "i2v-a14b": Preset(replace(_14B, in_channels=36), EXPERTS),
+    "ti2v-5b": Preset(_5B),
+}
+
+_SAMPLING = {
+    "t2v": SamplingDefaults(steps=50, shift=5.0, guidance=(5.0, 5.0), boundary=None, fps=16),
+    "i2v": SamplingDefaults(steps=40, shift=5.0, guidance=(5.0, 5.0), boundary=None, fps=16),
+    "flf2v": SamplingDefaults(steps=50, shift=16.0, guidance=(5.0, 5.0), boundary=None, fps=16),
+    "t2v-a14b": SamplingDefaults(steps=40, shift=12.0, guidance=(3.0, 4.0), boundary=0.875, fps=16),
+    "i2v-a14b": SamplingDefaults(steps=40, shift=5.0, guidance=(3.5, 3.5), boundary=0.9, fps=16),
+    "ti2v": SamplingDefaults(steps=50, shift=5.0, guidance=(5.0, 5.0), boundary=None, fps=24),
+}
+_AREA_480P = 480 * 832
+
+
+def family(config: WanConfig, experts: tuple[str, ...]) -> str:
+    """The family whose sampling defaults apply; it follows from channels and branches alone."""
+    if config.per_frame_timestep:
+        return "ti2v"
+    if config.condition_channels == 0:
+        return "t2v-a14b" if experts else "t2v"
+    return {0: "i2v-a14b", 257: "i2v", 514: "flf2v"}[config.image_tokens]
+
+
+def variant(config: WanConfig, experts: tuple[str, ...]) -> str:
+    """The preset that has exactly this config, else the family."""
+    for name, preset in PRESETS.items():
+        if preset == Preset(config, experts):
+            return name
+    return family(config, experts)
+
+
+def sampling_defaults(
+    config: WanConfig, experts: tuple[str, ...], geometry: Geometry
+) -> SamplingDefaults:
+    """The official steps, shift, guidance, boundary and frame rate for this model and geometry."""
+    kind = family(config, experts)
+    defaults = _SAMPLING[kind]
+    if kind == "i2v" and geometry.height * geometry.width <= _AREA_480P:
+        defaults = replace(defaults, shift=3.0)
+    return defaults if experts else replace(defaults, boundary=None)

@@ -1,0 +1,23 @@
+"""The attention operator: one node in every exported graph, its kernel chosen where it runs.
+
+Importing this file needs PyTorch and registers `torch.ops.wanexport.attention`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.library.custom_op("wanexport::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v, with q [B, S, H, D] and k, v [B, T, H, D], as [B, S, H, D].
+
+    All three have one dtype; there is no mask.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape)

@@ -1,0 +1,93 @@
+"""Video geometry: which resolutions and frame counts Wan accepts, and what they become."""
+
+import re
+from dataclasses import dataclass
+
+from wanexport.runtime.errors import WanExportError
+
+PATCH = 2  # the patch embedding's stride along height and width
+TEMPORAL_STRIDE = 4  # pixel frames per latent frame, after the first
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A video of height x width pixels and `frames` frames, seen through a VAE.
+
+    `spatial_stride` is the VAE's pixels per latent pixel: 8 for Wan2.1, 16 for Wan2.2's 5B.
+    Raises WanExportError, naming the nearest legal values, when Wan has no such geometry.
+    """
+
+    height: int
+    width: int
+    frames: int
+    spatial_stride: int = 8
+
+    def __post_init__(self) -> None:
+        side = PATCH * self.spatial_stride
+        if self.height < side or self.width < side or self.height % side or self.width % side:
+            near = " or ".join(
+                f"{h}x{w}" for h, w in self._nearest_sides(side) if (h, w) != (self.height, self.width)
+            )
+            raise WanExportError(
+                f"resolution {self.height}x{self.width} (height x width) is not legal: "
+                f"both sides must be multiples of {side}; nearest: --resolution {near}"
+            )
+        if self.frames < 1 or (self.frames - 1) % TEMPORAL_STRIDE:
+            low = max(1, (self.frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1)
+            near = " or ".join(str(n) for n in (low, low + TEMPORAL_STRIDE) if n >= 1)
+            raise WanExportError(
+                f"{self.frames} frames are not legal: Wan needs 4k+1 frames; nearest: --frames {near}"
+            )
+
+    def _nearest_sides(self, side: int) -> list[tuple[int, int]]:
+        lower = tuple(max(side, n // side * side) for n in (self.height, self.width))
+        upper = tuple(max(side, -(-n // side) * side) for n in (self.height, self.width))
+        return [(lower[0], lower[1])] + ([(upper[0], upper[1])] if upper != lower else [])
+
+    @property
+    def name(self) -> str:
+        """The folder name of this geometry: heightxwidthxframes."""
+        return f"{self.height}x{self.width}x{self.frames}"
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """Latent frames, height and width."""
+        frames = (self.frames - 1) // TEMPORAL_STRIDE + 1
+        return frames, self.height // self.spatial_stride, self.width // self.spatial_stride
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along frames, rows and columns."""
+        frames, height, width = self.latent
+        return frames, height // PATCH, width // PATCH
+
+    @property
+    def num_tokens(self) -> int:
+        """The DiT's sequence length L."""
+        frames, rows, columns = self.grid
+        return frames * rows * columns
+
+    def reduced(self, max_tokens: int) -> "Geometry":
+        """A geometry of at most max_tokens tokens: the longest token axis is halved until it fits."""
+        grid = list(self.grid)
+        while grid[0] * grid[1] * grid[2] > max_tokens:
+            longest = grid.index(max(grid))
+            grid[longest] //= 2
+        side = PATCH * self.spatial_stride
+        frames = (grid[0] - 1) * TEMPORAL_STRIDE + 1
+        return Geometry(grid[1] * side, grid[2] * side, frames, self.spatial_stride)
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Return (height, width) of `480x832` (height x width) or Wan's own `832*480` (width * height).
+
+    Raises WanExportError for any other form.
+    """
+    match = re.fullmatch(r"(\d+)([xX*])(\d+)", text.strip())
+    if match is None:
+        raise WanExportError(
+            f"resolution {text!r} is not understood: write HEIGHTxWIDTH as in 480x832, "
+            f"or Wan's WIDTH*HEIGHT as in 832*480"
+        )
+    first, second = int(match[1]), int(match[3])
+    return (second, first) if match[2] == "*" else (first, second)

@@ -1,0 +1,255 @@
+"""The bundle's manifest: its schema, reading, writing, and the lock that guards writers.
+
+The manifest is the commit point. Files are written under names that no manifest lists, and then the
+manifest is replaced, so a reader sees a whole old bundle, a whole new one, or none.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.tensorfile import header_sha256
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one engine input or output."""
+
+    shape: tuple[int, ...]
+    dtype: str = "fp32"
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What `sample` uses when the caller names nothing; guidance is Wan's (low noise, high noise)."""
+
+    steps: int
+    shift: float
+    guidance: tuple[float, float]
+    boundary: float | None  # timesteps >= 1000 * boundary go to the high-noise expert
+    fps: int
+    solver: str = "unipc"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the bundle; `path` is relative to it, with forward slashes."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WeightsRecord:
+    """One converted checkpoint in one dtype. `expert` is empty where there is only one."""
+
+    dtype: str
+    expert: str
+    file: FileRecord
+    header_sha256: str
+    key: str  # hash of all that decides the bytes
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One compiled graph at one geometry; it reads any weights whose header hash it names."""
+
+    backend: str
+    dtype: str
+    geometry: Geometry
+    inputs: dict[str, TensorSpec]
+    output: TensorSpec
+    sampling: SamplingDefaults
+    files: dict[str, FileRecord]
+    weights_header_sha256: str
+    key: str
+    target: dict[str, str]
+    build: dict[str, Any] = field(default_factory=dict)
+    lint: dict[str, int] = field(default_factory=dict)
+    proof: dict[str, Any] = field(default_factory=dict)
+    parity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """How messages and folders call this engine: 480x832x81/onnx-fp32."""
+        return f"{self.geometry.name}/{self.backend}-{self.dtype}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle holds. `model` is a preset's name or, for other sizes, the family's."""
+
+    model: str
+    config: dict[str, Any]
+    experts: tuple[str, ...]
+    weights: dict[str, WeightsRecord]
+    engines: tuple[EngineRecord, ...]
+    wanexport: str
+    schema: int = SCHEMA
+
+    def files(self) -> list[FileRecord]:
+        """Every file the bundle needs besides its manifest."""
+        records = [record.file for record in self.weights.values()]
+        return records + [file for engine in self.engines for file in engine.files.values()]
+
+
+def from_json(data: Mapping[str, Any]) -> Manifest:
+    """Build a Manifest from parsed JSON. Raises KeyError, TypeError or ValueError when it is none."""
+    weights = {
+        name: WeightsRecord(**{**record, "file": _file(record["file"])})
+        for name, record in data["weights"].items()
+    }
+    engines = tuple(_engine(record) for record in data["engines"])
+    return Manifest(**{**data, "experts": tuple(data["experts"]), "weights": weights, "engines": engines})
+
+
+def _file(record: Mapping[str, Any]) -> FileRecord:
+    file = FileRecord(**record)
+    path = PurePosixPath(file.path)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{file.path} lies outside the bundle")
+    return file
+
+
+def _engine(record: Mapping[str, Any]) -> EngineRecord:
+    sampling = record["sampling"]
+    return EngineRecord(
+        **{
+            **record,
+            "geometry": Geometry(**record["geometry"]),
+            "inputs": {name: _spec(spec) for name, spec in record["inputs"].items()},
+            "output": _spec(record["output"]),
+            "sampling": SamplingDefaults(**{**sampling, "guidance": tuple(sampling["guidance"])}),
+            "files": {role: _file(file) for role, file in record["files"].items()},
+        }
+    )
+
+
+def _spec(record: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(tuple(record["shape"]), record["dtype"])
+
+
+def read_manifest(bundle: Path, name: str = MANIFEST) -> Manifest:
+    """Read a bundle's manifest.
+
+    Raises WanExportError when the folder is no bundle, the manifest is damaged, or its schema is
+    another than this version reads.
+    """
+    path = bundle / name
+    try:
+        data = json.loads(path.read_text())
+        schema = data["schema"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise WanExportError(
+            f"{bundle} is no bundle: it has no {MANIFEST}; make one with: wanexport build -o {bundle}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WanExportError(f"{path} is damaged ({error}): build the bundle again") from error
+    if schema != SCHEMA:
+        raise WanExportError(
+            f"{path} has schema {schema}, this wanexport reads {SCHEMA}: "
+            f"build the bundle again, or install the wanexport that wrote it"
+        )
+    try:
+        return from_json(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WanExportError(f"{path} is damaged ({error}): build the bundle again") from error
+
+
+def write_manifest(bundle: Path, manifest: Manifest, name: str = MANIFEST) -> None:
+    """Replace the manifest in one step; what it lists must be on disk by then."""
+    write_durably(bundle / name, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file so that it appears whole, and stays after a power cut, or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def bundle_lock(bundle: Path) -> Iterator[None]:
+    """Hold the bundle against other writers. Raises WanExportError when one is at work."""
+    with (bundle / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise WanExportError(f"another wanexport is writing {bundle}: wait for it to end") from error
+        yield
+
+
+def file_record(bundle: Path, path: Path) -> FileRecord:
+    """Size and hash of a finished file of the bundle."""
+    return FileRecord(path.relative_to(bundle).as_posix(), path.stat().st_size, file_sha256(path))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in chunks."""
+    digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def check_size(bundle: Path, file: FileRecord) -> Path:
+    """Return the file's path. Raises WanExportError when it is missing or has another size."""
+    path = bundle / file.path
+    if not path.is_file():
+        raise WanExportError(f"{path} is missing from the bundle: run the same wanexport build again")
+    if path.stat().st_size != file.size:
+        raise WanExportError(
+            f"{path} has {path.stat().st_size} bytes, the manifest says {file.size}: "
+            f"run the same wanexport build again"
+        )
+    return path
+
+
+def check_weights(bundle: Path, record: WeightsRecord) -> Path:
+    """Return the weights' path after checking size and header, not every byte.
+
+    Raises WanExportError when the file is missing or another one.
+    """
+    path = check_size(bundle, record.file)
+    if header_sha256(path) != record.header_sha256:
+        raise WanExportError(f"{path} has another header than the manifest says: run wanexport build again")
+    return path
+
+
+def check_engine_file(bundle: Path, file: FileRecord) -> Path:
+    """Return an engine file's path after hashing it: engines are code.
+
+    Raises WanExportError when it is missing or was altered.
+    """
+    path = check_size(bundle, file)
+    if file_sha256(path) != file.sha256:
+        raise WanExportError(f"{path} was altered after the build: run wanexport build again")
+    return path

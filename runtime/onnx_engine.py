@@ -1,0 +1,51 @@
+"""A weightless ONNX graph in ONNX Runtime on the CPU, its weights mapped from the bundle's file."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from wanexport.runtime.errors import WanExportError
+
+
+class OnnxEngine:
+    """Calls one `denoiser.onnx` with the weights in `weights_folder`; fp32 arrays in and out.
+
+    Prepacking is off so that the weights stay a mapping of the file: no copy, shared by processes.
+    Raises WanExportError when ONNX Runtime is missing or refuses the graph.
+    """
+
+    def __init__(self, graph: Path, weights_folder: Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise WanExportError(
+                "ONNX Runtime is not installed: pip install 'wanexport[cpu]'"
+            ) from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(weights_folder.resolve())
+        )
+        # From bytes: a path would make ONNX Runtime look for the weights beside the graph.
+        try:
+            self.session = onnxruntime.InferenceSession(
+                graph.read_bytes(), options, providers=["CPUExecutionProvider"]
+            )
+        except (OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise WanExportError(f"ONNX Runtime cannot load {graph}: {reason}") from error
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Run the graph and return its one output."""
+        output: np.ndarray = self.session.run(None, dict(inputs))[0]
+        return output
+
+
+def versions() -> dict[str, str]:
+    """What the manifest records about this backend on this machine."""
+    import onnxruntime
+
+    return {"device": "cpu", "machine": os.uname().machine, "onnxruntime": onnxruntime.__version__}

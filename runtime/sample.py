@@ -1,0 +1,158 @@
+"""Wan's sampling loop around any denoiser: solver, guidance, and the TI2V first frame."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from wanexport.runtime.denoiser import is_torch
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.manifest import SamplingDefaults
+from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS, SOLVERS, Schedule, make_schedule
+
+Array = Any  # a numpy array or a torch tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step: its 0-based index, the timestep the model was given, the latent after it."""
+
+    index: int
+    timestep: float
+    latent: Array
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run decides before its first step."""
+
+    solver: str
+    schedule: Schedule
+    guidance: tuple[float, ...]  # of each step
+
+    def __len__(self) -> int:
+        return len(self.guidance)
+
+
+def sample(
+    denoiser: Callable[..., Array],
+    *,
+    noise: Array,
+    text: Array,
+    negative: Array | None = None,
+    condition: Array | None = None,
+    image: Array | None = None,
+    first_frame: Array | None = None,
+    solver: str | None = None,
+    steps: int | None = None,
+    shift: float | None = None,
+    guidance: float | tuple[float, float] | None = None,
+    timesteps: Sequence[float] | None = None,
+) -> Iterator[Step]:
+    """Denoise from noise [1, C, F, h, w] and yield every step; the last one's latent is the result.
+
+    text and negative are text embeddings ([n, 4096], n <= 512); negative is needed unless guidance is
+    1. None for solver, steps, shift or guidance takes the denoiser's own default. guidance is a number
+    or Wan's (low noise, high noise) pair. timesteps are the explicit float timesteps of a distilled
+    model: Euler and no guidance unless named. first_frame [1, C, 1, h, w] is TI2V's image latent: it
+    replaces frame 0 before the run and after every step, and frame 0 is given timestep 0.
+
+    The step's velocity is uncond + guidance * (cond - uncond), in fp32.
+    Raises WanExportError, before any work, for settings that do not fit.
+    """
+    defaults = getattr(denoiser, "sampling", None)
+    plan = make_plan(
+        defaults, solver=solver, steps=steps, shift=shift, guidance=guidance, timesteps=timesteps
+    )
+    if negative is None and any(g != 1 for g in plan.guidance):
+        raise WanExportError(
+            f"guidance {max(plan.guidance)} needs negative text embeddings: pass negative=..., or guidance=1"
+        )
+    constant = {"condition": condition, "image": image}
+    extras = {name: value for name, value in constant.items() if value is not None}
+    return _run(denoiser, plan, noise, text, negative, first_frame, extras)
+
+
+def make_plan(
+    defaults: SamplingDefaults | None,
+    *,
+    solver: str | None = None,
+    steps: int | None = None,
+    shift: float | None = None,
+    guidance: float | tuple[float, float] | None = None,
+    timesteps: Sequence[float] | None = None,
+) -> Plan:
+    """Fill what is None from the defaults. Raises WanExportError when something is left open."""
+    if timesteps is not None:
+        steps, shift = len(timesteps), 1.0
+        solver, guidance = solver or "euler", 1.0 if guidance is None else guidance
+    if defaults is not None:
+        solver = solver or defaults.solver
+        steps = defaults.steps if steps is None else steps
+        shift = defaults.shift if shift is None else shift
+        guidance = defaults.guidance if guidance is None else guidance
+    if solver is None or steps is None or shift is None or guidance is None:
+        raise WanExportError(
+            "this denoiser has no sampling defaults: pass solver, steps, shift and guidance"
+        )
+    schedule = make_schedule(solver, steps=steps, shift=shift, timesteps=timesteps)
+    boundary = None if defaults is None else defaults.boundary
+    return Plan(solver, schedule, _guidance_per_step(guidance, schedule, boundary))
+
+
+def _guidance_per_step(
+    guidance: float | Sequence[float], schedule: Schedule, boundary: float | None
+) -> tuple[float, ...]:
+    low, high = (guidance, guidance) if isinstance(guidance, (int, float)) else guidance
+    if low != high and boundary is None:
+        raise WanExportError(
+            f"guidance {low}, {high} is a (low noise, high noise) pair, but this model has one expert: "
+            f"pass one number"
+        )
+    threshold = 0.0 if boundary is None else boundary * NUM_TRAIN_TIMESTEPS
+    return tuple(float(high if t >= threshold else low) for t in schedule.timesteps)
+
+
+def _run(
+    denoiser: Callable[..., Array],
+    plan: Plan,
+    noise: Array,
+    text: Array,
+    negative: Array | None,
+    first_frame: Array | None,
+    extras: dict[str, Array],
+) -> Iterator[Step]:
+    solver = SOLVERS[plan.solver](plan.schedule.sigmas)
+    latent = set_first_frame(_to_fp32(noise), first_frame)
+    for index, (timestep, scale) in enumerate(zip(plan.schedule.timesteps, plan.guidance, strict=True)):
+        given = frame_timesteps(timestep, latent, first_frame)
+        velocity = denoiser(latent=latent, timestep=given, text=text, **extras)
+        if scale != 1:
+            uncond = denoiser(latent=latent, timestep=given, text=negative, **extras)
+            velocity = uncond + scale * (velocity - uncond)
+        latent = set_first_frame(solver.step(latent, velocity), first_frame)
+        yield Step(index, timestep, latent)
+
+
+def _to_fp32(noise: Array) -> Array:
+    return noise.float() if is_torch(noise) else np.asarray(noise, np.float32)
+
+
+def frame_timesteps(timestep: float, latent: Array, first_frame: Array | None) -> float | np.ndarray:
+    """The timestep, or with a first frame one per latent frame: 0 for the given frame."""
+    if first_frame is None:
+        return timestep
+    return np.float32([0.0] + [timestep] * (latent.shape[2] - 1))
+
+
+def set_first_frame(latent: Array, first_frame: Array | None) -> Array:
+    """latent with its frame 0 replaced, as a new array; raises WanExportError on a wrong shape."""
+    if first_frame is None:
+        return latent
+    expected = (*latent.shape[:2], 1, *latent.shape[3:])
+    if tuple(first_frame.shape) != expected:
+        raise WanExportError(f"first_frame has shape {list(first_frame.shape)}, expected {list(expected)}")
+    result = latent.clone() if is_torch(latent) else latent.copy()
+    result[:, :, :1] = first_frame
+    return result

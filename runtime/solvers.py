@@ -1,0 +1,205 @@
+"""Wan's solvers and sigma grids, as linear combinations with scalars computed on the host.
+
+A solver steps numpy arrays and torch tensors alike. Flow matching: x = (1 - sigma) * x0 + sigma *
+noise, and the model predicts the velocity noise - x0. With alpha = 1 - sigma and
+lambda = ln(alpha / sigma), the formulas are those of UniPC (Zhao et al. 2023, B2(h) = e^h - 1, data
+prediction) and DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), in the form of Wan's
+`fm_solvers_unipc.py` and `fm_solvers.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import expm1, inf, isinf, log
+from typing import Any, Protocol
+
+import numpy as np
+
+from wanexport.runtime.errors import WanExportError
+
+NUM_TRAIN_TIMESTEPS = 1000
+# Wan's UniPC starts at the last training sigma, rounded to fp32, where DPM++ starts at 1.
+_UNIPC_SIGMA_MAX = float(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS))
+
+Array = Any  # a numpy array or a torch tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels of a run, the final 0 included, and the timestep the model is given at each."""
+
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+
+
+class Solver(Protocol):
+    """Turns the velocity at step i into the latent of step i + 1; one object serves one run."""
+
+    def step(self, latent: Array, velocity: Array) -> Array:
+        """Return the next latent."""
+        ...
+
+
+def official_schedule(steps: int, shift: float, sigma_max: float) -> Schedule:
+    """Wan's grid: linear from sigma_max to 0, shifted; the model sees truncated integer timesteps.
+
+    Raises WanExportError when steps is under 1 or shift is not positive.
+    """
+    if steps < 1 or not shift > 0:
+        raise WanExportError(f"steps must be at least 1 and shift above 0, got {steps} and {shift}")
+    grid = np.linspace(sigma_max, 0, steps + 1)[:-1]
+    sigmas = shift * grid / (1 + (shift - 1) * grid)
+    timesteps = (sigmas * NUM_TRAIN_TIMESTEPS).astype(np.int64)
+    return Schedule(_fp32(sigmas), tuple(float(t) for t in timesteps))
+
+
+def explicit_schedule(timesteps: Sequence[float]) -> Schedule:
+    """The schedule of a distilled model: the given float timesteps, sigma = t / 1000.
+
+    Raises WanExportError unless they fall strictly and lie in (0, 1000].
+    """
+    times = [float(t) for t in timesteps]
+    falling = all(a > b for a, b in zip(times, times[1:], strict=False))
+    if not times or not falling or times[0] > NUM_TRAIN_TIMESTEPS or not times[-1] > 0:
+        raise WanExportError(f"timesteps must fall from at most 1000 to above 0, got {times}")
+    return Schedule(_fp32(np.array(times) / NUM_TRAIN_TIMESTEPS), tuple(times))
+
+
+def _fp32(sigmas: np.ndarray) -> tuple[float, ...]:
+    """The official solvers hold their sigmas in fp32; rounding them alike keeps us on their path."""
+    return (*(float(s) for s in sigmas.astype(np.float32)), 0.0)
+
+
+def _log_snr(sigma: float) -> float:
+    """lambda = ln((1 - sigma) / sigma); infinite at the two ends, where the formulas have limits."""
+    if sigma == 0:
+        return inf
+    return -inf if sigma == 1 else log(1 - sigma) - log(sigma)
+
+
+def combine(*terms: tuple[float, Array]) -> Array:
+    """Sum of weight * array; arrays of weight zero are left out."""
+    result = None
+    for weight, array in terms:
+        if weight != 0:
+            term = weight * array
+            result = term if result is None else result + term
+    return 0.0 * terms[0][1] if result is None else result
+
+
+class Euler:
+    """First-order flow matching: x <- x + (sigma_next - sigma) * v."""
+
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        self.sigmas, self.index = sigmas, 0
+
+    def step(self, latent: Array, velocity: Array) -> Array:
+        """Return the next latent."""
+        change = self.sigmas[self.index + 1] - self.sigmas[self.index]
+        self.index += 1
+        return combine((1.0, latent), (change, velocity))
+
+
+class DPMSolverPP:
+    """DPM-Solver++(2M), midpoint; first order on the first and the last step."""
+
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        self.sigmas, self.index = sigmas, 0
+        self.last_x0: Array = None
+
+    def step(self, latent: Array, velocity: Array) -> Array:
+        """Return the next latent."""
+        i = self.index
+        now, after = self.sigmas[i], self.sigmas[i + 1]
+        h = _log_snr(after) - _log_snr(now)
+        x0 = combine((1.0, latent), (-now, velocity))
+        gain = -(1 - after) * expm1(-h)
+        slope = 0.0  # of the extrapolation through the last two x0
+        if i > 0 and i + 1 < len(self.sigmas) - 1:
+            slope = 0.5 * h / (_log_snr(now) - _log_snr(self.sigmas[i - 1]))
+        result = combine(
+            (after / now, latent), (gain * (1 + slope), x0), (-gain * slope, self.last_x0)
+        )
+        self.index, self.last_x0 = i + 1, x0
+        return result
+
+
+class UniPC:
+    """UniPC of order 2 (bh2): every step but the first corrects its latent before predicting."""
+
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        self.sigmas, self.index = sigmas, 0
+        self.x0: list[Array] = []  # of the last two steps, the newest last
+        self.corrected: Array = None
+
+    def step(self, latent: Array, velocity: Array) -> Array:
+        """Return the next latent."""
+        x0 = combine((1.0, latent), (-self.sigmas[self.index], velocity))
+        if self.index > 0:
+            latent = self._correct(x0)
+        self.x0 = [*self.x0[-1:], x0]
+        self.corrected = latent
+        result = self._predict(latent)
+        self.index += 1
+        return result
+
+    def _order(self, index: int) -> int:
+        return min(2, index + 1, len(self.sigmas) - 1 - index)
+
+    def _interval(self, index: int) -> tuple[float, float, float]:
+        """Step from sigmas[index]: (h, sigma ratio, -alpha * expm1(-h))."""
+        now, after = self.sigmas[index], self.sigmas[index + 1]
+        h = _log_snr(after) - _log_snr(now)
+        return h, after / now, -(1 - after) * expm1(-h)
+
+    def _previous_ratio(self, index: int, h: float) -> float:
+        """r = (lambda[index - 1] - lambda[index]) / h, negative."""
+        return (_log_snr(self.sigmas[index - 1]) - _log_snr(self.sigmas[index])) / h
+
+    def _correct(self, x0: Array) -> Array:
+        index = self.index - 1
+        h, ratio, gain = self._interval(index)
+        if self._order(index) == 1:
+            terms = [(gain * 0.5, self.x0[-1]), (gain * 0.5, x0)]
+        else:
+            r = self._previous_ratio(index, h)
+            weight = expm1(-h)
+            phi1 = weight / -h - 1
+            phi2 = phi1 / -h - 0.5
+            b1, b2 = phi1 / weight, 2 * phi2 / weight
+            older = (b2 - b1) / (r - 1)  # solves older + newer = b1, r * older + newer = b2
+            newer = b1 - older
+            older = 0.0 if isinf(r) else older / r
+            terms = [
+                (gain * (1 - older - newer), self.x0[-1]),
+                (gain * older, self.x0[-2]),
+                (gain * newer, x0),
+            ]
+        return combine((ratio, self.corrected), *terms)
+
+    def _predict(self, latent: Array) -> Array:
+        h, ratio, gain = self._interval(self.index)
+        if self._order(self.index) == 1:
+            return combine((ratio, latent), (gain, self.x0[-1]))
+        half = 0.5 / self._previous_ratio(self.index, h)
+        return combine((ratio, latent), (gain * (1 - half), self.x0[-1]), (gain * half, self.x0[-2]))
+
+
+SOLVERS: dict[str, type[Euler | DPMSolverPP | UniPC]] = {
+    "unipc": UniPC,
+    "dpm++": DPMSolverPP,
+    "euler": Euler,
+}
+
+
+def make_schedule(
+    solver: str, *, steps: int, shift: float, timesteps: Sequence[float] | None = None
+) -> Schedule:
+    """The official grid of a solver, or the given timesteps.
+
+    Raises WanExportError for an unknown solver or values outside the grid's domain.
+    """
+    if solver not in SOLVERS:
+        raise WanExportError(f"unknown solver {solver!r}: expected one of {', '.join(SOLVERS)}")
+    if timesteps is not None:
+        return explicit_schedule(timesteps)
+    return official_schedule(steps, shift, _UNIPC_SIGMA_MAX if solver == "unipc" else 1.0)
