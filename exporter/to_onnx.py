@@ -10,9 +10,17 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, CommonSubexpressionEliminationPass
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    IdentityEliminationPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+)
 from onnxscript import opset23 as op
 from onnxscript import optimizer
 from torch.export import ExportedProgram
@@ -26,6 +34,15 @@ _IR_DTYPES = {
     "BF16": ir.DataType.BFLOAT16,
     "F16": ir.DataType.FLOAT16,
 }
+_CLEANUPS = (
+    optimizer.fold_constants,
+    IdentityEliminationPass(),
+    DeduplicateInitializersPass(),
+    CommonSubexpressionEliminationPass(),
+    RemoveUnusedNodesPass(),
+    RemoveUnusedOpsetsPass(),
+    ClearMetadataAndDocStringPass(),
+)
 
 
 def to_onnx(program: ExportedProgram, weights: Mapping[str, TensorEntry]) -> ir.Model:
@@ -48,9 +65,11 @@ def to_onnx(program: ExportedProgram, weights: Mapping[str, TensorEntry]) -> ir.
     for value in parameters:
         value.const_value = None
         model.graph.inputs.append(value)
-    optimizer.optimize(model)
-    CommonSubexpressionEliminationPass()(model)
-    ClearMetadataAndDocStringPass()(model)
+    for cleanup in _CLEANUPS:
+        cleanup(model)
+    model.graph.outputs[0].name = "velocity"
+    model.graph.name = "wan_denoiser"
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
     del model.graph.inputs[num_inputs:]
     for value in parameters:
         entry = weights[value.name]
@@ -63,8 +82,6 @@ def to_onnx(program: ExportedProgram, weights: Mapping[str, TensorEntry]) -> ir.
             name=value.name,
         )
         model.graph.initializers.add(value)
-    model.graph.outputs[0].name = "velocity"
-    model.graph.name = "wan_denoiser"
     return model
 
 

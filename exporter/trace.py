@@ -21,5 +21,7 @@ def trace(config: WanConfig, geometry: Geometry, dtype: torch.dtype) -> Exported
             for name, parameter in module.named_parameters(recurse=False):
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype)
                 setattr(module, name, nn.Parameter(empty, requires_grad=False))
-        inputs = {name: torch.empty(shape) for name, shape in input_shapes(config, geometry).items()}
+        inputs = {
+            name: torch.empty(shape) for name, shape in input_shapes(config, geometry).items()
+        }
     return torch.export.export(model, (), inputs)

@@ -111,7 +111,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     found = {expert: _open_model(path / name) for name, expert in zip(names, experts, strict=True)}
     configs = {config for config, _, _ in found.values()}
     if len(configs) > 1:
-        raise WanExportError(f"the two experts in {path} differ in size: expected one config for both")
+        raise WanExportError(
+            f"the two experts in {path} differ in size: expected one config for both"
+        )
     index = _read_json(path / "model_index.json")
     return Checkpoint(
         path=path,
@@ -144,7 +146,9 @@ def _weight_files(path: Path) -> list[Path]:
         names = sorted(set(_read_json(index).get("weight_map", {}).values()))
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
-            raise WanExportError(f"{path} lacks {', '.join(missing)}, which its index lists: download again")
+            raise WanExportError(
+                f"{path} lacks {', '.join(missing)}, which its index lists: download again"
+            )
         return [path / name for name in names]
     files = sorted(path.glob("diffusion_pytorch_model*.safetensors"))
     files = files or sorted(path.glob("*.safetensors"))
@@ -213,7 +217,9 @@ def recognise(
     return WanConfig(
         dim=dim,
         ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
-        num_heads=stated.get("num_heads") or stated.get("num_attention_heads") or max(1, dim // HEAD_DIM),
+        num_heads=stated.get("num_heads")
+        or stated.get("num_attention_heads")
+        or max(1, dim // HEAD_DIM),
         num_layers=max(blocks) + 1,
         in_channels=in_channels,
         out_channels=shape("head.head.weight", 2)[0] // 4,
@@ -314,7 +320,9 @@ class RandomWeights:
         while left:
             values = generator.random(min(left, CHUNK), dtype=np.float32)
             values -= 0.5
-            values *= np.float32(deviation * 12**0.5)  # a uniform of width w deviates by w / sqrt(12)
+            values *= np.float32(
+                deviation * 12**0.5
+            )  # a uniform of width w deviates by w / sqrt(12)
             values += np.float32(centre)
             left -= len(values)
             yield torch.from_numpy(values)
@@ -379,7 +387,9 @@ def write_weights(
 def _cast(chunk: Tensor, dtype: torch.dtype, name: str) -> memoryview:
     cast = chunk.to(dtype)
     if dtype == torch.float16 and not cast.isfinite().all():
-        raise WanExportError(f"{name} has values beyond fp16's 65504: build with --dtype bf16 or fp32")
+        raise WanExportError(
+            f"{name} has values beyond fp16's 65504: build with --dtype bf16 or fp32"
+        )
     return memoryview(cast.view(torch.uint8).numpy())
 
 
@@ -394,5 +404,7 @@ def load_weights(
             stream.seek(entry.offset)
             if not _read_fully(stream, memoryview(buffer)):
                 raise WanExportError(f"{file} ended while {name} was read: build the bundle again")
-            yield parameter, torch.frombuffer(buffer, dtype=_TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
-
+            yield (
+                parameter,
+                torch.frombuffer(buffer, dtype=_TORCH_DTYPES[entry.dtype]).reshape(entry.shape),
+            )

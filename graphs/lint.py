@@ -43,7 +43,8 @@ def lint_program(program: ExportedProgram) -> dict[str, int]:
     signature = program.graph_signature
     counts["mutation"] += len(signature.buffers_to_mutate) + len(signature.user_inputs_to_mutate)
     counts["mutation"] += sum(
-        node.op == "call_function" and getattr(node.target, "_schema", None) is not None
+        node.op == "call_function"
+        and getattr(node.target, "_schema", None) is not None
         and node.target._schema.is_mutable
         for node in program.graph.nodes
     )

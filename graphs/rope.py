@@ -17,7 +17,9 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     """
     side = 2 * (head_dim // 6)
     if head_dim % 2 or side == 0:
-        raise ValueError(f"RoPE rotates pairs: head_dim must be even and at least 6, got {head_dim}")
+        raise ValueError(
+            f"RoPE rotates pairs: head_dim must be even and at least 6, got {head_dim}"
+        )
     return head_dim - 2 * side, side, side
 
 

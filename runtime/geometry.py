@@ -26,7 +26,9 @@ class Geometry:
         side = PATCH * self.spatial_stride
         if self.height < side or self.width < side or self.height % side or self.width % side:
             near = " or ".join(
-                f"{h}x{w}" for h, w in self._nearest_sides(side) if (h, w) != (self.height, self.width)
+                f"{h}x{w}"
+                for h, w in self._nearest_sides(side)
+                if (h, w) != (self.height, self.width)
             )
             raise WanExportError(
                 f"resolution {self.height}x{self.width} (height x width) is not legal: "

@@ -25,7 +25,7 @@ def _open_onnx(files: dict[str, Path], weights_folder: Path) -> Engine:
 
 
 ENGINES: dict[str, Callable[[dict[str, Path], Path], Engine]] = {"onnx": _open_onnx}
-_RUNNABLE_DTYPES = ("fp16", "fp32")  # what ONNX Runtime executes on a CPU, the exact one last
+RUNNABLE_DTYPES = ("fp16", "fp32")  # what ONNX Runtime executes on a CPU, the exact one last
 
 
 def load(
@@ -91,7 +91,7 @@ def choose_engine(
         raise WanExportError(
             f"{bundle} has no such engine; it holds {held}: choose one, or add yours with wanexport build"
         )
-    runnable = [engine for engine in fitting if engine.dtype in _RUNNABLE_DTYPES]
+    runnable = [engine for engine in fitting if engine.dtype in RUNNABLE_DTYPES]
     if not runnable:
         raise WanExportError(
             f"engine {fitting[0].name} is {fitting[0].dtype}, which ONNX Runtime cannot execute on a CPU: "
@@ -99,7 +99,7 @@ def choose_engine(
         )
     if len({engine.geometry for engine in runnable}) > 1:
         raise WanExportError(f"{bundle} holds several shapes ({held}): name resolution and frames")
-    return max(runnable, key=lambda engine: _RUNNABLE_DTYPES.index(engine.dtype))
+    return max(runnable, key=lambda engine: RUNNABLE_DTYPES.index(engine.dtype))
 
 
 def weights_folders(
@@ -116,7 +116,9 @@ def weights_folders(
     for folder in folders.values():
         path = folder / WEIGHTS_FILE
         if not path.is_file():
-            raise WanExportError(f"weights folder {folder} has no {WEIGHTS_FILE}: name one that has")
+            raise WanExportError(
+                f"weights folder {folder} has no {WEIGHTS_FILE}: name one that has"
+            )
         _check_header(path, header_sha256(path), engine)
     return folders
 

@@ -114,7 +114,9 @@ def from_json(data: Mapping[str, Any]) -> Manifest:
         for name, record in data["weights"].items()
     }
     engines = tuple(_engine(record) for record in data["engines"])
-    return Manifest(**{**data, "experts": tuple(data["experts"]), "weights": weights, "engines": engines})
+    return Manifest(
+        **{**data, "experts": tuple(data["experts"]), "weights": weights, "engines": engines}
+    )
 
 
 def _file(record: Mapping[str, Any]) -> FileRecord:
@@ -202,7 +204,9 @@ def bundle_lock(bundle: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise WanExportError(f"another wanexport is writing {bundle}: wait for it to end") from error
+            raise WanExportError(
+                f"another wanexport is writing {bundle}: wait for it to end"
+            ) from error
         yield
 
 
@@ -224,7 +228,9 @@ def check_size(bundle: Path, file: FileRecord) -> Path:
     """Return the file's path. Raises WanExportError when it is missing or has another size."""
     path = bundle / file.path
     if not path.is_file():
-        raise WanExportError(f"{path} is missing from the bundle: run the same wanexport build again")
+        raise WanExportError(
+            f"{path} is missing from the bundle: run the same wanexport build again"
+        )
     if path.stat().st_size != file.size:
         raise WanExportError(
             f"{path} has {path.stat().st_size} bytes, the manifest says {file.size}: "
@@ -240,7 +246,9 @@ def check_weights(bundle: Path, record: WeightsRecord) -> Path:
     """
     path = check_size(bundle, record.file)
     if header_sha256(path) != record.header_sha256:
-        raise WanExportError(f"{path} has another header than the manifest says: run wanexport build again")
+        raise WanExportError(
+            f"{path} has another header than the manifest says: run wanexport build again"
+        )
     return path
 
 

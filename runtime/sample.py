@@ -125,7 +125,9 @@ def _run(
 ) -> Iterator[Step]:
     solver = SOLVERS[plan.solver](plan.schedule.sigmas)
     latent = set_first_frame(_to_fp32(noise), first_frame)
-    for index, (timestep, scale) in enumerate(zip(plan.schedule.timesteps, plan.guidance, strict=True)):
+    for index, (timestep, scale) in enumerate(
+        zip(plan.schedule.timesteps, plan.guidance, strict=True)
+    ):
         given = frame_timesteps(timestep, latent, first_frame)
         velocity = denoiser(latent=latent, timestep=given, text=text, **extras)
         if scale != 1:
@@ -139,7 +141,9 @@ def _to_fp32(noise: Array) -> Array:
     return noise.float() if is_torch(noise) else np.asarray(noise, np.float32)
 
 
-def frame_timesteps(timestep: float, latent: Array, first_frame: Array | None) -> float | np.ndarray:
+def frame_timesteps(
+    timestep: float, latent: Array, first_frame: Array | None
+) -> float | np.ndarray:
     """The timestep, or with a first frame one per latent frame: 0 for the given frame."""
     if first_frame is None:
         return timestep
@@ -152,7 +156,18 @@ def set_first_frame(latent: Array, first_frame: Array | None) -> Array:
         return latent
     expected = (*latent.shape[:2], 1, *latent.shape[3:])
     if tuple(first_frame.shape) != expected:
-        raise WanExportError(f"first_frame has shape {list(first_frame.shape)}, expected {list(expected)}")
+        raise WanExportError(
+            f"first_frame has shape {list(first_frame.shape)}, expected {list(expected)}"
+        )
     result = latent.clone() if is_torch(latent) else latent.copy()
     result[:, :, :1] = first_frame
     return result
+
+
+def seeded_noise(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Standard normal fp32 noise from numpy's PCG64.
+
+    Not the noise that torch.Generator draws for the same seed: to repeat a run made elsewhere, pass
+    its own noise.
+    """
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)

@@ -181,7 +181,9 @@ class UniPC:
         if self._order(self.index) == 1:
             return combine((ratio, latent), (gain, self.x0[-1]))
         half = 0.5 / self._previous_ratio(self.index, h)
-        return combine((ratio, latent), (gain * (1 - half), self.x0[-1]), (gain * half, self.x0[-2]))
+        return combine(
+            (ratio, latent), (gain * (1 - half), self.x0[-1]), (gain * half, self.x0[-2])
+        )
 
 
 SOLVERS: dict[str, type[Euler | DPMSolverPP | UniPC]] = {

@@ -48,7 +48,9 @@ def _raw_header(path: Path) -> bytes:
             length_field = file.read(8)
             length = int.from_bytes(length_field, "little")
             if len(length_field) < 8 or length > min(_MAX_HEADER, file_size - 8):
-                raise WanExportError(f"{path} is not a safetensors file, or is cut short: download it again")
+                raise WanExportError(
+                    f"{path} is not a safetensors file, or is cut short: download it again"
+                )
             return length_field + file.read(length)
     except OSError as error:
         raise WanExportError(f"cannot read {path}: {error.strerror}") from error
@@ -71,7 +73,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header.pop("__metadata__", None)
         entries = {name: _entry(fields, len(raw)) for name, fields in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WanExportError(f"{path} has a damaged safetensors header ({error}): download it again") from error
+        raise WanExportError(
+            f"{path} has a damaged safetensors header ({error}): download it again"
+        ) from error
     end = max((entry.offset + entry.size for entry in entries.values()), default=len(raw))
     if path.stat().st_size != end:
         raise WanExportError(
@@ -89,7 +93,9 @@ def _entry(fields: Mapping[str, Any], data_start: int) -> TensorEntry:
     return TensorEntry(fields["dtype"], shape, data_start + begin, end - begin)
 
 
-def make_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorEntry]]:
+def make_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, TensorEntry]]:
     """Header bytes and entries for tensors given as name -> (dtype, shape).
 
     The bytes depend on nothing else: keys are sorted, there is no metadata, wide dtypes lie first so

@@ -1,0 +1,103 @@
+"""What `-m` means: a folder, a Hugging Face hub id, or with random weights a preset."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanexport.graphs.checkpoint import (
+    Checkpoint,
+    CheckpointWeights,
+    RandomWeights,
+    open_checkpoint,
+)
+from wanexport.graphs.config import PRESETS, WanConfig, variant
+from wanexport.runtime.errors import WanExportError
+
+DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B"
+DEFAULT_PRESET = "t2v-1.3b"
+_DIT_FILES = (
+    "config.json",
+    "model_index.json",
+    "diffusion_pytorch_model*",
+    "high_noise_model/*",
+    "low_noise_model/*",
+    "transformer/*",
+    "transformer_2/*",
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model to build: its config, and where each expert's weights come from ("" without experts)."""
+
+    name: str
+    config: WanConfig
+    weights: dict[str, CheckpointWeights | RandomWeights]
+    boundary: float | None
+    record: dict[str, Any]  # for the manifest
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the experts; empty for a model without."""
+        return tuple(expert for expert in self.weights if expert)
+
+
+def resolve(model: str | None, random_weights: int | None) -> ModelSource:
+    """Find the model. Raises WanExportError when it does not exist or is no Wan checkpoint."""
+    if random_weights is not None:
+        return _random(model or DEFAULT_PRESET, random_weights)
+    model = model or DEFAULT_MODEL
+    path = Path(model)
+    if path.exists():
+        return _from_checkpoint(open_checkpoint(path), {"path": str(path.resolve())})
+    if model.lower() in PRESETS:
+        raise WanExportError(
+            f"{model} is a preset, not a checkpoint: add --random-weights SEED, or name a folder or hub id"
+        )
+    path = _download(model)
+    return _from_checkpoint(open_checkpoint(path), {"hub": model, "revision": path.name})
+
+
+def _random(model: str, seed: int) -> ModelSource:
+    preset = PRESETS.get(model.lower())
+    if preset is None:
+        raise WanExportError(f"{model!r} is no preset: --random-weights takes {', '.join(PRESETS)}")
+    experts = preset.experts or ("",)
+    return ModelSource(
+        name=model.lower(),
+        config=preset.config,
+        weights={expert: RandomWeights(preset.config, seed, expert) for expert in experts},
+        boundary=None,
+        record={"random_seed": seed, "preset": model.lower()},
+    )
+
+
+def _from_checkpoint(checkpoint: Checkpoint, origin: dict[str, Any]) -> ModelSource:
+    return ModelSource(
+        name=variant(checkpoint.config, checkpoint.experts),
+        config=checkpoint.config,
+        weights={e: CheckpointWeights(tensors) for e, tensors in checkpoint.tensors.items()},
+        boundary=checkpoint.boundary if checkpoint.experts else None,
+        record={**origin, "layout": checkpoint.layout},
+    )
+
+
+def _download(hub_id: str) -> Path:
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
+        raise WanExportError(
+            f"{hub_id} does not exist: expected a checkpoint folder or a hub id such as {DEFAULT_MODEL}"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise WanExportError(
+            "huggingface_hub is not installed: pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_DIT_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise WanExportError(
+            f"cannot get {hub_id} from the hub: {reason[:300]}; download it and pass -m FOLDER"
+        ) from error
