@@ -28,7 +28,7 @@ _DIT_FILES = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model to build: its config, and where each expert's weights come from ("" without experts)."""
+    """A model to build; `weights` has one entry for each expert, or "" where there are none."""
 
     name: str
     config: WanConfig
@@ -52,7 +52,8 @@ def resolve(model: str | None, random_weights: int | None) -> ModelSource:
         return _from_checkpoint(open_checkpoint(path), {"path": str(path.resolve())})
     if model.lower() in PRESETS:
         raise WanExportError(
-            f"{model} is a preset, not a checkpoint: add --random-weights SEED, or name a folder or hub id"
+            f"{model} is a preset, not a checkpoint: add --random-weights SEED, "
+            f"or name a folder or hub id"
         )
     path = _download(model)
     return _from_checkpoint(open_checkpoint(path), {"hub": model, "revision": path.name})
@@ -78,14 +79,25 @@ def _from_checkpoint(checkpoint: Checkpoint, origin: dict[str, Any]) -> ModelSou
         config=checkpoint.config,
         weights={e: CheckpointWeights(tensors) for e, tensors in checkpoint.tensors.items()},
         boundary=checkpoint.boundary if checkpoint.experts else None,
-        record={**origin, "layout": checkpoint.layout},
+        record={**origin, "layout": checkpoint.layout, "files": _file_stats(checkpoint)},
     )
+
+
+def _file_stats(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Size and modification time of every weights file: unchanged stats mean unchanged content."""
+    files = {t.file for tensors in checkpoint.tensors.values() for t in tensors.values()}
+    stats = {file: file.stat() for file in sorted(files)}
+    return {
+        str(f.relative_to(checkpoint.path.parent)): [s.st_size, s.st_mtime_ns]
+        for f, s in stats.items()
+    }
 
 
 def _download(hub_id: str) -> Path:
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
         raise WanExportError(
-            f"{hub_id} does not exist: expected a checkpoint folder or a hub id such as {DEFAULT_MODEL}"
+            f"{hub_id} does not exist: expected a checkpoint folder, "
+            f"or a hub id such as {DEFAULT_MODEL}"
         )
     try:
         from huggingface_hub import snapshot_download

@@ -1,6 +1,7 @@
 """How far an engine is from the reference, the gate it must pass, and the inputs both are given."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ FLOOR_FACTOR = 1.25
 
 @dataclass(frozen=True)
 class Parity:
-    """Relative L2 errors against the fp32 reference; floor is None in fp32, where the gate is fixed."""
+    """Relative L2 errors against the fp32 reference; in fp32 there is no floor."""
 
     error: float
     floor: float | None
@@ -48,7 +49,7 @@ def measure(engine: np.ndarray, reference: np.ndarray, floor: np.ndarray | None)
     )
 
 
-def seeded_inputs(config: WanConfig, geometry: Geometry, seed: int) -> dict[str, np.ndarray]:
+def seeded_inputs(config: WanConfig, geometry: Geometry, seed: int) -> dict[str, Any]:
     """A full set of `sample` inputs that stands in for encoders: only `noise` is what it says.
 
     Text and negative have 77 and 126 rows; condition marks the first latent frame as given, as in
@@ -57,7 +58,7 @@ def seeded_inputs(config: WanConfig, geometry: Geometry, seed: int) -> dict[str,
     rng = np.random.default_rng([seed, 1])
     shapes = input_shapes(config, geometry)
     latent = shapes["latent"]
-    inputs = {
+    inputs: dict[str, Any] = {
         "noise": seeded_noise(latent, seed),
         "text": rng.standard_normal((77, config.text_dim), np.float32),
         "negative": rng.standard_normal((126, config.text_dim), np.float32),

@@ -1,8 +1,8 @@
 """The proof that ends every build, run in a fresh process.
 
-It opens the real engine, and compares a cut of the same graph (first and last block, real weights, at
-most `MAX_TOKENS` tokens) with eager PyTorch. An engine that this machine cannot execute is proven by
-the ONNX checker and by its fp32 twin: the same cut traced in fp32, with the weights widened.
+It opens the real engine, and compares a cut of the same graph (first and last block, real weights,
+at most `MAX_TOKENS` tokens) with eager PyTorch. An engine that this machine cannot execute is
+proven by the ONNX checker and by its fp32 twin: the same cut in fp32, with the weights widened.
 
     python -m wanexport.exporter.proof JOB.json        prints the result as JSON
 """
@@ -31,7 +31,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Job:
-    """What the fresh process is told; paths are absolute, `tensors` maps cut names to the file's."""
+    """What the fresh process is told; `tensors` maps the cut's names to the file's."""
 
     engine: str
     engine_runs_here: bool
@@ -98,7 +98,7 @@ def _compare_cut(
 
     reference = eager("fp32")
     floor = eager(job.dtype) if job.engine_runs_here and job.dtype != "fp32" else None
-    weights = folder if job.engine_runs_here else Path(job.cut).parent / (expert or "twin")
+    weights = folder if job.engine_runs_here else Path(job.cut).parent / f"twin-{expert}"
     velocity = OnnxEngine(Path(job.cut), weights)(inputs)
     if not np.isfinite(velocity).all():
         raise WanExportError(

@@ -25,6 +25,12 @@ from onnxscript import opset23 as op
 from onnxscript import optimizer
 from torch.export import ExportedProgram
 
+from wanexport.exporter.trace import trace
+from wanexport.graphs.checkpoint import DTYPES
+from wanexport.graphs.config import WanConfig
+from wanexport.graphs.lint import lint_program
+from wanexport.graphs.model import attention_count
+from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.tensorfile import TensorEntry
 
@@ -48,7 +54,7 @@ _CLEANUPS = (
 def to_onnx(program: ExportedProgram, weights: Mapping[str, TensorEntry]) -> ir.Model:
     """Translate the program; `weights` says where in the weights file each parameter lies."""
     with _quiet():
-        model: ir.Model = torch.onnx.export(
+        exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
@@ -58,11 +64,14 @@ def to_onnx(program: ExportedProgram, weights: Mapping[str, TensorEntry]) -> ir.
                 torch.ops.aten.linear.default: _linear,
                 torch.ops.wanexport.attention.default: _attention,
             },
-        ).model
+        )
+    assert exported is not None
+    model = exported.model
     # As inputs the parameters keep their names and are out of the constant folder's reach.
-    parameters = [model.graph.initializers.pop(name) for name in program.graph_signature.parameters]
+    names = program.graph_signature.parameters
+    parameters = {name: model.graph.initializers.pop(name) for name in names}
     num_inputs = len(model.graph.inputs)
-    for value in parameters:
+    for value in parameters.values():
         value.const_value = None
         model.graph.inputs.append(value)
     for cleanup in _CLEANUPS:
@@ -71,18 +80,40 @@ def to_onnx(program: ExportedProgram, weights: Mapping[str, TensorEntry]) -> ir.
     model.graph.name = "wan_denoiser"
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     del model.graph.inputs[num_inputs:]
-    for value in parameters:
-        entry = weights[value.name]
+    for name, value in parameters.items():
+        entry = weights[name]
         value.const_value = ir.ExternalTensor(
             WEIGHTS_FILE,
             entry.offset,
             entry.size,
             _IR_DTYPES[entry.dtype],
             shape=ir.Shape(entry.shape),
-            name=value.name,
+            name=name,
         )
         model.graph.initializers.add(value)
     return model
+
+
+def lower(
+    config: WanConfig, geometry: Geometry, dtype: str, weights: Mapping[str, TensorEntry]
+) -> tuple[ir.Model, dict[str, int]]:
+    """Trace, lint and translate the model; return the graph and its lint counts.
+
+    Raises RuntimeError when the graph is not clean or lost an attention operator: a fault of ours.
+    """
+    program = trace(config, geometry, DTYPES[dtype])
+    counts = lint_program(program)
+    graph = to_onnx(program, weights)
+    expected, found = attention_count(config), node_counts(graph)["Attention"]
+    if any(counts.values()) or found != expected:
+        raise RuntimeError(f"unclean graph: {counts}, {found} Attention nodes of {expected}")
+    return graph, counts
+
+
+def serialize(model: ir.Model) -> bytes:
+    """The graph as ONNX bytes; the weights are named in it, not contained."""
+    content: bytes = ir.to_proto(model).SerializeToString()
+    return content
 
 
 def node_counts(model: ir.Model) -> Counter[str]:

@@ -21,7 +21,7 @@ from wanexport.graphs.config import EXPERTS, WanConfig
 from wanexport.graphs.model import parameter_dtype, parameter_shapes
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import fsync_folder
-from wanexport.runtime.tensorfile import TensorEntry, make_header, read_header
+from wanexport.runtime.tensorfile import TensorEntry, make_header, read_fully, read_header
 
 CHUNK = 1 << 23  # elements converted at a time: 32 MB of fp32
 HEAD_DIM = 128  # of every published Wan; used when a checkpoint comes without config.json
@@ -278,7 +278,7 @@ class CheckpointWeights:
             stream.seek(entry.offset)
             while left:
                 view = memoryview(buffer)[: min(left, len(buffer))]
-                if not _read_fully(stream, view):
+                if not read_fully(stream, view):
                     raise WanExportError(f"{file} ended while {name} was read: download it again")
                 digest.update(view)
                 left -= len(view)
@@ -290,20 +290,11 @@ class CheckpointWeights:
         return hashlib.sha256(json.dumps(self._hashes, sort_keys=True).encode()).hexdigest()
 
 
-def _read_fully(stream: Any, view: memoryview) -> bool:
-    while view:
-        count = stream.readinto(view)
-        if not count:
-            return False
-        view = view[count:]
-    return True
-
-
 class RandomWeights:
     """Seeded weights of a preset: each tensor from its own stream, so that none depends on order.
 
-    Matrices have variance 1 / fan_in, and norms lie around 1, so that a forward of any depth stays in
-    range and every parameter matters to its result.
+    Matrices have variance 1 / fan_in, and norms lie around 1, so that a forward of any depth stays
+    in range and every parameter matters to its result.
     """
 
     def __init__(self, config: WanConfig, seed: int, expert: str) -> None:
@@ -390,7 +381,8 @@ def _cast(chunk: Tensor, dtype: torch.dtype, name: str) -> memoryview:
         raise WanExportError(
             f"{name} has values beyond fp16's 65504: build with --dtype bf16 or fp32"
         )
-    return memoryview(cast.view(torch.uint8).numpy())
+    data: memoryview = cast.view(torch.uint8).numpy().data
+    return data
 
 
 def load_weights(
@@ -402,7 +394,7 @@ def load_weights(
             entry = entries[name]
             buffer = bytearray(entry.size)
             stream.seek(entry.offset)
-            if not _read_fully(stream, memoryview(buffer)):
+            if not read_fully(stream, memoryview(buffer)):
                 raise WanExportError(f"{file} ended while {name} was read: build the bundle again")
             yield (
                 parameter,

@@ -38,7 +38,7 @@ class WanConfig:
             )
         if self.condition_channels not in (0, CONDITION_CHANNELS):
             raise WanExportError(
-                f"{self.in_channels} input and {self.out_channels} output channels are no known Wan: "
+                f"no Wan has {self.in_channels} input and {self.out_channels} output channels: "
                 f"expected equal counts (T2V, TI2V) or {CONDITION_CHANNELS} more inputs (I2V)"
             )
         if self.image_tokens not in (0, 257, 514):

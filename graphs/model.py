@@ -77,20 +77,26 @@ class Conditioning(NamedTuple):
     sin: Tensor
 
 
-class SelfAttention(nn.Module):
-    """Attention of all tokens to all tokens, with RoPE."""
+class AttentionLayer(nn.Module):
+    """The projections and norms that self- and cross-attention share."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        for name in "qkvo":
-            setattr(self, name, Linear(config.dim, config.dim))
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, config.dim)
+        self.v = Linear(config.dim, config.dim)
+        self.o = Linear(config.dim, config.dim)
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
 
     def heads(self, x: Tensor) -> Tensor:
         """[R, n, dim] -> [1, R * n, H, D]."""
         return x.reshape(1, -1, self.num_heads, self.head_dim)
+
+
+class SelfAttention(AttentionLayer):
+    """Attention of all tokens to all tokens, with RoPE."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         v = self.heads(self.v(x))
@@ -99,7 +105,7 @@ class SelfAttention(nn.Module):
         return self.o(attention(q, k, v).reshape(x.shape))
 
 
-class CrossAttention(SelfAttention):
+class CrossAttention(AttentionLayer):
     """Attention to the text, and where the model has them to the image tokens, with one query."""
 
     def __init__(self, config: WanConfig) -> None:
@@ -190,6 +196,10 @@ class TimeFeatures(nn.Module):
     13 bits: the product of the large parts is exact, and the angle-sum formulas add the small rest.
     """
 
+    coarse: Tensor
+    rest: Tensor
+    full: Tensor
+
     def __init__(self, freq_dim: int) -> None:
         super().__init__()
         half = freq_dim // 2
@@ -212,6 +222,10 @@ class TimeFeatures(nn.Module):
 
 class WanModel(nn.Module):
     """The denoiser for one config, geometry and dtype: velocity of a latent at a timestep."""
+
+    rope_frames: Tensor
+    rope_rows: Tensor
+    rope_columns: Tensor
 
     def __init__(self, config: WanConfig, geometry: Geometry, dtype: torch.dtype) -> None:
         super().__init__()
@@ -250,7 +264,7 @@ class WanModel(nn.Module):
         return pixels.reshape(1, -1, f, r * PATCH, c * PATCH)
 
     def embed_latent(self, latent: Tensor, rows: int) -> Tensor:
-        """Latent with its condition [1, in_channels, F, h, w] -> residual stream [R, n, dim] fp32."""
+        """[1, in_channels, F, h, w], condition included -> residual stream [R, n, dim] fp32."""
         weight = self.patch_embedding.weight
         tokens = F.linear(
             self.patchify(latent).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias

@@ -10,9 +10,9 @@ from torch import Tensor
 
 @torch.library.custom_op("wanexport::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v, with q [B, S, H, D] and k, v [B, T, H, D], as [B, S, H, D].
+    """Return softmax(q k^T / sqrt(D)) v as [B, S, H, D]; there is no mask.
 
-    All three have one dtype; there is no mask.
+    q is [B, S, H, D], k and v are [B, T, H, D], and all three have one dtype.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()

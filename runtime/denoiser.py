@@ -110,11 +110,10 @@ def is_torch(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "torch"
 
 
-def to_numpy(value: Array | float) -> np.ndarray:
+def to_numpy(value: Array) -> np.ndarray:
     """An fp32 numpy array of a number, an array or a torch tensor on any device."""
-    if is_torch(value):
-        value = value.detach().float().cpu().numpy()
-    return np.ascontiguousarray(value, np.float32) if np.ndim(value) else np.float32([value])
+    plain = value.detach().float().cpu().numpy() if is_torch(value) else value
+    return np.ascontiguousarray(plain, np.float32)
 
 
 def like(array: np.ndarray, model: Array) -> Array:
@@ -134,7 +133,8 @@ def pad_text(text: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     text = text[None] if text.ndim == 2 else text
     if text.ndim == 3 and text.shape[1] > shape[1]:
         raise WanExportError(
-            f"text has {text.shape[1]} rows, the model takes at most {shape[1]}: truncate the prompt"
+            f"text has {text.shape[1]} rows, the model takes at most {shape[1]}: "
+            f"truncate the prompt"
         )
     if text.ndim != 3 or text.shape[1] == shape[1]:
         return text

@@ -2,4 +2,4 @@
 
 
 class WanExportError(ValueError):
-    """A mistake in what was asked: one line saying what was wrong, what was expected, what to do."""
+    """A mistake the user can put right; the message is one line: what is wrong, and what to do."""

@@ -38,7 +38,7 @@ class Geometry:
             low = max(1, (self.frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1)
             near = " or ".join(str(n) for n in (low, low + TEMPORAL_STRIDE) if n >= 1)
             raise WanExportError(
-                f"{self.frames} frames are not legal: Wan needs 4k+1 frames; nearest: --frames {near}"
+                f"{self.frames} frames are not legal: expected 4k+1; nearest: --frames {near}"
             )
 
     def _nearest_sides(self, side: int) -> list[tuple[int, int]]:
@@ -70,7 +70,7 @@ class Geometry:
         return frames * rows * columns
 
     def reduced(self, max_tokens: int) -> "Geometry":
-        """A geometry of at most max_tokens tokens: the longest token axis is halved until it fits."""
+        """A geometry of at most max_tokens: the longest token axis is halved until it fits."""
         grid = list(self.grid)
         while grid[0] * grid[1] * grid[2] > max_tokens:
             longest = grid.index(max(grid))

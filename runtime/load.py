@@ -74,7 +74,10 @@ def choose_engine(
     frames: int | None = None,
     dtype: str | None = None,
 ) -> EngineRecord:
-    """The one engine that fits and runs here. Raises WanExportError when there is none or no one."""
+    """The engine that fits and runs here.
+
+    Raises WanExportError when there is none, or when engines of several shapes fit.
+    """
     if device not in (None, "cpu"):
         raise WanExportError(f"device {device!r} is not served: the onnx backend runs on cpu")
     size = None if resolution is None else parse_resolution(resolution)
@@ -89,13 +92,14 @@ def choose_engine(
     held = ", ".join(engine.name for engine in manifest.engines)
     if not fitting:
         raise WanExportError(
-            f"{bundle} has no such engine; it holds {held}: choose one, or add yours with wanexport build"
+            f"{bundle} has no such engine; it holds {held}: "
+            f"choose one, or add yours with wanexport build"
         )
     runnable = [engine for engine in fitting if engine.dtype in RUNNABLE_DTYPES]
     if not runnable:
         raise WanExportError(
-            f"engine {fitting[0].name} is {fitting[0].dtype}, which ONNX Runtime cannot execute on a CPU: "
-            f"add an engine with wanexport build --dtype fp32"
+            f"engine {fitting[0].name} is {fitting[0].dtype}, which ONNX Runtime cannot execute "
+            f"on a CPU: add an engine with wanexport build --dtype fp32"
         )
     if len({engine.geometry for engine in runnable}) > 1:
         raise WanExportError(f"{bundle} holds several shapes ({held}): name resolution and frames")

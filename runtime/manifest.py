@@ -33,7 +33,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What `sample` uses when the caller names nothing; guidance is Wan's (low noise, high noise)."""
+    """What `sample` uses unless told; guidance is Wan's pair (low noise, high noise)."""
 
     steps: int
     shift: float
@@ -108,7 +108,7 @@ class Manifest:
 
 
 def from_json(data: Mapping[str, Any]) -> Manifest:
-    """Build a Manifest from parsed JSON. Raises KeyError, TypeError or ValueError when it is none."""
+    """A Manifest from parsed JSON. Raises KeyError, TypeError or ValueError when it is none."""
     weights = {
         name: WeightsRecord(**{**record, "file": _file(record["file"])})
         for name, record in data["weights"].items()
@@ -157,7 +157,8 @@ def read_manifest(bundle: Path, name: str = MANIFEST) -> Manifest:
         schema = data["schema"]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise WanExportError(
-            f"{bundle} is no bundle: it has no {MANIFEST}; make one with: wanexport build -o {bundle}"
+            f"{bundle} is no bundle: it has no {MANIFEST}; "
+            f"make one with: wanexport build -o {bundle}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WanExportError(f"{path} is damaged ({error}): build the bundle again") from error

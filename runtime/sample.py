@@ -16,7 +16,7 @@ Array = Any  # a numpy array or a torch tensor
 
 @dataclass(frozen=True)
 class Step:
-    """One finished step: its 0-based index, the timestep the model was given, the latent after it."""
+    """A finished step: its 0-based index, the timestep the model was given, the latent after."""
 
     index: int
     timestep: float
@@ -50,13 +50,13 @@ def sample(
     guidance: float | tuple[float, float] | None = None,
     timesteps: Sequence[float] | None = None,
 ) -> Iterator[Step]:
-    """Denoise from noise [1, C, F, h, w] and yield every step; the last one's latent is the result.
+    """Denoise from noise [1, C, F, h, w] and yield every step; the last latent is the result.
 
-    text and negative are text embeddings ([n, 4096], n <= 512); negative is needed unless guidance is
-    1. None for solver, steps, shift or guidance takes the denoiser's own default. guidance is a number
-    or Wan's (low noise, high noise) pair. timesteps are the explicit float timesteps of a distilled
-    model: Euler and no guidance unless named. first_frame [1, C, 1, h, w] is TI2V's image latent: it
-    replaces frame 0 before the run and after every step, and frame 0 is given timestep 0.
+    text and negative are text embeddings ([n, 4096], n <= 512); negative is needed unless guidance
+    is 1. None for solver, steps, shift or guidance takes the denoiser's own default. guidance is a
+    number or Wan's (low noise, high noise) pair. timesteps are the explicit float timesteps of a
+    distilled model: Euler and no guidance unless named. first_frame [1, C, 1, h, w] is TI2V's image
+    latent: it replaces frame 0 before the run and after every step, and is given timestep 0.
 
     The step's velocity is uncond + guidance * (cond - uncond), in fp32.
     Raises WanExportError, before any work, for settings that do not fit.
@@ -67,7 +67,8 @@ def sample(
     )
     if negative is None and any(g != 1 for g in plan.guidance):
         raise WanExportError(
-            f"guidance {max(plan.guidance)} needs negative text embeddings: pass negative=..., or guidance=1"
+            f"guidance {max(plan.guidance)} needs negative text embeddings: "
+            f"pass them, or set guidance to 1"
         )
     constant = {"condition": condition, "image": image}
     extras = {name: value for name, value in constant.items() if value is not None}
@@ -107,8 +108,8 @@ def _guidance_per_step(
     low, high = (guidance, guidance) if isinstance(guidance, (int, float)) else guidance
     if low != high and boundary is None:
         raise WanExportError(
-            f"guidance {low}, {high} is a (low noise, high noise) pair, but this model has one expert: "
-            f"pass one number"
+            f"guidance {low}, {high} is a (low noise, high noise) pair, "
+            f"but this model has one expert: pass one number"
         )
     threshold = 0.0 if boundary is None else boundary * NUM_TRAIN_TIMESTEPS
     return tuple(float(high if t >= threshold else low) for t in schedule.timesteps)
@@ -147,7 +148,7 @@ def frame_timesteps(
     """The timestep, or with a first frame one per latent frame: 0 for the given frame."""
     if first_frame is None:
         return timestep
-    return np.float32([0.0] + [timestep] * (latent.shape[2] - 1))
+    return np.array([0.0] + [timestep] * (latent.shape[2] - 1), np.float32)
 
 
 def set_first_frame(latent: Array, first_frame: Array | None) -> Array:

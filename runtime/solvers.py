@@ -9,6 +9,7 @@ prediction) and DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), in the form of W
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import expm1, inf, isinf, log
 from typing import Any, Protocol
 
@@ -58,19 +59,19 @@ def explicit_schedule(timesteps: Sequence[float]) -> Schedule:
     Raises WanExportError unless they fall strictly and lie in (0, 1000].
     """
     times = [float(t) for t in timesteps]
-    falling = all(a > b for a, b in zip(times, times[1:], strict=False))
+    falling = all(a > b for a, b in pairwise(times))
     if not times or not falling or times[0] > NUM_TRAIN_TIMESTEPS or not times[-1] > 0:
         raise WanExportError(f"timesteps must fall from at most 1000 to above 0, got {times}")
     return Schedule(_fp32(np.array(times) / NUM_TRAIN_TIMESTEPS), tuple(times))
 
 
 def _fp32(sigmas: np.ndarray) -> tuple[float, ...]:
-    """The official solvers hold their sigmas in fp32; rounding them alike keeps us on their path."""
+    """Round as the official solvers do, which hold their sigmas in fp32, and append the final 0."""
     return (*(float(s) for s in sigmas.astype(np.float32)), 0.0)
 
 
 def _log_snr(sigma: float) -> float:
-    """lambda = ln((1 - sigma) / sigma); infinite at the two ends, where the formulas have limits."""
+    """lambda = ln((1 - sigma) / sigma); infinite at both ends, where the formulas have limits."""
     if sigma == 0:
         return inf
     return -inf if sigma == 1 else log(1 - sigma) - log(sigma)

@@ -5,6 +5,7 @@ conversion that streams 57 GB must not. Format: huggingface/safetensors, README,
 """
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -98,8 +99,8 @@ def make_header(
 ) -> tuple[bytes, dict[str, TensorEntry]]:
     """Header bytes and entries for tensors given as name -> (dtype, shape).
 
-    The bytes depend on nothing else: keys are sorted, there is no metadata, wide dtypes lie first so
-    that every tensor is aligned to its item, and the data starts at a multiple of 64.
+    The bytes depend on nothing else: keys are sorted, there is no metadata, wide dtypes lie first
+    so that every tensor is aligned to its item, and the data starts at a multiple of 64.
     """
     order = sorted(tensors, key=lambda name: (-ITEM_SIZES[tensors[name][0]], name))
     fields, position = {}, 0
@@ -122,13 +123,25 @@ def read_array(path: Path, entry: TensorEntry) -> np.ndarray:
     bits = np.uint16 if entry.dtype == "BF16" else _NUMPY_DTYPES.get(entry.dtype)
     if bits is None:
         raise WanExportError(f"{path} holds a {entry.dtype} tensor: expected F32, BF16 or F16")
-    array: np.ndarray = np.empty(entry.shape, bits)
-    with path.open("rb") as file:
+    buffer = bytearray(entry.size)
+    with path.open("rb", buffering=0) as file:
         file.seek(entry.offset)
-        file.readinto(memoryview(array.reshape(-1)).cast("B"))  # type: ignore[attr-defined]
+        if not read_fully(file, memoryview(buffer)):
+            raise WanExportError(f"{path} ended while it was read: write it again")
+    array = np.frombuffer(buffer, bits).reshape(entry.shape)
     if entry.dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array
+
+
+def read_fully(file: io.RawIOBase, view: memoryview) -> bool:
+    """Fill view from the file's position; False when the file ends before it is full."""
+    while view:
+        count = file.readinto(view)
+        if not count:
+            return False
+        view = view[count:]
+    return True
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
