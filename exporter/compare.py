@@ -75,11 +75,11 @@ def compare(
     floor = None
     if engine.record.dtype != "fp32":
         floor = _eager(bundle, manifest, engine, config, engine.record.dtype)
-    expected = []
+    expected: list[np.ndarray] = []
     for step in sample(reference, steps=steps, **inputs):
         progress("eager reference", len(expected), steps)
         expected.append(step.latent)
-    compared = []
+    compared: list[Parity] = []
     for call in reference.calls:
         progress("engine on the same inputs", len(compared), len(reference.calls))
         compared.append(_compare_call(engine, floor, call))

@@ -250,14 +250,14 @@ def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path:
 
 
 class WeightSource(Protocol):
-    """Gives parameters in chunks, and says at the end what it gave."""
+    """Gives parameters in chunks, and a hash that tells two sources apart."""
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The parameter's elements in order, as 1-D tensors of its stored dtype."""
         ...
 
     def digest(self) -> str:
-        """A hash of the content of everything read so far."""
+        """A hash of the content of all parameters."""
         ...
 
 
@@ -286,7 +286,10 @@ class CheckpointWeights:
         self._hashes[name] = digest.hexdigest()
 
     def digest(self) -> str:
-        """A hash over names and bytes; the layout and the sharding do not matter."""
+        """A hash over names and bytes, not layout or shards; reads the tensors not yet read."""
+        for name in self.tensors.keys() - self._hashes.keys():
+            for _ in self.chunks(name):
+                pass
         return hashlib.sha256(json.dumps(self._hashes, sort_keys=True).encode()).hexdigest()
 
 

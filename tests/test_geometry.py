@@ -1,0 +1,63 @@
+"""Geometry is checked against the table of shapes in Wan's own documentation."""
+
+import pytest
+
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.geometry import Geometry, parse_resolution
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "latent", "tokens"),
+    [
+        ((480, 832, 81), 8, (21, 60, 104), 32760),
+        ((720, 1280, 81), 8, (21, 90, 160), 75600),
+        ((704, 1280, 121), 16, (31, 44, 80), 27280),
+        ((480, 832, 1), 8, (1, 60, 104), 1560),
+    ],
+)
+def test_latent_and_tokens_are_wans(
+    size: tuple[int, int, int], stride: int, latent: tuple[int, int, int], tokens: int
+) -> None:
+    geometry = Geometry(*size, stride)
+    assert geometry.latent == latent
+    assert geometry.num_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("480x832", (480, 832)), ("480X832", (480, 832)), ("832*480", (480, 832))],
+)
+def test_both_spellings_of_a_resolution(text: str, expected: tuple[int, int]) -> None:
+    assert parse_resolution(text) == expected
+
+
+@pytest.mark.parametrize("text", ["480", "480x", "x832", "480x832x81", "-480x832", "480 832"])
+def test_other_spellings_are_refused(text: str) -> None:
+    with pytest.raises(WanExportError, match="HEIGHTxWIDTH"):
+        parse_resolution(text)
+
+
+def test_illegal_side_names_the_nearest_legal_ones() -> None:
+    with pytest.raises(
+        WanExportError, match="multiples of 16; nearest: --resolution 480x832 or 48"
+    ):
+        Geometry(480, 833, 81)
+    with pytest.raises(WanExportError, match="multiples of 32; nearest: --resolution 704x1280 or"):
+        Geometry(720, 1280, 121, 16)
+    with pytest.raises(WanExportError, match="nearest: --resolution 16x16"):
+        Geometry(8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("frames", "near"), [(80, "77 or 81"), (82, "81 or 85"), (0, "1 or 5"), (-3, "1 or 5")]
+)
+def test_illegal_frames_name_the_nearest_legal_ones(frames: int, near: str) -> None:
+    with pytest.raises(WanExportError, match=f"nearest: --frames {near}"):
+        Geometry(480, 832, frames)
+
+
+def test_reduced_fits_and_stays_legal() -> None:
+    reduced = Geometry(480, 832, 81).reduced(1000)
+    assert reduced.grid == (10, 7, 13)
+    assert Geometry(704, 1280, 121, 16).reduced(1000).num_tokens <= 1000
+    assert Geometry(64, 96, 9).reduced(1000) == Geometry(64, 96, 9)
