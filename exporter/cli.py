@@ -164,8 +164,8 @@ def run(
     if as_json:
         return click.echo(json.dumps(record))
     out.print(
-        f"[bold]{escape(str(output))}[/]: latent {list(step.latent.shape)}, seed {seed}, {plan.solver}, "
-        f"{len(plan)} steps, {record['seconds_per_step']} s/step"
+        f"[bold]{escape(str(output))}[/]: latent {list(step.latent.shape)}, seed {seed}, "
+        f"{plan.solver}, {len(plan)} steps, {record['seconds_per_step']} s/step"
     )
 
 

@@ -105,7 +105,13 @@ _AREA_480P = 480 * 832
 
 
 def family(config: WanConfig, experts: tuple[str, ...]) -> str:
-    """The family whose sampling defaults apply; it follows from channels and branches alone."""
+    """The family whose sampling defaults apply; it follows from channels and branches alone.
+
+    One expert of the A14B by itself has the tensors of Wan2.1's T2V and is taken for it.
+    Raises WanExportError for two experts of a model that has one.
+    """
+    if experts and (config.per_frame_timestep or config.image_tokens):
+        raise WanExportError("two experts with an image branch or 48 channels are no known Wan")
     if config.per_frame_timestep:
         return "ti2v"
     if config.condition_channels == 0:

@@ -48,7 +48,7 @@ class Denoiser:
         condition: Array | None = None,
         image: Array | None = None,
     ) -> Array:
-        """Return the velocity, shaped, typed and placed like latent.
+        """Return the velocity: shaped and placed like latent, in fp32.
 
         latent [1, C, F, h, w]; timestep a number or [1], for TI2V also [F]; text [n, 4096] or
         [1, n, 4096] with n <= 512, zero-padded to 512 here; condition and image as in `inputs`.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.denoiser import is_torch
+from wanexport.runtime.denoiser import is_torch, like, to_numpy
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import SamplingDefaults
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS, SOLVERS, Schedule, make_schedule
@@ -70,9 +70,13 @@ def sample(
             f"guidance {max(plan.guidance)} needs negative text embeddings: "
             f"pass them, or set guidance to 1"
         )
+    latent = to_fp32_like(noise, noise)
+    if first_frame is not None:
+        _check_first_frame(denoiser, latent, first_frame)
+        first_frame = to_fp32_like(first_frame, latent)
     constant = {"condition": condition, "image": image}
     extras = {name: value for name, value in constant.items() if value is not None}
-    return _run(denoiser, plan, noise, text, negative, first_frame, extras)
+    return _run(denoiser, plan, latent, text, negative, first_frame, extras)
 
 
 def make_plan(
@@ -86,6 +90,8 @@ def make_plan(
 ) -> Plan:
     """Fill what is None from the defaults. Raises WanExportError when something is left open."""
     if timesteps is not None:
+        if steps is not None or shift is not None:
+            raise WanExportError("timesteps name every step: leave out steps and shift")
         steps, shift = len(timesteps), 1.0
         solver, guidance = solver or "euler", 1.0 if guidance is None else guidance
     if defaults is not None:
@@ -105,27 +111,31 @@ def make_plan(
 def _guidance_per_step(
     guidance: float | Sequence[float], schedule: Schedule, boundary: float | None
 ) -> tuple[float, ...]:
-    low, high = (guidance, guidance) if isinstance(guidance, (int, float)) else guidance
+    pair = np.asarray(guidance, np.float64).reshape(-1)
+    if pair.size not in (1, 2):
+        raise WanExportError(f"guidance {guidance}: expected a number or (low noise, high noise)")
+    low, high = float(pair[0]), float(pair[-1])
     if low != high and boundary is None:
         raise WanExportError(
             f"guidance {low}, {high} is a (low noise, high noise) pair, "
             f"but this model has one expert: pass one number"
         )
     threshold = 0.0 if boundary is None else boundary * NUM_TRAIN_TIMESTEPS
-    return tuple(float(high if t >= threshold else low) for t in schedule.timesteps)
+    # In fp32, as the denoiser sees the timestep when it picks the expert.
+    return tuple(high if np.float32(t) >= threshold else low for t in schedule.timesteps)
 
 
 def _run(
     denoiser: Callable[..., Array],
     plan: Plan,
-    noise: Array,
+    latent: Array,
     text: Array,
     negative: Array | None,
     first_frame: Array | None,
     extras: dict[str, Array],
 ) -> Iterator[Step]:
     solver = SOLVERS[plan.solver](plan.schedule.sigmas)
-    latent = set_first_frame(_to_fp32(noise), first_frame)
+    latent = set_first_frame(latent, first_frame)
     for index, (timestep, scale) in enumerate(
         zip(plan.schedule.timesteps, plan.guidance, strict=True)
     ):
@@ -138,8 +148,26 @@ def _run(
         yield Step(index, timestep, latent)
 
 
-def _to_fp32(noise: Array) -> Array:
-    return noise.float() if is_torch(noise) else np.asarray(noise, np.float32)
+def _check_first_frame(denoiser: Callable[..., Array], latent: Array, first_frame: Array) -> None:
+    frames = latent.shape[2]
+    expected = [*latent.shape[:2], 1, *latent.shape[3:]]
+    inputs = getattr(denoiser, "inputs", {})
+    if frames == 1 or ("timestep" in inputs and inputs["timestep"].shape != (frames,)):
+        raise WanExportError(
+            f"first_frame is for TI2V at more than one latent frame; this latent has {frames} and "
+            f"the model takes {inputs['timestep'].shape[0] if inputs else 'other'} timesteps"
+        )
+    if list(first_frame.shape) != expected:
+        raise WanExportError(
+            f"first_frame has shape {list(first_frame.shape)}, expected {expected}"
+        )
+
+
+def to_fp32_like(value: Array, model: Array) -> Array:
+    """value in fp32, as the kind that model is: numpy, or torch on model's device."""
+    if is_torch(value) and is_torch(model):
+        return value.to(model.device).float()
+    return like(to_numpy(value), model)
 
 
 def frame_timesteps(
@@ -152,14 +180,9 @@ def frame_timesteps(
 
 
 def set_first_frame(latent: Array, first_frame: Array | None) -> Array:
-    """latent with its frame 0 replaced, as a new array; raises WanExportError on a wrong shape."""
+    """latent with its frame 0 replaced by first_frame if there is one, as a new array."""
     if first_frame is None:
         return latent
-    expected = (*latent.shape[:2], 1, *latent.shape[3:])
-    if tuple(first_frame.shape) != expected:
-        raise WanExportError(
-            f"first_frame has shape {list(first_frame.shape)}, expected {list(expected)}"
-        )
     result = latent.clone() if is_torch(latent) else latent.copy()
     result[:, :, :1] = first_frame
     return result

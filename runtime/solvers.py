@@ -43,9 +43,9 @@ class Solver(Protocol):
 def official_schedule(steps: int, shift: float, sigma_max: float) -> Schedule:
     """Wan's grid: linear from sigma_max to 0, shifted; the model sees truncated integer timesteps.
 
-    Raises WanExportError when steps is under 1 or shift is not positive.
+    Raises WanExportError when steps is under 1, or shift is not positive or beyond fp32's reach.
     """
-    if steps < 1 or not shift > 0:
+    if steps < 1 or not 0 < shift < inf:
         raise WanExportError(f"steps must be at least 1 and shift above 0, got {steps} and {shift}")
     grid = np.linspace(sigma_max, 0, steps + 1)[:-1]
     sigmas = shift * grid / (1 + (shift - 1) * grid)
@@ -59,15 +59,20 @@ def explicit_schedule(timesteps: Sequence[float]) -> Schedule:
     Raises WanExportError unless they fall strictly and lie in (0, 1000].
     """
     times = [float(t) for t in timesteps]
-    falling = all(a > b for a, b in pairwise(times))
-    if not times or not falling or times[0] > NUM_TRAIN_TIMESTEPS or not times[-1] > 0:
+    if not times or not all(0 < t <= NUM_TRAIN_TIMESTEPS for t in times):
         raise WanExportError(f"timesteps must fall from at most 1000 to above 0, got {times}")
     return Schedule(_fp32(np.array(times) / NUM_TRAIN_TIMESTEPS), tuple(times))
 
 
 def _fp32(sigmas: np.ndarray) -> tuple[float, ...]:
-    """Round as the official solvers do, which hold their sigmas in fp32, and append the final 0."""
-    return (*(float(s) for s in sigmas.astype(np.float32)), 0.0)
+    """Round as the official solvers do, which hold their sigmas in fp32, and append the final 0.
+
+    Raises WanExportError when two levels are one after rounding: every solver divides by their gap.
+    """
+    rounded = (*(float(s) for s in sigmas.astype(np.float32)), 0.0)
+    if not all(now > after for now, after in pairwise(rounded)):
+        raise WanExportError(f"timesteps must fall from step to step, got noise levels {rounded}")
+    return rounded
 
 
 def _log_snr(sigma: float) -> float:

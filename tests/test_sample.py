@@ -1,13 +1,13 @@
 """The loop: guidance, experts, distilled schedules and the TI2V first frame."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import SamplingDefaults
+from wanexport.runtime.manifest import SamplingDefaults, TensorSpec
 from wanexport.runtime.sample import make_plan, sample, seeded_noise
 
 T2V = SamplingDefaults(steps=50, shift=5.0, guidance=(5.0, 5.0), boundary=None, fps=16)
@@ -124,6 +124,10 @@ def test_settings_that_do_not_fit_are_refused_before_any_work() -> None:
         sample(denoiser, noise=noise(), text=TEXT)
     with pytest.raises(WanExportError, match="one expert"):
         sample(denoiser, noise=noise(), text=TEXT, negative=NEGATIVE, guidance=(3.0, 4.0))
+    with pytest.raises(WanExportError, match="leave out steps and shift"):
+        sample(denoiser, noise=noise(), text=TEXT, timesteps=[900, 500], steps=2)
+    with pytest.raises(WanExportError, match="expected a number or"):
+        sample(denoiser, noise=noise(), text=TEXT, guidance=(1, 2, 3))  # type: ignore[arg-type]
     with pytest.raises(WanExportError, match="no sampling defaults"):
         sample(FakeDenoiser(None), noise=noise(), text=TEXT, steps=3)
     assert denoiser.calls == []
@@ -132,7 +136,34 @@ def test_settings_that_do_not_fit_are_refused_before_any_work() -> None:
 def test_a_first_frame_of_another_shape_is_refused() -> None:
     frame = np.zeros((1, 4, 2, 2, 2), np.float32)
     with pytest.raises(WanExportError, match=r"\[1, 4, 2, 2, 2\], expected \[1, 4, 1, 2, 2\]"):
-        next(sample(FakeDenoiser(T2V), noise=noise(), text=TEXT, guidance=1, first_frame=frame))
+        sample(FakeDenoiser(T2V), noise=noise(), text=TEXT, guidance=1, first_frame=frame)
+
+
+def test_a_first_frame_needs_a_model_with_a_timestep_per_frame() -> None:
+    class T2VDenoiser(FakeDenoiser):
+        inputs: ClassVar = {"timestep": TensorSpec((1,))}
+
+    frame = np.zeros((1, 4, 1, 2, 2), np.float32)
+    for denoiser, frames in ((T2VDenoiser(T2V), 2), (FakeDenoiser(T2V), 1)):
+        with pytest.raises(WanExportError, match="first_frame is for TI2V"):
+            sample(denoiser, noise=noise(frames), text=TEXT, guidance=1, first_frame=frame)
+
+
+def test_a_first_frame_may_be_of_the_other_kind() -> None:
+    frame = np.zeros((1, 4, 1, 2, 2), np.float32)
+    settings: dict[str, Any] = {"text": TEXT, "guidance": np.float32(1), "steps": 2}
+    mixed = (
+        (torch.from_numpy(noise()), frame),
+        (noise(), torch.from_numpy(frame).bfloat16()),
+    )
+    for start, given in mixed:
+        *_, last = sample(FakeDenoiser(T2V), noise=start, first_frame=given, **settings)
+        assert type(last.latent) is type(start)
+
+
+def test_expert_and_guidance_agree_at_the_boundary() -> None:
+    plan = make_plan(A14B, timesteps=[900, 874.999999], guidance=(3.0, 4.0))
+    assert plan.guidance == (4.0, 4.0)  # 874.999999 is 875 in fp32, where the expert is chosen
 
 
 def test_noise_depends_on_the_seed_alone() -> None:

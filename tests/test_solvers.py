@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def dpmpp_fp64(x: np.ndarray, sigmas: list[float]) -> np.ndarray:
 
 
 def euler_fp64(x: np.ndarray, sigmas: list[float]) -> np.ndarray:
-    for s, t in zip(sigmas, sigmas[1:]):
+    for s, t in pairwise(sigmas):
         x = x + (t - s) * velocity(x, s)
     return x
 
@@ -173,7 +174,17 @@ def test_a_distilled_schedule_runs_from_pure_noise(solver: str, rng: np.random.G
 
 
 @pytest.mark.parametrize(
-    "times", [[], [500, 750], [750, 750], [1001, 500], [500, 0], [500, -1], [float("nan")]]
+    "times",
+    [
+        [],
+        [500, 750],
+        [750, 750],
+        [1000, 999.99999, 500],
+        [1001, 500],
+        [500, 0],
+        [500, -1],
+        [float("nan")],
+    ],
 )
 def test_unusable_timesteps_are_refused(times: list[float]) -> None:
     with pytest.raises(WanExportError, match="timesteps must fall"):
@@ -185,5 +196,8 @@ def test_unknown_solver_and_empty_runs_are_refused() -> None:
         make_schedule("heun", steps=4, shift=5.0)
     with pytest.raises(WanExportError, match="steps must be at least 1"):
         make_schedule("unipc", steps=0, shift=5.0)
-    with pytest.raises(WanExportError, match="shift above 0"):
-        make_schedule("unipc", steps=4, shift=0.0)
+    for shift in (0.0, math.inf, math.nan):
+        with pytest.raises(WanExportError, match="shift above 0"):
+            make_schedule("unipc", steps=4, shift=shift)
+    with pytest.raises(WanExportError, match="timesteps must fall"):
+        make_schedule("unipc", steps=4, shift=1e9)

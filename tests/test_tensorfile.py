@@ -78,5 +78,5 @@ def test_a_damaged_header_is_refused(tmp_path: Path, fields: object) -> None:
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(WanExportError, match="cannot read .*No such file"):
+    with pytest.raises(WanExportError, match=r"cannot read .*No such file"):
         read_header(tmp_path / "x.safetensors")

@@ -1,0 +1,60 @@
+"""The ONNX graph: opset 23, one Attention node a call, weights by name in the safetensors file."""
+
+import hashlib
+
+import onnx
+import pytest
+from onnx.external_data_helper import uses_external_data
+
+from tests.wan_reference import VARIANTS, small_config, small_geometry
+from wanexport.exporter.to_onnx import lower, serialize
+from wanexport.graphs.checkpoint import weights_layout
+from wanexport.graphs.model import attention_count, input_shapes
+
+
+def lowered(preset: str, dtype: str) -> onnx.ModelProto:
+    config = small_config(preset)
+    layout = weights_layout(config, dtype)[1]
+    graph, _ = lower(config, small_geometry(config), dtype, layout)
+    return onnx.load_from_string(serialize(graph))
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype"), [*((preset, "bf16") for preset in VARIANTS), ("t2v-1.3b", "fp32")]
+)
+def test_the_graph_is_weightless_and_native(preset: str, dtype: str) -> None:
+    config = small_config(preset)
+    model = lowered(preset, dtype)
+    layout = weights_layout(config, dtype)[1]
+    external = {t.name: t for t in model.graph.initializer if uses_external_data(t)}
+    assert set(external) == set(layout)
+    for name, tensor in external.items():
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        assert place["location"] == "denoiser.safetensors"
+        assert int(place["offset"]) == layout[name].offset
+        assert int(place["length"]) == layout[name].size
+        assert tuple(tensor.dims) == layout[name].shape
+        assert not tensor.raw_data
+    operators = [node.op_type for node in model.graph.node]
+    assert operators.count("Attention") == attention_count(config)
+    forbidden = {"ScatterND", "ScatterElements", "Einsum", "If", "Loop", "SplitToSequence"}
+    assert not forbidden & set(operators)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 23)]
+
+
+def test_inputs_and_output_have_our_names_and_static_shapes() -> None:
+    config = small_config("flf2v-14b")
+    graph = lowered("flf2v-14b", "fp32").graph
+    shapes = {i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for i in graph.input}
+    assert shapes == input_shapes(config, small_geometry(config))
+    assert [output.name for output in graph.output] == ["velocity"]
+
+
+def test_attention_nodes_have_one_output_and_no_mask() -> None:
+    nodes = [n for n in lowered("t2v-1.3b", "fp32").graph.node if n.op_type == "Attention"]
+    assert {(len(node.input), len(node.output)) for node in nodes} == {(3, 1)}
+
+
+def test_the_same_graph_twice_has_the_same_bytes() -> None:
+    one, other = (lowered("t2v-1.3b", "fp32").SerializeToString() for _ in range(2))
+    assert hashlib.sha256(one).digest() == hashlib.sha256(other).digest()
