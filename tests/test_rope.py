@@ -52,11 +52,18 @@ def test_bit_equal_to_strided_writes_at_video_scale(dtype: torch.dtype) -> None:
     assert rotated.dtype == dtype
 
 
-def test_within_one_bf16_ulp_of_the_complex_original() -> None:
-    x = torch.randn(1, 8192, 2, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    ours = apply_rope(x, *tables(VIDEO_GRID)).view(torch.int16).int()
-    exact = complex_original(x, VIDEO_GRID).bfloat16().view(torch.int16).int()
-    assert (ours - exact).abs().max() <= 1
+@pytest.mark.parametrize("seed", range(4))
+def test_within_one_bf16_ulp_of_the_complex_original(seed: int) -> None:
+    x = torch.randn(1, 8192, 2, 128, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    rotated, exact = apply_rope(x, *tables(VIDEO_GRID)), complex_original(x, VIDEO_GRID)
+    ulps = rotated.view(torch.int16).int() - exact.bfloat16().view(torch.int16).int()
+    # Where a pair's products cancel to almost nothing, what is left has the rounding of fp32.
+    pair_norm = (
+        x.double().unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True).expand(-1, -1, -1, -1, 2)
+    )
+    cancelled = (rotated.double() - exact).abs() <= 2e-7 * pair_norm.flatten(-2)
+    assert ((ulps.abs() <= 1) | cancelled).all()
+    assert (ulps.abs() > 1).sum() < 10
 
 
 def test_tables_are_diffusers_own() -> None:

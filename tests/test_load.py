@@ -1,0 +1,92 @@
+"""Which engine `load` opens, and what it refuses."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wanexport.exporter.build import build
+from wanexport.exporter.parity import forward_inputs
+from wanexport.graphs.checkpoint import RandomWeights, write_weights
+from wanexport.graphs.config import PRESETS
+from wanexport.runtime import WanExportError, load
+from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.manifest import TensorSpec
+
+
+@pytest.fixture(scope="module")
+def two_shapes(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("two") / "bundle"))
+    build("tiny", random_weights=0, resolution="64x64", frames=5, output=bundle)
+    return bundle
+
+
+def inputs() -> dict[str, np.ndarray]:
+    return forward_inputs(PRESETS["tiny"].config, Geometry(64, 96, 9), 500.0, seed=0)
+
+
+def test_the_exact_engine_is_preferred_on_a_cpu(tiny_bundle: Path) -> None:
+    denoiser = load(tiny_bundle)
+    assert denoiser.record.name == "64x96x9/onnx-fp32"
+    assert denoiser.inputs["latent"] == TensorSpec((1, 16, 3, 8, 12), "fp32")
+    assert load(str(tiny_bundle), dtype="fp16").record.dtype == "fp16"
+
+
+def test_several_shapes_need_a_choice(two_shapes: Path) -> None:
+    with pytest.raises(WanExportError, match="holds several shapes .*64x64x5/onnx-fp32"):
+        load(two_shapes)
+    assert load(two_shapes, frames=5).geometry.name == "64x64x5"
+    assert load(two_shapes, resolution="96*64").geometry.name == "64x96x9"
+
+
+def test_what_the_bundle_does_not_hold_is_named(tiny_bundle: Path) -> None:
+    with pytest.raises(WanExportError, match="no such engine; it holds 64x96x9/onnx-fp32"):
+        load(tiny_bundle, resolution="480x832")
+    with pytest.raises(WanExportError, match="no such engine"):
+        load(tiny_bundle, backend="aoti")
+    with pytest.raises(WanExportError, match="bf16, which ONNX Runtime cannot execute on a CPU"):
+        load(tiny_bundle, dtype="bf16")
+    with pytest.raises(WanExportError, match="'cuda' is not served"):
+        load(tiny_bundle, device="cuda")
+
+
+def test_other_weights_of_the_same_layout_are_taken(tiny_bundle: Path, tmp_path: Path) -> None:
+    config = PRESETS["tiny"].config
+    path = tmp_path / "denoiser.safetensors"
+    write_weights(path, config, "fp32", RandomWeights(config, 0, ""))
+    own = load(tiny_bundle)(**inputs())
+    np.testing.assert_array_equal(load(tiny_bundle, weights=tmp_path)(**inputs()), own)
+    write_weights(path, config, "fp32", RandomWeights(config, 1, ""))
+    assert np.abs(load(tiny_bundle, weights=tmp_path)(**inputs()) - own).max() > 0.1
+
+
+def test_weights_of_another_layout_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(WanExportError, match=r"has no denoiser\.safetensors"):
+        load(tiny_bundle, weights=tmp_path)
+    config = PRESETS["tiny"].config
+    path = tmp_path / "denoiser.safetensors"
+    write_weights(path, config, "bf16", RandomWeights(config, 0, ""))
+    with pytest.raises(WanExportError, match="laid out for another engine"):
+        load(tiny_bundle, weights=tmp_path)
+
+
+def test_the_weights_are_mapped_not_copied(tiny_bundle: Path) -> None:
+    """A changed byte in the weights file is seen by an open engine: it holds no copy."""
+    denoiser = load(tiny_bundle)
+    own = denoiser(**inputs())
+    record = tiny_bundle / "weights" / "fp32" / "denoiser.safetensors"
+    from wanexport.runtime.tensorfile import read_header
+
+    entry = read_header(record)["head.head.bias"]
+    with record.open("r+b") as file:
+        file.seek(entry.offset)
+        kept = file.read(entry.size)
+        file.seek(entry.offset)
+        file.write(np.full(64, 3.0, np.float32).tobytes())
+    try:
+        assert np.abs(denoiser(**inputs()) - own).max() > 1
+    finally:
+        with record.open("r+b") as file:
+            file.seek(entry.offset)
+            file.write(kept)

@@ -1,0 +1,113 @@
+"""The manifest is read back as written, and anything else is refused in one line."""
+
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.manifest import (
+    SCHEMA,
+    bundle_lock,
+    check_engine_file,
+    check_weights,
+    read_manifest,
+    write_manifest,
+)
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle that a test may damage."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def edit(bundle: Path, **fields: object) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_a_round_trip_keeps_everything(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    write_manifest(bundle, manifest)
+    assert read_manifest(bundle) == manifest
+
+
+def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(WanExportError, match=r"is no bundle: it has no manifest\.json"):
+        read_manifest(tmp_path)
+    with pytest.raises(WanExportError, match="is no bundle"):
+        read_manifest(tmp_path / "nowhere")
+
+
+def test_another_schema_is_refused_with_both_numbers(bundle: Path) -> None:
+    edit(bundle, schema=SCHEMA + 1)
+    with pytest.raises(WanExportError, match=f"has schema {SCHEMA + 1}.*reads {SCHEMA}"):
+        read_manifest(bundle)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"schema": 1}', '{"schema": "1"}'])
+def test_a_damaged_manifest_is_refused(bundle: Path, content: str) -> None:
+    (bundle / "manifest.json").write_text(content)
+    with pytest.raises(WanExportError, match="build the bundle again"):
+        read_manifest(bundle)
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "weights/../../x"])
+def test_paths_outside_the_bundle_are_refused(bundle: Path, path: str) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["weights"]["fp32"]["file"]["path"] = path
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(WanExportError, match="lies outside the bundle"):
+        read_manifest(bundle)
+
+
+def test_missing_short_and_altered_files_are_told_apart(bundle: Path) -> None:
+    engine = next(iter(read_manifest(bundle).engines[0].files.values()))
+    path = bundle / engine.path
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(WanExportError, match="was altered after the build"):
+        check_engine_file(bundle, engine)
+    path.write_bytes(content[:-1])
+    with pytest.raises(WanExportError, match=f"{len(content) - 1} bytes, the manifest says"):
+        check_engine_file(bundle, engine)
+    path.unlink()
+    with pytest.raises(WanExportError, match="is missing from the bundle"):
+        check_engine_file(bundle, engine)
+
+
+def test_weights_with_another_header_are_refused(bundle: Path) -> None:
+    record = read_manifest(bundle).weights["fp32"]
+    path = bundle / record.file.path
+    content = bytearray(path.read_bytes())
+    position = content.index(b"head.head.bias")
+    content[position : position + 4] = b"tail"
+    path.write_bytes(content)
+    with pytest.raises(WanExportError, match="another header than the manifest says"):
+        check_weights(bundle, record)
+
+
+def _hold(bundle: Path, held: object, release: object) -> None:
+    with bundle_lock(bundle):
+        held.set()  # type: ignore[attr-defined]
+        release.wait()  # type: ignore[attr-defined]
+
+
+def test_two_writers_exclude_each_other(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    held, release = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, held, release))
+    process.start()
+    try:
+        assert held.wait(10)
+        with pytest.raises(WanExportError, match="another wanexport is writing"):
+            with bundle_lock(tmp_path):
+                pass
+    finally:
+        release.set()
+        process.join()
+    with bundle_lock(tmp_path):
+        pass
