@@ -1,0 +1,38 @@
+# Two commands do everything on a machine with Python 3.11+ and pip: make demo, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test check lint types clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,build]' --group dev
+	touch $@
+
+demo: setup
+	rm -rf demo && mkdir demo
+	$(BIN)/python samples/01_text_embeddings.py demo/text.safetensors
+	$(BIN)/wanexport build -m tiny --random-weights 0 --resolution 128x192 --frames 17 -o demo/bundle
+	$(BIN)/wanexport run demo/bundle --text demo/text.safetensors --steps 8 --seed 0 -o demo/latents.safetensors
+	$(BIN)/wanexport compare demo/bundle --steps 8
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: lint types test
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Type checkers do not see through setuptools' package mapping: the link shows them the packages.
+types: setup
+	mkdir -p .typing && ln -sfn '$(CURDIR)' .typing/wanexport
+	$(BIN)/mypy -p wanexport.exporter -p wanexport.graphs -p wanexport.runtime
+	$(BIN)/mypy tests samples
+
+clean:
+	rm -rf .venv .typing .mypy_cache .pytest_cache .ruff_cache build dist demo *.egg-info
