@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import onnx
@@ -40,8 +41,9 @@ _IR_DTYPES = {
     "BF16": ir.DataType.BFLOAT16,
     "F16": ir.DataType.FLOAT16,
 }
+_LARGEST_FOLDED = 8192  # elements: folded further, the RoPE tables would grow to the whole grid
 _CLEANUPS = (
-    optimizer.fold_constants,
+    partial(optimizer.fold_constants, output_size_limit=_LARGEST_FOLDED),
     IdentityEliminationPass(),
     DeduplicateInitializersPass(),
     CommonSubexpressionEliminationPass(),

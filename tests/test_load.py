@@ -34,7 +34,7 @@ def test_the_exact_engine_is_preferred_on_a_cpu(tiny_bundle: Path) -> None:
 
 
 def test_several_shapes_need_a_choice(two_shapes: Path) -> None:
-    with pytest.raises(WanExportError, match="holds several shapes .*64x64x5/onnx-fp32"):
+    with pytest.raises(WanExportError, match=r"holds several shapes .*64x64x5/onnx-fp32"):
         load(two_shapes)
     assert load(two_shapes, frames=5).geometry.name == "64x64x5"
     assert load(two_shapes, resolution="96*64").geometry.name == "64x96x9"

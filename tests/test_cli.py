@@ -1,0 +1,166 @@
+"""The command line: what it prints, its exit codes, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from wanexport.exporter.cli import cli, main
+from wanexport.runtime.tensorfile import load_arrays, save_arrays
+
+
+def wanexport(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the installed command in a process of its own."""
+    command = [sys.executable, "-m", "wanexport.exporter.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def text(tmp_path: Path, rng: np.random.Generator) -> Path:
+    path = tmp_path / "text.safetensors"
+    rows = rng.standard_normal((2, 9, 4096)).astype(np.float32)
+    save_arrays(path, {"text": rows[0], "negative": rows[1]})
+    return path
+
+
+def test_run_writes_the_latent_and_says_how(tiny_bundle: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "latents.safetensors"
+    options = ("--text", text, "-o", output, "--steps", 3, "--seed", 7)
+    result = invoke("run", tiny_bundle, *options, "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["seed"] == 7
+    assert record["timesteps"] == [999, 908, 713]
+    latent = load_arrays(output)["latent"]
+    assert latent.shape == (1, 16, 3, 8, 12)
+    assert invoke("run", tiny_bundle, *options).exit_code == 0
+    np.testing.assert_array_equal(load_arrays(output)["latent"], latent)
+    assert invoke("run", tiny_bundle, *options[:-1], 8).exit_code == 0
+    assert not np.array_equal(load_arrays(output)["latent"], latent)
+
+
+def test_run_takes_distilled_timesteps_and_its_own_noise(
+    tiny_bundle: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    noise = rng.standard_normal((1, 16, 3, 8, 12)).astype(np.float32)
+    text = np.ones((3, 4096), np.float32)
+    save_arrays(tmp_path / "in.safetensors", {"text": text, "noise": noise})
+    arguments = ("--text", tmp_path / "in.safetensors", "-o", tmp_path / "out.safetensors")
+    result = invoke("run", tiny_bundle, *arguments, "--timesteps", "1000,500", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert (record["solver"], record["timesteps"]) == ("euler", [1000, 500])
+    assert set(record["guidance"]) == {1}
+
+
+def test_compare_prints_a_table_and_passes(tiny_bundle: Path) -> None:
+    result = invoke("compare", tiny_bundle, "--steps", 2)
+    assert result.exit_code == 0, result.output
+    assert "64x96x9/onnx-fp32: passed" in result.stdout
+    assert json.loads(invoke("compare", tiny_bundle, "--steps", 1, "--json").stdout)["passed"]
+
+
+def test_compare_fails_with_exit_code_one(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanexport.exporter.parity.FP32_GATE", 1e-9)
+    result = invoke("compare", tiny_bundle, "--steps", 1, "--json")
+    assert result.exit_code == 1
+    assert not json.loads(result.stdout)["passed"]
+
+
+def test_build_prints_its_record(tmp_path: Path) -> None:
+    model = ("-m", "TINY", "--random-weights", 3, "--resolution", "48*32", "--frames", 1)
+    child = wanexport("build", *model, "-o", tmp_path / "b", "--json")
+    assert child.returncode == 0, child.stderr
+    record = json.loads(child.stdout)
+    assert record["engines"][0]["name"] == "32x48x1/onnx-fp32"
+    child = wanexport("build", *model, "-o", tmp_path / "b")
+    assert "height 32, width 48, 1 frames, 6 tokens" in child.stdout
+    assert "reused: weights fp32, engine 32x48x1/onnx-fp32" in child.stdout
+
+
+BUILD = ("build", "--resolution", "64x96", "--frames", "9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("build", "-m", "tiny", "--random-weights", "0", "--resolution", "64x97", "--frames", "9"),
+         "multiples of 16; nearest: --resolution 64x96 or 64x112"),
+        (("build", "-m", "ti2v-5b", "--random-weights", "0", "--resolution", "720x1280",
+          "--frames", "121"), "multiples of 32; nearest: --resolution 704x1280 or 736x1280"),
+        (("build", "-m", "tiny", "--random-weights", "0", "--resolution", "64x96", "--frames", "8"),
+         "expected 4k+1; nearest: --frames 5 or 9"),
+        ((*BUILD, "-m", "tiny"), "is a preset, not a checkpoint: add --random-weights"),
+        ((*BUILD, "-m", "nowhere/at/all"), "nowhere/at/all does not exist"),
+        ((*BUILD, "-m", "huge", "--random-weights", "0"), "'huge' is no preset"),
+        (("run", "{tmp}", "--text", "x", "-o", "y"), "is no bundle"),
+        (("run", "{bundle}", "--text", "{tmp}/no", "-o", "y"), "cannot read"),
+        (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/no/y"), "is no folder"),
+        (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y", "--guidance", "a"),
+         "--guidance 'a': expected numbers"),
+        (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y", "--timesteps", "1,2"),
+         "timesteps must fall"),
+        (("compare", "{bundle}", "--resolution", "480x832"), "no such engine"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_exit_code_two(
+    arguments: tuple[str, ...],
+    message: str,
+    tiny_bundle: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    before = sorted(tmp_path.iterdir())
+    filled = [a.format(tmp=tmp_path, bundle=tiny_bundle, text=text) for a in arguments]
+    monkeypatch.setattr(sys, "argv", ["wanexport", *filled])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wanexport.exporter.build.write_weights", full)
+    options = ["--random-weights", "0", "--resolution", "64x96", "--frames", "9"]
+    argv = ["wanexport", "build", "-m", "tiny", *options, "-o", str(tmp_path / "b")]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [("--backend", "vulkan"), ("--dtype", "int4"), ("--frames", "x")]
+)
+def test_unknown_choices_are_refused_by_name(options: tuple[str, str]) -> None:
+    result = invoke(*BUILD, *options)
+    assert result.exit_code == 2
+    assert options[0] in result.output
+
+
+def test_help_names_every_command() -> None:
+    result = invoke("--help")
+    assert all(name in result.output for name in ("build", "run", "compare"))
+    assert "wanexport, version" in invoke("--version").output

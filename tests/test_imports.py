@@ -1,0 +1,83 @@
+"""Imports go one way, and the runtime needs neither PyTorch nor time."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {"runtime": {"exporter", "graphs"}, "graphs": {"exporter"}, "exporter": set()}
+WITHOUT_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Refuse())
+"""
+BLOCKED = {"torch", "onnx", "onnx_ir", "onnxscript", "diffusers", "transformers", "safetensors"}
+
+
+def imported_packages(file: Path) -> set[str]:
+    """The wanexport sub-packages that a file imports anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("wanexport.")}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_go_one_way(package: str) -> None:
+    files = list((ROOT / package).glob("*.py"))
+    assert files
+    for file in files:
+        assert not imported_packages(file) & FORBIDDEN[package], file
+
+
+def test_the_import_walk_sees_each_form(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text("def f():\n    from wanexport import graphs\nimport wanexport.exporter.cli\n")
+    assert imported_packages(file) == {"graphs", "exporter"}
+
+
+def test_the_runtime_imports_in_under_300_ms() -> None:
+    code = "import time; t = time.perf_counter(); import wanexport.runtime; "
+    code += "print(time.perf_counter() - t)"
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(times) < 0.3
+
+
+def test_load_sample_and_run_work_without_torch(tiny_bundle: Path, tmp_path: Path) -> None:
+    code = WITHOUT_TORCH.format(blocked=BLOCKED) + (
+        "import numpy as np\n"
+        "from wanexport.runtime import load, sample\n"
+        f"denoiser = load({str(tiny_bundle)!r})\n"
+        "noise = np.zeros(denoiser.inputs['latent'].shape, np.float32)\n"
+        "text = np.ones((7, 4096), np.float32)\n"
+        "steps = list(sample(denoiser, noise=noise, text=text, steps=2, guidance=1))\n"
+        "assert np.isfinite(steps[-1].latent).all()\n"
+        "from pathlib import Path\n"
+        "from wanexport.runtime.tensorfile import save_arrays\n"
+        f"save_arrays(Path({str(tmp_path / 't')!r}), {{'text': text, 'negative': -text}})\n"
+        f"sys.argv = ['wanexport', 'run', {str(tiny_bundle)!r}, '--text', {str(tmp_path / 't')!r},"
+        f" '--steps', '2', '-o', {str(tmp_path / 'latents')!r}]\n"
+        "from wanexport.exporter.cli import main\n"
+        "main()\n"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert (tmp_path / "latents").exists()
+
+
+def test_the_block_would_be_noticed() -> None:
+    code = WITHOUT_TORCH.format(blocked=BLOCKED) + "import wanexport.graphs.model\n"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "torch is blocked" in child.stderr

@@ -1,0 +1,59 @@
+"""The wheel holds every module, and no folder of the tree is forgotten."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from itertools import chain
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+NOT_SHIPPED = {"tests", "samples"}
+
+
+def tracked(pattern: str) -> list[str]:
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", pattern],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return listing.stdout.split()
+
+
+def test_every_folder_with_code_is_mapped() -> None:
+    folders = {str(Path(name).parent) for name in tracked("*.py")} - NOT_SHIPPED
+    mapping = PROJECT["tool"]["setuptools"]["package-dir"]
+    assert folders == set(mapping.values())
+    assert set(mapping) == set(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in tracked("*"):
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(source)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
+    folders = PROJECT["tool"]["setuptools"]["package-dir"].values()
+    expected = {f"wanexport/{name}" for folder in folders for name in tracked(f"{folder}/*")}
+    assert names == expected
+
+
+def test_constraints_pin_what_the_project_names() -> None:
+    pins = {
+        line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().split()
+    }
+    extras = PROJECT["project"]["optional-dependencies"]
+    groups = [PROJECT["project"]["dependencies"], PROJECT["dependency-groups"]["dev"]]
+    for requirement in chain(*groups, *extras.values()):
+        name = requirement.split(">")[0].split("=")[0].split("<")[0].lower()
+        assert name in pins, name
