@@ -74,7 +74,8 @@ def build(as_json: bool, **options: Any) -> None:
 
     Ends with a proof: a fresh process opens the engine and compares it with eager PyTorch.
     """
-    from wanexport.exporter.build import build as run_build
+    with _needing_the_build_extra():
+        from wanexport.exporter.build import build as run_build
 
     with _progress() as show:
         record = run_build(progress=show, **options)
@@ -178,7 +179,8 @@ def run(
 @as_json
 def compare(bundle: Path, as_json: bool, **options: Any) -> None:
     """Compare an engine with eager PyTorch, step by step; exit code 1 when the gate fails."""
-    from wanexport.exporter.compare import compare as run_compare
+    with _needing_the_build_extra():
+        from wanexport.exporter.compare import compare as run_compare
 
     with _progress() as show:
         result = run_compare(bundle, progress=show, **options)
@@ -240,6 +242,16 @@ def _bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+@contextmanager
+def _needing_the_build_extra() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise WanExportError(
+            f"this command needs {error.name}: pip install 'wanexport[build,cpu]'"
+        ) from error
 
 
 @contextmanager

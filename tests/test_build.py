@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from tests.wan_reference import (
     write_diffusers,
     write_official,
 )
+from wanexport.exporter import to_onnx
 from wanexport.exporter.build import build
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.graphs.config import EXPERTS
@@ -142,15 +144,13 @@ def test_verify_full_runs_every_block(tmp_path: Path) -> None:
 
 
 def test_a_failed_proof_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wanexport.exporter.to_onnx as to_onnx
-
     whole = to_onnx.to_onnx
 
     def unscaled(program: Any, weights: Any) -> Any:
         graph = whole(program, weights)
         for node in graph.graph:
             if node.op_type == "Attention":
-                node.attributes.add(to_onnx.ir.AttrFloat32("scale", 0.1))
+                node.attributes.add(onnx_ir.AttrFloat32("scale", 0.1))
         return graph
 
     monkeypatch.setattr(to_onnx, "to_onnx", unscaled)

@@ -128,8 +128,8 @@ def test_conditioned_families_are_compared_through_their_own_inputs(
 
 def test_relative_l2_and_gates() -> None:
     one = np.ones(4, np.float32)
-    assert relative_l2(one * np.float32(1.5), one) == 0.5
-    assert np.isnan(relative_l2(np.float32([1, 1, np.inf, 1]), one))
+    assert relative_l2(1.5 * one, one) == 0.5
+    assert np.isnan(relative_l2(np.array([1, 1, np.inf, 1]), one))
     assert not Parity(float("nan"), None).passed
     assert measure(one, one, None).gate == 1e-5
     assert Parity(1.2e-3, 1e-3).passed

@@ -14,7 +14,7 @@ import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {blocked!r}:
-            raise ImportError(name + " is blocked")
+            raise ImportError(name + " is blocked", name=name)
 sys.meta_path.insert(0, Refuse())
 """
 BLOCKED = {"torch", "onnx", "onnx_ir", "onnxscript", "diffusers", "transformers", "safetensors"}
@@ -77,7 +77,13 @@ def test_load_sample_and_run_work_without_torch(tiny_bundle: Path, tmp_path: Pat
     assert (tmp_path / "latents").exists()
 
 
-def test_the_block_would_be_noticed() -> None:
-    code = WITHOUT_TORCH.format(blocked=BLOCKED) + "import wanexport.graphs.model\n"
+def test_build_without_torch_names_what_to_install() -> None:
+    code = WITHOUT_TORCH.format(blocked=BLOCKED) + (
+        "sys.argv = ['wanexport', 'build', '--resolution', '64x96', '--frames', '9']\n"
+        "from wanexport.exporter.cli import main\n"
+        "main()\n"
+    )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "torch is blocked" in child.stderr
+    assert child.returncode == 2
+    assert "pip install 'wanexport[build,cpu]'" in child.stderr
+    assert child.stderr.count("\n") == 1
