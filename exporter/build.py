@@ -18,14 +18,10 @@ from wanexport.exporter.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.model_source import ModelSource, resolve
 from wanexport.exporter.proof import MAX_TOKENS, Job, run_in_fresh_process
 from wanexport.graphs import config as graph_config
-from wanexport.graphs import lint, model, rope
-from wanexport.graphs.checkpoint import (
-    CheckpointWeights,
-    SourceTensor,
-    weights_layout,
-    write_weights,
-)
+from wanexport.graphs import lint, model, rope, signature
+from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.graphs.config import WanConfig, sampling_defaults
+from wanexport.graphs.weights import CheckpointWeights, weights_layout, write_weights
 from wanexport.runtime import attention, onnx_engine
 from wanexport.runtime.geometry import Geometry, parse_resolution
 from wanexport.runtime.load import RUNNABLE_DTYPES, WEIGHTS_FILE
@@ -39,9 +35,9 @@ from wanexport.runtime.manifest import (
     file_record,
     write_durably,
 )
-from wanexport.runtime.tensorfile import TensorEntry, header_sha256
+from wanexport.runtime.tensorfile import header_sha256
 
-_GRAPH_CODE = (graph_config, model, rope, lint, attention, trace, to_onnx)
+_GRAPH_CODE = (graph_config, model, rope, signature, lint, attention, trace, to_onnx)
 _GRAPH_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (0 when the length is unknown)
@@ -102,17 +98,25 @@ def build(
             request = Request(source.config, geometry, backend, dtype, verify)
             reused += add_engine(writer, source, request, progress)
         writer.commit()
-    engines = [e for e in writer.manifest.engines if e.geometry == geometry and e.dtype == dtype]
-    weights = {name: w for name, w in writer.manifest.weights.items() if w.dtype == dtype}
     return {
-        "bundle": str(bundle),
-        "model": source.name,
-        "tokens": geometry.num_tokens,
-        "weights": {name: asdict(record.file) for name, record in weights.items()},
-        "engines": [{"name": engine.name, **asdict(engine)} for engine in engines],
+        **_summary(writer, geometry, dtype),
         "reused": reused,
         "seconds": round(time.monotonic() - started, 2),
         "peak_rss_bytes": peak_rss(),
+    }
+
+
+def _summary(writer: BundleWriter, geometry: Geometry, dtype: str) -> dict[str, Any]:
+    """The part of the record that says what the bundle holds for this request."""
+    manifest = writer.manifest
+    weights = {name: asdict(w.file) for name, w in manifest.weights.items() if w.dtype == dtype}
+    engines = [e for e in manifest.engines if e.geometry == geometry and e.dtype == dtype]
+    return {
+        "bundle": str(writer.path),
+        "model": manifest.model,
+        "tokens": geometry.num_tokens,
+        "weights": weights,
+        "engines": [{"name": engine.name, **asdict(engine)} for engine in engines],
     }
 
 
@@ -179,49 +183,53 @@ def add_engine(
     writer: BundleWriter, source: ModelSource, request: Request, progress: Progress
 ) -> list[str]:
     """Compile and prove one engine, or return what is reused because the bundle holds it."""
-    key = request.key()
     sets = {n: w for n, w in writer.manifest.weights.items() if w.dtype == request.dtype}
-    proven = {name: record.key for name, record in sets.items()}
-    engine = writer.find_engine(key, proven)
+    proven_with = {name: record.key for name, record in sets.items()}
+    engine = writer.find_engine(request.key(), proven_with)
     if engine:
         writer.put_engine(engine)
         return [f"engine {engine.name}"]
-    started = time.monotonic()
     progress(f"{request.label}: tracing and lowering", 0, 0)
-    folder = writer.free_folder(Path("engines") / request.geometry.name / request.label)
-    path = folder / "denoiser.onnx"
-    header, entries = weights_layout(request.config, request.dtype)
-    graph, counts = to_onnx.lower(request.config, request.geometry, request.dtype, entries)
-    write_durably(path, to_onnx.serialize(graph))
-    compiled = time.monotonic()
+    engine = compile_engine(writer, source, request)
     progress(f"{request.label}: proving in a fresh process", 0, 0)
+    started = time.monotonic()
     files = {record.expert: writer.path / record.file.path for record in sets.values()}
-    proof = prove(request, path, files, entries)
-    build_record = {
-        "seconds": round(compiled - started, 2),
-        "proof_seconds": round(time.monotonic() - compiled, 2),
-        "nodes": dict(sorted(to_onnx.node_counts(graph).items())),
-        "flops_per_forward": model.forward_flops(request.config, request.geometry),
-        **{library: version(library) for library in _GRAPH_LIBRARIES},
-    }
-    shapes = model.input_shapes(request.config, request.geometry)
-    engine = EngineRecord(
+    proof = prove(request, writer.path / engine.files["denoiser"].path, files)
+    seconds = round(time.monotonic() - started, 2)
+    proof |= {"weights": proven_with, "seconds": seconds}
+    writer.put_engine(replace(engine, proof=proof))
+    return []
+
+
+def compile_engine(writer: BundleWriter, source: ModelSource, request: Request) -> EngineRecord:
+    """Write the engine's file and return its record, which has no proof yet."""
+    started = time.monotonic()
+    config, geometry = request.config, request.geometry
+    folder = writer.free_folder(Path("engines") / geometry.name / request.label)
+    path = folder / "denoiser.onnx"
+    header, entries = weights_layout(config, request.dtype)
+    graph, counts = to_onnx.lower(config, geometry, request.dtype, entries)
+    write_durably(path, to_onnx.serialize(graph))
+    shapes = signature.input_shapes(config, geometry)
+    return EngineRecord(
         backend=request.backend,
         dtype=request.dtype,
-        geometry=request.geometry,
+        geometry=geometry,
         inputs={name: TensorSpec(shape) for name, shape in shapes.items()},
         output=TensorSpec(shapes["latent"]),
-        sampling=_sampling(source, request.geometry),
+        sampling=_sampling(source, geometry),
         files={"denoiser": file_record(writer.path, path)},
         weights_header_sha256=hashlib.sha256(header).hexdigest(),
-        key=key,
+        key=request.key(),
         target=onnx_engine.versions(),
-        build=build_record,
+        build={
+            "seconds": round(time.monotonic() - started, 2),
+            "nodes": dict(sorted(to_onnx.node_counts(graph).items())),
+            "flops_per_forward": signature.forward_flops(config, geometry),
+            **{library: version(library) for library in _GRAPH_LIBRARIES},
+        },
         lint=counts,
-        proof={**proof, "weights": proven},
     )
-    writer.put_engine(engine)
-    return []
 
 
 def _sampling(source: ModelSource, geometry: Geometry) -> SamplingDefaults:
@@ -230,9 +238,7 @@ def _sampling(source: ModelSource, geometry: Geometry) -> SamplingDefaults:
     return defaults if source.boundary is None else replace(defaults, boundary=source.boundary)
 
 
-def prove(
-    request: Request, engine: Path, weights: dict[str, Path], entries: dict[str, TensorEntry]
-) -> dict[str, Any]:
+def prove(request: Request, engine: Path, weights: dict[str, Path]) -> dict[str, Any]:
     """Lower the cut of the graph and hand it to a fresh process, with each expert's weights.
 
     Raises WanExportError when the proof fails.
@@ -240,7 +246,8 @@ def prove(
     config, dtype = request.config, request.dtype
     cut = cut_to_ends(config) if request.verify == "ends" else config
     small = request.geometry.reduced(MAX_TOKENS)
-    tensors = tensors_of_cut(list(model.parameter_shapes(cut)), config)
+    tensors = tensors_of_cut(list(signature.parameter_shapes(cut)), config)
+    entries = weights_layout(config, dtype)[1]
     runs_here = dtype in RUNNABLE_DTYPES
     with tempfile.TemporaryDirectory(prefix="wanexport-proof-") as name:
         folder = Path(name)

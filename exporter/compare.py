@@ -18,7 +18,7 @@ from wanexport.exporter.build import Progress
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import Parity, measure, relative_l2, seeded_inputs
 from wanexport.graphs.config import WanConfig
-from wanexport.graphs.model import parameter_shapes
+from wanexport.graphs.signature import parameter_shapes
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.load import load, weights_folders
 from wanexport.runtime.manifest import (

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wanexport.graphs.checkpoint import DTYPES, load_weights
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.model import WanModel
+from wanexport.graphs.weights import DTYPES, load_weights
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.tensorfile import read_header

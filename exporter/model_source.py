@@ -4,13 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanexport.graphs.checkpoint import (
-    Checkpoint,
-    CheckpointWeights,
-    RandomWeights,
-    open_checkpoint,
-)
+from wanexport.graphs.checkpoint import Checkpoint, open_checkpoint
 from wanexport.graphs.config import PRESETS, WanConfig, variant
+from wanexport.graphs.weights import CheckpointWeights, RandomWeights
 from wanexport.runtime.errors import WanExportError
 
 DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B"

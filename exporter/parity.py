@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from wanexport.graphs.config import WanConfig
-from wanexport.graphs.model import input_shapes
+from wanexport.graphs.signature import input_shapes
 from wanexport.runtime.denoiser import pad_text
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.sample import seeded_noise

@@ -27,10 +27,10 @@ from onnxscript import optimizer
 from torch.export import ExportedProgram
 
 from wanexport.exporter.trace import trace
-from wanexport.graphs.checkpoint import DTYPES
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.lint import lint_program
-from wanexport.graphs.model import attention_count
+from wanexport.graphs.signature import attention_count
+from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.tensorfile import TensorEntry
@@ -83,17 +83,20 @@ def to_onnx(program: ExportedProgram, weights: Mapping[str, TensorEntry]) -> ir.
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     del model.graph.inputs[num_inputs:]
     for name, value in parameters.items():
-        entry = weights[name]
-        value.const_value = ir.ExternalTensor(
-            WEIGHTS_FILE,
-            entry.offset,
-            entry.size,
-            _IR_DTYPES[entry.dtype],
-            shape=ir.Shape(entry.shape),
-            name=name,
-        )
+        value.const_value = _in_weights_file(name, weights[name])
         model.graph.initializers.add(value)
     return model
+
+
+def _in_weights_file(name: str, entry: TensorEntry) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        WEIGHTS_FILE,
+        entry.offset,
+        entry.size,
+        _IR_DTYPES[entry.dtype],
+        shape=ir.Shape(entry.shape),
+        name=name,
+    )
 
 
 def lower(

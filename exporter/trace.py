@@ -6,7 +6,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from wanexport.graphs.config import WanConfig
-from wanexport.graphs.model import WanModel, input_shapes
+from wanexport.graphs.model import WanModel
+from wanexport.graphs.signature import input_shapes
 from wanexport.runtime.geometry import Geometry
 
 

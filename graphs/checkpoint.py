@@ -1,33 +1,23 @@
-"""Find a Wan checkpoint's tensors in either layout, and stream them into a weights file.
+"""Find a Wan checkpoint's tensors in either layout, and the config that follows from them.
 
 Layouts: the official one (Wan-Video) and diffusers', as single files or shards with an index, in
 fp32, bf16 or fp16. One key table maps diffusers' names to the official ones.
 """
 
-import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any
 
 from wanexport.graphs.config import EXPERTS, WanConfig
-from wanexport.graphs.model import parameter_dtype, parameter_shapes
+from wanexport.graphs.signature import parameter_shapes
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import fsync_folder
-from wanexport.runtime.tensorfile import TensorEntry, make_header, read_fully, read_header
+from wanexport.runtime.tensorfile import TensorEntry, read_header
 
-CHUNK = 1 << 23  # elements converted at a time: 32 MB of fp32
 HEAD_DIM = 128  # of every published Wan; used when a checkpoint comes without config.json
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_TORCH_DTYPES = {name: dtype for dtype, name in _SAFETENSORS_DTYPES.items()}
+STORED_DTYPES = ("F32", "BF16", "F16")
 _PREFIX = "model.diffusion_model."
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _SUBFOLDERS = {  # of the two experts, or of diffusers' one model
@@ -173,24 +163,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def official_name(name: str) -> str:
     """Translate a diffusers parameter name; a name the table lacks is returned as it is."""
-    number = re.match(r"blocks\.(\d+)\.", name)
-    generic = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
-    stem, _, last = generic.rpartition(".")
-    wild = f"{stem}.*" if last in ("weight", "bias") else generic
-    if wild not in _KEY_TABLE:
-        return name
-    official = _KEY_TABLE[wild].replace("*", last)
-    return official.replace("{}", number[1]) if number else official
+    return _translate(name, _KEY_TABLE)
 
 
 def diffusers_name(name: str) -> str:
     """Translate an official parameter name to diffusers'; the inverse of `official_name`."""
+    return _translate(name, {official: diffusers for diffusers, official in _KEY_TABLE.items()})
+
+
+def _translate(name: str, table: Mapping[str, str]) -> str:
     number = re.match(r"blocks\.(\d+)\.", name)
     generic = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
     stem, _, last = generic.rpartition(".")
     wild = f"{stem}.*" if last in ("weight", "bias") else generic
-    diffusers = {v: k for k, v in _KEY_TABLE.items()}[wild].replace("*", last)
-    return diffusers.replace("{}", number[1]) if number else diffusers
+    if wild not in table:
+        return name
+    translated = table[wild].replace("*", last)
+    return translated.replace("{}", number[1]) if number else translated
 
 
 def recognise(
@@ -239,7 +228,7 @@ def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path:
         entry = tensors[name].entry
         if entry.shape != expected[name]:
             problems.append(f"{name} is {list(entry.shape)}, expected {list(expected[name])}")
-        elif entry.dtype not in _TORCH_DTYPES:
+        elif entry.dtype not in STORED_DTYPES:
             problems.append(f"{name} is {entry.dtype}, expected F32, BF16 or F16")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -247,159 +236,3 @@ def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path:
             f"{path} does not fit a Wan of dim {config.dim} and {config.num_layers} blocks: "
             f"{'; '.join(sorted(problems)[:8])}{more}"
         )
-
-
-class WeightSource(Protocol):
-    """Gives parameters in chunks, and a hash that tells two sources apart."""
-
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """The parameter's elements in order, as 1-D tensors of its stored dtype."""
-        ...
-
-    def digest(self) -> str:
-        """A hash of the content of all parameters."""
-        ...
-
-
-class CheckpointWeights:
-    """Reads one expert's tensors from its files, chunk by chunk."""
-
-    def __init__(self, tensors: Mapping[str, SourceTensor]) -> None:
-        self.tensors = tensors
-        self._hashes: dict[str, str] = {}
-
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """The parameter's elements in order. Raises WanExportError when its file ends early."""
-        file, entry = self.tensors[name].file, self.tensors[name].entry
-        dtype = _TORCH_DTYPES[entry.dtype]
-        buffer = bytearray(min(entry.size, CHUNK * dtype.itemsize))
-        digest, left = hashlib.sha256(), entry.size
-        with file.open("rb", buffering=0) as stream:
-            stream.seek(entry.offset)
-            while left:
-                view = memoryview(buffer)[: min(left, len(buffer))]
-                if not read_fully(stream, view):
-                    raise WanExportError(f"{file} ended while {name} was read: download it again")
-                digest.update(view)
-                left -= len(view)
-                yield torch.frombuffer(view, dtype=dtype)
-        self._hashes[name] = digest.hexdigest()
-
-    def digest(self) -> str:
-        """A hash over names and bytes, not layout or shards; reads the tensors not yet read."""
-        for name in self.tensors.keys() - self._hashes.keys():
-            for _ in self.chunks(name):
-                pass
-        return hashlib.sha256(json.dumps(self._hashes, sort_keys=True).encode()).hexdigest()
-
-
-class RandomWeights:
-    """Seeded weights of a preset: each tensor from its own stream, so that none depends on order.
-
-    Matrices have variance 1 / fan_in, and norms lie around 1, so that a forward of any depth stays
-    in range and every parameter matters to its result.
-    """
-
-    def __init__(self, config: WanConfig, seed: int, expert: str) -> None:
-        self.shapes = parameter_shapes(config)
-        self.identity = f"{seed}/{expert}"
-
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """The parameter's elements in order, fp32."""
-        seed = hashlib.sha256(f"{self.identity}/{name}".encode()).digest()
-        generator = np.random.Generator(np.random.PCG64(int.from_bytes(seed, "little")))
-        shape = self.shapes[name]
-        centre, deviation = _distribution(name, shape)
-        left = int(np.prod(shape))
-        while left:
-            values = generator.random(min(left, CHUNK), dtype=np.float32)
-            values -= 0.5
-            values *= np.float32(
-                deviation * 12**0.5
-            )  # a uniform of width w deviates by w / sqrt(12)
-            values += np.float32(centre)
-            left -= len(values)
-            yield torch.from_numpy(values)
-
-    def digest(self) -> str:
-        """A hash of the seed, the expert and the shapes."""
-        content = json.dumps([self.identity, self.shapes], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation of a random parameter."""
-    if name.endswith("modulation"):
-        return 0.0, float(shape[-1] ** -0.5)
-    if len(shape) == 1 or name == "img_emb.emb_pos":
-        is_norm = "norm" in name or re.match(r"img_emb\.proj\.[04]", name)
-        return (1.0, 0.1) if is_norm and name.endswith("weight") else (0.0, 0.1)
-    return 0.0, float(np.prod(shape[1:]) ** -0.5)
-
-
-def weights_layout(config: WanConfig, dtype: str) -> tuple[bytes, dict[str, TensorEntry]]:
-    """Header and entries of the weights file of this config in fp32, bf16 or fp16."""
-    tensors = {
-        name: (_SAFETENSORS_DTYPES[parameter_dtype(name, DTYPES[dtype])], shape)
-        for name, shape in parameter_shapes(config).items()
-    }
-    return make_header(tensors)
-
-
-def write_weights(
-    path: Path,
-    config: WanConfig,
-    dtype: str,
-    source: WeightSource,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> str:
-    """Stream a source into a weights file, casting each tensor once; return the file's SHA-256.
-
-    The file appears under its name only when it is whole and on disk. progress is called with bytes
-    done and in all. Raises WanExportError when a value does not fit fp16.
-    """
-    header, entries = weights_layout(config, dtype)
-    total = sum(entry.size for entry in entries.values())
-    partial = path.with_name(path.name + ".partial")
-    digest, done = hashlib.sha256(header), 0
-    with partial.open("wb") as file:
-        file.write(header)
-        for name, entry in entries.items():
-            for chunk in source.chunks(name):
-                cast = _cast(chunk, _TORCH_DTYPES[entry.dtype], name)
-                file.write(cast)
-                digest.update(cast)
-                done += len(cast)
-                progress(done, total)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    fsync_folder(path.parent)
-    return digest.hexdigest()
-
-
-def _cast(chunk: Tensor, dtype: torch.dtype, name: str) -> memoryview:
-    cast = chunk.to(dtype)
-    if dtype == torch.float16 and not cast.isfinite().all():
-        raise WanExportError(
-            f"{name} has values beyond fp16's 65504: build with --dtype bf16 or fp32"
-        )
-    data: memoryview = cast.view(torch.uint8).numpy().data
-    return data
-
-
-def load_weights(
-    file: Path, entries: Mapping[str, TensorEntry], names: Mapping[str, str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors of a weights file: names maps each parameter to the tensor it takes."""
-    with file.open("rb", buffering=0) as stream:
-        for parameter, name in names.items():
-            entry = entries[name]
-            buffer = bytearray(entry.size)
-            stream.seek(entry.offset)
-            if not read_fully(stream, memoryview(buffer)):
-                raise WanExportError(f"{file} ended while {name} was read: build the bundle again")
-            yield (
-                parameter,
-                torch.frombuffer(buffer, dtype=_TORCH_DTYPES[entry.dtype]).reshape(entry.shape),
-            )

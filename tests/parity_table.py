@@ -21,7 +21,7 @@ from tests.wan_reference import (
 from wanexport.exporter.build import build
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import forward_inputs, relative_l2
-from wanexport.graphs.model import parameter_shapes
+from wanexport.graphs.signature import parameter_shapes
 from wanexport.runtime import load
 
 

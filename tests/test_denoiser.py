@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wanexport.graphs.config import EXPERTS, PRESETS, WanConfig, sampling_defaults
-from wanexport.graphs.model import input_shapes
+from wanexport.graphs.signature import input_shapes
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry

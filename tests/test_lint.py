@@ -10,7 +10,7 @@ from tests.test_rope import complex_original, strided
 from tests.wan_reference import VARIANTS, small_config, small_geometry
 from wanexport.exporter.trace import trace
 from wanexport.graphs.lint import lint_program
-from wanexport.graphs.model import attention_count
+from wanexport.graphs.signature import attention_count
 
 
 class Wrapped(nn.Module):

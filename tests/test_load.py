@@ -8,8 +8,8 @@ import pytest
 
 from wanexport.exporter.build import build
 from wanexport.exporter.parity import forward_inputs
-from wanexport.graphs.checkpoint import RandomWeights, write_weights
 from wanexport.graphs.config import PRESETS
+from wanexport.graphs.weights import RandomWeights, write_weights
 from wanexport.runtime import WanExportError, load
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.manifest import TensorSpec

@@ -17,14 +17,8 @@ from tests.wan_reference import (
 )
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.graphs.config import PRESETS, WanConfig
-from wanexport.graphs.model import (
-    TimeFeatures,
-    WanModel,
-    attention_count,
-    forward_flops,
-    parameter_dtype,
-    parameter_shapes,
-)
+from wanexport.graphs.model import TimeFeatures, WanModel, parameter_dtype
+from wanexport.graphs.signature import attention_count, forward_flops, parameter_shapes
 from wanexport.runtime.geometry import Geometry
 
 

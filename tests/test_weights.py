@@ -1,0 +1,114 @@
+"""The weights file: one cast for each tensor, content hashes, and seeded random weights."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.wan_reference import (
+    diffusers_model,
+    official_state,
+    small_config,
+    write_official,
+)
+from wanexport.graphs.checkpoint import open_checkpoint
+from wanexport.graphs.config import WanConfig
+from wanexport.graphs.signature import parameter_shapes
+from wanexport.graphs.weights import CheckpointWeights, RandomWeights, weights_layout, write_weights
+from wanexport.runtime.errors import WanExportError
+
+
+def convert(folder: Path, output: Path, dtype: str = "fp32") -> bytes:
+    checkpoint = open_checkpoint(folder)
+    weights = CheckpointWeights(checkpoint.tensors[""])
+    write_weights(output, checkpoint.config, dtype, weights)
+    return output.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    return official_state(diffusers_model(small_config("t2v-1.3b")))
+
+
+@pytest.fixture
+def config() -> WanConfig:
+    return small_config("t2v-1.3b")
+
+
+def broken(state: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
+    changed = {name.replace("__", "."): value for name, value in changes.items()}
+    return {n: t for n, t in {**state, **changed}.items() if t is not None}
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_every_dtype_is_cast_once_by_the_policy(
+    source: torch.dtype, dtype: str, state: dict[str, Tensor], config: WanConfig, tmp_path: Path
+) -> None:
+    stored = {name: tensor.to(source) for name, tensor in state.items()}
+    convert(write_official(tmp_path / "in", stored, config), tmp_path / "out", dtype)
+    target = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    written = load_file(tmp_path / "out")
+    for name in ("patch_embedding.weight", "blocks.1.ffn.2.bias", "text_embedding.2.weight"):
+        torch.testing.assert_close(written[name], stored[name].to(target), atol=0, rtol=0)
+    for name in ("time_projection.1.weight", "blocks.0.modulation", "blocks.1.norm3.bias"):
+        torch.testing.assert_close(written[name], stored[name].float(), atol=0, rtol=0)
+
+
+def test_values_beyond_fp16_are_refused(
+    state: dict[str, Tensor], config: WanConfig, tmp_path: Path
+) -> None:
+    large = broken(state, text_embedding__0__bias=torch.full((256,), 1e5))
+    folder = write_official(tmp_path / "in", large, config)
+    with pytest.raises(WanExportError, match=r"text_embedding\.0\.bias has values beyond fp16"):
+        convert(folder, tmp_path / "out", "fp16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_digest_follows_the_content_not_the_files(
+    state: dict[str, Tensor], config: WanConfig, tmp_path: Path
+) -> None:
+    def digest(folder: Path) -> str:
+        return CheckpointWeights(open_checkpoint(folder).tensors[""]).digest()
+
+    one = digest(write_official(tmp_path / "a", state, config))
+    assert digest(write_official(tmp_path / "b", state, config)) == one
+    changed = broken(state, head__head__bias=state["head.head.bias"] * 1.01)
+    assert digest(write_official(tmp_path / "c", changed, config)) != one
+
+
+def test_random_weights_depend_on_seed_and_expert_alone(tmp_path: Path) -> None:
+    config = small_config("t2v-1.3b")
+
+    def content(seed: int, expert: str, used: WanConfig = config) -> bytes:
+        path = tmp_path / "x"
+        write_weights(path, used, "fp32", RandomWeights(used, seed, expert))
+        return path.read_bytes()
+
+    assert content(0, "") == content(0, "")
+    assert content(0, "") != content(1, "")
+    assert content(0, "high_noise") != content(0, "low_noise")
+    tensors = load_file(tmp_path / "x")
+    content(0, "low_noise", replace(config, num_layers=1))
+    fewer = load_file(tmp_path / "x")
+    torch.testing.assert_close(fewer["head.head.weight"], tensors["head.head.weight"])
+
+
+def test_random_weights_have_the_stated_spread() -> None:
+    config = small_config("t2v-1.3b")
+    source = RandomWeights(config, 0, "")
+    matrix = torch.cat(list(source.chunks("text_embedding.0.weight")))
+    assert matrix.std().item() == pytest.approx(4096**-0.5, rel=0.01)
+    assert abs(matrix.mean().item()) < 1e-3
+    norm = torch.cat(list(source.chunks("blocks.0.norm3.weight")))
+    assert norm.mean().item() == pytest.approx(1, abs=0.03)
+
+
+def test_experts_share_one_header() -> None:
+    header, entries = weights_layout(small_config("t2v-a14b"), "bf16")
+    assert header == weights_layout(small_config("t2v-1.3b"), "bf16")[0]
+    assert set(entries) == set(parameter_shapes(small_config("t2v-a14b")))
