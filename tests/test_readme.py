@@ -1,0 +1,78 @@
+"""Every command in the README runs as written, in order, in a fresh copy of the tree."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.test_packaging import ROOT, tracked
+from tests.wan_reference import diffusers_model, official_state, small_config, write_official
+from wanexport.runtime import load
+from wanexport.runtime.tensorfile import load_arrays
+
+README = (ROOT / "README.md").read_text()
+HUB_MODEL = "models--Wan-AI--Wan2.1-T2V-1.3B"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree as a clone has it, with the environment that `make setup` made."""
+    folder = tmp_path_factory.mktemp("readme") / "wanexport"
+    for name in tracked("*"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """No network: the hub's cache holds a small checkpoint under the default model's id.
+
+    A test run inside this one only collects its tests.
+    """
+    hub = tmp_path_factory.mktemp("hub")
+    config = small_config("t2v-1.3b", num_layers=1)
+    snapshot = hub / HUB_MODEL / "snapshots" / "0123456789"
+    write_official(snapshot, official_state(diffusers_model(config)), config)
+    (hub / HUB_MODEL / "refs").mkdir()
+    (hub / HUB_MODEL / "refs" / "main").write_text("0123456789")
+    return {
+        **os.environ,
+        "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}",
+        "HF_HUB_CACHE": str(hub),
+        "HF_HUB_OFFLINE": "1",
+        "PYTEST_ADDOPTS": "--collect-only -q",
+    }
+
+
+@pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="runs in the environment of make setup")
+def test_every_command_runs(checkout: Path, environment: dict[str, str]) -> None:
+    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    assert len(commands) >= 9
+    for command in commands:
+        child = subprocess.run(
+            ["bash", "-c", command], cwd=checkout, env=environment, capture_output=True, text=True
+        )
+        assert child.returncode == 0, f"{command}\n{child.stdout}\n{child.stderr}"
+    assert load(checkout / "t2v").geometry.num_tokens == 32760
+    assert load_arrays(checkout / "demo" / "latents.safetensors")["latent"].shape[2] == 5
+    for script in blocks("python"):
+        child = subprocess.run(
+            ["python", "-c", script], cwd=checkout, env=environment, capture_output=True, text=True
+        )
+        assert child.returncode == 0, child.stderr
+        assert child.stdout.count("\n") == 4
+
+
+def test_every_linked_file_exists() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links)
