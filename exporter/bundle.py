@@ -75,8 +75,8 @@ class BundleWriter:
 
     def put_engine(self, record: EngineRecord) -> None:
         """List a finished engine, in the place of one of the same name."""
-        others = (engine for engine in self.manifest.engines if engine.name != record.name)
-        self.manifest = replace(self.manifest, engines=(*others, record))
+        engines = {engine.name: engine for engine in self.manifest.engines} | {record.name: record}
+        self.manifest = replace(self.manifest, engines=tuple(engines.values()))
         write_manifest(self.path, self.manifest, JOURNAL)
 
     def free_folder(self, relative: Path) -> Path:

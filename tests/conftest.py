@@ -1,11 +1,21 @@
 """Bundles that many tests read; each is built once a session, by the product itself."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from wanexport.exporter.build import build
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +25,12 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for dtype in ("fp32", "fp16", "bf16"):
         build("tiny", random_weights=0, resolution="64x96", frames=9, dtype=dtype, output=bundle)
     return bundle
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle that a test may change."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """A writer that is killed or fails leaves the old bundle, the new one, or none."""
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,11 +13,6 @@ from wanexport.runtime.manifest import Manifest, read_manifest, write_manifest
 
 class Killed(BaseException):
     """Stands for a signal: no handler of ours runs for the process, but the writer's do."""
-
-
-@pytest.fixture
-def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
 def empty_like(manifest: Manifest) -> Manifest:

@@ -61,18 +61,16 @@ def test_run_takes_distilled_timesteps_and_its_own_noise(
     assert set(record["guidance"]) == {1}
 
 
-def test_compare_prints_a_table_and_passes(tiny_bundle: Path) -> None:
-    result = invoke("compare", tiny_bundle, "--steps", 2)
+def test_compare_prints_a_table_and_passes(bundle: Path) -> None:
+    result = invoke("compare", bundle, "--steps", 2)
     assert result.exit_code == 0, result.output
     assert "64x96x9/onnx-fp32: passed" in result.stdout
-    assert json.loads(invoke("compare", tiny_bundle, "--steps", 1, "--json").stdout)["passed"]
+    assert json.loads(invoke("compare", bundle, "--steps", 1, "--json").stdout)["passed"]
 
 
-def test_compare_fails_with_exit_code_one(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compare_fails_with_exit_code_one(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wanexport.exporter.parity.FP32_GATE", 1e-9)
-    result = invoke("compare", tiny_bundle, "--steps", 1, "--json")
+    result = invoke("compare", bundle, "--steps", 1, "--json")
     assert result.exit_code == 1
     assert not json.loads(result.stdout)["passed"]
 

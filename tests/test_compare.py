@@ -1,7 +1,6 @@
 """`compare` passes a good engine and catches planted faults."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +17,6 @@ from wanexport.exporter.parity import Parity, measure, relative_l2
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime.manifest import file_record, read_manifest, write_manifest
 from wanexport.runtime.tensorfile import load_arrays, read_header
-
-
-@pytest.fixture
-def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
 def replace_graph(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> None:

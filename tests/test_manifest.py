@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,6 @@ from wanexport.runtime.manifest import (
     read_manifest,
     write_manifest,
 )
-
-
-@pytest.fixture
-def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A bundle that a test may damage."""
-    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
 def edit(bundle: Path, **fields: object) -> None:

@@ -27,11 +27,14 @@ def our_velocity(
     config: WanConfig,
     dtype: torch.dtype,
     inputs: dict[str, np.ndarray],
+    device: str = "cpu",
 ) -> np.ndarray:
     ours = WanModel(config, small_geometry(config), dtype)
     ours.load_state_dict(official_state(model))
+    ours.to(device)
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
     with torch.no_grad():
-        return ours(**{name: torch.from_numpy(array) for name, array in inputs.items()}).numpy()
+        return ours(**tensors).cpu().numpy()
 
 
 @pytest.mark.parametrize("timestep", [999.0, 812.0, 92.0])
@@ -44,16 +47,17 @@ def test_fp32_velocity_is_diffusers(preset: str, timestep: float) -> None:
     assert relative_l2(ours, diffusers_velocity(model, config, inputs)) <= 1e-5
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("preset", VARIANTS)
-def test_bf16_error_is_no_larger_than_diffusers(preset: str, tmp_path: Path) -> None:
+def test_bf16_error_is_no_larger_than_diffusers(preset: str, device: str, tmp_path: Path) -> None:
     config = small_config(preset, num_layers=4)
     model = diffusers_model(config)
     inputs = forward_inputs(config, small_geometry(config), 812.0, seed=1)
     reference = diffusers_velocity(model, config, inputs)
-    ours = relative_l2(our_velocity(model, config, torch.bfloat16, inputs), reference)
+    ours = relative_l2(our_velocity(model, config, torch.bfloat16, inputs, device), reference)
     model.save_pretrained(tmp_path)
     half = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    theirs = relative_l2(diffusers_velocity(half, config, inputs), reference)
+    theirs = relative_l2(diffusers_velocity(half.to(device), config, inputs), reference)
     assert 0 < ours <= theirs
 
 

@@ -137,8 +137,8 @@ def diffusers_velocity(
     model: WanTransformer3DModel, config: WanConfig, inputs: dict[str, np.ndarray]
 ) -> np.ndarray:
     """diffusers' velocity for inputs shaped as our graph's."""
-    dtype = model.patch_embedding.weight.dtype
-    t = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    dtype, device = model.patch_embedding.weight.dtype, model.patch_embedding.weight.device
+    t = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
     latent = torch.cat([t["latent"], t["condition"]], dim=1) if "condition" in t else t["latent"]
     timestep = t["timestep"]
     if config.per_frame_timestep:
@@ -149,4 +149,4 @@ def diffusers_velocity(
         image = image.reshape(-1, 257, image.shape[-1]).to(dtype)
     with torch.no_grad():
         output = model(latent.to(dtype), timestep, t["text"].to(dtype), image, return_dict=False)
-    return output[0].float().numpy()
+    return output[0].float().cpu().numpy()
