@@ -4,7 +4,6 @@ import hashlib
 import inspect
 import json
 import resource
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,17 +13,17 @@ from typing import Any
 
 from wanexport.exporter import to_onnx, trace
 from wanexport.exporter.bundle import BundleWriter, open_bundle
-from wanexport.exporter.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.model_source import ModelSource, resolve
-from wanexport.exporter.proof import MAX_TOKENS, Job, run_in_fresh_process
+from wanexport.exporter.proof import prove
 from wanexport.graphs import config as graph_config
 from wanexport.graphs import lint, model, rope, signature
-from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.graphs.config import WanConfig, sampling_defaults
-from wanexport.graphs.weights import CheckpointWeights, weights_layout, write_weights
+from wanexport.graphs.weights import weights_layout, write_weights
 from wanexport.runtime import attention, onnx_engine
+from wanexport.runtime import geometry as geometry_module
+from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry, parse_resolution
-from wanexport.runtime.load import RUNNABLE_DTYPES, WEIGHTS_FILE
+from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.manifest import (
     EngineRecord,
     FileRecord,
@@ -37,7 +36,17 @@ from wanexport.runtime.manifest import (
 )
 from wanexport.runtime.tensorfile import header_sha256
 
-_GRAPH_CODE = (graph_config, model, rope, signature, lint, attention, trace, to_onnx)
+_GRAPH_CODE = (
+    graph_config,
+    model,
+    rope,
+    signature,
+    lint,
+    attention,
+    geometry_module,
+    trace,
+    to_onnx,
+)
 _GRAPH_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (0 when the length is unknown)
@@ -49,20 +58,26 @@ class Request:
 
     config: WanConfig
     geometry: Geometry
+    sampling: SamplingDefaults
     backend: str
     dtype: str
-    verify: str
 
     @property
     def label(self) -> str:
         """Folder name, and prefix of progress messages."""
         return f"{self.backend}-{self.dtype}"
 
+    @property
+    def weights_header(self) -> str:
+        """Hash of the header of the weights file that the engine reads."""
+        return hashlib.sha256(weights_layout(self.config, self.dtype)[0]).hexdigest()
+
     def key(self) -> str:
-        """Hash of all that decides the engine's bytes; the weights are not among it."""
+        """Hash of all that decides the engine's bytes and record; the weights are not among it."""
         code = [inspect.getsource(module) for module in _GRAPH_CODE]
         libraries = {name: version(name) for name in _GRAPH_LIBRARIES}
-        return _hash(asdict(self), code, libraries)
+        parts = [asdict(self), self.weights_header, code, libraries]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def build(
@@ -86,6 +101,7 @@ def build(
     """
     started = time.monotonic()
     height, width = parse_resolution(resolution)
+    onnx_engine.versions()  # fail before the work when the proof could not run
     progress("checkpoint", 0, 0)
     source = resolve(model, random_weights)
     geometry = Geometry(height, width, frames, source.config.spatial_stride)
@@ -94,9 +110,10 @@ def build(
     with open_bundle(bundle, _empty_manifest(source)) as writer:
         for expert in source.weights:
             reused += add_weights(writer, source, expert, dtype, progress)
-        for backend in backends:
-            request = Request(source.config, geometry, backend, dtype, verify)
-            reused += add_engine(writer, source, request, progress)
+        for backend in dict.fromkeys(backends):
+            sampling = _sampling(source, geometry)
+            request = Request(source.config, geometry, sampling, backend, dtype)
+            reused += add_engine(writer, request, verify, progress)
         writer.commit()
     return {
         **_summary(writer, geometry, dtype),
@@ -126,10 +143,6 @@ def peak_rss() -> int:
     return max(resource.getrusage(w).ru_maxrss for w in who) * 1024
 
 
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 def _empty_manifest(source: ModelSource) -> Manifest:
     return Manifest(
         model=source.name,
@@ -144,70 +157,87 @@ def _empty_manifest(source: ModelSource) -> Manifest:
 def add_weights(
     writer: BundleWriter, source: ModelSource, expert: str, dtype: str, progress: Progress
 ) -> list[str]:
-    """Convert one expert's checkpoint, or return what is reused because the bundle holds it."""
+    """Convert one expert's checkpoint, or return what is reused because the bundle holds it.
+
+    Raises WanExportError when the bundle holds other weights: it is of one model.
+    """
     name = f"{expert}-{dtype}" if expert else dtype
     weights = source.weights[expert]
+    for known in writer.known_weights().values():
+        if known.expert == expert and known.source != source.record:
+            progress(f"weights {name}: reading the checkpoint to compare", 0, 0)
+            if known.content != weights.digest():
+                raise WanExportError(
+                    f"{writer.path} holds other weights ({json.dumps(known.source)}): "
+                    f"name another folder with -o, or delete it"
+                )
+    header, _ = weights_layout(source.config, dtype)
+    record = writer.find_weights(name, hashlib.sha256(header).hexdigest())
+    reused = [f"weights {name}"] if record else []
+    record = record or convert_weights(writer, source, expert, name, dtype, progress)
+    writer.put_weights(name, record)
+    return reused
 
-    def matches(record: WeightsRecord) -> bool:
-        if record.source == source.record:  # the same files, untouched since
-            return True
-        progress(f"weights {name}: reading the checkpoint to compare", 0, 0)
-        return record.key == _hash(weights.digest(), dtype, asdict(source.config))
 
-    record = writer.find_weights(name, matches)
-    if record:
-        writer.put_weights(name, record)
-        return [f"weights {name}"]
+def convert_weights(
+    writer: BundleWriter,
+    source: ModelSource,
+    expert: str,
+    name: str,
+    dtype: str,
+    progress: Progress,
+) -> WeightsRecord:
+    """Write the weights set `name` and return its record."""
     path = writer.free_folder(Path("weights") / name) / WEIGHTS_FILE
-    digest = write_weights(
-        path,
-        source.config,
-        dtype,
-        weights,
-        lambda done, total: progress(f"weights {name}", done, total),
-    )
+    weights = source.weights[expert]
+
+    def show(done: int, total: int) -> None:
+        progress(f"weights {name}", done, total)
+
+    sha256 = write_weights(path, source.config, dtype, weights, show)
     relative = path.relative_to(writer.path).as_posix()
-    record = WeightsRecord(
+    return WeightsRecord(
         dtype=dtype,
         expert=expert,
-        file=FileRecord(relative, path.stat().st_size, digest),
+        file=FileRecord(relative, path.stat().st_size, sha256),
         header_sha256=header_sha256(path),
-        key=_hash(weights.digest(), dtype, asdict(source.config)),
+        content=weights.digest(),
         source=source.record,
     )
-    writer.put_weights(name, record)
-    return []
 
 
 def add_engine(
-    writer: BundleWriter, source: ModelSource, request: Request, progress: Progress
+    writer: BundleWriter, request: Request, verify: str, progress: Progress
 ) -> list[str]:
     """Compile and prove one engine, or return what is reused because the bundle holds it."""
-    sets = {n: w for n, w in writer.manifest.weights.items() if w.dtype == request.dtype}
-    proven_with = {name: record.key for name, record in sets.items()}
-    engine = writer.find_engine(request.key(), proven_with)
-    if engine:
-        writer.put_engine(engine)
-        return [f"engine {engine.name}"]
-    progress(f"{request.label}: tracing and lowering", 0, 0)
-    engine = compile_engine(writer, source, request)
+    engine = writer.find_engine(request.key())
+    if engine and engine.proof.get("verify") in (verify, "full"):
+        if engine.target == onnx_engine.versions():
+            writer.put_engine(engine)
+            return [f"engine {engine.name}"]
+    if engine is None:
+        progress(f"{request.label}: tracing and lowering", 0, 0)
+        engine = compile_engine(writer, request)
     progress(f"{request.label}: proving in a fresh process", 0, 0)
-    started = time.monotonic()
-    files = {record.expert: writer.path / record.file.path for record in sets.values()}
-    proof = prove(request, writer.path / engine.files["denoiser"].path, files)
-    seconds = round(time.monotonic() - started, 2)
-    proof |= {"weights": proven_with, "seconds": seconds}
-    writer.put_engine(replace(engine, proof=proof))
+    proof = prove(
+        request.config,
+        request.geometry,
+        request.dtype,
+        verify=verify,
+        engine=writer.path / engine.files["denoiser"].path,
+        weights=[writer.path / w.file.path for w in writer.weights_of(request.dtype)],
+    )
+    writer.put_engine(replace(engine, proof=proof, target=onnx_engine.versions()))
     return []
 
 
-def compile_engine(writer: BundleWriter, source: ModelSource, request: Request) -> EngineRecord:
+def compile_engine(writer: BundleWriter, request: Request) -> EngineRecord:
     """Write the engine's file and return its record, which has no proof yet."""
     started = time.monotonic()
     config, geometry = request.config, request.geometry
     folder = writer.free_folder(Path("engines") / geometry.name / request.label)
     path = folder / "denoiser.onnx"
-    header, entries = weights_layout(config, request.dtype)
+    _, entries = weights_layout(config, request.dtype)
     graph, counts = to_onnx.lower(config, geometry, request.dtype, entries)
     write_durably(path, to_onnx.serialize(graph))
     shapes = signature.input_shapes(config, geometry)
@@ -217,11 +247,11 @@ def compile_engine(writer: BundleWriter, source: ModelSource, request: Request) 
         geometry=geometry,
         inputs={name: TensorSpec(shape) for name, shape in shapes.items()},
         output=TensorSpec(shapes["latent"]),
-        sampling=_sampling(source, geometry),
+        sampling=request.sampling,
         files={"denoiser": file_record(writer.path, path)},
-        weights_header_sha256=hashlib.sha256(header).hexdigest(),
+        weights_header_sha256=request.weights_header,
         key=request.key(),
-        target=onnx_engine.versions(),
+        target={},
         build={
             "seconds": round(time.monotonic() - started, 2),
             "nodes": dict(sorted(to_onnx.node_counts(graph).items())),
@@ -236,40 +266,3 @@ def _sampling(source: ModelSource, geometry: Geometry) -> SamplingDefaults:
     """The official defaults, with the expert boundary that the checkpoint states, if it does."""
     defaults = sampling_defaults(source.config, source.experts, geometry)
     return defaults if source.boundary is None else replace(defaults, boundary=source.boundary)
-
-
-def prove(request: Request, engine: Path, weights: dict[str, Path]) -> dict[str, Any]:
-    """Lower the cut of the graph and hand it to a fresh process, with each expert's weights.
-
-    Raises WanExportError when the proof fails.
-    """
-    config, dtype = request.config, request.dtype
-    cut = cut_to_ends(config) if request.verify == "ends" else config
-    small = request.geometry.reduced(MAX_TOKENS)
-    tensors = tensors_of_cut(list(signature.parameter_shapes(cut)), config)
-    entries = weights_layout(config, dtype)[1]
-    runs_here = dtype in RUNNABLE_DTYPES
-    with tempfile.TemporaryDirectory(prefix="wanexport-proof-") as name:
-        folder = Path(name)
-        if runs_here:
-            layout = {parameter: entries[tensor] for parameter, tensor in tensors.items()}
-        else:
-            dtype, layout = "fp32", weights_layout(cut, "fp32")[1]
-            for expert, file in weights.items():
-                twin = {n: SourceTensor(file, entries[t]) for n, t in tensors.items()}
-                (folder / f"twin-{expert}").mkdir()
-                path = folder / f"twin-{expert}" / WEIGHTS_FILE
-                write_weights(path, cut, "fp32", CheckpointWeights(twin))
-        graph, _ = to_onnx.lower(cut, small, dtype, layout)
-        (folder / "cut.onnx").write_bytes(to_onnx.serialize(graph))
-        job = Job(
-            engine=str(engine.resolve()),
-            engine_runs_here=runs_here,
-            cut=str(folder / "cut.onnx"),
-            dtype=request.dtype,
-            config=asdict(cut),
-            geometry=asdict(small),
-            weights={expert: str(file.resolve().parent) for expert, file in weights.items()},
-            tensors=tensors,
-        )
-        return run_in_fresh_process(job, folder)

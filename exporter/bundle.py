@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import (
+    LOCK,
     MANIFEST,
     EngineRecord,
     Manifest,
@@ -20,64 +21,86 @@ from wanexport.runtime.manifest import (
     bundle_lock,
     check_engine_file,
     check_weights,
+    fsync_folder,
     read_manifest,
     write_manifest,
 )
 
 JOURNAL = "manifest.partial.json"
-_LOCK = ".lock"
 _ARTEFACTS = ("weights", "engines")
 _Record = TypeVar("_Record")
 
 
 class BundleWriter:
-    """A bundle being added to: its manifest as it will be, and what an earlier try finished."""
+    """A bundle being added to.
+
+    `committed` is the manifest on disk, `manifest` as it will be, and `journal` lists what any try
+    has finished, this one included.
+    """
 
     def __init__(self, path: Path, empty: Manifest) -> None:
         self.path = path
         self.committed = self._read(MANIFEST) or empty
-        self.journal = self._read(JOURNAL) or empty
-        self.manifest = self.committed
-        for found in (self.committed, self.journal):
-            if (found.config, found.experts) != (empty.config, empty.experts):
-                raise WanExportError(
-                    f"{path} holds {found.model}, of another config than this {empty.model}: "
-                    f"name another folder with -o"
-                )
+        self.manifest = replace(self.committed, wanexport=empty.wanexport)
+        self.journal = self._read_journal() or empty
+        if _identity(self.committed) != _identity(empty):
+            raise WanExportError(
+                f"{path} holds {self.committed.model}, of another config than this {empty.model}: "
+                f"name another folder with -o"
+            )
+        if _identity(self.journal) != _identity(empty):  # nothing of it was ever committed
+            self.journal = empty
+        write_manifest(path, self.journal, JOURNAL)
         self.sweep()
 
     def _read(self, name: str) -> Manifest | None:
         return read_manifest(self.path, name) if (self.path / name).exists() else None
 
-    def find_weights(
-        self, name: str, matches: Callable[[WeightsRecord], bool]
-    ) -> WeightsRecord | None:
-        """The finished weights set of this name that matches and is whole on disk."""
-        for manifest in (self.committed, self.journal):
-            record = manifest.weights.get(name)
-            if record and matches(record) and _is_whole(check_weights, self.path, record):
-                return record
+    def _read_journal(self) -> Manifest | None:
+        try:
+            return self._read(JOURNAL)
+        except WanExportError:  # of another version, say: it only saves work
+            return None
+
+    def known_weights(self) -> dict[str, WeightsRecord]:
+        """Every finished weights set by name, committed ones first."""
+        return {**self.journal.weights, **self.committed.weights}
+
+    def weights_of(self, dtype: str) -> list[WeightsRecord]:
+        """The new manifest's weights sets of one dtype, one for each expert."""
+        return [record for record in self.manifest.weights.values() if record.dtype == dtype]
+
+    def find_weights(self, name: str, header_sha256: str) -> WeightsRecord | None:
+        """The finished weights set of this name and layout, if it is whole on disk."""
+        record = self.known_weights().get(name)
+        if record and record.header_sha256 == header_sha256:
+            return record if _is_whole(check_weights, self.path, record) else None
         return None
 
-    def find_engine(self, key: str, weights: dict[str, str]) -> EngineRecord | None:
-        """The finished engine of this key, proven with these weights (set -> key) and whole."""
+    def find_engine(self, key: str) -> EngineRecord | None:
+        """The finished engine of this key, if it is whole on disk."""
         for engine in (*self.committed.engines, *self.journal.engines):
-            proven = engine.key == key and engine.proof.get("weights") == weights
             files = engine.files.values()
-            if proven and all(_is_whole(check_engine_file, self.path, file) for file in files):
+            if engine.key == key and all(_is_whole(check_engine_file, self.path, f) for f in files):
                 return engine
         return None
 
     def put_weights(self, name: str, record: WeightsRecord) -> None:
         """List a finished weights set, in the place of one of the same name."""
-        self.manifest = replace(self.manifest, weights={**self.manifest.weights, name: record})
-        write_manifest(self.path, self.manifest, JOURNAL)
+        self.manifest, self.journal = (
+            replace(m, weights={**m.weights, name: record}) for m in (self.manifest, self.journal)
+        )
+        write_manifest(self.path, self.journal, JOURNAL)
 
     def put_engine(self, record: EngineRecord) -> None:
         """List a finished engine, in the place of one of the same name."""
-        engines = {engine.name: engine for engine in self.manifest.engines} | {record.name: record}
-        self.manifest = replace(self.manifest, engines=tuple(engines.values()))
-        write_manifest(self.path, self.manifest, JOURNAL)
+        self.manifest, self.journal = (
+            replace(
+                m, engines=tuple(({e.name: e for e in m.engines} | {record.name: record}).values())
+            )
+            for m in (self.manifest, self.journal)
+        )
+        write_manifest(self.path, self.journal, JOURNAL)
 
     def free_folder(self, relative: Path) -> Path:
         """Create the folder, numbered where a listed file already lives in one of that name."""
@@ -88,13 +111,15 @@ class BundleWriter:
             candidate, number = relative.with_name(f"{relative.name}.{number}"), number + 1
         folder = self.path / candidate
         folder.mkdir(parents=True, exist_ok=True)
+        for parent in folder.parents[: len(candidate.parts)]:
+            fsync_folder(parent)
         return folder
 
     def commit(self) -> None:
         """Make the new manifest the bundle's, and remove what it does not list."""
         write_manifest(self.path, self.manifest)
-        (self.path / JOURNAL).unlink(missing_ok=True)
         self.committed = self.journal = self.manifest
+        (self.path / JOURNAL).unlink()
         self.sweep()
 
     def sweep(self) -> None:
@@ -109,12 +134,17 @@ class BundleWriter:
 
     def abandon(self) -> None:
         """After a failure: keep what is finished for the next try, and leave nothing else."""
-        self.journal = self._read(JOURNAL) or self.committed
+        self.committed = self._read(MANIFEST) or replace(self.committed, weights={}, engines=())
         self.sweep()
-        if not (self.path / MANIFEST).exists() and not (self.path / JOURNAL).exists():
-            (self.path / _LOCK).unlink()
+        if not self.committed.files() and not self.journal.files():
+            (self.path / JOURNAL).unlink(missing_ok=True)
+            (self.path / LOCK).unlink()
             for folder in (*(self.path / name for name in _ARTEFACTS), self.path):
                 _remove_if_empty(folder)
+
+
+def _identity(manifest: Manifest) -> tuple[Any, ...]:
+    return manifest.config, manifest.experts
 
 
 def _is_whole(check: Callable[[Path, _Record], Path], bundle: Path, record: _Record) -> bool:
@@ -139,9 +169,9 @@ def open_bundle(path: Path, empty: Manifest) -> Iterator[BundleWriter]:
     """
     if path.exists() and not path.is_dir():
         raise WanExportError(f"{path} is a file: name a folder with -o")
-    marks = (MANIFEST, JOURNAL, _LOCK)
-    if path.exists() and any(path.iterdir()) and not any((path / m).exists() for m in marks):
-        raise WanExportError(f"{path} exists and is no bundle: name another folder with -o")
+    if path.exists() and not (path / MANIFEST).exists() and not (path / JOURNAL).exists():
+        if any(entry.name != LOCK for entry in path.iterdir()):
+            raise WanExportError(f"{path} exists and is no bundle: name another folder with -o")
     path.mkdir(parents=True, exist_ok=True)
     with bundle_lock(path):
         writer = BundleWriter(path, empty)

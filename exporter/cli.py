@@ -4,6 +4,7 @@ What needs PyTorch is imported inside the command that needs it: `wanexport run`
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.load import load
 from wanexport.runtime.sample import make_plan, sample, seeded_noise
@@ -27,6 +29,7 @@ from wanexport.runtime.tensorfile import load_arrays, save_arrays
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 _RUN_INPUTS = ("text", "negative", "condition", "image", "first_frame", "noise")
+SEED, COUNT = click.IntRange(min=0), click.IntRange(min=1)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -62,7 +65,12 @@ def cli() -> None:
     "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
     help="Precision of matrix products and attention; bf16 does not run on a CPU.",
 )  # fmt: skip
-@click.option("--random-weights", type=int, metavar="SEED", help="Seeded weights of a preset.")
+@click.option(
+    "--random-weights",
+    type=click.IntRange(min=0),
+    metavar="SEED",
+    help="Seeded weights of a preset.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle; default ./MODEL.")
 @click.option(
     "--verify", type=click.Choice(["ends", "full"]), default="ends", show_default=True,
@@ -112,8 +120,8 @@ def _print_engine(record: dict[str, Any], engine: dict[str, Any]) -> None:
     "first_frame and noise.",
 )  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Latents.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
-@click.option("--steps", type=int, help="Default: the model's own.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise.")
+@click.option("--steps", type=COUNT, help="Default: the model's own.")
 @click.option("--shift", type=float, help="Default: the model's own.")
 @click.option("--guidance", help="A number, or LOW,HIGH noise; 1 is none. Default: the model's.")
 @click.option("--solver", type=click.Choice(list(SOLVERS)), help="Default: unipc.")
@@ -135,25 +143,21 @@ def run(
     **settings: Any,
 ) -> None:
     """Sample a bundle from text embeddings and write the final latent as safetensors."""
-    started = time.monotonic()
     settings["guidance"] = _guidance(guidance)
     settings["timesteps"] = _numbers("--timesteps", timesteps)
-    if not output.parent.is_dir():
-        raise WanExportError(f"{output.parent} is no folder: name an existing one with -o")
+    _check_output(output)
+    started = time.monotonic()
     denoiser = load(bundle, backend=backend, resolution=resolution, frames=frames, dtype=dtype)
     inputs = _read_inputs(text_file)
     inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, seed))
     plan = make_plan(denoiser.sampling, **settings)
     loaded = time.monotonic()
-    with _progress() as show:
-        show("sampling", 0, len(plan))
-        for step in sample(denoiser, **inputs, **settings):
-            pace = (time.monotonic() - loaded) / (step.index + 1)
-            show(f"sampling, {pace:.2f} s/step", step.index + 1, len(plan))
-    save_arrays(output, {"latent": step.latent})
+    latent, pace = _sample_with_progress(denoiser, inputs, settings, len(plan))
+    save_arrays(output, {"latent": latent})
     record = {
         "output": str(output),
         "engine": denoiser.record.name,
+        "shape": latent.shape,
         "seed": seed,
         "solver": plan.solver,
         "timesteps": plan.schedule.timesteps,
@@ -164,15 +168,36 @@ def run(
     if as_json:
         return click.echo(json.dumps(record))
     out.print(
-        f"[bold]{escape(str(output))}[/]: latent {list(step.latent.shape)}, seed {seed}, "
-        f"{plan.solver}, {len(plan)} steps, {record['seconds_per_step']} s/step"
+        f"[bold]{escape(str(output))}[/]: latent {list(latent.shape)}, seed {seed}, {plan.solver}, "
+        f"{len(plan)} steps, {record['seconds_per_step']} s/step"
     )
+
+
+def _sample_with_progress(
+    denoiser: Denoiser, inputs: dict[str, Any], settings: dict[str, Any], steps: int
+) -> tuple[Any, float]:
+    """Return the final latent and the seconds per step."""
+    started = time.monotonic()
+    with _progress() as show:
+        show("sampling", 0, steps)
+        for step in sample(denoiser, **inputs, **settings):
+            pace = (time.monotonic() - started) / (step.index + 1)
+            show(f"sampling, {pace:.2f} s/step", step.index + 1, steps)
+    return step.latent, pace
+
+
+def _check_output(output: Path) -> None:
+    """Refuse before the work what could not be written after it."""
+    if output.suffix != ".safetensors" or output.is_dir():
+        raise WanExportError(f"{output}: latents go to a .safetensors file, name one with -o")
+    if not os.access(output.parent, os.W_OK):
+        raise WanExportError(f"cannot write in {output.parent}: name an existing folder with -o")
 
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--steps", type=int, default=4, show_default=True, help="Length of the loop.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of all inputs.")
+@click.option("--steps", type=COUNT, default=4, show_default=True, help="Length of the loop.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of all inputs.")
 @click.option("--report", type=click.Path(path_type=Path), help="Default: BUNDLE/reports.")
 @engine_options
 @as_json
@@ -189,6 +214,8 @@ def compare(bundle: Path, as_json: bool, **options: Any) -> None:
         out.print(_compare_table(result))
         verdict = "[green]passed[/]" if result["passed"] else "[red]failed[/]"
         out.print(f"{result['engine']}: {verdict}")
+    if result["warning"]:
+        err.print("[yellow]warning:[/]", escape(result["warning"]))
     if not result["passed"]:
         sys.exit(1)
 

@@ -20,8 +20,10 @@ from wanexport.exporter.parity import Parity, measure, relative_l2, seeded_input
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.signature import parameter_shapes
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.load import load, weights_folders
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.load import choose_engine, open_engine, weights_folders
 from wanexport.runtime.manifest import (
+    EngineRecord,
     Manifest,
     bundle_lock,
     read_manifest,
@@ -67,32 +69,47 @@ def compare(
     """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
-    choice = {"backend": backend, "resolution": resolution, "frames": frames, "dtype": dtype}
-    engine = load(bundle, **choice)  # type: ignore[arg-type]
+    record = choose_engine(
+        bundle, manifest, backend=backend, resolution=resolution, frames=frames, dtype=dtype
+    )
     config = WanConfig(**manifest.config)
-    inputs = seeded_inputs(config, engine.geometry, seed)
+    inputs = seeded_inputs(config, record.geometry, seed)
+    engine = open_engine(bundle, manifest, record)
     reference = Recorder(_eager(bundle, manifest, engine, config, "fp32"))
-    floor = None
-    if engine.record.dtype != "fp32":
-        floor = _eager(bundle, manifest, engine, config, engine.record.dtype)
-    expected: list[np.ndarray] = []
-    for step in sample(reference, steps=steps, **inputs):
-        progress("eager reference", len(expected), steps)
-        expected.append(step.latent)
+    floor = (
+        _eager(bundle, manifest, engine, config, record.dtype) if record.dtype != "fp32" else None
+    )
+    expected = _latents(reference, inputs, steps, progress, "eager reference")
     compared: list[Parity] = []
     for call in reference.calls:
         progress("engine on the same inputs", len(compared), len(reference.calls))
         compared.append(_compare_call(engine, floor, call))
-    drift: list[float] = []
-    for step in sample(engine, steps=steps, **inputs):
-        progress("engine on its own", len(drift), steps)
-        drift.append(relative_l2(step.latent, expected[step.index]))
-    result = _result(engine, compared, drift, seed)
-    folder = bundle / "reports" if report is None else Path(report)
-    _save(folder, engine.record.name.replace("/", "-"), inputs, result)
-    if report is None:
-        _note_parity(bundle, result)
+    own = _latents(engine, inputs, steps, progress, "engine on its own")
+    drift = [relative_l2(latent, exact) for latent, exact in zip(own, expected, strict=True)]
+    result = _result(record, compared, drift, seed)
+    try:
+        _save(bundle / "reports" if report is None else Path(report), record, inputs, result)
+        if report is None:
+            _note_parity(bundle, record, result)
+    except (OSError, WanExportError) as error:  # the verdict stands without its file
+        result["warning"] = f"the report was not saved: {error}"
     return result
+
+
+def _latents(
+    denoiser: Denoiser | Recorder,
+    inputs: Mapping[str, Any],
+    steps: int,
+    progress: Progress,
+    stage: str,
+) -> list[np.ndarray]:
+    """The latent after each step of a free run."""
+    latents: list[np.ndarray] = []
+    progress(stage, 0, steps)
+    for step in sample(denoiser, steps=steps, **inputs):
+        latents.append(step.latent)
+        progress(stage, len(latents), steps)
+    return latents
 
 
 def _eager(
@@ -117,7 +134,7 @@ def _compare_call(
 
 
 def _result(
-    engine: Denoiser, compared: list[Parity], drift: list[float], seed: int
+    engine: EngineRecord, compared: list[Parity], drift: list[float], seed: int
 ) -> dict[str, Any]:
     """One row per step; of a step's two guidance calls the worse one counts."""
     per_step = len(compared) // len(drift)
@@ -127,11 +144,12 @@ def _result(
         worst = max(calls, key=lambda parity: (not parity.passed, parity.error / parity.gate))
         rows.append({"step": index, **_row(worst), "drift": _number(latent_drift)})
     return {
-        "engine": engine.record.name,
+        "engine": engine.name,
         "passed": all(row["passed"] and row["drift"] is not None for row in rows),
         "forward": _row(compared[0]),
         "steps": rows,
         "seed": seed,
+        "warning": None,
     }
 
 
@@ -149,21 +167,23 @@ def _number(value: float) -> float | None:
     return value if isfinite(value) else None
 
 
-def _note_parity(bundle: Path, result: Mapping[str, Any]) -> None:
-    """Keep the summary in the manifest, beside the engine it is of."""
+def _save(
+    folder: Path,
+    engine: EngineRecord,
+    inputs: Mapping[str, np.ndarray],
+    result: Mapping[str, Any],
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"compare-{engine.name.replace('/', '-')}"
+    save_arrays(folder / f"{name}-inputs.safetensors", inputs)
+    write_durably(folder / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def _note_parity(bundle: Path, engine: EngineRecord, result: Mapping[str, Any]) -> None:
+    """Keep the summary in the manifest, unless the engine was rebuilt meanwhile."""
     worst = max(result["steps"], key=lambda row: (not row["passed"], row["error"] or 0))
     parity = {name: worst[name] for name in ("error", "floor", "gate", "passed")}
     with bundle_lock(bundle):
         manifest = read_manifest(bundle)
-        engines = tuple(
-            replace(e, parity=parity) if e.name == result["engine"] else e for e in manifest.engines
-        )
+        engines = tuple(replace(e, parity=parity) if e == engine else e for e in manifest.engines)
         write_manifest(bundle, replace(manifest, engines=engines))
-
-
-def _save(
-    folder: Path, name: str, inputs: Mapping[str, np.ndarray], result: Mapping[str, Any]
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_arrays(folder / f"compare-{name}-inputs.safetensors", inputs)
-    write_durably(folder / f"compare-{name}.json", (json.dumps(result, indent=1) + "\n").encode())

@@ -1,6 +1,5 @@
 """Eager PyTorch as an engine: what every compiled engine is compared with."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.model import WanModel
+from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import DTYPES, load_weights
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.load import WEIGHTS_FILE
@@ -54,10 +54,7 @@ def cut_to_ends(config: WanConfig) -> WanConfig:
     return replace(config, num_layers=min(2, config.num_layers))
 
 
-def tensors_of_cut(names: list[str], full: WanConfig) -> dict[str, str]:
-    """For the parameter names of a cut (or full) model, the full model's names.
-
-    Block 1 of the cut is the last block of the full model.
-    """
-    last = f"blocks.{full.num_layers - 1}."
-    return {name: re.sub(r"^blocks\.1\.", last, name) for name in names}
+def tensors_of_cut(cut: WanConfig, full: WanConfig) -> dict[str, str]:
+    """The full model's name for each parameter of the cut, whose last block is the last there."""
+    last = (f"blocks.{cut.num_layers - 1}.", f"blocks.{full.num_layers - 1}.")
+    return {name: name.replace(*last) for name in parameter_shapes(cut)}

@@ -1,125 +1,104 @@
-"""The proof that ends every build, run in a fresh process.
+"""The proof that ends every build: lower a cut of the graph, and have a fresh process compare it.
 
-It opens the real engine, and compares a cut of the same graph (first and last block, real weights,
-at most `MAX_TOKENS` tokens) with eager PyTorch. An engine that this machine cannot execute is
-proven by the ONNX checker and by its fp32 twin: the same cut in fp32, with the weights widened.
-
-    python -m wanexport.exporter.proof JOB.json        prints the result as JSON
+The cut is the first and the last block with the real weights, at a few tokens. An engine that this
+machine cannot execute is proven through its fp32 twin: the same cut, with the weights widened.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from wanexport.exporter.eager import EagerEngine
-from wanexport.exporter.parity import forward_inputs, measure
+from wanexport.exporter import to_onnx
+from wanexport.exporter.eager import cut_to_ends, tensors_of_cut
+from wanexport.exporter.proof_process import Job
+from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.graphs.config import WanConfig
+from wanexport.graphs.weights import CheckpointWeights, weights_layout, write_weights
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.onnx_engine import OnnxEngine
+from wanexport.runtime.load import RUNNABLE_DTYPES, WEIGHTS_FILE
 
 MAX_TOKENS = 1000
-TIMESTEP = 812.0
-SEED = 0
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the fresh process is told; `tensors` maps the cut's names to the file's."""
+def prove(
+    config: WanConfig,
+    geometry: Geometry,
+    dtype: str,
+    *,
+    verify: str,
+    engine: Path,
+    weights: Sequence[Path],
+) -> dict[str, Any]:
+    """Prove an engine with each expert's weights file, and return the figures of the worst.
 
-    engine: str
-    engine_runs_here: bool
-    cut: str
-    dtype: str
-    config: dict[str, Any]
-    geometry: dict[str, Any]
-    weights: dict[str, str]  # expert -> folder
-    tensors: dict[str, str]
-
-
-def run_in_fresh_process(job: Job, folder: Path) -> dict[str, Any]:
-    """Run the proof and return its result.
-
-    Raises WanExportError with the child's last words when it fails or dies.
+    verify is `ends` or `full`: which blocks the cut keeps. Raises WanExportError when it fails.
     """
+    started = time.monotonic()
+    cut = cut_to_ends(config) if verify == "ends" else config
+    # Beside the engine, where a sweep finds it after a kill: the twin of a large model is large.
+    with tempfile.TemporaryDirectory(prefix="proof-", dir=engine.parent) as scratch:
+        jobs = (_job(config, cut, geometry, dtype, engine, w, Path(scratch)) for w in weights)
+        figures = [_run_in_fresh_process(job, Path(scratch)) for job in jobs]
+    worst = max(figures, key=lambda f: f["error"])
+    return {**worst, "verify": verify, "seconds": round(time.monotonic() - started, 2)}
+
+
+def _job(
+    config: WanConfig,
+    cut: WanConfig,
+    geometry: Geometry,
+    dtype: str,
+    engine: Path,
+    weights: Path,
+    scratch: Path,
+) -> Job:
+    """Write the lowered cut, and the twin's weights where there is one, into scratch."""
+    small = geometry.reduced(MAX_TOKENS)
+    tensors = tensors_of_cut(cut, config)
+    _, entries = weights_layout(config, dtype)
+    runs_here = dtype in RUNNABLE_DTYPES
+    if runs_here:
+        cut_weights, layout = weights.parent, {n: entries[t] for n, t in tensors.items()}
+    else:
+        cut_weights, (_, layout) = scratch, weights_layout(cut, "fp32")
+        twin = {n: SourceTensor(weights, entries[t]) for n, t in tensors.items()}
+        write_weights(scratch / WEIGHTS_FILE, cut, "fp32", CheckpointWeights(twin))
+    graph, _ = to_onnx.lower(cut, small, dtype if runs_here else "fp32", layout)
+    path = scratch / "cut.onnx"
+    path.write_bytes(to_onnx.serialize(graph))
+    return Job(
+        engine=str(engine.resolve()),
+        dtype=dtype,
+        runs_here=runs_here,
+        weights=str(weights.resolve().parent),
+        cut=str(path.resolve()),
+        cut_weights=str(cut_weights.resolve()),
+        tensors=tensors,
+        config=asdict(cut),
+        geometry=asdict(small),
+    )
+
+
+def _run_in_fresh_process(job: Job, folder: Path) -> dict[str, Any]:
+    """Run the proof; raises WanExportError with the child's last words when it fails or dies."""
     path = folder / "job.json"
     path.write_text(json.dumps(asdict(job)))
-    child = subprocess.run(
-        [sys.executable, "-m", "wanexport.exporter.proof", str(path)],
-        capture_output=True,
-        text=True,
-    )
-    if child.returncode != 0:
-        words = child.stderr.strip().splitlines() or [f"it died with status {child.returncode}"]
+    # -P: a file in the working directory must not stand in for a library.
+    command = [sys.executable, "-P", "-m", "wanexport.exporter.proof_process", str(path)]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if child.returncode < 0:
+        raise WanExportError(
+            f"the built engine's proof was killed by signal {-child.returncode}: out of memory?"
+        )
+    if child.returncode > 0:
+        words = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
         raise WanExportError(f"the built engine failed its proof: {words[-1]}")
     result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
     return result
-
-
-def prove(job: Job) -> dict[str, Any]:
-    """Open the engine, compare the cut for every expert, and return the worst figures.
-
-    Raises WanExportError when an output is not finite or the gate fails.
-    """
-    config, geometry = WanConfig(**job.config), Geometry(**job.geometry)
-    inputs = forward_inputs(config, geometry, TIMESTEP, SEED)
-    worst: dict[str, Any] = {"error": -1.0}
-    for expert, folder in job.weights.items():
-        if job.engine_runs_here:
-            OnnxEngine(Path(job.engine), Path(folder))
-        figures = _compare_cut(job, config, geometry, Path(folder), inputs, expert)
-        worst = max(worst, figures, key=lambda f: f["error"])
-    return {
-        "method": "engine opened; cut compared"
-        if job.engine_runs_here
-        else "checker; fp32 twin compared",
-        "blocks": config.num_layers,
-        "tokens": geometry.num_tokens,
-        **worst,
-    }
-
-
-def _compare_cut(
-    job: Job,
-    config: WanConfig,
-    geometry: Geometry,
-    folder: Path,
-    inputs: Mapping[str, np.ndarray],
-    expert: str,
-) -> dict[str, Any]:
-    def eager(dtype: str) -> np.ndarray:
-        return EagerEngine(config, geometry, dtype, folder, job.tensors)(inputs)
-
-    reference = eager("fp32")
-    floor = eager(job.dtype) if job.engine_runs_here and job.dtype != "fp32" else None
-    weights = folder if job.engine_runs_here else Path(job.cut).parent / f"twin-{expert}"
-    velocity = OnnxEngine(Path(job.cut), weights)(inputs)
-    if not np.isfinite(velocity).all():
-        raise WanExportError(
-            f"the {job.dtype} engine gives NaN or Inf: build with --dtype bf16 or fp32"
-        )
-    parity = measure(velocity, reference, floor)
-    if not parity.passed:
-        raise WanExportError(
-            f"relative L2 error {parity.error:.2e} is over the gate {parity.gate:.2e}: "
-            f"this is a fault of wanexport or of a library, please report it"
-        )
-    return {"error": parity.error, "floor": parity.floor, "gate": parity.gate}
-
-
-def main(path: str) -> None:
-    """Entry point of the fresh process."""
-    try:
-        print(json.dumps(prove(Job(**json.loads(Path(path).read_text())))))
-    except WanExportError as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -104,21 +104,31 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise WanExportError(
             f"the two experts in {path} differ in size: expected one config for both"
         )
-    index = _read_json(path / "model_index.json")
+    boundary = _read_json(path / "model_index.json").get("boundary_ratio")
+    if boundary is not None and not isinstance(boundary, float):
+        raise WanExportError(
+            f"{path}/model_index.json has boundary_ratio {boundary!r}: not a float"
+        )
     return Checkpoint(
         path=path,
         layout=next(iter(found.values()))[1],
         config=configs.pop(),
         tensors={expert: tensors for expert, (_, _, tensors) in found.items()},
-        boundary=index.get("boundary_ratio"),
+        boundary=boundary,
     )
 
 
 def _open_model(path: Path) -> tuple[WanConfig, str, dict[str, SourceTensor]]:
     tensors: dict[str, SourceTensor] = {}
     for file in _weight_files(path):
-        for name, entry in read_header(file).items():
-            tensors[name.removeprefix(_PREFIX)] = SourceTensor(file, entry)
+        for stored, entry in read_header(file).items():
+            name = stored.removeprefix(_PREFIX)
+            if name in tensors:
+                raise WanExportError(
+                    f"{name} is in {tensors[name].file} and in {file}: "
+                    f"pass -m one of the files, or a folder with one model"
+                )
+            tensors[name] = SourceTensor(file, entry)
     layout = "diffusers" if "condition_embedder.time_proj.weight" in tensors else "official"
     if layout == "diffusers":
         tensors = {official_name(k): t for k, t in tensors.items() if not _UNUSED.fullmatch(k)}
@@ -133,7 +143,10 @@ def _weight_files(path: Path) -> list[Path]:
         return [path]
     index = path / _INDEX
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise WanExportError(f"{index} has no weight_map: download it again")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise WanExportError(
@@ -163,23 +176,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def official_name(name: str) -> str:
     """Translate a diffusers parameter name; a name the table lacks is returned as it is."""
-    return _translate(name, _KEY_TABLE)
-
-
-def diffusers_name(name: str) -> str:
-    """Translate an official parameter name to diffusers'; the inverse of `official_name`."""
-    return _translate(name, {official: diffusers for diffusers, official in _KEY_TABLE.items()})
-
-
-def _translate(name: str, table: Mapping[str, str]) -> str:
     number = re.match(r"blocks\.(\d+)\.", name)
     generic = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
     stem, _, last = generic.rpartition(".")
     wild = f"{stem}.*" if last in ("weight", "bias") else generic
-    if wild not in table:
+    if wild not in _KEY_TABLE:
         return name
-    translated = table[wild].replace("*", last)
-    return translated.replace("{}", number[1]) if number else translated
+    official = _KEY_TABLE[wild].replace("*", last)
+    return official.replace("{}", number[1]) if number else official
 
 
 def recognise(
@@ -200,15 +204,16 @@ def recognise(
 
     dim, in_channels = shape("patch_embedding.weight", 5)[:2]
     blocks = [int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))]
+    heads = stated.get("num_heads", stated.get("num_attention_heads", max(1, dim // HEAD_DIM)))
+    if not isinstance(heads, int) or heads < 1:
+        raise WanExportError(f"config.json of {path} has num_heads {heads!r}: expected a number")
     image_tokens = 0
     if "img_emb.proj.0.weight" in tensors:
         image_tokens = 514 if "img_emb.emb_pos" in tensors else 257
     return WanConfig(
         dim=dim,
         ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
-        num_heads=stated.get("num_heads")
-        or stated.get("num_attention_heads")
-        or max(1, dim // HEAD_DIM),
+        num_heads=heads,
         num_layers=max(blocks) + 1,
         in_channels=in_channels,
         out_channels=shape("head.head.weight", 2)[0] // 4,

@@ -32,9 +32,9 @@ class WanConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+        if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise WanExportError(
-                f"dim {self.dim} does not split into {self.num_heads} heads of even width"
+                f"dim {self.dim} does not split into {self.num_heads} heads of even width over 4"
             )
         if self.condition_channels not in (0, CONDITION_CHANNELS):
             raise WanExportError(

@@ -5,7 +5,6 @@ from collections import Counter
 import torch
 from torch.export import ExportedProgram
 
-LINT_VERSION = 1
 _HOST_SYNCS = {"aten.item", "aten._local_scalar_dense"}
 _STRIDED_WRITES = {
     "aten.slice_scatter",
@@ -49,8 +48,3 @@ def lint_program(program: ExportedProgram) -> dict[str, int]:
         for node in program.graph.nodes
     )
     return dict(counts)
-
-
-def attention_nodes(program: ExportedProgram) -> int:
-    """How many attention operators the graph calls."""
-    return sum(str(n.target) == "wanexport.attention.default" for n in program.graph.nodes)

@@ -1,6 +1,7 @@
 """The callable that a sampling loop sees: checks its inputs, picks the expert, runs the engine."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,8 @@ class Denoiser:
         side = PATCH * self.geometry.spatial_stride
         height, width = (max(1, round(n / PATCH)) * side for n in shape[3:])
         frames = (shape[2] - 1) * TEMPORAL_STRIDE + 1
+        if (height, width, frames) == astuple(self.geometry)[:3]:
+            return ""
         return f": build an engine with --resolution {height}x{width} --frames {frames}"
 
 

@@ -15,7 +15,7 @@ from wanexport.runtime.manifest import (
     read_manifest,
 )
 from wanexport.runtime.onnx_engine import OnnxEngine
-from wanexport.runtime.tensorfile import header_sha256
+from wanexport.runtime.tensorfile import header_sha256, read_header
 
 WEIGHTS_FILE = "denoiser.safetensors"
 
@@ -47,16 +47,32 @@ def load(
     altered, or when this machine cannot execute the engine.
     """
     bundle = Path(bundle)
-    manifest = read_manifest(bundle)
-    engine = choose_engine(
-        bundle,
-        manifest,
-        backend=backend,
-        device=device,
-        resolution=resolution,
-        frames=frames,
-        dtype=dtype,
-    )
+    while True:
+        manifest = read_manifest(bundle)
+        engine = choose_engine(
+            bundle,
+            manifest,
+            backend=backend,
+            device=device,
+            resolution=resolution,
+            frames=frames,
+            dtype=dtype,
+        )
+        try:
+            return open_engine(bundle, manifest, engine, weights)
+        except WanExportError:
+            if read_manifest(bundle) == manifest:
+                raise
+            # A build replaced the bundle between the two: what it removed is not missing.
+
+
+def open_engine(
+    bundle: Path, manifest: Manifest, engine: EngineRecord, weights: str | Path | None = None
+) -> Denoiser:
+    """Open one engine of a manifest, with the bundle's weights or those of a folder.
+
+    Raises WanExportError when a file is missing or was altered, or the backend refuses it.
+    """
     files = {role: check_engine_file(bundle, file) for role, file in engine.files.items()}
     folders = weights_folders(bundle, manifest, engine, weights)
     return Denoiser(
@@ -84,7 +100,8 @@ def choose_engine(
     fitting = [
         engine
         for engine in manifest.engines
-        if backend in (None, engine.backend)
+        if engine.backend in ENGINES
+        and backend in (None, engine.backend)
         and dtype in (None, engine.dtype)
         and frames in (None, engine.geometry.frames)
         and size in (None, (engine.geometry.height, engine.geometry.width))
@@ -123,6 +140,7 @@ def weights_folders(
             raise WanExportError(
                 f"weights folder {folder} has no {WEIGHTS_FILE}: name one that has"
             )
+        read_header(path)  # refuses a file that was cut short
         _check_header(path, header_sha256(path), engine)
     return folders
 

@@ -20,6 +20,7 @@ from wanexport.runtime.tensorfile import header_sha256
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 _CHUNK = 1 << 24
 
 
@@ -60,7 +61,7 @@ class WeightsRecord:
     expert: str
     file: FileRecord
     header_sha256: str
-    key: str  # hash of all that decides the bytes
+    content: str  # hash of the source's tensors, whatever their files
     source: dict[str, Any]
 
 
@@ -161,16 +162,20 @@ def read_manifest(bundle: Path, name: str = MANIFEST) -> Manifest:
             f"make one with: wanexport build -o {bundle}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WanExportError(f"{path} is damaged ({error}): build the bundle again") from error
+        raise WanExportError(
+            f"{path} is damaged ({error}): delete {bundle} and build again"
+        ) from error
     if schema != SCHEMA:
         raise WanExportError(
             f"{path} has schema {schema}, this wanexport reads {SCHEMA}: "
-            f"build the bundle again, or install the wanexport that wrote it"
+            f"delete {bundle} and build again, or install the wanexport that wrote it"
         )
     try:
         return from_json(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WanExportError(f"{path} is damaged ({error}): build the bundle again") from error
+        raise WanExportError(
+            f"{path} is damaged ({error}): delete {bundle} and build again"
+        ) from error
 
 
 def write_manifest(bundle: Path, manifest: Manifest, name: str = MANIFEST) -> None:
@@ -201,13 +206,15 @@ def fsync_folder(folder: Path) -> None:
 @contextmanager
 def bundle_lock(bundle: Path) -> Iterator[None]:
     """Hold the bundle against other writers. Raises WanExportError when one is at work."""
-    with (bundle / ".lock").open("w") as file:
+    path = bundle / LOCK
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise WanExportError(
-                f"another wanexport is writing {bundle}: wait for it to end"
-            ) from error
+            is_current = os.fstat(file.fileno()).st_ino == path.stat().st_ino
+        except (BlockingIOError, FileNotFoundError):
+            is_current = False
+        if not is_current:  # held by another, or removed by one that gave up
+            raise WanExportError(f"another wanexport is writing {bundle}: wait for it to end")
         yield
 
 

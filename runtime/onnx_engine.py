@@ -1,8 +1,9 @@
 """A weightless ONNX graph in ONNX Runtime on the CPU, its weights mapped from the bundle's file."""
 
-import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,17 +13,13 @@ from wanexport.runtime.errors import WanExportError
 class OnnxEngine:
     """Calls one `denoiser.onnx` with the weights in `weights_folder`; fp32 arrays in and out.
 
-    Prepacking is off so that the weights stay a mapping of the file: no copy, shared by processes.
+    Prepacking is off so that fp32 weights stay a mapping of the file: no copy, shared by processes.
+    fp16 weights ONNX Runtime widens to fp32 in memory, having few fp16 kernels for a CPU.
     Raises WanExportError when ONNX Runtime is missing or refuses the graph.
     """
 
     def __init__(self, graph: Path, weights_folder: Path) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise WanExportError(
-                "ONNX Runtime is not installed: pip install 'wanexport[cpu]'"
-            ) from error
+        onnxruntime = _onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -34,8 +31,8 @@ class OnnxEngine:
             self.session = onnxruntime.InferenceSession(
                 graph.read_bytes(), options, providers=["CPUExecutionProvider"]
             )
-        except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # ONNX Runtime's own exceptions have no base but this
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise WanExportError(f"ONNX Runtime cannot load {graph}: {reason}") from error
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -45,7 +42,22 @@ class OnnxEngine:
 
 
 def versions() -> dict[str, str]:
-    """What the manifest records about this backend on this machine."""
-    import onnxruntime
+    """What the manifest records about this backend on this machine.
 
-    return {"device": "cpu", "machine": os.uname().machine, "onnxruntime": onnxruntime.__version__}
+    Raises WanExportError when ONNX Runtime is missing.
+    """
+    return {
+        "device": "cpu",
+        "machine": platform.machine(),
+        "onnxruntime": _onnxruntime().__version__,
+    }
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise WanExportError(
+            "ONNX Runtime is not installed: pip install 'wanexport[cpu]'"
+        ) from error
+    return onnxruntime

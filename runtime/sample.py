@@ -59,7 +59,8 @@ def sample(
     latent: it replaces frame 0 before the run and after every step, and is given timestep 0.
 
     The step's velocity is uncond + guidance * (cond - uncond), in fp32.
-    Raises WanExportError, before any work, for settings that do not fit.
+    Raises WanExportError, before any work, for settings that do not fit; wrongly shaped inputs are
+    the denoiser's to refuse, at the first step.
     """
     defaults = getattr(denoiser, "sampling", None)
     plan = make_plan(
@@ -71,6 +72,8 @@ def sample(
             f"pass them, or set guidance to 1"
         )
     latent = to_fp32_like(noise, noise)
+    if latent.ndim != 5:
+        raise WanExportError(f"noise has shape {list(latent.shape)}, expected [1, C, F, h, w]")
     if first_frame is not None:
         _check_first_frame(denoiser, latent, first_frame)
         first_frame = to_fp32_like(first_frame, latent)
@@ -112,7 +115,7 @@ def _guidance_per_step(
     guidance: float | Sequence[float], schedule: Schedule, boundary: float | None
 ) -> tuple[float, ...]:
     pair = np.asarray(guidance, np.float64).reshape(-1)
-    if pair.size not in (1, 2):
+    if pair.size not in (1, 2) or not np.isfinite(pair).all():
         raise WanExportError(f"guidance {guidance}: expected a number or (low noise, high noise)")
     low, high = float(pair[0]), float(pair[-1])
     if low != high and boundary is None:
@@ -140,9 +143,11 @@ def _run(
         zip(plan.schedule.timesteps, plan.guidance, strict=True)
     ):
         given = frame_timesteps(timestep, latent, first_frame)
-        velocity = denoiser(latent=latent, timestep=given, text=text, **extras)
+        cond = denoiser(latent=latent, timestep=given, text=text, **extras)
+        velocity = to_fp32_like(cond, latent)
         if scale != 1:
             uncond = denoiser(latent=latent, timestep=given, text=negative, **extras)
+            uncond = to_fp32_like(uncond, latent)
             velocity = uncond + scale * (velocity - uncond)
         latent = set_first_frame(solver.step(latent, velocity), first_frame)
         yield Step(index, timestep, latent)
