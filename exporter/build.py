@@ -167,8 +167,11 @@ def add_weights(
         if known.expert == expert and known.source != source.record:
             progress(f"weights {name}: reading the checkpoint to compare", 0, 0)
             if known.content != weights.digest():
+                origin = next(
+                    known.source[k] for k in ("hub", "path", "preset") if k in known.source
+                )
                 raise WanExportError(
-                    f"{writer.path} holds other weights ({json.dumps(known.source)}): "
+                    f"{writer.path} holds other weights, of {origin}: "
                     f"name another folder with -o, or delete it"
                 )
     header, _ = weights_layout(source.config, dtype)

@@ -24,6 +24,7 @@ from tests.wan_reference import (
 )
 from wanexport.exporter import to_onnx
 from wanexport.exporter.build import build
+from wanexport.exporter.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.graphs.config import EXPERTS
 from wanexport.runtime import WanExportError, load
@@ -91,7 +92,8 @@ def test_the_manifest_describes_every_file(tiny_bundle: Path) -> None:
         assert set(engine.lint.values()) == {0}
         assert engine.proof["error"] <= engine.proof["gate"]
     methods = {engine.dtype: engine.proof["method"] for engine in manifest.engines}
-    assert methods["fp32"] == methods["fp16"] == "engine opened; cut compared"
+    assert methods["fp32"] == "engine opened; cut compared"
+    assert methods["fp16"] == "checker; cut compared"
     assert methods["bf16"] == "checker; fp32 twin compared"
 
 
@@ -116,29 +118,69 @@ def small_official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_official(folder, official_state(diffusers_model(config)), config)
 
 
-def test_changed_weights_are_converted_again_and_old_ones_removed(
-    small_official: Path, tmp_path: Path
-) -> None:
+def test_a_bundle_keeps_to_one_models_weights(small_official: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(small_official, tmp_path / "model"))
     build_small(model, "t2v-1.3b", tmp_path / "bundle")
-    first = read_manifest(tmp_path / "bundle").weights["fp32"].file
-    shutil.copytree(model, tmp_path / "moved")  # the same content elsewhere is reused
+    shutil.copytree(model, tmp_path / "moved")  # the same content elsewhere is the same model
     assert build_small(tmp_path / "moved", "t2v-1.3b", tmp_path / "bundle")["reused"]
+    before = read_manifest(tmp_path / "bundle")
     file = model / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors["head.head.weight"] *= 1.01
     save_file(tensors, file)
-    assert build_small(model, "t2v-1.3b", tmp_path / "bundle")["reused"] == []
-    second = read_manifest(tmp_path / "bundle").weights["fp32"].file
-    assert second.sha256 != first.sha256
-    assert [p.as_posix() for p in (tmp_path / "bundle" / "weights").rglob("*.safetensors")] == [
-        (tmp_path / "bundle" / second.path).as_posix()
-    ]
+    for dtype in ("fp32", "bf16"):
+        with pytest.raises(WanExportError, match=r"holds other weights, of .*model: name"):
+            build_small(model, "t2v-1.3b", tmp_path / "bundle", dtype=dtype)
+    assert read_manifest(tmp_path / "bundle") == before
+    load(tmp_path / "bundle")
+
+
+def test_a_lost_weights_file_is_converted_again(bundle: Path) -> None:
+    path = bundle / read_manifest(bundle).weights["fp32"].file.path
+    path.unlink()
+    record = build("tiny", random_weights=0, resolution="64x96", frames=9, output=bundle)
+    assert record["reused"] == ["engine 64x96x9/onnx-fp32"]
+    load(bundle)
+
+
+def test_a_changed_boundary_is_a_changed_engine(tmp_path: Path) -> None:
+    config = small_config("t2v-a14b", num_layers=1)
+    model = tmp_path / "model"
+    write_diffusers(model, diffusers_model(config, 1), boundary_ratio=0.7)
+    diffusers_model(config, 2).save_pretrained(model / "transformer_2")
+    build_small(model, "t2v-a14b", tmp_path / "bundle")
+    (model / "model_index.json").write_text('{"boundary_ratio": 0.5}')
+    record = build_small(model, "t2v-a14b", tmp_path / "bundle")
+    assert record["reused"] == ["weights high_noise-fp32", "weights low_noise-fp32"]
+    assert load(tmp_path / "bundle").sampling.boundary == 0.5
+
+
+def test_the_cut_takes_the_ends_and_the_full_model_itself() -> None:
+    full = small_config("t2v-1.3b", num_layers=4)
+    cut = tensors_of_cut(cut_to_ends(full), full)
+    assert cut["blocks.0.ffn.0.weight"] == "blocks.0.ffn.0.weight"
+    assert cut["blocks.1.ffn.0.weight"] == "blocks.3.ffn.0.weight"
+    assert cut["head.head.weight"] == "head.head.weight"
+    assert all(name == tensor for name, tensor in tensors_of_cut(full, full).items())
+    single = small_config("t2v-1.3b", num_layers=1)
+    assert all(name == tensor for name, tensor in tensors_of_cut(single, single).items())
+
+
+def test_a_file_in_the_working_directory_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise RuntimeError('imported from the cwd')")
+    monkeypatch.chdir(tmp_path)
+    build("tiny", random_weights=0, resolution="32x32", frames=1, output="b")
 
 
 def test_verify_full_runs_every_block(tmp_path: Path) -> None:
     options = {"random_weights": 0, "resolution": "32x32", "frames": 1, "verify": "full"}
     record = build("tiny", output=tmp_path / "b", **options)  # type: ignore[arg-type]
+    assert record["engines"][0]["proof"]["blocks"] == 4
+    options["verify"] = "ends"  # less than what is proven already
+    record = build("tiny", output=tmp_path / "b", **options)  # type: ignore[arg-type]
+    assert record["reused"] == ["weights fp32", "engine 32x32x1/onnx-fp32"]
     assert record["engines"][0]["proof"]["blocks"] == 4
 
 

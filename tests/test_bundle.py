@@ -1,6 +1,7 @@
 """A writer that is killed or fails leaves the old bundle, the new one, or none."""
 
-from dataclasses import asdict
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ from wanexport.runtime.manifest import Manifest, read_manifest, write_manifest
 
 
 class Killed(BaseException):
-    """Stands for a signal: no handler of ours runs for the process, but the writer's do."""
+    """Stands for Ctrl-C."""
 
 
 def empty_like(manifest: Manifest) -> Manifest:
-    return Manifest(**{**asdict(manifest), "weights": {}, "engines": ()})
+    return replace(manifest, weights={}, engines=())
 
 
 def test_a_failure_with_nothing_finished_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -52,29 +53,84 @@ def test_what_a_killed_build_left_is_swept_or_resumed(bundle: Path) -> None:
     with open_bundle(bundle, empty_like(whole)) as writer:
         assert not stray.parent.exists()
         for name, weights in whole.weights.items():
-            assert writer.find_weights(name, weights.__eq__) == weights
+            assert writer.find_weights(name, weights.header_sha256) == weights
+            assert writer.find_weights(name, "another layout") is None
             writer.put_weights(name, weights)
         for engine in whole.engines:
-            assert writer.find_engine(engine.key, engine.proof["weights"]) == engine
+            assert writer.find_engine(engine.key) == engine
             writer.put_engine(engine)
+        assert writer.find_engine("another key") is None
         writer.commit()
     assert read_manifest(bundle) == whole
     assert not (bundle / JOURNAL).exists()
 
 
+def test_a_second_interruption_forgets_nothing(bundle: Path) -> None:
+    whole = read_manifest(bundle)
+    write_manifest(bundle, whole, JOURNAL)
+    (bundle / "manifest.json").unlink()
+    for _ in range(2):
+        with pytest.raises(Killed), open_bundle(bundle, empty_like(whole)) as writer:
+            writer.put_weights("fp32", whole.weights["fp32"])
+            raise Killed
+    with open_bundle(bundle, empty_like(whole)) as writer:
+        assert writer.journal.weights == whole.weights
+        assert writer.find_engine(whole.engines[0].key) == whole.engines[0]
+
+
+def test_an_interrupt_inside_the_commit_leaves_the_new_bundle(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = read_manifest(bundle)
+    record = old.weights["fp32"]
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), open_bundle(bundle, empty_like(old)) as writer:
+        folder = writer.free_folder(Path("weights/fp32"))
+        new = folder / "denoiser.safetensors"
+        shutil.copy(bundle / record.file.path, new)
+        file = replace(record.file, path=new.relative_to(bundle).as_posix())
+        writer.put_weights("fp32", replace(record, file=file))
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", interrupted)
+            writer.commit()
+    assert read_manifest(bundle).weights["fp32"].file == file
+    load(bundle)
+
+
 def test_damaged_parts_are_not_reused(bundle: Path) -> None:
     whole = read_manifest(bundle)
-    engine = whole.engines[0]
-    for file in (*engine.files.values(), whole.weights["fp32"].file):
+    engine, weights = whole.engines[0], whole.weights["fp32"]
+    for file in (*engine.files.values(), weights.file):
         with (bundle / file.path).open("r+b") as handle:
             handle.truncate(file.size - 1)
     with open_bundle(bundle, empty_like(whole)) as writer:
-        assert writer.find_engine(engine.key, engine.proof["weights"]) is None
-        assert writer.find_weights("fp32", lambda record: True) is None
+        assert writer.find_engine(engine.key) is None
+        assert writer.find_weights("fp32", weights.header_sha256) is None
 
 
-def test_an_engine_proven_with_other_weights_is_not_reused(bundle: Path) -> None:
-    engine = read_manifest(bundle).engines[0]
+def test_an_unreadable_journal_costs_only_its_work(bundle: Path) -> None:
+    (bundle / JOURNAL).write_text("{")
     with open_bundle(bundle, empty_like(read_manifest(bundle))) as writer:
-        assert writer.find_engine(engine.key, {"fp32": "another"}) is None
-        assert writer.find_engine("another", engine.proof["weights"]) is None
+        writer.commit()
+    load(bundle)
+
+
+def test_a_folder_with_only_a_lock_and_other_files_is_refused(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "precious.bin").write_text("")
+    (tmp_path / ".lock").write_text("")
+    empty = empty_like(read_manifest(tiny_bundle))
+    with pytest.raises(WanExportError, match="is no bundle"), open_bundle(tmp_path, empty):
+        pass
+    assert (tmp_path / "weights" / "precious.bin").exists()
+
+
+def test_new_folders_are_numbered_where_the_name_is_taken(bundle: Path) -> None:
+    with open_bundle(bundle, empty_like(read_manifest(bundle))) as writer:
+        assert writer.free_folder(Path("weights/fp32")).name == "fp32.2"
+        assert writer.free_folder(Path("weights/new")).name == "new"

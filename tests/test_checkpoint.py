@@ -18,7 +18,7 @@ from tests.wan_reference import (
     write_diffusers,
     write_official,
 )
-from wanexport.graphs.checkpoint import diffusers_name, official_name, open_checkpoint
+from wanexport.graphs.checkpoint import official_name, open_checkpoint
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.weights import CheckpointWeights, write_weights
 from wanexport.runtime.errors import WanExportError
@@ -58,7 +58,6 @@ def test_the_key_table_is_the_official_conversion(preset: str) -> None:
     config = small_config(preset)
     for name in diffusers_model(config).state_dict():
         assert official_name(name) == official_key(name)
-        assert diffusers_name(official_key(name)) == name
 
 
 def test_shards_with_an_index_and_a_prefix_convert_alike(
@@ -150,4 +149,38 @@ def test_wrong_tensors_are_named(
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WanExportError, match="is no Wan checkpoint"):
+        open_checkpoint(tmp_path)
+
+
+def test_one_tensor_in_two_files_is_refused(
+    state: dict[str, Tensor], config: WanConfig, tmp_path: Path
+) -> None:
+    for name in ("wan_high_noise.safetensors", "wan_low_noise.safetensors"):
+        save_file(state, tmp_path / name)
+    with pytest.raises(WanExportError, match=r"wan_high_noise.* and in .*wan_low_noise"):
+        open_checkpoint(tmp_path)
+    assert open_checkpoint(tmp_path / "wan_low_noise.safetensors").config == config
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", '{"num_heads": "2"}', "num_heads '2': expected a number"),
+        ("config.json", '{"num_heads": 64}', "heads of even width over 4"),
+        ("config.json", "{", r"cannot read .*config\.json"),
+        ("model_index.json", '{"boundary_ratio": "0.9"}', "boundary_ratio '0.9': not a float"),
+        ("diffusion_pytorch_model.safetensors.index.json", '{"weight_map": 3}', "no weight_map"),
+    ],
+)
+def test_damaged_json_is_refused(
+    file: str,
+    content: str,
+    message: str,
+    state: dict[str, Tensor],
+    config: WanConfig,
+    tmp_path: Path,
+) -> None:
+    write_official(tmp_path, state, config)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(WanExportError, match=message):
         open_checkpoint(tmp_path)

@@ -101,14 +101,17 @@ BUILD = ("build", "--resolution", "64x96", "--frames", "9")
         ((*BUILD, "-m", "tiny"), "is a preset, not a checkpoint: add --random-weights"),
         ((*BUILD, "-m", "nowhere/at/all"), "nowhere/at/all does not exist"),
         ((*BUILD, "-m", "huge", "--random-weights", "0"), "'huge' is no preset"),
-        (("run", "{tmp}", "--text", "x", "-o", "y"), "is no bundle"),
-        (("run", "{bundle}", "--text", "{tmp}/no", "-o", "y"), "cannot read"),
-        (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/no/y"), "is no folder"),
-        (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y", "--guidance", "a"),
+        (("run", "{tmp}", "--text", "x", "-o", "y.safetensors"), "is no bundle"),
+        (("run", "{bundle}", "--text", "{tmp}/no", "-o", "y.safetensors"), "cannot read"),
+        (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/no/y.safetensors"),
+         "cannot write in"),
+        (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y.safetensors", "--guidance", "a"),
          "--guidance 'a': expected numbers"),
-        (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y", "--timesteps", "1,2"),
+        (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y.safetensors", "--timesteps", "1,2"),
          "timesteps must fall"),
         (("compare", "{bundle}", "--resolution", "480x832"), "no such engine"),
+        (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y.mp4"), "a .safetensors file"),
+        (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}"), "a .safetensors file"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_two(
@@ -135,7 +138,9 @@ def test_mistakes_are_one_line_and_exit_code_two(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -146,11 +151,12 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
+    assert "No space left on device" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(
-    "options", [("--backend", "vulkan"), ("--dtype", "int4"), ("--frames", "x")]
+    "options", [("--backend", "vulkan"), ("--dtype", "int4"), ("--random-weights", "-1")]
 )
 def test_unknown_choices_are_refused_by_name(options: tuple[str, str]) -> None:
     result = invoke(*BUILD, *options)

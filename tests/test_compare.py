@@ -15,7 +15,7 @@ from wanexport.exporter.build import build
 from wanexport.exporter.compare import compare
 from wanexport.exporter.parity import Parity, measure, relative_l2
 from wanexport.graphs.config import PRESETS
-from wanexport.runtime.manifest import file_record, read_manifest, write_manifest
+from wanexport.runtime.manifest import bundle_lock, file_record, read_manifest, write_manifest
 from wanexport.runtime.tensorfile import load_arrays, read_header
 
 
@@ -79,6 +79,13 @@ def test_a_report_elsewhere_leaves_the_bundle_alone(bundle: Path, tmp_path: Path
     assert (bundle / "manifest.json").read_bytes() == before
     assert not (bundle / "reports").exists()
     assert len(list((tmp_path / "reports").iterdir())) == 2
+
+
+def test_the_verdict_stands_when_a_writer_holds_the_bundle(bundle: Path) -> None:
+    with bundle_lock(bundle):
+        result = compare(bundle, steps=1)
+    assert result["passed"]
+    assert "another wanexport is writing" in result["warning"]
 
 
 @pytest.mark.parametrize("fault", [drop_row_rope, swap_gate_and_shift, coarser_epsilon])

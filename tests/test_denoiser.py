@@ -124,3 +124,10 @@ def test_a_text_of_another_width_is_refused() -> None:
     model, _ = denoiser()
     with pytest.raises(WanExportError, match="text has shape"):
         model(**{**inputs_of(model), "text": np.zeros((5, 1024), np.float32)})
+
+
+def test_wrong_channels_are_not_blamed_on_the_geometry() -> None:
+    model, _ = denoiser()
+    latent = np.zeros((1, 48, 3, 8, 12), np.float32)
+    with pytest.raises(WanExportError, match=r"\[1, 16, 3, 8, 12\]$"):
+        model(**{**inputs_of(model), "latent": latent})

@@ -1,6 +1,7 @@
 """Which engine `load` opens, and what it refuses."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from wanexport.graphs.config import PRESETS
 from wanexport.graphs.weights import RandomWeights, write_weights
 from wanexport.runtime import WanExportError, load
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.manifest import TensorSpec
+from wanexport.runtime.manifest import TensorSpec, read_manifest, write_manifest
+from wanexport.runtime.onnx_engine import OnnxEngine
+from wanexport.runtime.tensorfile import read_header
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +74,50 @@ def test_weights_of_another_layout_are_refused(tiny_bundle: Path, tmp_path: Path
         load(tiny_bundle, weights=tmp_path)
 
 
+def test_a_cut_weights_file_is_refused_before_the_backend_sees_it(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    whole = (tiny_bundle / "weights" / "fp32" / "denoiser.safetensors").read_bytes()
+    (tmp_path / "denoiser.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(WanExportError, match="its header describes"):
+        load(tiny_bundle, weights=tmp_path)
+
+
+def test_what_the_backend_refuses_is_one_line(bundle: Path) -> None:
+    graph = bundle / "engines" / "64x96x9" / "onnx-fp32" / "denoiser.onnx"
+    graph.write_bytes(b"no graph")
+    with pytest.raises(WanExportError, match="ONNX Runtime cannot load"):
+        OnnxEngine(graph, bundle / "weights" / "fp32")
+
+
+def test_a_bundle_replaced_while_it_is_opened_is_opened_anew(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = read_manifest(bundle)
+    moved = Path("engines/64x96x9/onnx-fp32.2/denoiser.onnx")
+    engine = new.engines[0]
+    assert engine.dtype == "fp32"
+    file = engine.files["denoiser"]
+    old = replace(
+        new, engines=(replace(engine, files={"denoiser": replace(file, path=moved.as_posix())}),)
+    )
+    answers = iter([old, new, new])  # the old manifest's file is gone by the time it is checked
+    monkeypatch.setattr("wanexport.runtime.load.read_manifest", lambda _: next(answers))
+    assert load(bundle).record == engine
+
+
+def test_an_engine_of_a_newer_backend_is_passed_over(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    newer = replace(manifest.engines[0], backend="quantum")
+    write_manifest(bundle, replace(manifest, engines=(newer, *manifest.engines)))
+    assert load(bundle).record.backend == "onnx"
+
+
 def test_the_weights_are_mapped_not_copied(tiny_bundle: Path) -> None:
     """A changed byte in the weights file is seen by an open engine: it holds no copy."""
     denoiser = load(tiny_bundle)
     own = denoiser(**inputs())
     record = tiny_bundle / "weights" / "fp32" / "denoiser.safetensors"
-    from wanexport.runtime.tensorfile import read_header
-
     entry = read_header(record)["head.head.bias"]
     with record.open("r+b") as file:
         file.seek(entry.offset)

@@ -77,9 +77,9 @@ def test_distilled_steps_are_euler_without_guidance() -> None:
 def test_first_frame_is_blended_and_has_timestep_zero() -> None:
     denoiser = FakeDenoiser(T2V)
     frame = np.full((1, 4, 1, 2, 2), 7.0, np.float32)
-    steps = list(
-        sample(denoiser, noise=noise(3), text=TEXT, first_frame=frame, steps=2, guidance=1.0)
-    )
+    start = noise(3)
+    steps = list(sample(denoiser, noise=start, text=TEXT, first_frame=frame, steps=2, guidance=1.0))
+    np.testing.assert_array_equal(start, noise(3))
     for call in denoiser.calls:
         np.testing.assert_array_equal(call["latent"][:, :, :1], frame)
         assert call["timestep"][0] == 0
@@ -128,6 +128,10 @@ def test_settings_that_do_not_fit_are_refused_before_any_work() -> None:
         sample(denoiser, noise=noise(), text=TEXT, timesteps=[900, 500], steps=2)
     with pytest.raises(WanExportError, match="expected a number or"):
         sample(denoiser, noise=noise(), text=TEXT, guidance=(1, 2, 3))  # type: ignore[arg-type]
+    with pytest.raises(WanExportError, match="expected a number or"):
+        sample(denoiser, noise=noise(), text=TEXT, guidance=float("nan"))
+    with pytest.raises(WanExportError, match=r"expected \[1, C, F, h, w\]"):
+        sample(denoiser, noise=noise()[0], text=TEXT, guidance=1)
     with pytest.raises(WanExportError, match="no sampling defaults"):
         sample(FakeDenoiser(None), noise=noise(), text=TEXT, steps=3)
     assert denoiser.calls == []
@@ -169,3 +173,17 @@ def test_expert_and_guidance_agree_at_the_boundary() -> None:
 def test_noise_depends_on_the_seed_alone() -> None:
     np.testing.assert_array_equal(seeded_noise((4, 4), 3), seeded_noise((4, 4), 3))
     assert not np.array_equal(seeded_noise((4, 4), 3), seeded_noise((4, 4), 4))
+
+
+def test_guidance_is_combined_in_fp32_whatever_the_model_returns() -> None:
+    def half(latent: torch.Tensor, text: torch.Tensor, **_: Any) -> torch.Tensor:
+        return (latent * 0 + text[0, 0]).bfloat16()
+
+    texts: dict[str, Any] = {
+        "text": torch.full((1, 1), 1.0),
+        "negative": torch.full((1, 1), 1 / 256),
+    }
+    start = torch.zeros(1, 1, 1, 1, 1)
+    settings: dict[str, Any] = {"solver": "euler", "steps": 1, "shift": 1.0, "guidance": 3.0}
+    (step,) = sample(half, noise=start, **texts, **settings)
+    assert step.latent.item() == -(1 / 256 + 3 * (1 - 1 / 256))  # bf16 would round it
