@@ -68,13 +68,13 @@ def test_load_sample_and_run_work_without_torch(tiny_bundle: Path, tmp_path: Pat
         "from wanexport.runtime.tensorfile import save_arrays\n"
         f"save_arrays(Path({str(tmp_path / 't')!r}), {{'text': text, 'negative': -text}})\n"
         f"sys.argv = ['wanexport', 'run', {str(tiny_bundle)!r}, '--text', {str(tmp_path / 't')!r},"
-        f" '--steps', '2', '-o', {str(tmp_path / 'latents')!r}]\n"
+        f" '--steps', '2', '-o', {str(tmp_path / 'latents.safetensors')!r}]\n"
         "from wanexport.exporter.cli import main\n"
         "main()\n"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
-    assert (tmp_path / "latents").exists()
+    assert (tmp_path / "latents.safetensors").exists()
 
 
 def test_build_without_torch_names_what_to_install() -> None:

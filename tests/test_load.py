@@ -1,6 +1,7 @@
 """Which engine `load` opens, and what it refuses."""
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,7 +103,8 @@ def test_a_bundle_replaced_while_it_is_opened_is_opened_anew(
         new, engines=(replace(engine, files={"denoiser": replace(file, path=moved.as_posix())}),)
     )
     answers = iter([old, new, new])  # the old manifest's file is gone by the time it is checked
-    monkeypatch.setattr("wanexport.runtime.load.read_manifest", lambda _: next(answers))
+    module = sys.modules["wanexport.runtime.load"]  # the package's attribute is the function
+    monkeypatch.setattr(module, "read_manifest", lambda _: next(answers))
     assert load(bundle).record == engine
 
 
