@@ -125,6 +125,8 @@ class BundleWriter:
     def sweep(self) -> None:
         """Remove artefacts that neither the manifest nor the journal lists."""
         listed = {file.path for m in (self.committed, self.journal) for file in m.files()}
+        for partial in self.path.glob("*.partial"):
+            partial.unlink()
         for folder in _ARTEFACTS:
             for path in sorted((self.path / folder).rglob("*"), reverse=True):
                 if path.is_dir():

@@ -48,10 +48,12 @@ def test_what_a_killed_build_left_is_swept_or_resumed(bundle: Path) -> None:
     stray = bundle / "engines" / "64x96x9" / "onnx-fp32.2" / "denoiser.onnx"
     stray.parent.mkdir()
     stray.write_bytes(b"half")
+    (bundle / "manifest.json.partial").write_bytes(b"half")
     with pytest.raises(WanExportError, match="is no bundle"):
         load(bundle)
     with open_bundle(bundle, empty_like(whole)) as writer:
         assert not stray.parent.exists()
+        assert not (bundle / "manifest.json.partial").exists()
         for name, weights in whole.weights.items():
             assert writer.find_weights(name, weights.header_sha256) == weights
             assert writer.find_weights(name, "another layout") is None
