@@ -65,12 +65,7 @@ def cli() -> None:
     "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
     help="Precision of matrix products and attention; bf16 does not run on a CPU.",
 )  # fmt: skip
-@click.option(
-    "--random-weights",
-    type=click.IntRange(min=0),
-    metavar="SEED",
-    help="Seeded weights of a preset.",
-)
+@click.option("--random-weights", type=SEED, metavar="SEED", help="Seeded weights of a preset.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle; default ./MODEL.")
 @click.option(
     "--verify", type=click.Choice(["ends", "full"]), default="ends", show_default=True,
@@ -292,8 +287,14 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
         task = bars.add_task("", total=None)
+        current = ""
 
         def show(stage: str, done: int, total: int) -> None:
+            nonlocal current
+            name = stage.partition(",")[0]  # what follows the comma changes within a stage
+            if name != current:
+                current = name
+                bars.reset(task)  # restarts the clock
             bars.update(task, description=stage, completed=done, total=total or None)
 
         yield show
