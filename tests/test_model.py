@@ -47,6 +47,23 @@ def test_fp32_velocity_is_diffusers(preset: str, timestep: float) -> None:
     assert relative_l2(ours, diffusers_velocity(model, config, inputs)) <= 1e-5
 
 
+@pytest.mark.parametrize("preset", VARIANTS)
+def test_only_the_sinusoid_differs_from_diffusers(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_fp32(_: TimeFeatures, timestep: torch.Tensor) -> torch.Tensor:
+        exponents = -np.log(10000) * torch.arange(128, dtype=torch.float32) / 128
+        angles = timestep[:, None] * exponents.exp()
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    monkeypatch.setattr(TimeFeatures, "forward", in_fp32)
+    config = small_config(preset)
+    model = diffusers_model(config)
+    inputs = forward_inputs(config, small_geometry(config), 999.0, seed=1)
+    ours = our_velocity(model, config, torch.float32, inputs)
+    assert relative_l2(ours, diffusers_velocity(model, config, inputs)) <= 1e-6
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("preset", VARIANTS)
 def test_bf16_error_is_no_larger_than_diffusers(preset: str, device: str, tmp_path: Path) -> None:
