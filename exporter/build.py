@@ -21,6 +21,7 @@ from wanexport.graphs.config import WanConfig, sampling_defaults
 from wanexport.graphs.weights import weights_layout, write_weights
 from wanexport.runtime import attention, onnx_engine
 from wanexport.runtime import geometry as geometry_module
+from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry, parse_resolution
 from wanexport.runtime.load import WEIGHTS_FILE
@@ -32,7 +33,6 @@ from wanexport.runtime.manifest import (
     TensorSpec,
     WeightsRecord,
     file_record,
-    write_durably,
 )
 from wanexport.runtime.tensorfile import header_sha256
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from wanexport.runtime.durable import fsync_folder
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import (
     LOCK,
@@ -21,7 +22,6 @@ from wanexport.runtime.manifest import (
     bundle_lock,
     check_engine_file,
     check_weights,
-    fsync_folder,
     read_manifest,
     write_manifest,
 )

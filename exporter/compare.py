@@ -20,6 +20,7 @@ from wanexport.exporter.parity import Parity, measure, relative_l2, seeded_input
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.signature import parameter_shapes
 from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.load import choose_engine, open_engine, weights_folders
 from wanexport.runtime.manifest import (
@@ -27,7 +28,6 @@ from wanexport.runtime.manifest import (
     Manifest,
     bundle_lock,
     read_manifest,
-    write_durably,
     write_manifest,
 )
 from wanexport.runtime.sample import sample

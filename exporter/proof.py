@@ -42,48 +42,38 @@ def prove(
     """
     started = time.monotonic()
     cut = cut_to_ends(config) if verify == "ends" else config
-    # Beside the engine, where a sweep finds it after a kill: the twin of a large model is large.
-    with tempfile.TemporaryDirectory(prefix="proof-", dir=engine.parent) as scratch:
-        jobs = (_job(config, cut, geometry, dtype, engine, w, Path(scratch)) for w in weights)
-        figures = [_run_in_fresh_process(job, Path(scratch)) for job in jobs]
-    worst = max(figures, key=lambda f: f["error"])
-    return {**worst, "verify": verify, "seconds": round(time.monotonic() - started, 2)}
-
-
-def _job(
-    config: WanConfig,
-    cut: WanConfig,
-    geometry: Geometry,
-    dtype: str,
-    engine: Path,
-    weights: Path,
-    scratch: Path,
-) -> Job:
-    """Write the lowered cut, and the twin's weights where there is one, into scratch."""
     small = geometry.reduced(MAX_TOKENS)
     tensors = tensors_of_cut(cut, config)
     _, entries = weights_layout(config, dtype)
     runs_here = dtype in RUNNABLE_DTYPES
     if runs_here:
-        cut_weights, layout = weights.parent, {n: entries[t] for n, t in tensors.items()}
+        layout = {name: entries[tensor] for name, tensor in tensors.items()}
     else:
-        cut_weights, (_, layout) = scratch, weights_layout(cut, "fp32")
-        twin = {n: SourceTensor(weights, entries[t]) for n, t in tensors.items()}
-        write_weights(scratch / WEIGHTS_FILE, cut, "fp32", CheckpointWeights(twin))
+        _, layout = weights_layout(cut, "fp32")
     graph, _ = to_onnx.lower(cut, small, dtype if runs_here else "fp32", layout)
-    path = scratch / "cut.onnx"
-    path.write_bytes(to_onnx.serialize(graph))
-    return Job(
-        engine=str(engine.resolve()),
-        dtype=dtype,
-        runs_here=runs_here,
-        weights=str(weights.resolve().parent),
-        cut=str(path.resolve()),
-        cut_weights=str(cut_weights.resolve()),
-        tensors=tensors,
-        config=asdict(cut),
-        geometry=asdict(small),
-    )
+    figures = []
+    # Beside the engine, where a sweep finds it after a kill: the twin of a large model is large.
+    with tempfile.TemporaryDirectory(prefix="proof-", dir=engine.parent) as name:
+        scratch = Path(name).resolve()
+        (scratch / "cut.onnx").write_bytes(to_onnx.serialize(graph))
+        for file in weights:
+            if not runs_here:
+                twin = {n: SourceTensor(file, entries[t]) for n, t in tensors.items()}
+                write_weights(scratch / WEIGHTS_FILE, cut, "fp32", CheckpointWeights(twin))
+            job = Job(
+                engine=str(engine.resolve()),
+                dtype=dtype,
+                runs_here=runs_here,
+                weights=str(file.resolve().parent),
+                cut=str(scratch / "cut.onnx"),
+                cut_weights=str(file.resolve().parent if runs_here else scratch),
+                tensors=tensors,
+                config=asdict(cut),
+                geometry=asdict(small),
+            )
+            figures.append(_run_in_fresh_process(job, scratch))
+    worst = max(figures, key=lambda f: f["error"])
+    return {**worst, "verify": verify, "seconds": round(time.monotonic() - started, 2)}
 
 
 def _run_in_fresh_process(job: Job, folder: Path) -> dict[str, Any]:

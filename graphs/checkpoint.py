@@ -189,7 +189,7 @@ def official_name(name: str) -> str:
 def recognise(
     tensors: Mapping[str, SourceTensor], stated: Mapping[str, Any], path: Path
 ) -> WanConfig:
-    """The config that follows from the tensors; config.json adds only the number of heads and eps.
+    """The config that follows from the tensors; config.json adds only heads, text_len and eps.
 
     Raises WanExportError when a tensor that decides the config is missing.
     """

@@ -39,12 +39,8 @@ def lint_program(program: ExportedProgram) -> dict[str, int]:
             if value.dtype in _FORBIDDEN_DTYPES:
                 counts[_FORBIDDEN_DTYPES[value.dtype]] += 1
             counts["dynamic_size"] += any(not isinstance(size, int) for size in value.shape)
+        schema = getattr(node.target, "_schema", None)
+        counts["mutation"] += schema is not None and schema.is_mutable
     signature = program.graph_signature
     counts["mutation"] += len(signature.buffers_to_mutate) + len(signature.user_inputs_to_mutate)
-    counts["mutation"] += sum(
-        node.op == "call_function"
-        and getattr(node.target, "_schema", None) is not None
-        and node.target._schema.is_mutable
-        for node in program.graph.nodes
-    )
     return dict(counts)

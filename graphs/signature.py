@@ -1,5 +1,9 @@
 """What goes into the graph and what it holds: input and parameter shapes, and counts."""
 
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+
 import torch
 
 from wanexport.graphs.config import IMAGE_DIM, WanConfig
@@ -22,12 +26,13 @@ def input_shapes(config: WanConfig, geometry: Geometry) -> dict[str, tuple[int, 
     return shapes
 
 
-def parameter_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
+@cache
+def parameter_shapes(config: WanConfig) -> Mapping[str, tuple[int, ...]]:
     """Shape of every parameter by its official name, without allocating any."""
     side = PATCH * config.spatial_stride
     with torch.device("meta"):
         model = WanModel(config, Geometry(side, side, 1, config.spatial_stride), torch.float32)
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return MappingProxyType({name: tuple(p.shape) for name, p in model.named_parameters()})
 
 
 def attention_count(config: WanConfig) -> int:

@@ -6,7 +6,6 @@ any size takes the memory of one chunk.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,8 +19,8 @@ from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.model import parameter_dtype
 from wanexport.graphs.signature import parameter_shapes
+from wanexport.runtime.durable import durable_file
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import fsync_folder
 from wanexport.runtime.tensorfile import TensorEntry, make_header, read_fully
 
 CHUNK = 1 << 23  # elements converted at a time: 32 MB of fp32
@@ -91,20 +90,19 @@ class RandomWeights:
         generator = np.random.Generator(np.random.PCG64(int.from_bytes(seed, "little")))
         shape = self.shapes[name]
         centre, deviation = _distribution(name, shape)
+        width = deviation * 12**0.5  # of the uniform distribution with this deviation
         left = int(np.prod(shape))
         while left:
             values = generator.random(min(left, CHUNK), dtype=np.float32)
             values -= 0.5
-            values *= np.float32(
-                deviation * 12**0.5
-            )  # a uniform of width w deviates by w / sqrt(12)
+            values *= np.float32(width)
             values += np.float32(centre)
             left -= len(values)
             yield torch.from_numpy(values)
 
     def digest(self) -> str:
         """A hash of the seed, the expert and the shapes."""
-        content = json.dumps([self.identity, self.shapes], sort_keys=True)
+        content = json.dumps([self.identity, dict(self.shapes)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -141,9 +139,8 @@ def write_weights(
     """
     header, entries = weights_layout(config, dtype)
     total = sum(entry.size for entry in entries.values())
-    partial = path.with_name(path.name + ".partial")
     digest, done = hashlib.sha256(header), 0
-    with partial.open("wb") as file:
+    with durable_file(path) as file:
         file.write(header)
         for name, entry in entries.items():
             for chunk in source.chunks(name):
@@ -152,10 +149,6 @@ def write_weights(
                 digest.update(cast)
                 done += len(cast)
                 progress(done, total)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    fsync_folder(path.parent)
     return digest.hexdigest()
 
 

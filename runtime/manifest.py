@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.tensorfile import header_sha256
@@ -181,26 +182,6 @@ def read_manifest(bundle: Path, name: str = MANIFEST) -> Manifest:
 def write_manifest(bundle: Path, manifest: Manifest, name: str = MANIFEST) -> None:
     """Replace the manifest in one step; what it lists must be on disk by then."""
     write_durably(bundle / name, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole, and stays after a power cut, or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

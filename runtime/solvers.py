@@ -7,10 +7,12 @@ prediction) and DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), in the form of W
 `fm_solvers_unipc.py` and `fm_solvers.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from math import expm1, inf, isinf, log
+from operator import add
 from typing import Any, Protocol
 
 import numpy as np
@@ -83,13 +85,8 @@ def _log_snr(sigma: float) -> float:
 
 
 def combine(*terms: tuple[float, Array]) -> Array:
-    """Sum of weight * array; arrays of weight zero are left out."""
-    result = None
-    for weight, array in terms:
-        if weight != 0:
-            term = weight * array
-            result = term if result is None else result + term
-    return 0.0 * terms[0][1] if result is None else result
+    """Sum of weight * array; arrays of weight zero, which may be None, are left out."""
+    return reduce(add, (weight * array for weight, array in terms if weight != 0))
 
 
 class Euler:
@@ -192,7 +189,7 @@ class UniPC:
         )
 
 
-SOLVERS: dict[str, type[Euler | DPMSolverPP | UniPC]] = {
+SOLVERS: dict[str, Callable[[Sequence[float]], Solver]] = {
     "unipc": UniPC,
     "dpm++": DPMSolverPP,
     "euler": Euler,

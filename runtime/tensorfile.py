@@ -7,7 +7,6 @@ conversion that streams 57 GB must not. Format: huggingface/safetensors, README,
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from wanexport.runtime.durable import durable_file
 from wanexport.runtime.errors import WanExportError
 
 ITEM_SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1}
@@ -152,11 +152,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write fp32 arrays; the file appears whole or not at all."""
     header, entries = make_header({name: ("F32", array.shape) for name, array in arrays.items()})
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with durable_file(path) as file:
         file.write(header)
         for name in entries:
             file.write(np.ascontiguousarray(arrays[name], np.float32).data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from tests.wan_reference import diffusers_model, official_state, small_config
 from wanexport.exporter.build import build
+from wanexport.graphs.config import WanConfig
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +34,18 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle that a test may change."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def config() -> WanConfig:
+    """A small T2V."""
+    return small_config("t2v-1.3b")
+
+
+@pytest.fixture(scope="session")
+def state() -> dict[str, Tensor]:
+    """Its tensors under the official names; a test must not change them."""
+    return official_state(diffusers_model(small_config("t2v-1.3b")))
 
 
 @pytest.fixture

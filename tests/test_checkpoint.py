@@ -11,10 +11,12 @@ from torch import Tensor
 
 from tests.wan_reference import (
     VARIANTS,
+    convert,
     diffusers_model,
     official_key,
     official_state,
     small_config,
+    with_changes,
     write_diffusers,
     write_official,
 )
@@ -22,23 +24,6 @@ from wanexport.graphs.checkpoint import official_name, open_checkpoint
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.weights import CheckpointWeights, write_weights
 from wanexport.runtime.errors import WanExportError
-
-
-def convert(folder: Path, output: Path, dtype: str = "fp32") -> bytes:
-    checkpoint = open_checkpoint(folder)
-    weights = CheckpointWeights(checkpoint.tensors[""])
-    write_weights(output, checkpoint.config, dtype, weights)
-    return output.read_bytes()
-
-
-@pytest.fixture(scope="module")
-def state() -> dict[str, Tensor]:
-    return official_state(diffusers_model(small_config("t2v-1.3b")))
-
-
-@pytest.fixture
-def config() -> WanConfig:
-    return small_config("t2v-1.3b")
 
 
 @pytest.mark.parametrize("preset", VARIANTS)
@@ -119,11 +104,6 @@ def test_experts_of_different_size_are_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def broken(state: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
-    changed = {name.replace("__", "."): value for name, value in changes.items()}
-    return {n: t for n, t in {**state, **changed}.items() if t is not None}
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -142,7 +122,7 @@ def test_wrong_tensors_are_named(
     config: WanConfig,
     tmp_path: Path,
 ) -> None:
-    write_official(tmp_path, broken(state, **changes), config)
+    write_official(tmp_path, with_changes(state, **changes), config)
     with pytest.raises(WanExportError, match=message):
         open_checkpoint(tmp_path)
 

@@ -80,3 +80,12 @@ def test_a_damaged_header_is_refused(tmp_path: Path, fields: object) -> None:
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(WanExportError, match=r"cannot read .*No such file"):
         read_header(tmp_path / "x.safetensors")
+
+
+def test_a_write_that_fails_leaves_no_trace(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="could not convert"):
+        save_arrays(path, {"x": np.array(["no number"])})
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

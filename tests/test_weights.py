@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,9 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.wan_reference import (
-    diffusers_model,
-    official_state,
+    convert,
     small_config,
+    with_changes,
     write_official,
 )
 from wanexport.graphs.checkpoint import open_checkpoint
@@ -20,28 +19,6 @@ from wanexport.graphs.config import WanConfig
 from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights, weights_layout, write_weights
 from wanexport.runtime.errors import WanExportError
-
-
-def convert(folder: Path, output: Path, dtype: str = "fp32") -> bytes:
-    checkpoint = open_checkpoint(folder)
-    weights = CheckpointWeights(checkpoint.tensors[""])
-    write_weights(output, checkpoint.config, dtype, weights)
-    return output.read_bytes()
-
-
-@pytest.fixture(scope="module")
-def state() -> dict[str, Tensor]:
-    return official_state(diffusers_model(small_config("t2v-1.3b")))
-
-
-@pytest.fixture
-def config() -> WanConfig:
-    return small_config("t2v-1.3b")
-
-
-def broken(state: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
-    changed = {name.replace("__", "."): value for name, value in changes.items()}
-    return {n: t for n, t in {**state, **changed}.items() if t is not None}
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
@@ -62,7 +39,7 @@ def test_every_dtype_is_cast_once_by_the_policy(
 def test_values_beyond_fp16_are_refused(
     state: dict[str, Tensor], config: WanConfig, tmp_path: Path
 ) -> None:
-    large = broken(state, text_embedding__0__bias=torch.full((256,), 1e5))
+    large = with_changes(state, text_embedding__0__bias=torch.full((256,), 1e5))
     folder = write_official(tmp_path / "in", large, config)
     with pytest.raises(WanExportError, match=r"text_embedding\.0\.bias has values beyond fp16"):
         convert(folder, tmp_path / "out", "fp16")
@@ -77,7 +54,7 @@ def test_the_digest_follows_the_content_not_the_files(
 
     one = digest(write_official(tmp_path / "a", state, config))
     assert digest(write_official(tmp_path / "b", state, config)) == one
-    changed = broken(state, head__head__bias=state["head.head.bias"] * 1.01)
+    changed = with_changes(state, head__head__bias=state["head.head.bias"] * 1.01)
     assert digest(write_official(tmp_path / "c", changed, config)) != one
 
 

@@ -15,7 +15,9 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wanexport.graphs.checkpoint import open_checkpoint
 from wanexport.graphs.config import PRESETS, WanConfig
+from wanexport.graphs.weights import CheckpointWeights, write_weights
 from wanexport.runtime.geometry import Geometry
 
 VARIANTS = ("t2v-1.3b", "i2v-14b", "flf2v-14b", "t2v-a14b", "i2v-a14b", "ti2v-5b")
@@ -118,6 +120,12 @@ def official_json(config: WanConfig) -> dict[str, Any]:
     }
 
 
+def with_changes(state: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
+    """The tensors with some replaced, or with None removed; __ in a name stands for a dot."""
+    changed = {name.replace("__", "."): value for name, value in changes.items()}
+    return {n: t for n, t in {**state, **changed}.items() if t is not None}
+
+
 def write_official(folder: Path, state: dict[str, Tensor], config: WanConfig) -> Path:
     """A single-file checkpoint in the official layout."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +139,14 @@ def write_diffusers(folder: Path, model: WanTransformer3DModel, **index: Any) ->
     model.save_pretrained(folder / "transformer")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **index}))
     return folder
+
+
+def convert(folder: Path, output: Path, dtype: str = "fp32") -> bytes:
+    """The weights file that a one-expert checkpoint becomes."""
+    checkpoint = open_checkpoint(folder)
+    weights = CheckpointWeights(checkpoint.tensors[""])
+    write_weights(output, checkpoint.config, dtype, weights)
+    return output.read_bytes()
 
 
 def diffusers_velocity(
