@@ -19,10 +19,11 @@ from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import Parity, measure, relative_l2, seeded_inputs
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.signature import parameter_shapes
+from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.load import choose_engine, open_engine, weights_folders
+from wanexport.runtime.load import WEIGHTS_FILE, choose_engine, open_engine, weights_folders
 from wanexport.runtime.manifest import (
     EngineRecord,
     Manifest,
@@ -119,7 +120,9 @@ def _eager(
     names = {name: name for name in parameter_shapes(config)}
     folders = weights_folders(bundle, manifest, engine.record, None)
     engines = {
-        expert: EagerEngine(config, engine.geometry, dtype, folder, names)
+        expert: EagerEngine(
+            config, engine.geometry, dtype, bundle_tensors(folder / WEIGHTS_FILE, names)
+        )
         for expert, folder in folders.items()
     }
     return Denoiser(engine.record, engines)

@@ -2,25 +2,28 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.graphs.config import WanConfig
-from wanexport.graphs.model import WanModel
+from wanexport.graphs.model import WanModel, parameter_dtype
 from wanexport.graphs.signature import parameter_shapes
-from wanexport.graphs.weights import DTYPES, load_weights
+from wanexport.graphs.weights import DTYPES, read_tensor
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.load import WEIGHTS_FILE
-from wanexport.runtime.tensorfile import read_header
 
 
 class EagerEngine:
-    """The graph in eager PyTorch on the CPU, with the weights of a folder; fp32 arrays in and out.
+    """The graph in eager PyTorch on the CPU, with tensors from a file; fp32 arrays in and out.
 
-    Weights of another dtype than the graph's are cast: a reference in fp32 upcasts bf16 weights.
-    `tensors` maps the model's parameter names to names in the file.
+    `tensors` says where each parameter lies. Each is rounded to `rounded` (fp32, bf16 or fp16: the
+    dtype of a bundle's weights) and then cast to the graph's own dtype: a reference in fp32 upcasts
+    bf16 weights. Unless `resident`, each module reads its parameters when it runs and drops them
+    after it, so that a forward takes the memory of one module instead of the model's.
     """
 
     def __init__(
@@ -28,17 +31,27 @@ class EagerEngine:
         config: WanConfig,
         geometry: Geometry,
         dtype: str,
-        weights_folder: Path,
-        tensors: Mapping[str, str],
+        tensors: Mapping[str, SourceTensor],
+        *,
+        rounded: str = "fp32",
+        resident: bool = True,
     ) -> None:
+        self.tensors, self.dtype, self.rounded = tensors, DTYPES[dtype], DTYPES[rounded]
         with torch.device("meta"):
-            self.model = WanModel(config, geometry, DTYPES[dtype])
-        wanted = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        file = weights_folder / WEIGHTS_FILE
-        state = load_weights(file, read_header(file), tensors)
-        self.model.load_state_dict(
-            {name: tensor.to(wanted[name]) for name, tensor in state}, assign=True
-        )
+            self.model = WanModel(config, geometry, self.dtype)
+        for prefix, module in self.model.named_modules():
+            if resident:
+                self._read(prefix, module)
+            elif next(module.parameters(recurse=False), None) is not None:
+                module.register_forward_pre_hook(partial(self._read, prefix))
+                module.register_forward_hook(_drop)
+
+    def _read(self, prefix: str, module: nn.Module, *_: Any) -> None:
+        """Give the module its own parameters, not those of its children."""
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{prefix}.{name}" if prefix else name
+            tensor = read_tensor(self.tensors[full]).to(parameter_dtype(full, self.rounded))
+            _set(module, name, tensor.to(parameter_dtype(full, self.dtype)))
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Run the model and return its velocity."""
@@ -47,6 +60,15 @@ class EagerEngine:
                 **{name: torch.from_numpy(array) for name, array in inputs.items()}
             ).numpy()
         return output
+
+
+def _drop(module: nn.Module, *_: Any) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        _set(module, name, parameter.to("meta"))
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
+    setattr(module, name, nn.Parameter(tensor, requires_grad=False))
 
 
 def cut_to_ends(config: WanConfig) -> WanConfig:

@@ -1,7 +1,8 @@
 """The proof that ends every build: lower a cut of the graph, and have a fresh process compare it.
 
 The cut is the first and the last block with the real weights, at a few tokens. An engine that this
-machine cannot execute is proven through its fp32 twin: the same cut, with the weights widened.
+machine cannot execute is proven through its fp32 twin: the same cut in fp32, which widens the
+engine's own weights.
 """
 
 import json
@@ -17,12 +18,11 @@ from typing import Any
 from wanexport.exporter import to_onnx
 from wanexport.exporter.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.proof_process import Job
-from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.graphs.config import WanConfig
-from wanexport.graphs.weights import CheckpointWeights, weights_layout, write_weights
+from wanexport.graphs.weights import weights_layout
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.load import RUNNABLE_DTYPES, WEIGHTS_FILE
+from wanexport.runtime.load import RUNNABLE_DTYPES
 
 MAX_TOKENS = 1000
 
@@ -46,27 +46,20 @@ def prove(
     tensors = tensors_of_cut(cut, config)
     _, entries = weights_layout(config, dtype)
     runs_here = dtype in RUNNABLE_DTYPES
-    if runs_here:
-        layout = {name: entries[tensor] for name, tensor in tensors.items()}
-    else:
-        _, layout = weights_layout(cut, "fp32")
+    layout = {name: entries[tensor] for name, tensor in tensors.items()}
     graph, _ = to_onnx.lower(cut, small, dtype if runs_here else "fp32", layout)
     figures = []
-    # Beside the engine, where a sweep finds it after a kill: the twin of a large model is large.
+    # Beside the engine, where a sweep finds it after a kill.
     with tempfile.TemporaryDirectory(prefix="proof-", dir=engine.parent) as name:
         scratch = Path(name).resolve()
         (scratch / "cut.onnx").write_bytes(to_onnx.serialize(graph))
         for file in weights:
-            if not runs_here:
-                twin = {n: SourceTensor(file, entries[t]) for n, t in tensors.items()}
-                write_weights(scratch / WEIGHTS_FILE, cut, "fp32", CheckpointWeights(twin))
             job = Job(
                 engine=str(engine.resolve()),
                 dtype=dtype,
                 runs_here=runs_here,
                 weights=str(file.resolve().parent),
                 cut=str(scratch / "cut.onnx"),
-                cut_weights=str(file.resolve().parent if runs_here else scratch),
                 tensors=tensors,
                 config=asdict(cut),
                 geometry=asdict(small),

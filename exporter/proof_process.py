@@ -16,8 +16,10 @@ import numpy as np
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import forward_inputs, measure
 from wanexport.graphs.config import WanConfig
+from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.onnx_engine import OnnxEngine
 
 TIMESTEP = 812.0
@@ -33,7 +35,6 @@ class Job:
     runs_here: bool
     weights: str  # folder of the engine's weights
     cut: str
-    cut_weights: str  # folder of the cut's: the same, or the widened ones of the fp32 twin
     tensors: dict[str, str]  # names of the cut's parameters -> names in `weights`
     config: dict[str, Any]  # of the cut
     geometry: dict[str, Any]
@@ -51,14 +52,15 @@ def prove(job: Job) -> dict[str, Any]:
         OnnxEngine(Path(job.engine), Path(job.weights))
         method = "engine opened; cut compared"
     inputs = forward_inputs(config, geometry, TIMESTEP, SEED)
+    tensors = bundle_tensors(Path(job.weights) / WEIGHTS_FILE, job.tensors)
 
     def eager(dtype: str) -> np.ndarray:
-        folder = Path(job.weights)
-        return EagerEngine(config, geometry, dtype, folder, job.tensors)(inputs)
+        return EagerEngine(config, geometry, dtype, tensors, resident=False)(inputs)
 
     reference = eager("fp32")
     floor = eager(job.dtype) if job.runs_here and job.dtype != "fp32" else None
-    velocity = OnnxEngine(Path(job.cut), Path(job.cut_weights))(inputs)
+    engine = OnnxEngine(Path(job.cut), Path(job.weights), keep_casts=not job.runs_here)
+    velocity = engine(inputs)
     _check_finite(job.dtype, reference, velocity)
     parity = measure(velocity, reference, floor)
     if not parity.passed:

@@ -55,7 +55,10 @@ _CLEANUPS = (
 
 
 def to_onnx(program: ExportedProgram, weights: Mapping[str, TensorEntry]) -> ir.Model:
-    """Translate the program; `weights` says where in the weights file each parameter lies."""
+    """Translate the program; `weights` says where in the weights file each parameter lies.
+
+    A parameter stored in another dtype than the program's is cast where it is first used.
+    """
     with _quiet():
         exported = torch.onnx.export(
             program,
@@ -84,13 +87,28 @@ def to_onnx(program: ExportedProgram, weights: Mapping[str, TensorEntry]) -> ir.
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     del model.graph.inputs[num_inputs:]
     for name, value in parameters.items():
-        value.const_value = _in_weights_file(name, weights[name])
+        if value.dtype != _IR_DTYPES[weights[name].dtype]:
+            value = _cast_at_first_use(model.graph, value)
+        _read_from_weights_file(value, name, weights[name])
         model.graph.initializers.add(value)
     return model
 
 
-def _in_weights_file(name: str, entry: TensorEntry) -> ir.ExternalTensor:
-    return ir.ExternalTensor(
+def _cast_at_first_use(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """A value that takes the place of a parameter's, cast to the parameter's dtype."""
+    users = {use.node for use in value.uses()}
+    first = next(node for node in graph if node in users)
+    cast = ir.node("Cast", [ir.val(None)], attributes={"to": value.dtype})
+    value.replace_all_uses_with(cast.outputs[0])
+    graph.insert_before(first, cast)
+    stored = cast.inputs[0]
+    assert stored is not None
+    return stored
+
+
+def _read_from_weights_file(value: ir.Value, name: str, entry: TensorEntry) -> None:
+    value.name, value.shape, value.dtype = name, ir.Shape(entry.shape), _IR_DTYPES[entry.dtype]
+    value.const_value = ir.ExternalTensor(
         WEIGHTS_FILE,
         entry.offset,
         entry.size,

@@ -189,6 +189,13 @@ class ImageEmbedding(nn.Module):
         return self.proj(image + self.emb_pos if hasattr(self, "emb_pos") else image)
 
 
+class PatchEmbedding(nn.Conv3d):
+    """Patches that do not overlap: a matrix product on the flattened pixels of each, fp32 out."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias).float()
+
+
 class TimeFeatures(nn.Module):
     """cos and sin of t * 10000^(-i/half), as accurate in fp32 as the official code is in fp64.
 
@@ -231,7 +238,7 @@ class WanModel(nn.Module):
         super().__init__()
         self.config, self.geometry, self.dtype = config, geometry, dtype
         dim, patch = config.dim, (1, PATCH, PATCH)
-        self.patch_embedding = nn.Conv3d(config.in_channels, dim, patch, patch)
+        self.patch_embedding = PatchEmbedding(config.in_channels, dim, patch, patch)
         self.text_embedding = nn.Sequential(
             Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim)
         )
@@ -263,14 +270,6 @@ class WanModel(nn.Module):
         pixels = patches.reshape(f, r, c, PATCH, PATCH, -1).permute(5, 0, 1, 3, 2, 4)
         return pixels.reshape(1, -1, f, r * PATCH, c * PATCH)
 
-    def embed_latent(self, latent: Tensor, rows: int) -> Tensor:
-        """[1, in_channels, F, h, w], condition included -> residual stream [R, n, dim] fp32."""
-        weight = self.patch_embedding.weight
-        tokens = F.linear(
-            self.patchify(latent).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias
-        )
-        return tokens.reshape(rows, -1, self.config.dim).float()
-
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps [R] -> embedding [R, dim] and its six-fold projection [R, 6, dim], fp32."""
         time = self.time_embedding(self.time_features(timestep))
@@ -287,7 +286,8 @@ class WanModel(nn.Module):
         """Return the velocity [1, C, F, h, w]; all tensors fp32, shapes as in `input_shapes`."""
         if condition is not None:
             latent = torch.cat([latent, condition], dim=1)
-        x = self.embed_latent(latent, timestep.shape[0])
+        patches = self.patch_embedding(self.patchify(latent))
+        x = patches.reshape(timestep.shape[0], -1, self.config.dim)  # residual stream
         time, projection = self.embed_time(timestep)
         cos, sin = combine_axes(self.rope_frames, self.rope_rows, self.rope_columns)
         cond = Conditioning(

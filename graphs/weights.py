@@ -21,7 +21,7 @@ from wanexport.graphs.model import parameter_dtype
 from wanexport.graphs.signature import parameter_shapes
 from wanexport.runtime.durable import durable_file
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.tensorfile import TensorEntry, make_header, read_fully
+from wanexport.runtime.tensorfile import TensorEntry, make_header, read_fully, read_header
 
 CHUNK = 1 << 23  # elements converted at a time: 32 MB of fp32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -162,18 +162,18 @@ def _cast(chunk: Tensor, dtype: torch.dtype, name: str) -> memoryview:
     return data
 
 
-def load_weights(
-    file: Path, entries: Mapping[str, TensorEntry], names: Mapping[str, str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors of a weights file: names maps each parameter to the tensor it takes."""
-    with file.open("rb", buffering=0) as stream:
-        for parameter, name in names.items():
-            entry = entries[name]
-            buffer = bytearray(entry.size)
-            stream.seek(entry.offset)
-            if not read_fully(stream, memoryview(buffer)):
-                raise WanExportError(f"{file} ended while {name} was read: build the bundle again")
-            yield (
-                parameter,
-                torch.frombuffer(buffer, dtype=_TORCH_DTYPES[entry.dtype]).reshape(entry.shape),
-            )
+def read_tensor(source: SourceTensor) -> Tensor:
+    """One tensor in its stored dtype. Raises WanExportError when its file ends early."""
+    entry = source.entry
+    buffer = bytearray(entry.size)
+    with source.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.offset)
+        if not read_fully(stream, memoryview(buffer)):
+            raise WanExportError(f"{source.file} ended while it was read: write it again")
+    return torch.frombuffer(buffer, dtype=_TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def bundle_tensors(file: Path, names: Mapping[str, str]) -> dict[str, SourceTensor]:
+    """Where a weights file holds each parameter; names maps parameters to tensors of the file."""
+    entries = read_header(file)
+    return {parameter: SourceTensor(file, entries[name]) for parameter, name in names.items()}

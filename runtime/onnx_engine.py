@@ -15,10 +15,12 @@ class OnnxEngine:
 
     Prepacking is off so that fp32 weights stay a mapping of the file: no copy, shared by processes.
     fp16 weights ONNX Runtime widens to fp32 in memory, having few fp16 kernels for a CPU.
+    `keep_casts` is for a graph that widens its own weights: it does so at every call, in the memory
+    of one weight, instead of once for all when the session is created.
     Raises WanExportError when ONNX Runtime is missing or refuses the graph.
     """
 
-    def __init__(self, graph: Path, weights_folder: Path) -> None:
+    def __init__(self, graph: Path, weights_folder: Path, *, keep_casts: bool = False) -> None:
         onnxruntime = _onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -26,10 +28,15 @@ class OnnxEngine:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(weights_folder.resolve())
         )
+        options.enable_cpu_mem_arena = not keep_casts  # an arena would keep every widened weight
+        skipped = ["ConstantFolding"] if keep_casts else []
         # From bytes: a path would make ONNX Runtime look for the weights beside the graph.
         try:
             self.session = onnxruntime.InferenceSession(
-                graph.read_bytes(), options, providers=["CPUExecutionProvider"]
+                graph.read_bytes(),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=skipped,
             )
         except Exception as error:  # ONNX Runtime's own exceptions have no base but this
             reason = (str(error).splitlines() or [type(error).__name__])[0]

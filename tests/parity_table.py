@@ -22,7 +22,9 @@ from wanexport.exporter.build import build
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.graphs.signature import parameter_shapes
+from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load
+from wanexport.runtime.load import WEIGHTS_FILE
 
 
 def errors(preset: str, folder: Path) -> tuple[float, float, float]:
@@ -38,11 +40,12 @@ def errors(preset: str, folder: Path) -> tuple[float, float, float]:
     build(str(model_folder), resolution=size, frames=geometry.frames, output=folder / "bundle")
     (weights,) = (folder / "bundle" / "weights").iterdir()
     names = {name: name for name in parameter_shapes(config)}
+    tensors = bundle_tensors(weights / WEIGHTS_FILE, names)
     model.save_pretrained(folder / "diffusers")
     half = WanTransformer3DModel.from_pretrained(folder / "diffusers", torch_dtype=torch.bfloat16)
     return (
         relative_l2(load(folder / "bundle")(**inputs), exact),
-        relative_l2(EagerEngine(config, geometry, "bf16", weights, names)(inputs), exact),
+        relative_l2(EagerEngine(config, geometry, "bf16", tensors)(inputs), exact),
         relative_l2(diffusers_velocity(half, config, inputs), exact),
     )
 
