@@ -95,14 +95,28 @@ def to_onnx(program: ExportedProgram, weights: Mapping[str, TensorEntry]) -> ir.
 
 
 def _cast_at_first_use(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """A value that takes the place of a parameter's, cast to the parameter's dtype."""
+    """Return a value that takes the parameter's place, cast to the parameter's dtype.
+
+    Left alone, ONNX Runtime would cast every weight before the first product. So the cast waits
+    for the activation that the weight is multiplied with: it reads the weight through a Reshape
+    whose shape adds 0 times that activation's length.
+    """
+    assert value.shape is not None
     users = {use.node for use in value.uses()}
     first = next(node for node in graph if node in users)
-    cast = ir.node("Cast", [ir.val(None)], attributes={"to": value.dtype})
+    stored, activation = ir.Value(), first.inputs[0]
+    nodes, source = [], stored
+    if activation is not value:
+        shape = ir.node("Constant", [], attributes={"value_ints": list(value.shape)})
+        zero = ir.node("Constant", [], attributes={"value_ints": [0]})
+        length = ir.node("Shape", [activation], attributes={"start": 0, "end": 1})
+        nothing = ir.node("Mul", [length.outputs[0], zero.outputs[0]])
+        same = ir.node("Add", [shape.outputs[0], nothing.outputs[0]])
+        view = ir.node("Reshape", [stored, same.outputs[0]])
+        nodes, source = [shape, zero, length, nothing, same, view], view.outputs[0]
+    cast = ir.node("Cast", [source], attributes={"to": value.dtype})
     value.replace_all_uses_with(cast.outputs[0])
-    graph.insert_before(first, cast)
-    stored = cast.inputs[0]
-    assert stored is not None
+    graph.insert_before(first, [*nodes, cast])
     return stored
 
 

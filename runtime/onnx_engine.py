@@ -28,8 +28,8 @@ class OnnxEngine:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(weights_folder.resolve())
         )
-        options.enable_cpu_mem_arena = not keep_casts  # an arena would keep every widened weight
         skipped = ["ConstantFolding"] if keep_casts else []
+        options.enable_cpu_mem_arena = not keep_casts  # it keeps what the largest weight took
         # From bytes: a path would make ONNX Runtime look for the weights beside the graph.
         try:
             self.session = onnxruntime.InferenceSession(
