@@ -27,9 +27,10 @@ from onnxscript import opset23 as op
 from onnxscript import optimizer
 from torch.export import ExportedProgram
 
+from wanexport.exporter.onnx_lint import lint_onnx
 from wanexport.exporter.trace import trace
 from wanexport.graphs.config import WanConfig
-from wanexport.graphs.lint import lint_program
+from wanexport.graphs.lint import count, lint_program
 from wanexport.graphs.signature import attention_count
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.geometry import Geometry
@@ -135,17 +136,16 @@ def _read_from_weights_file(value: ir.Value, name: str, entry: TensorEntry) -> N
 def lower(
     config: WanConfig, geometry: Geometry, dtype: str, weights: Mapping[str, TensorEntry]
 ) -> tuple[ir.Model, dict[str, int]]:
-    """Trace, lint and translate the model; return the graph and its lint counts.
+    """Trace and translate the model, and lint both; return the graph and its lint counts.
 
-    Raises RuntimeError when the graph is not clean or lost an attention operator: a fault of ours.
+    Raises RuntimeError when either is not clean: a fault of ours.
     """
     program = trace(config, geometry, DTYPES[dtype])
-    counts = lint_program(program)
     graph = to_onnx(program, weights)
-    expected, found = attention_count(config), node_counts(graph)["Attention"]
-    if any(counts.values()) or found != expected:
-        raise RuntimeError(f"unclean graph: {counts}, {found} Attention nodes of {expected}")
-    return graph, counts
+    findings = lint_program(program) + lint_onnx(graph, attention_count(config))
+    if findings:
+        raise RuntimeError(f"unclean graph: {findings[0]}, and {len(findings) - 1} more")
+    return graph, count(findings)
 
 
 def serialize(model: ir.Model) -> bytes:

@@ -1,0 +1,126 @@
+"""`wanexport lint`: what a graph must not contain, in ONNX files, exported programs and bundles."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ShapeInferencePass
+
+from wanexport.graphs.config import WanConfig
+from wanexport.graphs.lint import Finding, count, lint_program
+from wanexport.graphs.signature import attention_count
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.manifest import check_engine_file, read_manifest
+
+_OPERATORS = {
+    "host_sync": "NonZero Unique Compress",
+    "strided_write": "ScatterND ScatterElements Scatter TensorScatter",
+    "sequence": "SequenceConstruct SequenceEmpty SequenceAt SequenceInsert SequenceErase "
+    "SequenceLength SequenceMap SplitToSequence ConcatFromSequence",
+    "if": "If",
+    "loop": "Loop Scan",
+    "einsum": "Einsum",
+    "unfused_attention": "Softmax",
+}
+_KIND_OF = {name: kind for kind, names in _OPERATORS.items() for name in names.split()}
+_DTYPES = {
+    ir.DataType.DOUBLE: "fp64",
+    ir.DataType.COMPLEX64: "complex",
+    ir.DataType.COMPLEX128: "complex",
+}
+
+
+def lint(path: str | Path) -> dict[str, Any]:
+    """Lint every engine of a bundle, an ONNX file, or a `.pt2` of `torch.export.save`.
+
+    The result has `clean`, and for each graph its counts by kind and its findings.
+    Raises WanExportError when the path is none of these, or damaged.
+    """
+    path = Path(path)
+    graphs = {
+        name: {"counts": count(findings), "findings": [asdict(finding) for finding in findings]}
+        for name, findings in _lint_path(path)
+    }
+    clean = not any(graph["findings"] for graph in graphs.values())
+    return {"path": str(path), "clean": clean, "graphs": graphs}
+
+
+def _lint_path(path: Path) -> Iterator[tuple[str, list[Finding]]]:
+    if path.is_dir():
+        manifest = read_manifest(path)
+        expected = attention_count(WanConfig(**manifest.config))
+        for engine in manifest.engines:
+            file = check_engine_file(path, engine.files["denoiser"])
+            yield engine.name, lint_onnx(_load_onnx(file), expected)
+    elif not path.is_file():
+        raise WanExportError(f"{path} does not exist: name a bundle, an .onnx or a .pt2 file")
+    elif path.suffix == ".onnx":
+        yield path.name, lint_onnx(_load_onnx(path))
+    elif path.suffix == ".pt2":
+        yield path.name, lint_program(_load_program(path))
+    else:
+        raise WanExportError(f"{path} is not linted: name a bundle, an .onnx or a .pt2 file")
+
+
+def lint_onnx(model: ir.Model, attentions: int | None = None) -> list[Finding]:
+    """Everything in the model, subgraphs and functions included, that is one of lint's kinds.
+
+    attentions is how many Attention nodes the model must have. A mutation leaves no trace in ONNX.
+    """
+    found = 0
+    findings = []
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        findings += [Finding(kind, value.name or "", "input") for kind in _kinds(value)]
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is None:
+            findings.append(Finding("dynamic_size", value.name or "", "no shape is stated"))
+    for node in _nodes(model):
+        kinds = {kind for value in node.outputs for kind in _kinds(value)}
+        if node.domain in ("", "ai.onnx") and node.op_type in _KIND_OF:
+            kinds.add(_KIND_OF[node.op_type])
+        findings += [Finding(kind, node.name or "", node.op_type) for kind in sorted(kinds)]
+        found += node.op_type in ("Attention", "MultiHeadAttention")
+    if attentions is not None and found != attentions:
+        detail = f"{found} Attention nodes, the model has {attentions}"
+        findings.append(Finding("unfused_attention", model.graph.name or "", detail))
+    return findings
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    yield from ir.traversal.RecursiveGraphIterator(model.graph)
+    for function in model.functions.values():
+        yield from ir.traversal.RecursiveGraphIterator(function)
+
+
+def _kinds(value: ir.Value) -> Iterator[str]:
+    if value.dtype in _DTYPES:
+        yield _DTYPES[value.dtype]
+    if value.shape is not None and not all(isinstance(size, int) for size in value.shape):
+        yield "dynamic_size"
+
+
+def _load_onnx(path: Path) -> ir.Model:
+    """The graph with its types inferred; weights beside it are not read."""
+    try:
+        model = ir.load(path)
+        ShapeInferencePass()(model)
+    except Exception as error:  # protobuf's and onnx's exceptions have no base but this
+        raise WanExportError(f"{path} is no ONNX file: {_first_line(error)}") from error
+    return model
+
+
+def _load_program(path: Path) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # of zip, json or torch, according to what the file is
+        raise WanExportError(
+            f"{path} is no exported program ({_first_line(error)}): "
+            f"expected a file of torch.export.save"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
