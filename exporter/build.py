@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +33,7 @@ from wanexport.runtime.manifest import (
     WeightsRecord,
     file_record,
 )
+from wanexport.runtime.memory import peak_rss
 from wanexport.runtime.tensorfile import header_sha256
 
 _GRAPH_CODE = (
@@ -137,12 +137,6 @@ def _summary(writer: BundleWriter, geometry: Geometry, dtype: str) -> dict[str, 
     }
 
 
-def peak_rss() -> int:
-    """Largest resident memory of this process and of any finished child, in bytes."""
-    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(w).ru_maxrss for w in who) * 1024
-
-
 def _empty_manifest(source: ModelSource) -> Manifest:
     return Manifest(
         model=source.name,
@@ -228,7 +222,7 @@ def add_engine(
         request.dtype,
         verify=verify,
         engine=writer.path / engine.files["denoiser"].path,
-        weights=[writer.path / w.file.path for w in writer.weights_of(request.dtype)],
+        weights=[writer.path / w.file.path for w in writer.manifest.weights_of(request.dtype)],
     )
     writer.put_engine(replace(engine, proof=proof, target=onnx_engine.versions()))
     return []
@@ -259,6 +253,7 @@ def compile_engine(writer: BundleWriter, request: Request) -> EngineRecord:
             "seconds": round(time.monotonic() - started, 2),
             "nodes": dict(sorted(to_onnx.node_counts(graph).items())),
             "flops_per_forward": signature.forward_flops(config, geometry),
+            "attention_score_bytes": signature.attention_score_bytes(config, geometry),
             **{library: version(library) for library in _GRAPH_LIBRARIES},
         },
         lint=counts,

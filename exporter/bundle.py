@@ -20,7 +20,7 @@ from wanexport.runtime.manifest import (
     Manifest,
     WeightsRecord,
     bundle_lock,
-    check_engine_file,
+    check_content,
     check_weights,
     read_manifest,
     write_manifest,
@@ -66,10 +66,6 @@ class BundleWriter:
         """Every finished weights set by name, committed ones first."""
         return {**self.journal.weights, **self.committed.weights}
 
-    def weights_of(self, dtype: str) -> list[WeightsRecord]:
-        """The new manifest's weights sets of one dtype, one for each expert."""
-        return [record for record in self.manifest.weights.values() if record.dtype == dtype]
-
     def find_weights(self, name: str, header_sha256: str) -> WeightsRecord | None:
         """The finished weights set of this name and layout, if it is whole on disk."""
         record = self.known_weights().get(name)
@@ -81,7 +77,7 @@ class BundleWriter:
         """The finished engine of this key, if it is whole on disk."""
         for engine in (*self.committed.engines, *self.journal.engines):
             files = engine.files.values()
-            if engine.key == key and all(_is_whole(check_engine_file, self.path, f) for f in files):
+            if engine.key == key and all(_is_whole(check_content, self.path, f) for f in files):
                 return engine
         return None
 

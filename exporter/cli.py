@@ -11,24 +11,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
-from rich.console import Console
+import numpy as np
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
+from wanexport.exporter.display import (
+    err,
+    progress_display,
+    show_build,
+    show_compare,
+    show_doctor,
+    show_inspect,
+    show_lint,
+    show_run,
+)
+from wanexport.exporter.recorded import read_sample_inputs
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.load import load
+from wanexport.runtime.memory import peak_rss
 from wanexport.runtime.sample import make_plan, sample, seeded_noise
 from wanexport.runtime.solvers import SOLVERS
-from wanexport.runtime.tensorfile import load_arrays, save_arrays
+from wanexport.runtime.tensorfile import save_arrays
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
-_RUN_INPUTS = ("text", "negative", "condition", "image", "first_frame", "noise")
 SEED, COUNT = click.IntRange(min=0), click.IntRange(min=1)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -80,31 +87,16 @@ def build(as_json: bool, **options: Any) -> None:
     with _needing_the_build_extra():
         from wanexport.exporter.build import build as run_build
 
-    with _progress() as show:
+    with progress_display() as show:
         record = run_build(progress=show, **options)
+    _report(record, as_json, show_build)
+
+
+def _report(record: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
     if as_json:
-        return click.echo(json.dumps(record))
-    for engine in record["engines"]:
-        _print_engine(record, engine)
-    for name, file in record["weights"].items():
-        out.print(f"  weights {name}: {_bytes(file['size'])}")
-    if record["reused"]:
-        out.print(f"  reused: {', '.join(record['reused'])}")
-    out.print(f"  {record['seconds']} s, peak memory {_bytes(record['peak_rss_bytes'])}")
-
-
-def _print_engine(record: dict[str, Any], engine: dict[str, Any]) -> None:
-    geometry, proof = engine["geometry"], engine["proof"]
-    size = sum(file["size"] for file in engine["files"].values())
-    out.print(
-        f"[bold]{escape(record['bundle'])}[/]: {record['model']}, height {geometry['height']}, "
-        f"width {geometry['width']}, {geometry['frames']} frames, {record['tokens']} tokens"
-    )
-    out.print(f"  engine {engine['name']}: {_bytes(size)}")
-    out.print(
-        f"  proof: {proof['method']}, {proof['blocks']} blocks at {proof['tokens']} tokens; "
-        f"relative L2 error {proof['error']:.1e}, gate {proof['gate']:.1e}"
-    )
+        click.echo(json.dumps(record))
+    else:
+        show(record)
 
 
 @cli.command()
@@ -143,11 +135,16 @@ def run(
     _check_output(output)
     started = time.monotonic()
     denoiser = load(bundle, backend=backend, resolution=resolution, frames=frames, dtype=dtype)
-    inputs = _read_inputs(text_file)
+    inputs = read_sample_inputs(text_file)
     inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, seed))
     plan = make_plan(denoiser.sampling, **settings)
     loaded = time.monotonic()
     latent, pace = _sample_with_progress(denoiser, inputs, settings, len(plan))
+    if not np.isfinite(latent).all():
+        raise WanExportError(
+            f"engine {denoiser.record.name} gave NaN or Inf in the last step: use one of --dtype "
+            f"fp32, or check the inputs"
+        )
     save_arrays(output, {"latent": latent})
     record = {
         "output": str(output),
@@ -159,13 +156,9 @@ def run(
         "guidance": plan.guidance,
         "load_seconds": round(loaded - started, 3),
         "seconds_per_step": round(pace, 3),
+        "peak_rss_bytes": peak_rss(),
     }
-    if as_json:
-        return click.echo(json.dumps(record))
-    out.print(
-        f"[bold]{escape(str(output))}[/]: latent {list(latent.shape)}, seed {seed}, {plan.solver}, "
-        f"{len(plan)} steps, {record['seconds_per_step']} s/step"
-    )
+    _report(record, as_json, show_run)
 
 
 def _sample_with_progress(
@@ -173,7 +166,7 @@ def _sample_with_progress(
 ) -> tuple[Any, float]:
     """Return the final latent and the seconds per step."""
     started = time.monotonic()
-    with _progress() as show:
+    with progress_display() as show:
         show("sampling", 0, steps)
         for step in sample(denoiser, **inputs, **settings):
             pace = (time.monotonic() - started) / (step.index + 1)
@@ -191,43 +184,87 @@ def _check_output(output: Path) -> None:
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-m", "--model", help="Checkpoint whose tensors the reference takes.")
+@click.option(
+    "--reference", type=click.Choice(["graph", "diffusers"]), default="graph", show_default=True,
+    help="Whose eager fp32 forward is right: our graph's, or diffusers' own model's.",
+)  # fmt: skip
+@click.option(
+    "--inputs", type=click.Path(path_type=Path),
+    help="Safetensors file: inputs as --text of run, or stacked inputs of single calls.",
+)  # fmt: skip
+@click.option(
+    "--outputs", type=click.Path(path_type=Path),
+    help="Safetensors file with the velocity of each call in --inputs: the reference.",
+)  # fmt: skip
+@click.option(
+    "--outputs-dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32",
+    show_default=True, help="Precision in which --outputs were computed.",
+)  # fmt: skip
 @click.option("--steps", type=COUNT, default=4, show_default=True, help="Length of the loop.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of all inputs.")
 @click.option("--report", type=click.Path(path_type=Path), help="Default: BUNDLE/reports.")
 @engine_options
 @as_json
 def compare(bundle: Path, as_json: bool, **options: Any) -> None:
-    """Compare an engine with eager PyTorch, step by step; exit code 1 when the gate fails."""
+    """Compare an engine with a reference, step by step; exit code 1 when the gate fails.
+
+    error is relative L2, floor the error of eager PyTorch in the engine's precision; drift is that
+    of the latent in a loop of the engine's own.
+    """
     with _needing_the_build_extra():
         from wanexport.exporter.compare import compare as run_compare
 
-    with _progress() as show:
+    with progress_display() as show:
         result = run_compare(bundle, progress=show, **options)
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        out.print(_compare_table(result))
-        verdict = "[green]passed[/]" if result["passed"] else "[red]failed[/]"
-        out.print(f"{result['engine']}: {verdict}")
+    _report(result, as_json, show_compare)
     if result["warning"]:
         err.print("[yellow]warning:[/]", escape(result["warning"]))
     if not result["passed"]:
         sys.exit(1)
 
 
-def _compare_table(result: dict[str, Any]) -> Table:
-    table = Table(title="relative L2 error against the fp32 reference")
-    for column in ("step", "engine", "floor", "gate", "passed", "drift of the latent"):
-        table.add_column(column, justify="right")
-    for row in result["steps"]:
-        numbers = [_error(row[name]) for name in ("error", "floor", "gate")]
-        mark = "yes" if row["passed"] else "no"
-        table.add_row(str(row["step"]), *numbers, mark, _error(row["drift"]))
-    return table
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@as_json
+def lint(path: Path, as_json: bool) -> None:
+    """List what a graph must not contain; exit code 1 when there is any.
+
+    PATH is a bundle, an .onnx file, or a .pt2 of torch.export.save.
+    """
+    with _needing_the_build_extra():
+        from wanexport.exporter.onnx_lint import lint as run_lint
+
+    result = run_lint(path)
+    _report(result, as_json, show_lint)
+    if not result["clean"]:
+        sys.exit(1)
 
 
-def _error(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2e}"
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Hash every file, the weights too.")
+@as_json
+def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
+    """Say what a bundle holds; exit code 2 when a file is missing or altered."""
+    from wanexport.exporter.inspection import inspect as run_inspect
+
+    record = run_inspect(bundle, verify=verify)
+    _report(record, as_json, show_inspect)
+    if record["problems"]:
+        raise WanExportError("; ".join(record["problems"]))
+
+
+@cli.command()
+@as_json
+def doctor(as_json: bool) -> None:
+    """Say what is installed and works here; exit code 1 when no bundle can run."""
+    from wanexport.exporter.doctor import doctor as run_doctor
+
+    record = run_doctor()
+    _report(record, as_json, show_doctor)
+    if not record["usable"]:
+        sys.exit(1)
 
 
 def _guidance(text: str | None) -> float | tuple[float, float] | None:
@@ -246,25 +283,6 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         raise WanExportError(f"{option} {text!r}: expected numbers, with commas between") from error
 
 
-def _read_inputs(path: Path) -> dict[str, Any]:
-    arrays = load_arrays(path)
-    unknown = [name for name in arrays if name not in _RUN_INPUTS]
-    if unknown or "text" not in arrays:
-        raise WanExportError(
-            f"{path} holds {', '.join(arrays) or 'nothing'}: expected text, and of "
-            f"{', '.join(_RUN_INPUTS[1:])} what applies"
-        )
-    return arrays
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
 @contextmanager
 def _needing_the_build_extra() -> Iterator[None]:
     try:
@@ -275,38 +293,25 @@ def _needing_the_build_extra() -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A live progress display on standard error: a line for each stage, silent when piped."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
-        task = bars.add_task("", total=None)
-        current = ""
-
-        def show(stage: str, done: int, total: int) -> None:
-            nonlocal current
-            name = stage.partition(",")[0]  # what follows the comma changes within a stage
-            if name != current:
-                current = name
-                bars.reset(task)  # restarts the clock
-            bars.update(task, description=stage, completed=done, total=total or None)
-
-        yield show
-
-
 def main() -> None:
     """Entry point: what the user can put right is one line and exit code 2, the rest is traced."""
     try:
-        cli()
-    except (WanExportError, OSError) as error:
-        err.print("[red]error:[/]", escape(str(error)))
+        sys.exit(cli(standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
         sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (WanExportError, OSError) as error:
+        _fail(str(error))
+    except click.Abort:
+        err.print("interrupted: run the same command again to go on")
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    err.print("[red]error:[/]", escape(" ".join(message.split())))
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,58 +1,54 @@
-"""`wanexport compare`: an engine against eager PyTorch, step by step, on seeded inputs.
+"""`wanexport compare`: an engine against a reference, step by step, on the same inputs.
 
-The reference is the same graph in eager fp32 with the bundle's weights; the floor is eager in the
-engine's own precision. Each step is teacher-forced: engine and floor are given what the reference
-was given. The free-running drift, where the engine follows its own latents, is reported beside it.
+The reference is the graph in eager fp32 with the bundle's weights, or diffusers' model, or recorded
+velocities; the floor is eager in the engine's own precision. Each step is teacher-forced: engine
+and floor are given what the reference was given. Beside it stand the free-running drift, where the
+engine follows its own latents, and the solver against its fp64 oracle.
 """
 
 import json
-from collections.abc import Mapping
+import statistics
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from wanexport.exporter.build import Progress
-from wanexport.exporter.eager import EagerEngine
-from wanexport.exporter.parity import Parity, measure, relative_l2, seeded_inputs
+from wanexport.exporter.comparison import Recorder, compare_runs
+from wanexport.exporter.parity import seeded_inputs
+from wanexport.exporter.peers import (
+    IMPLEMENTATIONS,
+    open_peers,
+    tensors_of_bundle,
+    tensors_of_checkpoint,
+)
+from wanexport.exporter.recorded import (
+    is_of_calls,
+    read_calls,
+    read_sample_inputs,
+    read_velocities,
+)
 from wanexport.graphs.config import WanConfig
-from wanexport.graphs.signature import parameter_shapes
-from wanexport.graphs.weights import bundle_tensors
-from wanexport.runtime.denoiser import Denoiser
+from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.load import WEIGHTS_FILE, choose_engine, open_engine, weights_folders
-from wanexport.runtime.manifest import (
-    EngineRecord,
-    Manifest,
-    bundle_lock,
-    read_manifest,
-    write_manifest,
-)
-from wanexport.runtime.sample import sample
+from wanexport.runtime.load import choose_engine, open_engine
+from wanexport.runtime.manifest import EngineRecord, bundle_lock, read_manifest, write_manifest
+from wanexport.runtime.memory import peak_rss
 from wanexport.runtime.tensorfile import save_arrays
-
-
-class Recorder:
-    """A denoiser that keeps every call's inputs and velocity."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
-        self.sampling = denoiser.sampling
-        self.calls: list[tuple[dict[str, Any], np.ndarray]] = []
-
-    def __call__(self, **inputs: Any) -> np.ndarray:
-        """Call the denoiser."""
-        velocity: np.ndarray = self.denoiser(**inputs)
-        self.calls.append((inputs, velocity))
-        return velocity
 
 
 def compare(
     bundle: str | Path,
     *,
+    model: str | None = None,
+    reference: str = "graph",
+    inputs: str | Path | None = None,
+    outputs: str | Path | None = None,
+    outputs_dtype: str = "fp32",
     backend: str | None = None,
     resolution: str | None = None,
     frames: int | None = None,
@@ -62,130 +58,124 @@ def compare(
     report: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Compare one engine of a bundle with eager PyTorch; the result says whether it passed.
+    """Compare one engine of a bundle with a reference; the result says whether it passed.
 
-    The loop has `steps` steps with the bundle's solver and guidance; its first call stands for one
-    forward. The inputs and the result are saved in report, by default the bundle's `reports/`.
-    Raises WanExportError when no engine fits or it cannot run here.
+    reference is `graph` or `diffusers`, fp32 with the bundle's weights; model names the checkpoint
+    to take the reference's tensors from instead. The loop has `steps` steps with the bundle's
+    solver and guidance. inputs is a safetensors file for that loop (as `run` takes it), or of
+    single calls, and outputs the velocities recorded for these calls, computed in outputs_dtype
+    (see `recorded`). The result is saved in report, by default the bundle's `reports/`.
+    Raises WanExportError when no engine fits or cannot run here, or a file does not fit.
     """
+    _check_choices(reference, inputs, outputs, outputs_dtype)
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
     record = choose_engine(
         bundle, manifest, backend=backend, resolution=resolution, frames=frames, dtype=dtype
     )
-    config = WanConfig(**manifest.config)
-    inputs = seeded_inputs(config, record.geometry, seed)
-    engine = open_engine(bundle, manifest, record)
-    reference = Recorder(_eager(bundle, manifest, engine, config, "fp32"))
-    floor = (
-        _eager(bundle, manifest, engine, config, record.dtype) if record.dtype != "fp32" else None
+    given = _read_given(inputs, record, WanConfig(**manifest.config), seed)
+    recorded = read_velocities(Path(outputs), len(given), record.output) if outputs else None
+    tensors = tensors_of_bundle(bundle, manifest, record)
+    started = time.perf_counter()
+    engine = Recorder(open_engine(bundle, manifest, record))
+    opened = time.perf_counter()
+    peers = open_peers(
+        manifest,
+        record,
+        tensors_of_checkpoint(model, manifest) if model else tensors,
+        implementation=reference,
+        is_checkpoint=model is not None,
+        recorded_dtype=None if recorded is None else outputs_dtype,
     )
-    expected = _latents(reference, inputs, steps, progress, "eager reference")
-    compared: list[Parity] = []
-    for call in reference.calls:
-        progress("engine on the same inputs", len(compared), len(reference.calls))
-        compared.append(_compare_call(engine, floor, call))
-    own = _latents(engine, inputs, steps, progress, "engine on its own")
-    drift = [relative_l2(latent, exact) for latent, exact in zip(own, expected, strict=True)]
-    result = _result(record, compared, drift, seed)
+    rows, eager_seconds = compare_runs(
+        engine,
+        peers,
+        given,
+        steps=steps,
+        recorded=recorded,
+        recorded_dtype=None if recorded is None else outputs_dtype,
+        progress=progress,
+    )
+    result = {
+        "engine": record.name,
+        "reference": reference if recorded is None else "recorded",
+        "model": model,
+        "passed": all(row["passed"] for row in rows),
+        "steps": rows,
+        "seed": None if inputs else seed,
+        "seconds": {
+            "open": round(opened - started, 3),
+            "engine_call": _median(engine.seconds),
+            "reference_call": _median(eager_seconds),
+        },
+        "peak_rss_bytes": peak_rss(),
+        "warning": None,
+    }
     try:
-        _save(bundle / "reports" if report is None else Path(report), record, inputs, result)
-        if report is None:
-            _note_parity(bundle, record, result)
+        _save(bundle, record, given if isinstance(given, dict) else {}, result, report)
     except (OSError, WanExportError) as error:  # the verdict stands without its file
         result["warning"] = f"the report was not saved: {error}"
     return result
 
 
-def _latents(
-    denoiser: Denoiser | Recorder,
-    inputs: Mapping[str, Any],
-    steps: int,
-    progress: Progress,
-    stage: str,
-) -> list[np.ndarray]:
-    """The latent after each step of a free run."""
-    latents: list[np.ndarray] = []
-    progress(stage, 0, steps)
-    for step in sample(denoiser, steps=steps, **inputs):
-        latents.append(step.latent)
-        progress(stage, len(latents), steps)
-    return latents
-
-
-def _eager(
-    bundle: Path, manifest: Manifest, engine: Denoiser, config: WanConfig, dtype: str
-) -> Denoiser:
-    """The same model in eager PyTorch, with the engine's own weights."""
-    names = {name: name for name in parameter_shapes(config)}
-    folders = weights_folders(bundle, manifest, engine.record, None)
-    engines = {
-        expert: EagerEngine(
-            config, engine.geometry, dtype, bundle_tensors(folder / WEIGHTS_FILE, names)
+def _check_choices(
+    reference: str, inputs: str | Path | None, outputs: str | Path | None, outputs_dtype: str
+) -> None:
+    if reference not in IMPLEMENTATIONS:
+        raise WanExportError(
+            f"unknown reference {reference!r}: expected one of {', '.join(IMPLEMENTATIONS)}"
         )
-        for expert, folder in folders.items()
-    }
-    return Denoiser(engine.record, engines)
+    if outputs_dtype not in DTYPES:
+        raise WanExportError(
+            f"unknown outputs dtype {outputs_dtype!r}: expected one of {', '.join(DTYPES)}"
+        )
+    if outputs and not (inputs and is_of_calls(Path(inputs))):
+        raise WanExportError("recorded outputs need the inputs of the same calls: pass both files")
+    if outputs and reference != "graph":
+        raise WanExportError(f"outputs are a reference themselves: leave out {reference}")
 
 
-def _compare_call(
-    engine: Denoiser, floor: Denoiser | None, call: tuple[Mapping[str, Any], np.ndarray]
-) -> Parity:
-    inputs, reference = call
-    floor_velocity = None if floor is None else floor(**inputs)
-    return measure(engine(**inputs), reference, floor_velocity)
+def _read_given(
+    inputs: str | Path | None, record: EngineRecord, config: WanConfig, seed: int
+) -> dict[str, Any] | list[dict[str, np.ndarray]]:
+    """Inputs of a loop, or of each recorded call."""
+    seeded = seeded_inputs(config, record.geometry, seed)
+    if inputs is None:
+        return seeded
+    path = Path(inputs)
+    if is_of_calls(path):
+        return read_calls(path, record.inputs)
+    return {"noise": seeded["noise"], **read_sample_inputs(path)}
 
 
-def _result(
-    engine: EngineRecord, compared: list[Parity], drift: list[float], seed: int
-) -> dict[str, Any]:
-    """One row per step; of a step's two guidance calls the worse one counts."""
-    per_step = len(compared) // len(drift)
-    rows = []
-    for index, latent_drift in enumerate(drift):
-        calls = compared[index * per_step : (index + 1) * per_step]
-        worst = max(calls, key=lambda parity: (not parity.passed, parity.error / parity.gate))
-        rows.append({"step": index, **_row(worst), "drift": _number(latent_drift)})
-    return {
-        "engine": engine.name,
-        "passed": all(row["passed"] and row["drift"] is not None for row in rows),
-        "forward": _row(compared[0]),
-        "steps": rows,
-        "seed": seed,
-        "warning": None,
-    }
-
-
-def _row(parity: Parity) -> dict[str, Any]:
-    """The figures as JSON has them: null stands for an output with NaN or Inf."""
-    return {
-        "error": _number(parity.error),
-        "floor": None if parity.floor is None else _number(parity.floor),
-        "gate": parity.gate,
-        "passed": parity.passed,
-    }
-
-
-def _number(value: float) -> float | None:
-    return value if isfinite(value) else None
+def _median(seconds: Sequence[float]) -> float | None:
+    return round(statistics.median(seconds), 4) if seconds else None
 
 
 def _save(
-    folder: Path,
+    bundle: Path,
     engine: EngineRecord,
     inputs: Mapping[str, np.ndarray],
     result: Mapping[str, Any],
+    report: str | Path | None,
 ) -> None:
+    """Write the report, and in the bundle's own note the summary in the manifest."""
+    folder = bundle / "reports" if report is None else Path(report)
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"compare-{engine.name.replace('/', '-')}"
-    save_arrays(folder / f"{name}-inputs.safetensors", inputs)
+    suffix = "" if result["reference"] == "graph" else f"-{result['reference']}"
+    name = f"compare-{engine.name.replace('/', '-')}{suffix}"
+    if inputs:
+        save_arrays(folder / f"{name}-inputs.safetensors", inputs)
     write_durably(folder / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
+    if report is None:
+        _note_parity(bundle, engine, result)
 
 
 def _note_parity(bundle: Path, engine: EngineRecord, result: Mapping[str, Any]) -> None:
     """Keep the summary in the manifest, unless the engine was rebuilt meanwhile."""
     worst = max(result["steps"], key=lambda row: (not row["passed"], row["error"] or 0))
     parity = {name: worst[name] for name in ("error", "floor", "gate", "passed")}
+    parity["reference"] = result["reference"]
     with bundle_lock(bundle):
         manifest = read_manifest(bundle)
         engines = tuple(replace(e, parity=parity) if e == engine else e for e in manifest.engines)

@@ -46,7 +46,7 @@ class EagerEngine:
                 module.register_forward_pre_hook(partial(self._read, prefix))
                 module.register_forward_hook(_drop)
 
-    def _read(self, prefix: str, module: nn.Module, *_: Any) -> None:
+    def _read(self, prefix: str, module: nn.Module, *_hook_arguments: Any) -> None:
         """Give the module its own parameters, not those of its children."""
         for name, _ in module.named_parameters(recurse=False):
             full = f"{prefix}.{name}" if prefix else name
@@ -62,7 +62,7 @@ class EagerEngine:
         return output
 
 
-def _drop(module: nn.Module, *_: Any) -> None:
+def _drop(module: nn.Module, *_hook_arguments: Any) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         _set(module, name, parameter.to("meta"))
 

@@ -13,7 +13,7 @@ from wanexport.graphs.config import WanConfig
 from wanexport.graphs.lint import Finding, count, lint_program
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import check_engine_file, read_manifest
+from wanexport.runtime.manifest import check_content, read_manifest
 
 _OPERATORS = {
     "host_sync": "NonZero Unique Compress",
@@ -53,7 +53,7 @@ def _lint_path(path: Path) -> Iterator[tuple[str, list[Finding]]]:
         manifest = read_manifest(path)
         expected = attention_count(WanConfig(**manifest.config))
         for engine in manifest.engines:
-            file = check_engine_file(path, engine.files["denoiser"])
+            file = check_content(path, engine.files["denoiser"])
             yield engine.name, lint_onnx(_load_onnx(file), expected)
     elif not path.is_file():
         raise WanExportError(f"{path} does not exist: name a bundle, an .onnx or a .pt2 file")

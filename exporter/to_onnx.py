@@ -108,7 +108,7 @@ def _cast_at_first_use(graph: ir.Graph, value: ir.Value) -> ir.Value:
     stored, activation = ir.Value(), first.inputs[0]
     nodes, source = [], stored
     if activation is not value:
-        shape = ir.node("Constant", [], attributes={"value_ints": list(value.shape)})
+        shape = ir.node("Constant", [], attributes={"value_ints": value.shape.numpy()})
         zero = ir.node("Constant", [], attributes={"value_ints": [0]})
         length = ir.node("Shape", [activation], attributes={"start": 0, "end": 1})
         nothing = ir.node("Mul", [length.outputs[0], zero.outputs[0]])

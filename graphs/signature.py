@@ -47,3 +47,8 @@ def forward_flops(config: WanConfig, geometry: Geometry) -> int:
     linear = 12 * tokens * dim**2 + 4 * context * dim**2 + 4 * tokens * dim * config.ffn_dim
     attention_flops = 4 * tokens**2 * dim + 4 * tokens * context * dim
     return config.num_layers * (linear + attention_flops)
+
+
+def attention_score_bytes(config: WanConfig, geometry: Geometry) -> int:
+    """Size in fp32 of one layer's self-attention scores, for runtimes that keep them whole."""
+    return 4 * config.num_heads * geometry.num_tokens**2

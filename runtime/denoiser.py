@@ -9,6 +9,7 @@ import numpy as np
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import PATCH, TEMPORAL_STRIDE, Geometry
 from wanexport.runtime.manifest import EngineRecord, SamplingDefaults, TensorSpec
+from wanexport.runtime.memory import limit_bytes
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
 
 Array = Any  # a numpy array or a torch tensor
@@ -53,8 +54,10 @@ class Denoiser:
 
         latent [1, C, F, h, w]; timestep a number or [1], for TI2V also [F]; text [n, 4096] or
         [1, n, 4096] with n <= 512, zero-padded to 512 here; condition and image as in `inputs`.
-        Raises WanExportError, a ValueError, for a missing, unexpected or wrongly shaped input.
+        Raises WanExportError, a ValueError, for a missing, unexpected or wrongly shaped input, for
+        one with NaN or Inf, and when the engine needs more memory than there can be.
         """
+        self._check_memory()
         given = {"latent": latent, "text": text, "condition": condition, "image": image}
         arrays = {name: to_numpy(value) for name, value in given.items() if value is not None}
         arrays["timestep"] = self._broadcast(to_numpy(timestep))
@@ -95,6 +98,22 @@ class Denoiser:
                     f"{name} has shape {list(arrays[name].shape)}, engine {self.record.name} takes "
                     f"{list(spec.shape)}{self._rebuild_hint(name, arrays[name].shape)}"
                 )
+            if not np.isfinite(arrays[name]).all():
+                bad = int((~np.isfinite(arrays[name])).sum())
+                raise WanExportError(
+                    f"{name} has {bad} values that are NaN or Inf: expected finite ones; "
+                    f"look at what made it"
+                )
+
+    def _check_memory(self) -> None:
+        """Refuse what the system would kill: ONNX Runtime holds the attention scores twice."""
+        needed = 2 * self.record.build.get("attention_score_bytes", 0)
+        if self.record.backend == "onnx" and needed > limit_bytes():
+            raise WanExportError(
+                f"engine {self.record.name} needs {needed / 1e9:.0f} GB for attention in ONNX "
+                f"Runtime on a CPU, of {limit_bytes() / 1e9:.0f} GB here: "
+                f"build one of a smaller --resolution or fewer --frames"
+            )
 
     def _rebuild_hint(self, name: str, shape: tuple[int, ...]) -> str:
         """For a latent of another geometry: the nearest legal build options."""

@@ -10,7 +10,7 @@ from wanexport.runtime.manifest import (
     EngineRecord,
     Manifest,
     WeightsRecord,
-    check_engine_file,
+    check_content,
     check_weights,
     read_manifest,
 )
@@ -73,7 +73,8 @@ def open_engine(
 
     Raises WanExportError when a file is missing or was altered, or the backend refuses it.
     """
-    files = {role: check_engine_file(bundle, file) for role, file in engine.files.items()}
+    # Engines are code: their whole content is checked at every load.
+    files = {role: check_content(bundle, file) for role, file in engine.files.items()}
     folders = weights_folders(bundle, manifest, engine, weights)
     return Denoiser(
         engine, {expert: ENGINES[engine.backend](files, f) for expert, f in folders.items()}
@@ -130,7 +131,7 @@ def weights_folders(
 
     Raises WanExportError when they are missing or laid out for another engine.
     """
-    sets = [record for record in manifest.weights.values() if record.dtype == engine.dtype]
+    sets = manifest.weights_of(engine.dtype)
     if weights is None:
         return {record.expert: _folder(bundle, record, engine) for record in sets}
     folders = {record.expert: Path(weights) / record.expert for record in sets}

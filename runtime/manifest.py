@@ -103,6 +103,10 @@ class Manifest:
     wanexport: str
     schema: int = SCHEMA
 
+    def weights_of(self, dtype: str) -> list[WeightsRecord]:
+        """The weights sets of one dtype, one for each expert."""
+        return [record for record in self.weights.values() if record.dtype == dtype]
+
     def files(self) -> list[FileRecord]:
         """Every file the bundle needs besides its manifest."""
         records = [record.file for record in self.weights.values()]
@@ -241,8 +245,8 @@ def check_weights(bundle: Path, record: WeightsRecord) -> Path:
     return path
 
 
-def check_engine_file(bundle: Path, file: FileRecord) -> Path:
-    """Return an engine file's path after hashing it: engines are code.
+def check_content(bundle: Path, file: FileRecord) -> Path:
+    """Return the file's path after hashing it whole.
 
     Raises WanExportError when it is missing or was altered.
     """

@@ -10,7 +10,7 @@ from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import (
     SCHEMA,
     bundle_lock,
-    check_engine_file,
+    check_content,
     check_weights,
     read_manifest,
     write_manifest,
@@ -63,13 +63,13 @@ def test_missing_short_and_altered_files_are_told_apart(bundle: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(WanExportError, match="was altered after the build"):
-        check_engine_file(bundle, engine)
+        check_content(bundle, engine)
     path.write_bytes(content[:-1])
     with pytest.raises(WanExportError, match=f"{len(content) - 1} bytes, the manifest says"):
-        check_engine_file(bundle, engine)
+        check_content(bundle, engine)
     path.unlink()
     with pytest.raises(WanExportError, match="is missing from the bundle"):
-        check_engine_file(bundle, engine)
+        check_content(bundle, engine)
 
 
 def test_weights_with_another_header_are_refused(bundle: Path) -> None:

@@ -1,17 +1,15 @@
-"""Solvers against closed-form fp64 code written from the papers, and Wan's official timesteps."""
+"""Solvers against the fp64 code of `solver_oracle`, and Wan's official timesteps."""
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from wanexport.exporter.solver_oracle import exact_latents, shifted_grid
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.sample import sample
 from wanexport.runtime.solvers import make_schedule
 
-Velocity = Callable[[np.ndarray, float], np.ndarray]
 STEPS = (4, 8, 40, 50)
 SHIFTS = (3.0, 5.0, 12.0)
 
@@ -31,104 +29,16 @@ def run(solver: str, noise: np.ndarray, steps: int, shift: float) -> np.ndarray:
     return list(sample(denoiser, noise=noise, text=None, **settings))[-1].latent  # type: ignore[arg-type]
 
 
-def grid(start: float, steps: int, shift: float) -> list[float]:
-    """Wan's shifted sigmas, held in fp32 as the official schedulers hold them, with the final 0."""
-    u = [start * (1 - i / steps) for i in range(steps)]
-    return [float(np.float32(shift * v / (1 + (shift - 1) * v))) for v in u] + [0.0]
-
-
-def lam(sigma: float) -> float:
-    return math.inf if sigma == 0 else -math.inf if sigma == 1 else math.log((1 - sigma) / sigma)
-
-
-def unipc_fp64(x: np.ndarray, sigmas: list[float]) -> np.ndarray:
-    """UniPC-2 with B(h) = e^h - 1, data prediction; the linear systems are solved by numpy."""
-    n = len(sigmas) - 1
-    x0s: list[np.ndarray] = []
-    last, order = x, 0
-    for i in range(n):
-        x0s.append(x - sigmas[i] * velocity(x, sigmas[i]))
-        if i:
-            x = unipc_update(last, sigmas, i - 1, order, x0s)
-        last, order = x, min(2, n - i, i + 1)
-        x = unipc_update(x, sigmas, i, order, x0s)
-    return x
-
-
-def unipc_update(
-    x: np.ndarray, sigmas: list[float], s: int, order: int, x0s: list[np.ndarray]
-) -> np.ndarray:
-    """From sigmas[s] to the next; corrects where x0s reaches one step beyond s."""
-    t = s + 1
-    corrects = len(x0s) > t
-    alpha = 1 - sigmas[t]
-    if sigmas[t] == 0:
-        return x0s[s]
-    h = lam(sigmas[t]) - lam(sigmas[s])
-    hh = -h
-    b_h = math.expm1(hh)
-    ratios, differences = [], []
-    if order == 2:
-        ratios.append((lam(sigmas[s - 1]) - lam(sigmas[s])) / h)
-        differences.append((x0s[s - 1] - x0s[s]) / ratios[0])
-    result = sigmas[t] / sigmas[s] * x - alpha * b_h * x0s[s]
-    if corrects:
-        ratios.append(1.0)
-        differences.append(x0s[t] - x0s[s])
-    if not differences:
-        return result
-    if len(differences) == 1:
-        return result - alpha * b_h * 0.5 * differences[0]
-    matrix = np.array([[r**k for r in ratios] for k in range(len(ratios))])
-    phi, right, factorial = b_h / hh - 1, [], 1.0
-    for k in range(1, len(ratios) + 1):
-        right.append(phi * factorial / b_h)
-        factorial *= k + 1
-        phi = phi / hh - 1 / factorial
-    rhos = np.linalg.solve(matrix, np.array(right))
-    return result - alpha * b_h * sum(rho * d for rho, d in zip(rhos, differences))
-
-
-def dpmpp_fp64(x: np.ndarray, sigmas: list[float]) -> np.ndarray:
-    """DPM-Solver++(2M) midpoint, first order at both ends."""
-    n, previous = len(sigmas) - 1, None
-    for i in range(n):
-        s, t = sigmas[i], sigmas[i + 1]
-        x0 = x - s * velocity(x, s)
-        h = lam(t) - lam(s)
-        blend = x0
-        if 0 < i < n - 1:
-            assert previous is not None
-            r0 = (lam(s) - lam(sigmas[i - 1])) / h
-            blend = x0 + (x0 - previous) / (2 * r0)
-        x = t / s * x + (1 - t) * (1 - math.exp(-h)) * blend
-        previous = x0
-    return x
-
-
-def euler_fp64(x: np.ndarray, sigmas: list[float]) -> np.ndarray:
-    for s, t in pairwise(sigmas):
-        x = x + (t - s) * velocity(x, s)
-    return x
-
-
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize(
-    ("solver", "oracle", "start"),
-    [("unipc", unipc_fp64, 0.999), ("dpm++", dpmpp_fp64, 1.0), ("euler", euler_fp64, 1.0)],
-)
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
 def test_solver_follows_its_closed_form(
-    solver: str,
-    oracle: Callable[[np.ndarray, list[float]], np.ndarray],
-    start: float,
-    steps: int,
-    shift: float,
-    rng: np.random.Generator,
+    solver: str, steps: int, shift: float, rng: np.random.Generator
 ) -> None:
     noise = rng.standard_normal((1, 16, 3, 8, 8)).astype(np.float32)
     ours = run(solver, noise, steps, shift)
-    exact = oracle(noise.astype(np.float64), grid(start, steps, shift))
+    sigmas = shifted_grid(solver, steps, shift)
+    exact = exact_latents(solver, noise, sigmas, lambda x, i: velocity(x, sigmas[i]))[-1]
     assert ours.dtype == np.float32
     assert np.linalg.norm(ours - exact) / np.linalg.norm(exact) <= 2e-6
 

@@ -1,0 +1,103 @@
+"""diffusers' own Wan transformer as an engine: a reference that shares no code with our graph."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wanexport.graphs.checkpoint import SourceTensor, official_name
+from wanexport.graphs.config import IMAGE_DIM, WanConfig
+from wanexport.graphs.model import parameter_dtype
+from wanexport.graphs.weights import DTYPES, read_tensor
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.geometry import PATCH, Geometry
+
+_CLIP_TOKENS = 257  # of one image
+
+
+class DiffusersEngine:
+    """`WanTransformer3DModel` on the CPU with tensors under the official names; fp32 in and out.
+
+    Arguments are `EagerEngine`'s, but the model is always resident. In bf16 and fp16 the modules
+    that diffusers keeps in fp32 stay so. Raises WanExportError when diffusers is not installed.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        geometry: Geometry,
+        dtype: str,
+        tensors: Mapping[str, SourceTensor],
+        *,
+        rounded: str = "fp32",
+        resident: bool = True,
+    ) -> None:
+        self.config, self.geometry, self.dtype = config, geometry, DTYPES[dtype]
+        self.model = _empty_model(config)
+        kept = set(self.model._keep_in_fp32_modules)
+        state = {}
+        for name in self.model.state_dict():
+            official = official_name(name)
+            tensor = read_tensor(tensors[official]).to(parameter_dtype(official, DTYPES[rounded]))
+            keep = kept & set(name.split("."))
+            state[name] = tensor.to(torch.float32 if keep else self.dtype)
+        self.model.load_state_dict(state, assign=True)
+        self.model.eval().requires_grad_(False)
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Run the model and return its velocity."""
+        given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        latent = given["latent"]
+        if "condition" in given:
+            latent = torch.cat([latent, given["condition"]], dim=1)
+        image = given.get("image")
+        if image is not None:
+            image = image.reshape(-1, _CLIP_TOKENS, IMAGE_DIM).to(self.dtype)
+        with torch.no_grad():
+            (velocity,) = self.model(
+                hidden_states=latent.to(self.dtype),
+                timestep=self._timestep(given["timestep"]),
+                encoder_hidden_states=given["text"].to(self.dtype),
+                encoder_hidden_states_image=image,
+                return_dict=False,
+            )
+        output: np.ndarray = velocity.float().numpy()
+        return output
+
+    def _timestep(self, timestep: Tensor) -> Tensor:
+        """[1] as it is; TI2V's [F] as diffusers takes it, one for each token: [1, L]."""
+        if not self.config.per_frame_timestep:
+            return timestep
+        _, rows, columns = self.geometry.grid
+        return timestep.repeat_interleave(rows * columns)[None]
+
+
+def _empty_model(config: WanConfig) -> Any:
+    """The model with parameters on the meta device; its RoPE tables are real."""
+    try:
+        from diffusers import WanTransformer3DModel
+    except ImportError as error:
+        raise WanExportError(
+            "diffusers is not installed: pip install 'wanexport[diffusers]'"
+        ) from error
+    settings = {
+        "patch_size": (1, PATCH, PATCH),
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.num_layers,
+        "eps": config.eps,
+        "image_dim": IMAGE_DIM if config.image_tokens else None,
+        "added_kv_proj_dim": config.dim if config.image_tokens else None,
+        "pos_embed_seq_len": config.image_tokens if config.image_tokens > _CLIP_TOKENS else None,
+    }
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**settings)
+    model.rope = type(model.rope)(config.head_dim, settings["patch_size"], 1024)
+    return model

@@ -1,0 +1,122 @@
+"""`wanexport doctor`: what is installed and works here, and the command that gets what is missing.
+
+What wanexport needs is read from its own package metadata. Every library is imported in a process
+of its own, where one that is broken or crashes does no harm.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from wanexport.runtime.memory import available_bytes, limit_bytes
+
+_TIMEOUT = 120  # seconds for one import
+_IMPORTS = {  # where the package's name is not what is used of it
+    "onnx-ir": "import onnx_ir",
+    "diffusers": "from diffusers import WanTransformer3DModel",
+}
+_TASKS = {  # what a user wants -> the extras of wanexport that it needs besides the base
+    "run on a CPU": ("cpu",),
+    "build and compare": ("cpu", "build"),
+    "compare with diffusers": ("cpu", "build", "diffusers"),
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """One requirement, the version found, and what is wrong with it: nothing when empty."""
+
+    requirement: str
+    extra: str
+    version: str | None
+    problem: str
+
+
+def doctor() -> dict[str, Any]:
+    """Examine this environment; `usable` says whether bundles can run in it."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        libraries = list(pool.map(_examine, requires("wanexport") or ()))
+    tasks = {name: _task(libraries, {"", *extras}) for name, extras in _TASKS.items()}
+    return {
+        "wanexport": version("wanexport"),
+        "machine": _machine(),
+        "libraries": [asdict(library) for library in libraries],
+        "tasks": tasks,
+        "usable": tasks["run on a CPU"]["usable"],
+    }
+
+
+def _examine(text: str) -> Library:
+    requirement = Requirement(text)
+    _, _, extra = str(requirement.marker or "").partition("extra == ")
+    stated = f"{requirement.name}{requirement.specifier}"
+    try:
+        found = version(requirement.name)
+    except PackageNotFoundError:
+        return Library(stated, extra.strip('"'), None, "not installed")
+    problem = _import_problem(requirement.name)
+    if not requirement.specifier.contains(found, prereleases=True):
+        problem = f"{found} is not {requirement.specifier}"
+    return Library(stated, extra.strip('"'), found, problem)
+
+
+def _import_problem(name: str) -> str:
+    """Why a fresh process cannot import the library, or an empty string."""
+    code = _IMPORTS.get(name, f"import {name}")
+    command = [sys.executable, "-P", "-c", code]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return f"importing it takes over {_TIMEOUT} s"
+    if child.returncode < 0:
+        return f"importing it dies of signal {-child.returncode}"
+    lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+    return f"importing it fails: {lines[-1]}" if child.returncode else ""
+
+
+def _task(libraries: Collection[Library], extras: Collection[str]) -> dict[str, Any]:
+    """Whether a task can be done, and else the command that makes it so."""
+    faulty = [lib for lib in libraries if lib.extra in extras and lib.problem]
+    absent = all(lib.version is None for lib in faulty)
+    force = "" if absent else "--force-reinstall "
+    names = " ".join(shlex.quote(lib.requirement) for lib in faulty)
+    return {
+        "usable": not faulty,
+        "command": f"{shlex.quote(sys.executable)} -m pip install {force}{names}" if faulty else "",
+    }
+
+
+def _machine() -> dict[str, Any]:
+    hub = Path(os.environ.get("HF_HUB_CACHE", Path.home() / ".cache" / "huggingface" / "hub"))
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": limit_bytes(),
+        "available_bytes": available_bytes(),
+        "free_disk_bytes": shutil.disk_usage(".").free,
+        "gpus": _gpus(),
+        "hub_cache": str(hub),
+        "hub_offline": os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"),
+    }
+
+
+def _gpus() -> list[str]:
+    """Names of the NVIDIA GPUs, from the driver's own tool."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return child.stdout.strip().splitlines() if child.returncode == 0 else []

@@ -1,0 +1,69 @@
+"""`wanexport inspect`: what a bundle holds, and whether its files are as they were built."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.manifest import (
+    EngineRecord,
+    Manifest,
+    check_content,
+    check_weights,
+    read_manifest,
+)
+from wanexport.runtime.tensorfile import read_header
+
+
+def inspect(bundle: str | Path, *, verify: bool = False) -> dict[str, Any]:
+    """Describe a bundle; `problems` says what is wrong with its files, nothing when it is empty.
+
+    Sizes, weights' headers and engines are checked, and with verify the hash of every file.
+    Raises WanExportError when the folder is no bundle, or its manifest cannot be read.
+    """
+    bundle = Path(bundle)
+    manifest = read_manifest(bundle)
+    problems = list(_problems(bundle, manifest, verify))
+    return {
+        "bundle": str(bundle),
+        **asdict(manifest),
+        "parameters": None if problems else _parameters(bundle, manifest),
+        "bytes": sum(file.size for file in manifest.files()),
+        "engines": [_describe(engine) for engine in manifest.engines],
+        "verified": verify,
+        "problems": problems,
+    }
+
+
+def _describe(engine: EngineRecord) -> dict[str, Any]:
+    """The engine's record with what follows from it."""
+    return {
+        "name": engine.name,
+        "tokens": engine.geometry.num_tokens,
+        "bytes": sum(file.size for file in engine.files.values()),
+        **asdict(engine),
+    }
+
+
+def _parameters(bundle: Path, manifest: Manifest) -> int:
+    """How many parameters one expert has."""
+    weights = next(iter(manifest.weights.values()))
+    return sum(prod(entry.shape) for entry in read_header(bundle / weights.file.path).values())
+
+
+def _problems(bundle: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
+    for record in manifest.weights.values():
+        try:
+            check_weights(bundle, record)
+            if verify:
+                check_content(bundle, record.file)
+        except WanExportError as error:
+            yield str(error)
+    for engine in manifest.engines:
+        for file in engine.files.values():
+            try:
+                check_content(bundle, file)
+            except WanExportError as error:
+                yield str(error)
