@@ -1,59 +1,25 @@
 """`compare` passes a good engine and catches planted faults."""
 
 import json
-from collections.abc import Callable
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+import torch
+from diffusers import WanTransformer3DModel
 
-from tests.wan_reference import small_config
+from tests import faults
+from tests.wan_reference import diffusers_model, diffusers_velocity, small_config
 from wanexport.exporter.build import build
 from wanexport.exporter.compare import compare
-from wanexport.exporter.parity import Parity, measure, relative_l2
+from wanexport.exporter.parity import Parity, difference, measure, relative_l2
 from wanexport.graphs.config import PRESETS
-from wanexport.runtime.manifest import bundle_lock, file_record, read_manifest, write_manifest
-from wanexport.runtime.tensorfile import load_arrays, read_header
-
-
-def replace_graph(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> None:
-    """Alter the fp32 engine and make the manifest agree, as a faulty build would."""
-    manifest = read_manifest(bundle)
-    engine = next(e for e in manifest.engines if e.dtype == "fp32")
-    path = bundle / engine.files["denoiser"].path
-    model = onnx.load(path, load_external_data=False)
-    change(model)
-    path.write_bytes(model.SerializeToString())
-    changed = replace(engine, files={"denoiser": file_record(bundle, path)})
-    others = tuple(e for e in manifest.engines if e.dtype != "fp32")
-    write_manifest(bundle, replace(manifest, engines=(changed, *others)))
-
-
-def drop_row_rope(model: onnx.ModelProto) -> None:
-    """No rotation along rows: pairs 22 to 42 of cos become 1 and those of sin 0."""
-    (tensor,) = (t for t in model.graph.initializer if list(t.dims) == [2, 3, 4, 6, 64])
-    table = numpy_helper.to_array(tensor).copy()
-    table[0, ..., 22:43], table[1, ..., 22:43] = 1, 0
-    tensor.CopyFrom(numpy_helper.from_array(table, tensor.name))
-
-
-def swap_gate_and_shift(model: onnx.ModelProto) -> None:
-    """Exchange the first two slices of the first block's modulation that differ in their start."""
-    slices = [node for node in model.graph.node if node.op_type == "Slice"]
-    first = [node for node in slices if node.input[0] == slices[0].input[0]]
-    first[0].input[1], first[2].input[1] = first[2].input[1], first[0].input[1]
-    first[0].input[2], first[2].input[2] = first[2].input[2], first[0].input[2]
-
-
-def coarser_epsilon(model: onnx.ModelProto) -> None:
-    """LayerNorm with eps 1e-3 in place of 1e-6."""
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "LayerNormalization" and attribute.name == "epsilon":
-                attribute.f = 1e-3
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.manifest import bundle_lock, read_manifest
+from wanexport.runtime.tensorfile import load_arrays, read_header, save_arrays
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -88,12 +54,160 @@ def test_the_verdict_stands_when_a_writer_holds_the_bundle(bundle: Path) -> None
     assert "another wanexport is writing" in result["warning"]
 
 
-@pytest.mark.parametrize("fault", [drop_row_rope, swap_gate_and_shift, coarser_epsilon])
-def test_a_fault_in_the_graph_is_caught(
-    bundle: Path, fault: Callable[[onnx.ModelProto], None]
+@pytest.fixture(scope="session")
+def built_from_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, `model`, and its bundle in fp32 and fp16, `bundle`."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    faults.make_bundle(folder)
+    return folder
+
+
+@pytest.fixture
+def converted(built_from_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of that bundle beside its checkpoint."""
+    return Path(shutil.copytree(built_from_checkpoint, tmp_path / "copy")) / "bundle"
+
+
+@pytest.mark.parametrize("plant", faults.FAULTS.values(), ids=faults.FAULTS)
+def test_a_planted_fault_is_caught(converted: Path, plant: faults.Fault) -> None:
+    result = plant(converted)
+    assert not result["passed"]
+    assert faults.error_over_gate(result) > 1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("reference", ["graph", "diffusers"])
+def test_the_checkpoint_it_came_from_passes(converted: Path, reference: str, dtype: str) -> None:
+    model = str(converted.parent / "model")
+    result = compare(converted, model=model, reference=reference, dtype=dtype, steps=2)
+    assert result["passed"]
+    for row in result["steps"]:
+        if dtype == "fp32":
+            assert row["rounding"] is None
+        else:  # of fp32 tensors to fp16
+            assert 1e-5 < row["rounding"] < 1e-3
+
+
+def test_another_checkpoint_is_refused(tiny_bundle: Path, converted: Path) -> None:
+    with pytest.raises(WanExportError, match=r"another model \(t2v\) than the bundle's \(tiny\)"):
+        compare(tiny_bundle, model=str(converted.parent / "model"))
+    with pytest.raises(WanExportError, match="is a preset"):
+        compare(tiny_bundle, model="tiny")
+
+
+def test_an_altered_weights_file_is_refused(bundle: Path) -> None:
+    path = bundle / read_manifest(bundle).weights["fp32"].file.path
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(WanExportError, match="was altered after the build"):
+        compare(bundle, dtype="fp32", steps=1)
+
+
+def record(
+    folder: Path, number: int = 3, dtype: torch.dtype = torch.float32
+) -> tuple[Path, Path, dict[str, np.ndarray]]:
+    """Files of calls to the checkpoint's model in diffusers, and the inputs stacked."""
+    config = small_config("t2v-1.3b")
+    model = diffusers_model(config)
+    if dtype != torch.float32:
+        model.save_pretrained(folder / "saved")
+        model = WanTransformer3DModel.from_pretrained(folder / "saved", torch_dtype=dtype)
+    rng = np.random.default_rng(5)
+    stacked = {
+        "latent": rng.standard_normal((number, 16, 3, 8, 12), np.float32),
+        "timestep": np.linspace(990, 300, number).astype(np.float32),
+        "text": rng.standard_normal((1, 20, 4096), np.float32),
+    }
+    calls = [
+        {
+            "latent": stacked["latent"][i : i + 1],
+            "timestep": stacked["timestep"][i : i + 1],
+            "text": np.pad(stacked["text"], ((0, 0), (0, 492), (0, 0))),
+        }
+        for i in range(number)
+    ]
+    velocity = np.concatenate([diffusers_velocity(model, config, call) for call in calls])
+    save_arrays(folder / "inputs.safetensors", stacked)
+    save_arrays(folder / "outputs.safetensors", {"velocity": velocity})
+    return folder / "inputs.safetensors", folder / "outputs.safetensors", stacked
+
+
+def test_recorded_velocities_are_a_reference(converted: Path, tmp_path: Path) -> None:
+    inputs, outputs, _ = record(tmp_path)
+    result = compare(converted, dtype="fp32", inputs=inputs, outputs=outputs)
+    assert result["passed"]
+    assert result["reference"] == "recorded"
+    assert [row["step"] for row in result["steps"]] == [0, 1, 2]
+    assert all(1e-7 < row["error"] <= 1e-5 for row in result["steps"])
+    assert all(row["drift"] is row["solver"] is None for row in result["steps"])
+    graph = compare(converted, dtype="fp32", inputs=inputs)
+    assert graph["passed"]
+    assert graph["reference"] == "graph"
+
+
+def test_recorded_velocities_that_are_wrong_fail(converted: Path, tmp_path: Path) -> None:
+    inputs, outputs, _ = record(tmp_path)
+    velocity = load_arrays(outputs)["velocity"]
+    save_arrays(outputs, {"velocity": velocity[::-1]})
+    result = compare(converted, dtype="fp32", inputs=inputs, outputs=outputs)
+    assert [row["passed"] for row in result["steps"]] == [False, True, False]
+
+
+def test_a_recording_in_bf16_has_a_gate_of_its_own(converted: Path, tmp_path: Path) -> None:
+    inputs, outputs, _ = record(tmp_path, dtype=torch.bfloat16)
+    assert not compare(converted, dtype="fp32", inputs=inputs, outputs=outputs)["passed"]
+    for row in compare(
+        converted, dtype="fp32", inputs=inputs, outputs=outputs, outputs_dtype="bf16"
+    )["steps"]:
+        assert 1e-3 < row["gate"] < 1e-2
+
+
+def test_the_inputs_of_a_report_repeat_it(bundle: Path, tmp_path: Path) -> None:
+    first = compare(bundle, dtype="fp32", steps=2, seed=3, report=tmp_path)
+    inputs = tmp_path / "compare-64x96x9-onnx-fp32-inputs.safetensors"
+    again = compare(bundle, dtype="fp32", steps=2, inputs=inputs, report=tmp_path / "again")
+    assert again["steps"] == first["steps"]
+    assert again["seed"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": None}, "text missing"),
+        ({"extra": np.zeros(1)}, "extra not expected"),
+        (
+            {"latent": np.zeros((3, 16, 3, 8, 8))},
+            r"latent is \[3, 16, 3, 8, 8\], expected",
+        ),
+        ({"timestep": np.zeros(2)}, r"timestep is \[2\], expected \[3, 1\]"),
+        ({"text": np.zeros((1, 513, 4096))}, "text has 513 rows"),
+        ({"latent": np.full((3, 16, 3, 8, 12), np.nan)}, "NaN or Inf"),
+        ({"latent": np.zeros((0, 16, 3, 8, 12)), "timestep": np.zeros(0)}, "expected"),
+    ],
+)
+def test_a_recording_that_does_not_fit_is_refused(
+    converted: Path, tmp_path: Path, changes: dict[str, np.ndarray | None], message: str
 ) -> None:
-    replace_graph(bundle, fault)
-    assert not compare(bundle, steps=1)["passed"]
+    inputs, _, stacked = record(tmp_path)
+    changed = {n: a for n, a in {**stacked, **changes}.items() if a is not None}
+    save_arrays(inputs, changed)
+    with pytest.raises(WanExportError, match=message):
+        compare(converted, dtype="fp32", inputs=inputs)
+
+
+def test_outputs_without_their_calls_are_refused(converted: Path, tmp_path: Path) -> None:
+    inputs, outputs, _ = record(tmp_path)
+    with pytest.raises(WanExportError, match="need the inputs of the same calls"):
+        compare(converted, dtype="fp32", outputs=outputs)
+    with pytest.raises(WanExportError, match="leave out diffusers"):
+        compare(converted, dtype="fp32", inputs=inputs, outputs=outputs, reference="diffusers")
+    with pytest.raises(WanExportError, match=r"expected velocity \[3, 16, 3, 8, 12\]"):
+        compare(converted, dtype="fp32", inputs=inputs, outputs=inputs)
+    with pytest.raises(WanExportError, match="unknown reference 'keras'"):
+        compare(converted, reference="keras")
+    with pytest.raises(WanExportError, match="unknown outputs dtype 'int8'"):
+        compare(converted, outputs_dtype="int8")
 
 
 def test_not_a_number_fails_and_is_null_in_json(bundle: Path) -> None:
@@ -103,14 +217,25 @@ def test_not_a_number_fails_and_is_null_in_json(bundle: Path) -> None:
                 if node.op_type == "RMSNormalization" and attribute.name == "epsilon":
                     attribute.f = float("nan")
 
-    replace_graph(bundle, to_nan)
-    result = compare(bundle, steps=1)
+    faults.alter_graph(bundle, to_nan, "fp32")
+    result = compare(bundle, steps=3)
     assert not result["passed"]
-    assert result["forward"]["error"] is None
+    size = 16 * 3 * 8 * 12
+    for row in result["steps"]:
+        assert row["error"] is row["cosine"] is row["max"] is row["p99"] is row["drift"] is None
+        assert (row["nan"], row["inf"]) == (2 * size, 0)
     assert json.loads((bundle / "reports" / "compare-64x96x9-onnx-fp32.json").read_text()) == result
 
 
-@pytest.mark.parametrize("preset", ["ti2v-5b", "i2v-a14b"])
+def test_a_reference_that_is_not_finite_fails(bundle: Path) -> None:
+    alter = faults.alter_weight
+    alter(bundle, "head.head.bias", lambda array: array.fill(np.nan))
+    result = compare(bundle, dtype="fp32", steps=3)
+    assert not result["passed"]
+    assert len(result["steps"]) == 1  # the loop ends where there is nothing to go on with
+
+
+@pytest.mark.parametrize("preset", ["ti2v-5b", "i2v-a14b", "flf2v-14b"])
 def test_conditioned_families_are_compared_through_their_own_inputs(
     preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,13 +243,15 @@ def test_conditioned_families_are_compared_through_their_own_inputs(
     monkeypatch.setitem(PRESETS, preset, replace(PRESETS[preset], config=config))
     size = f"{8 * config.spatial_stride}x{8 * config.spatial_stride}"
     build(preset, random_weights=0, resolution=size, frames=9, output=tmp_path / "b")
-    result = compare(tmp_path / "b", steps=2)
+    result = compare(tmp_path / "b", steps=3)
     assert result["passed"]
+    assert compare(tmp_path / "b", steps=2, reference="diffusers")["passed"]
     inputs = read_header(
         tmp_path / "b" / "reports" / f"compare-{size}x9-onnx-fp32-inputs.safetensors"
     )
     assert ("first_frame" in inputs) == (preset == "ti2v-5b")
-    assert ("condition" in inputs) == (preset == "i2v-a14b")
+    assert ("condition" in inputs) == (preset != "ti2v-5b")
+    assert ("image" in inputs) == (preset == "flf2v-14b")
 
 
 def test_relative_l2_and_gates() -> None:
@@ -135,3 +262,18 @@ def test_relative_l2_and_gates() -> None:
     assert measure(one, one, None).gate == 1e-5
     assert Parity(1.2e-3, 1e-3).passed
     assert not Parity(1.3e-3, 1e-3).passed
+    assert Parity(0.0, None, recorded=3e-3).gate == pytest.approx(3.75e-3, rel=1e-4)
+    assert Parity(0.0, 4e-3, recorded=3e-3).gate == pytest.approx(6.25e-3)
+
+
+def test_differences_in_every_metric() -> None:
+    exact = np.array([3.0, 4.0], np.float32)
+    found = difference(np.array([3.0, 4.5], np.float32), exact)
+    assert found.error == pytest.approx(0.1)
+    assert found.cosine == pytest.approx((9 + 18) / (5 * 29.25**0.5))
+    assert (found.max, found.p99) == (0.5, pytest.approx(0.495))
+    broken = difference(np.array([np.nan, -np.inf], np.float32), exact)
+    assert (broken.nan, broken.inf) == (1, 1)
+    assert np.isnan(broken.error)
+    assert difference(exact * 0, exact * 0).error == 0
+    assert difference(exact, exact * 0).error == np.inf
