@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from wanexport.exporter.proof import prove
 from wanexport.graphs import config as graph_config
 from wanexport.graphs import lint, model, rope, signature
 from wanexport.graphs.config import WanConfig, sampling_defaults
-from wanexport.graphs.weights import weights_layout, write_weights
+from wanexport.graphs.weights import DTYPES, weights_layout, write_weights
 from wanexport.runtime import attention, onnx_engine
 from wanexport.runtime import geometry as geometry_module
 from wanexport.runtime.durable import write_durably
@@ -48,6 +49,8 @@ _GRAPH_CODE = (
     to_onnx,
 )
 _GRAPH_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
+
+CHOICES = {"backends": ("onnx",), "dtype": tuple(DTYPES), "verify": ("ends", "full")}
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (0 when the length is unknown)
 
@@ -100,6 +103,7 @@ def build(
     Raises WanExportError for whatever the caller can put right.
     """
     started = time.monotonic()
+    _check_choices(backends=backends, dtype=[dtype], verify=[verify])
     height, width = parse_resolution(resolution)
     onnx_engine.versions()  # fail before the work when the proof could not run
     progress("checkpoint", 0, 0)
@@ -121,6 +125,14 @@ def build(
         "seconds": round(time.monotonic() - started, 2),
         "peak_rss_bytes": peak_rss(),
     }
+
+
+def _check_choices(**chosen: Sequence[str]) -> None:
+    for name, values in chosen.items():
+        for value in values:
+            if value not in CHOICES[name]:
+                expected = ", ".join(CHOICES[name])
+                raise WanExportError(f"unknown {name} {value!r}: expected of {expected}")
 
 
 def _summary(writer: BundleWriter, geometry: Geometry, dtype: str) -> dict[str, Any]:
@@ -186,6 +198,7 @@ def convert_weights(
 ) -> WeightsRecord:
     """Write the weights set `name` and return its record."""
     path = writer.free_folder(Path("weights") / name) / WEIGHTS_FILE
+    _check_disk(path.parent, source.config, dtype)
     weights = source.weights[expert]
 
     def show(done: int, total: int) -> None:
@@ -201,6 +214,17 @@ def convert_weights(
         content=weights.digest(),
         source=source.record,
     )
+
+
+def _check_disk(folder: Path, config: WanConfig, dtype: str) -> None:
+    """Refuse a conversion that would end in a full disk after minutes."""
+    _, entries = weights_layout(config, dtype)
+    needed, free = sum(e.size for e in entries.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise WanExportError(
+            f"{folder} needs {needed / 1e9:.1f} GB for weights, its disk has {free / 1e9:.1f} GB "
+            f"free: name a folder elsewhere with -o"
+        )
 
 
 def add_engine(

@@ -97,6 +97,8 @@ def choose_engine(
     """
     if device not in (None, "cpu"):
         raise WanExportError(f"device {device!r} is not served: the onnx backend runs on cpu")
+    if backend not in (None, *ENGINES):
+        raise WanExportError(f"unknown backend {backend!r}: expected one of {', '.join(ENGINES)}")
     size = None if resolution is None else parse_resolution(resolution)
     fitting = [
         engine
