@@ -222,7 +222,7 @@ def _check_disk(folder: Path, config: WanConfig, dtype: str) -> None:
     needed, free = sum(e.size for e in entries.values()), shutil.disk_usage(folder).free
     if needed > free:
         raise WanExportError(
-            f"{folder} needs {needed / 1e9:.1f} GB for weights, its disk has {free / 1e9:.1f} GB "
+            f"{folder} needs {needed / 1e9:.2f} GB for weights, its disk has {free / 1e9:.2f} GB "
             f"free: name a folder elsewhere with -o"
         )
 

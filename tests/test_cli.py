@@ -1,15 +1,23 @@
 """The command line: what it prints, its exit codes, and one line for every mistake."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
+from onnx import helper
 
+from tests import faults
 from wanexport.exporter.cli import cli, main
+from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.tensorfile import load_arrays, save_arrays
 
 
@@ -87,6 +95,7 @@ def test_build_prints_its_record(tmp_path: Path) -> None:
 
 
 BUILD = ("build", "--resolution", "64x96", "--frames", "9")
+TINY = ("-m", "tiny", "--random-weights", "0")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +108,12 @@ BUILD = ("build", "--resolution", "64x96", "--frames", "9")
         (("build", "-m", "tiny", "--random-weights", "0", "--resolution", "64x96", "--frames", "8"),
          "expected 4k+1; nearest: --frames 5 or 9"),
         ((*BUILD, "-m", "tiny"), "is a preset, not a checkpoint: add --random-weights"),
+        ((*BUILD, "--backend", "vulkan"), "Invalid value for '--backend': 'vulkan' is not 'onnx'."),
+        ((*BUILD, "--dtype", "int4"), "Invalid value for '--dtype': 'int4' is not one of"),
+        ((*BUILD, "--random-weights", "-1"), "Invalid value for '--random-weights': -1"),
+        ((*BUILD, "--colour"), "No such option"),
+        (("build", "--frames", "9"), "Missing option '--resolution'"),
+        (("paint",), "No such command 'paint'"),
         ((*BUILD, "-m", "nowhere/at/all"), "nowhere/at/all does not exist"),
         ((*BUILD, "-m", "huge", "--random-weights", "0"), "'huge' is no preset"),
         (("run", "{tmp}", "--text", "x", "-o", "y.safetensors"), "is no bundle"),
@@ -109,7 +124,17 @@ BUILD = ("build", "--resolution", "64x96", "--frames", "9")
          "--guidance 'a': expected numbers"),
         (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y.safetensors", "--timesteps", "1,2"),
          "timesteps must fall"),
+        (("run", "{bundle}", "--text", "{nan}", "-o", "{tmp}/y.safetensors"),
+         "text has 1 values that are NaN or Inf"),
+        (("run", "{bundle}", "--text", "{long}", "-o", "{tmp}/y.safetensors"),
+         "text has 513 rows, the model takes at most 512"),
         (("compare", "{bundle}", "--resolution", "480x832"), "no such engine"),
+        (("compare", "{bundle}", "-m", "tiny"), "tiny is a preset"),
+        (("compare", "{bundle}", "--outputs", "{text}"), "need the inputs of the same calls"),
+        (("compare", "{bundle}", "--inputs", "{tmp}/no"), "cannot read"),
+        (("inspect", "{tmp}"), "is no bundle"),
+        (("lint", "{text}"), "name a bundle, an .onnx or a .pt2 file"),
+        (("lint", "{tmp}"), "is no bundle"),
         (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y.mp4"), "a .safetensors file"),
         (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}"), "a .safetensors file"),
     ],
@@ -125,8 +150,14 @@ def test_mistakes_are_one_line_and_exit_code_two(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    files = {"tmp": tmp_path, "bundle": tiny_bundle, "text": text}
+    for name, rows in (("nan", 9), ("long", 513)):
+        files[name] = tmp_path / f"{name}.safetensors"
+        array = np.ones((rows, 4096), np.float32)
+        array[0, 0] = np.nan if name == "nan" else 1
+        save_arrays(files[name], {"text": array, "negative": array})
     before = sorted(tmp_path.iterdir())
-    filled = [a.format(tmp=tmp_path, bundle=tiny_bundle, text=text) for a in arguments]
+    filled = [argument.format(**files) for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["wanexport", *filled])
     with pytest.raises(SystemExit) as caught:
         main()
@@ -155,16 +186,94 @@ def test_a_full_disk_is_one_line(
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize(
-    "options", [("--backend", "vulkan"), ("--dtype", "int4"), ("--random-weights", "-1")]
-)
-def test_unknown_choices_are_refused_by_name(options: tuple[str, str]) -> None:
-    result = invoke(*BUILD, *options)
-    assert result.exit_code == 2
-    assert options[0] in result.output
+def test_a_disk_that_fills_leaves_nothing(tmp_path: Path) -> None:
+    limit = f"ulimit -f 4096; exec {sys.executable} -m wanexport.exporter.cli"  # 4 MiB a file
+    command = " ".join(map(str, (limit, *BUILD, *TINY, "-o", tmp_path / "b")))
+    child = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert child.returncode == 2
+    assert child.stderr.startswith("error: ")
+    assert child.stderr.count("\n") == 1
+    assert "File too large" in child.stderr
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_disk_too_small_is_refused_before_the_work(tmp_path: Path) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**7)
+    with patch("wanexport.exporter.build.shutil.disk_usage", return_value=usage):
+        result = invoke(*BUILD, *TINY, "-o", tmp_path / "b")
+    assert isinstance(result.exception, WanExportError)
+    assert "needs 0.02 GB for weights, its disk has 0.01 GB free" in str(result.exception)
+    assert not (tmp_path / "b").exists()
+
+
+def test_control_c_is_one_line_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "wanexport.exporter.cli", *BUILD, *TINY]
+    child = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "b")], stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "b" / "engines").exists():  # the weights are finished by then
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, error = child.communicate()
+    assert child.returncode == 130
+    assert error.strip() == "interrupted: run the same command again to go on"
+    files = {p.relative_to(tmp_path / "b").as_posix() for p in (tmp_path / "b").rglob("*.*")}
+    assert files == {"weights/fp32/denoiser.safetensors", "manifest.partial.json", ".lock"}
+
+
+def test_a_result_that_is_not_finite_is_not_written(bundle: Path, text: Path) -> None:
+    faults.alter_weight(bundle, "head.head.bias", lambda array: array.fill(np.nan))
+    output = bundle / "y.safetensors"
+    result = invoke("run", bundle, "--dtype", "fp32", "--text", text, "-o", output, "--steps", 1)
+    assert isinstance(result.exception, WanExportError)
+    assert "gave NaN or Inf in the last step" in str(result.exception)
+    assert not output.exists()
+
+
+def test_lint_lists_what_it_finds(tiny_bundle: Path, tmp_path: Path) -> None:
+    result = invoke("lint", tiny_bundle)
+    assert result.exit_code == 0, result.output
+    assert result.output.count(": clean") == 3
+    nodes = [helper.make_node("NonZero", ["x"], [f"y{i}"], name=f"node{i}") for i in range(7)]
+    x = helper.make_tensor_value_info("x", 1, [4])
+    outputs = [helper.make_tensor_value_info(f"y{i}", 7, [1, 4]) for i in range(7)]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], outputs)), tmp_path / "g.onnx")
+    result = invoke("lint", tmp_path / "g.onnx")
+    assert result.exit_code == 1
+    assert "host_sync 7: node0 (NonZero)" in result.output
+    assert "node5" not in result.output
+    counts = json.loads(invoke("lint", tmp_path / "g.onnx", "--json").stdout)["graphs"]["g.onnx"]
+    assert counts["counts"]["host_sync"] == len(counts["findings"]) == 7
+
+
+def test_inspect_describes_and_verifies(bundle: Path) -> None:
+    result = invoke("inspect", bundle, "--verify")
+    assert result.exit_code == 0, result.output
+    assert "engine 64x96x9/onnx-fp32: 72 tokens" in result.output
+    assert "every hash verified" in result.output
+    assert json.loads(invoke("inspect", bundle, "--json").stdout)["problems"] == []
+    path = bundle / "weights" / "fp32" / "denoiser.safetensors"
+    path.unlink()
+    result = invoke("inspect", bundle)
+    assert isinstance(result.exception, WanExportError)
+    assert f"{path} is missing" in str(result.exception)
+
+
+def test_doctor_says_what_works_and_fails_when_nothing_does() -> None:
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    assert "run on a CPU: yes" in result.output
+    requirements = ['no-such-library>=3; extra == "cpu"']
+    with patch("wanexport.exporter.doctor.requires", return_value=requirements):
+        result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "-m pip install 'no-such-library>=3'" in result.output
 
 
 def test_help_names_every_command() -> None:
     result = invoke("--help")
-    assert all(name in result.output for name in ("build", "run", "compare"))
+    assert all(
+        name in result.output for name in ("build", "run", "compare", "lint", "inspect", "doctor")
+    )
     assert "wanexport, version" in invoke("--version").output

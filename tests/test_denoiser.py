@@ -1,6 +1,7 @@
 """What the denoiser accepts, and how it says no."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from wanexport.graphs.config import EXPERTS, PRESETS, WanConfig, sampling_defaults
 from wanexport.graphs.signature import input_shapes
+from wanexport.runtime import memory
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
@@ -131,3 +133,23 @@ def test_wrong_channels_are_not_blamed_on_the_geometry() -> None:
     latent = np.zeros((1, 48, 3, 8, 12), np.float32)
     with pytest.raises(WanExportError, match=r"\[1, 16, 3, 8, 12\]$"):
         model(**{**inputs_of(model), "latent": latent})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["latent", "timestep", "text"])
+def test_inputs_that_are_not_finite_are_refused(name: str, value: float) -> None:
+    model, _ = denoiser()
+    inputs = inputs_of(model)
+    bad = np.array(inputs[name], np.float32)
+    bad.flat[0] = value
+    with pytest.raises(WanExportError, match=f"{name} has 1 values that are NaN or Inf"):
+        model(**{**inputs, name: bad})
+
+
+def test_an_engine_that_needs_more_memory_than_there_is_is_refused() -> None:
+    model, _ = denoiser()
+    score_bytes = memory.limit_bytes() // 2 + 10**9
+    build = {"attention_score_bytes": score_bytes}
+    large = Denoiser(replace(model.record, build=build), model.engines)
+    with pytest.raises(WanExportError, match=r"needs \d+ GB for attention .* smaller --resolution"):
+        large(**inputs_of(model))

@@ -58,3 +58,20 @@ def test_attention_nodes_have_one_output_and_no_mask() -> None:
 def test_the_same_graph_twice_has_the_same_bytes() -> None:
     one, other = (lowered("t2v-1.3b", "fp32").SerializeToString() for _ in range(2))
     assert hashlib.sha256(one).digest() == hashlib.sha256(other).digest()
+
+
+def test_weights_of_another_dtype_are_cast_where_they_are_used() -> None:
+    config = small_config("i2v-14b")
+    layout = weights_layout(config, "bf16")[1]
+    graph, _ = lower(config, small_geometry(config), "fp32", layout)
+    model = onnx.load_from_string(serialize(graph))
+    stored = {t.name: t.data_type for t in model.graph.initializer if uses_external_data(t)}
+    narrow = {name for name, dtype in stored.items() if dtype == onnx.TensorProto.BFLOAT16}
+    assert narrow == {name for name, entry in layout.items() if entry.dtype == "BF16"}
+    readers = {name: node for node in model.graph.node for name in narrow & set(node.input)}
+    assert {node.op_type for node in readers.values()} == {"Cast", "Reshape"}
+    # Through a Reshape the cast waits for an activation; the patches' weight is reshaped itself.
+    assert [name for name in readers if readers[name].op_type == "Cast"] == [
+        "patch_embedding.weight"
+    ]
+    onnx.checker.check_model(model)

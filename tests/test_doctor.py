@@ -1,0 +1,82 @@
+"""`doctor` says what is missing or broken, and the command that gets it."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from wanexport.exporter import doctor as module
+from wanexport.exporter.doctor import doctor
+
+EXTRAS = ("numpy>=1.26", 'onnxruntime>=1.27; extra == "cpu"', 'torch<2.14,>=2.11; extra == "build"')
+
+
+@pytest.fixture
+def stated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The requirements that wanexport's metadata states, for a test to change."""
+    requirements = list(EXTRAS)
+    monkeypatch.setattr(module, "requires", lambda name: requirements)
+    return requirements
+
+
+def test_this_environment_is_usable() -> None:
+    record = doctor()
+    assert record["usable"]
+    assert all(task["usable"] and not task["command"] for task in record["tasks"].values())
+    stated = {library["requirement"] for library in record["libraries"]}
+    assert {"numpy>=1.26", "onnxruntime>=1.27"} <= stated
+    assert record["machine"]["memory_bytes"] >= record["machine"]["available_bytes"] > 0
+
+
+def test_a_missing_library_and_the_command_that_gets_it(stated: list[str]) -> None:
+    stated.append('no-such-library>=3; extra == "build"')
+    record = doctor()
+    assert record["usable"]  # a bundle can run, but not be built
+    task = record["tasks"]["build and compare"]
+    assert not task["usable"]
+    assert shlex.split(task["command"]) == [
+        sys.executable, "-m", "pip", "install", "no-such-library>=3",
+    ]  # fmt: skip
+
+
+def test_a_version_that_does_not_serve(stated: list[str]) -> None:
+    stated[1] = 'onnxruntime>=99; extra == "cpu"'
+    record = doctor()
+    assert not record["usable"]
+    library = next(lib for lib in record["libraries"] if lib["requirement"] == "onnxruntime>=99")
+    assert library["problem"].endswith("is not >=99")
+    assert record["tasks"]["run on a CPU"]["command"].endswith("install 'onnxruntime>=99'")
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        (
+            "raise ImportError('no libfoo.so')",
+            "fails: ImportError: no libfoo.so",
+        ),
+        ("import os; os.abort()", "dies of signal 6"),
+        ("import time; time.sleep(9)", "takes over 1 s"),
+    ],
+)
+def test_a_library_that_cannot_be_imported(
+    code: str, problem: str, stated: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_IMPORTS", {"onnxruntime": code})
+    monkeypatch.setattr(module, "_TIMEOUT", 1 if "sleep" in code else 60)
+    stated[2:] = []
+    record = doctor()
+    assert not record["usable"]
+    assert problem in next(lib["problem"] for lib in record["libraries"] if lib["extra"] == "cpu")
+    assert "--force-reinstall" in record["tasks"]["run on a CPU"]["command"]
+
+
+def test_the_driver_names_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert module._gpus() == ["NVIDIA H200, 143771 MiB"]
+    tool.unlink()
+    assert module._gpus() == []
