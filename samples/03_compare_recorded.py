@@ -1,0 +1,49 @@
+"""Record the calls of a model that you trust, and hold an engine against them.
+
+    python samples/03_compare_recorded.py FOLDER
+
+Here that model is diffusers', small and with random weights. With the official repository, record
+its `WanModel` likewise: latent is `x[0]`, timestep `t`, text `context[0]`, and velocity the first of
+the list that it returns; compare with `--outputs-dtype bf16`, the precision of its autocast.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import WanTransformer3DModel
+
+from wanexport.exporter.build import build
+from wanexport.exporter.compare import compare
+from wanexport.runtime.tensorfile import save_arrays
+
+
+def main(folder: Path) -> None:
+    """Write a checkpoint, its recorded calls and its bundle into folder, and compare."""
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(num_attention_heads=2, ffn_dim=512, num_layers=2).eval()
+    model.save_pretrained(folder / "model" / "transformer")
+
+    latent = torch.randn(3, 16, 3, 8, 12)  # three calls
+    timestep = torch.tensor([999.0, 833.0, 500.0])
+    text = torch.zeros(1, 512, 4096)  # all calls have the same prompt, padded with zeros
+    text[:, :20] = torch.randn(20, 4096)
+    with torch.no_grad():
+        calls = zip(latent, timestep, strict=True)
+        velocity = torch.cat([model(x[None], t[None], text).sample for x, t in calls])
+    recorded = {"latent": latent, "timestep": timestep, "text": text}
+    inputs, outputs = folder / "inputs.safetensors", folder / "outputs.safetensors"
+    save_arrays(inputs, {name: np.asarray(tensor) for name, tensor in recorded.items()})
+    save_arrays(outputs, {"velocity": velocity.numpy()})
+
+    bundle = folder / "bundle"
+    build(str(folder / "model"), resolution="64x96", frames=9, output=bundle)
+    result = compare(bundle, inputs=inputs, outputs=outputs)
+    for row in result["steps"]:
+        print(f"call {row['step']}: error {row['error']:.1e}, gate {row['gate']:.0e}")
+    print("passed" if result["passed"] else "failed")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

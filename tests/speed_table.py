@@ -1,0 +1,115 @@
+"""Print the README's table of step times: ONNX Runtime against eager PyTorch on this CPU.
+
+    python -m tests.speed_table FOLDER
+
+One run: fp32, random weights, the arms taking turns so that all see the same machine. Medians of 9
+with minimum and maximum; the matrix product that bounds them all is timed beside them.
+"""
+
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import onnxruntime
+import torch
+
+from wanexport.exporter.build import build
+from wanexport.exporter.diffusers_engine import DiffusersEngine
+from wanexport.exporter.eager import EagerEngine
+from wanexport.exporter.parity import forward_inputs
+from wanexport.graphs.config import PRESETS, Preset, WanConfig
+from wanexport.graphs.signature import forward_flops, parameter_shapes
+from wanexport.graphs.weights import bundle_tensors
+from wanexport.runtime import load
+
+Call = Callable[[], object]
+
+ROUNDS = 9
+MODELS = {  # name -> config, resolution, frames
+    "tiny": (PRESETS["tiny"].config, "64x96", 9),
+    "tiny, larger video": (PRESETS["tiny"].config, "128x192", 17),
+    "dim 1536, 4 layers": (WanConfig(1536, 8960, 12, 4, 16, 16, 0), "256x256", 13),
+}
+
+
+def prepacked(graph: Path, weights: Path) -> onnxruntime.InferenceSession:
+    """A session as ONNX Runtime makes it by default: weights copied and repacked."""
+    options = onnxruntime.SessionOptions()
+    folder = "session.model_external_initializers_file_folder_path"
+    options.add_session_config_entry(folder, str(weights.parent))
+    return onnxruntime.InferenceSession(
+        graph.read_bytes(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def arms(config: WanConfig, resolution: str, frames: int, bundle: Path) -> dict[str, Call]:
+    """One forward of each arm on the same inputs and weights."""
+    with patch.dict(PRESETS, {"measured": Preset(config)}):
+        build("measured", random_weights=0, resolution=resolution, frames=frames, output=bundle)
+    denoiser = load(bundle)
+    inputs = forward_inputs(config, denoiser.geometry, 812.0, 0)
+    (weights,) = bundle.glob("weights/*/*")
+    (graph,) = bundle.glob("engines/*/*/*.onnx")
+    tensors = bundle_tensors(weights, {name: name for name in parameter_shapes(config)})
+    eager = EagerEngine(config, denoiser.geometry, "fp32", tensors)
+    diffusers = DiffusersEngine(config, denoiser.geometry, "fp32", tensors)
+    session = prepacked(graph, weights)
+    return {
+        "mapped": lambda: denoiser(**inputs),
+        "prepacked": lambda: session.run(None, inputs),
+        "eager": lambda: eager(inputs),
+        "diffusers": lambda: diffusers(inputs),
+    }
+
+
+def measure(calls: dict[str, Call]) -> dict[str, list[float]]:
+    """Seconds of every call, in turns, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def row(name: str, config: WanConfig, resolution: str, frames: int, bundle: Path) -> str:
+    """One model's line of the table."""
+    seconds = measure(arms(config, resolution, frames, bundle))
+    geometry = load(bundle).geometry
+    medians = {arm: statistics.median(times) for arm, times in seconds.items()}
+    cells = [
+        f"{medians[arm] * 1e3:.4g} ({min(times) * 1e3:.4g} to {max(times) * 1e3:.4g})"
+        for arm, times in seconds.items()
+    ]
+    rates = [forward_flops(config, geometry) / medians[arm] / 1e9 for arm in ("eager", "mapped")]
+    return (
+        f"| {name} | {geometry.num_tokens} | {' | '.join(cells)} | "
+        f"{medians['eager'] / medians['mapped']:.2f} | {rates[0]:.0f}, {rates[1]:.0f} |"
+    )
+
+
+def products() -> str:
+    """How fast this machine multiplies fp32 matrices, in two libraries: best of the rounds."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    x, y = a.numpy(), b.numpy()
+    seconds = measure({"PyTorch": lambda: a @ b, "numpy": lambda: x @ y})
+    return ", ".join(f"{n} {2 * 2048**3 / min(t) / 1e9:.0f}" for n, t in seconds.items())
+
+
+def main(folder: Path) -> None:
+    """Print the table in Markdown, milliseconds a forward."""
+    titles = "model | tokens | mapped weights | prepacked | our graph, eager | diffusers, eager"
+    print(f"| {titles} | eager / mapped | blocks, GFLOP/s: eager, mapped |\n{'|---' * 8}|")
+    for name, model in MODELS.items():
+        print(row(name, *model, folder / "bundle"), flush=True)
+        shutil.rmtree(folder / "bundle")
+    print(f"\n2048 x 2048 matrix product, GFLOP/s: {products()}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
