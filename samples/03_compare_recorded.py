@@ -3,8 +3,8 @@
     python samples/03_compare_recorded.py FOLDER
 
 Here that model is diffusers', small and with random weights. With the official repository, record
-its `WanModel` likewise: latent is `x[0]`, timestep `t`, text `context[0]`, and velocity the first of
-the list that it returns; compare with `--outputs-dtype bf16`, the precision of its autocast.
+its `WanModel` likewise: latent is `x[0]`, timestep `t`, text `context[0]`, velocity the first of the
+list that it returns; and compare with `--outputs-dtype bf16`, the precision of its autocast.
 """
 
 import sys

@@ -32,20 +32,21 @@ def command(bundle: Path, resolution: str, frames: int) -> list[str]:
     return [*build, "--random-weights", "0", *shape, "-o", str(bundle)]
 
 
-def kill_after(seconds: float, bundle: Path, signal_number: int, *, group: bool) -> int:
-    """Start the build of the new shape and kill it, alone or with its children; return its code."""
-    child = subprocess.Popen(
+def start(bundle: Path) -> subprocess.Popen[bytes]:
+    """Start the build of the new shape, in a process group of its own."""
+    return subprocess.Popen(
         command(bundle, *NEW),
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    try:
-        child.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal_number) if group else os.kill(child.pid, signal_number)
-        child.communicate()
-    return child.returncode
+
+
+def kill(child: subprocess.Popen[bytes], *, group: bool) -> None:
+    """Kill a build, alone or with its children, and wait for it."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL) if group else child.kill()
+    child.communicate()
 
 
 def state(bundle: Path, *, had_old: bool) -> str:
@@ -89,8 +90,10 @@ def main(number: int, seed: int) -> None:
             bundle = Path(name) / "bundle"
             if i % 2:
                 shutil.copytree(old, bundle)
-            code = kill_after(rng.uniform(0, 1.05 * span), bundle, signal.SIGKILL, group=i % 4 < 2)
-            kind = "finished" if code == 0 else "killed"
+            child = start(bundle)
+            time.sleep(rng.uniform(0, 1.05 * span))
+            kill(child, group=i % 4 < 2)
+            kind = "finished" if child.returncode == 0 else "killed"
             found = state(bundle, had_old=bool(i % 2))
             seen[f"{kind}, {found}, rerun {'resumed' if check_rerun(bundle) else 'rebuilt'}"] += 1
             shutil.rmtree(bundle)
