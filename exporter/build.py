@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from wanexport.exporter import to_onnx, trace
+from wanexport.exporter import onnx_lint, to_onnx, trace
 from wanexport.exporter.bundle import BundleWriter, open_bundle
 from wanexport.exporter.model_source import ModelSource, resolve
 from wanexport.exporter.proof import prove
@@ -43,6 +43,7 @@ _GRAPH_CODE = (
     rope,
     signature,
     lint,
+    onnx_lint,
     attention,
     geometry_module,
     trace,

@@ -140,11 +140,6 @@ def run(
     plan = make_plan(denoiser.sampling, **settings)
     loaded = time.monotonic()
     latent, pace = _sample_with_progress(denoiser, inputs, settings, len(plan))
-    if not np.isfinite(latent).all():
-        raise WanExportError(
-            f"engine {denoiser.record.name} gave NaN or Inf in the last step: use one of --dtype "
-            f"fp32, or check the inputs"
-        )
     save_arrays(output, {"latent": latent})
     record = {
         "output": str(output),
@@ -169,6 +164,11 @@ def _sample_with_progress(
     with progress_display() as show:
         show("sampling", 0, steps)
         for step in sample(denoiser, **inputs, **settings):
+            if not np.isfinite(step.latent).all():
+                raise WanExportError(
+                    f"engine {denoiser.record.name} gave NaN or Inf in step {step.index}: "
+                    f"check the inputs, or use an engine of --dtype fp32"
+                )
             pace = (time.monotonic() - started) / (step.index + 1)
             show(f"sampling, {pace:.2f} s/step", step.index + 1, steps)
     return step.latent, pace
@@ -187,7 +187,8 @@ def _check_output(output: Path) -> None:
 @click.option("-m", "--model", help="Checkpoint whose tensors the reference takes.")
 @click.option(
     "--reference", type=click.Choice(["graph", "diffusers"]), default="graph", show_default=True,
-    help="Whose eager fp32 forward is right: our graph's, or diffusers' own model's.",
+    help="Whose eager fp32 forward is right: our graph's, or diffusers' own model's. With "
+    "--outputs, whose precision policy they were computed with.",
 )  # fmt: skip
 @click.option(
     "--inputs", type=click.Path(path_type=Path),
@@ -230,7 +231,7 @@ def compare(bundle: Path, as_json: bool, **options: Any) -> None:
 def lint(path: Path, as_json: bool) -> None:
     """List what a graph must not contain; exit code 1 when there is any.
 
-    PATH is a bundle, an .onnx file, or a .pt2 of torch.export.save.
+    PATH is a bundle, an .onnx file, or a .pt2 of torch.export.save, which is loaded whole.
     """
     with _needing_the_build_extra():
         from wanexport.exporter.onnx_lint import lint as run_lint

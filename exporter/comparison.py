@@ -1,4 +1,4 @@
-"""The figures of `compare`: the engine's calls, loop and solver against the reference's."""
+"""The rows of `compare`: the engine's calls, loop and solver against the reference's."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,8 @@ import numpy as np
 
 from wanexport.exporter.build import Progress
 from wanexport.exporter.parity import FP32_GATE, Difference, Parity, difference, relative_l2
-from wanexport.exporter.peers import Peers
+from wanexport.exporter.peers import Key, Peers
+from wanexport.exporter.recorded import Calls, Loop
 from wanexport.exporter.solver_oracle import exact_latents, shifted_grid
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.sample import make_plan, sample, set_first_frame
@@ -22,10 +23,10 @@ Row = dict[str, Any]
 
 
 class Recorder:
-    """A denoiser that keeps its calls and times them."""
+    """A denoiser whose calls are timed and, while `keep` is set, kept."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
+    def __init__(self, denoiser: Denoiser, *, keep: bool = False) -> None:
+        self.denoiser, self.keep = denoiser, keep
         self.sampling, self.inputs = denoiser.sampling, denoiser.inputs
         self.calls: list[Call] = []
         self.seconds: list[float] = []
@@ -35,7 +36,8 @@ class Recorder:
         started = time.perf_counter()
         velocity: np.ndarray = self.denoiser(**inputs)
         self.seconds.append(time.perf_counter() - started)
-        self.calls.append((inputs, velocity))
+        if self.keep:
+            self.calls.append((inputs, velocity))
         return velocity
 
 
@@ -49,93 +51,112 @@ class Run:
 
 @dataclass(frozen=True)
 class Compared:
-    """One call of the engine held against the reference's."""
+    """One call of the engine held against the reference's.
+
+    `recorded` is the rounding of a recorded reference, `rounding` that of the weights against the
+    checkpoint's, and `eager` the error of the reference's own model in fp32 against a recording.
+    """
 
     difference: Difference
     parity: Parity
-    rounding: float | None  # of the weights: what the reference would differ with unrounded ones
+    recorded: float | None
+    rounding: float | None
+    eager: float | None
 
 
-def compare_runs(
-    engine: Recorder,
-    peers: Peers,
-    given: dict[str, Any] | list[dict[str, np.ndarray]],
-    *,
-    steps: int,
-    recorded: list[np.ndarray] | None,
-    recorded_dtype: str | None,
-    progress: Progress,
-) -> tuple[list[Row], list[float]]:
-    """The rows of the result, and how long each call of an eager reference took.
+@dataclass(frozen=True)
+class Comparison:
+    """An engine, what it is held against, and whose fp32 forward is the reference."""
 
-    given is the input of a loop of `steps` steps, or of single calls with or without recorded
-    velocities; recorded_dtype is what these were computed in.
-    """
-    exact = None if peers.exact is None else Recorder(peers.exact)
-    if isinstance(given, dict):
-        assert exact is not None
-        run = _loop(exact, given, steps, progress, "reference")
-    elif recorded is None:
-        assert exact is not None
-        run = Run([[(call, exact(**call))] for call in given])
-    else:
-        run = Run([[pair] for pair in zip(given, recorded, strict=True)])
-    rows: list[Row] = []
-    for index, calls in enumerate(run.steps):
-        progress("engine on the same inputs", index, len(run.steps))
-        compared = [_compare_call(engine, peers, call, recorded_dtype) for call in calls]
-        rows.append({"step": index, **_row(compared)})
-    if isinstance(given, dict):
-        own = _loop(engine, given, steps, progress, "engine on its own")
-        _add_loop_figures(rows, run, own, _solver_errors(engine, run, given, steps))
-    return rows, [] if exact is None or recorded else exact.seconds
+    engine: Recorder
+    peers: Peers
+    implementation: str
+    progress: Progress
+
+    def rows(self, given: Loop | Calls) -> tuple[list[Row], list[float]]:
+        """A row for each step or call, and how long each call of an eager reference took."""
+        return self._loop(given) if isinstance(given, Loop) else self._calls(given)
+
+    def _loop(self, given: Loop) -> tuple[list[Row], list[float]]:
+        reference = Recorder(self.peers.eager[self.implementation, "fp32"], keep=True)
+        run = _sample(reference, given, self.progress, "reference")
+        rows = self._rows(run, None)
+        own = _sample(self.engine, given, self.progress, "engine on its own")
+        _add_loop_figures(rows, run, own, _solver_errors(self.engine, run, given))
+        return rows, reference.seconds
+
+    def _calls(self, given: Calls) -> tuple[list[Row], list[float]]:
+        if given.recorded_dtype is not None:
+            pairs = zip(given.inputs, given.velocities, strict=True)
+            return self._rows(Run([[pair] for pair in pairs]), given.recorded_dtype), []
+        reference = Recorder(self.peers.eager[self.implementation, "fp32"])
+        run = Run([[(inputs, reference(**inputs))] for inputs in given.inputs])
+        return self._rows(run, None), reference.seconds
+
+    def _rows(self, run: Run, recorded_dtype: str | None) -> list[Row]:
+        rows = []
+        for index, calls in enumerate(run.steps):
+            self.progress("engine on the same inputs", index, len(run.steps))
+            rows.append({"step": index, **_row([self._call(c, recorded_dtype) for c in calls])})
+        return rows
+
+    def _call(self, call: Call, recorded_dtype: str | None) -> Compared:
+        inputs, expected = call
+        exact = (self.implementation, "fp32")
+        velocities = {} if recorded_dtype else {exact: expected}
+        for key, peer in self.peers.eager.items():
+            if key not in velocities:
+                velocities[key] = peer(**inputs)
+        rounding = None
+        if self.peers.unrounded is not None:
+            rounding = relative_l2(velocities[exact], self.peers.unrounded(**inputs))
+        recorded = _noise(velocities, self.implementation, recorded_dtype)
+        distance = difference(self.engine(**inputs), expected)
+        floor = _noise(velocities, "graph", self.engine.denoiser.record.dtype)
+        others = (recorded, rounding) if recorded_dtype else ()
+        return Compared(
+            difference=distance,
+            parity=Parity(distance.error, floor, tuple(e for e in others if e is not None)),
+            recorded=recorded,
+            rounding=rounding,
+            eager=relative_l2(velocities[exact], expected)
+            if recorded_dtype and exact in velocities
+            else None,
+        )
 
 
-def _loop(denoiser: Recorder, inputs: Inputs, steps: int, progress: Progress, stage: str) -> Run:
+def _noise(
+    velocities: Mapping[Key, np.ndarray], implementation: str, dtype: str | None
+) -> float | None:
+    """Error of one implementation in a lower precision against itself in fp32."""
+    if dtype in (None, "fp32"):
+        return None
+    return relative_l2(velocities[implementation, dtype], velocities[implementation, "fp32"])
+
+
+def _sample(denoiser: Recorder, given: Loop, progress: Progress, stage: str) -> Run:
     """A free run; it ends early when a latent has NaN or Inf."""
-    start = len(denoiser.calls)
-    ends, latents = [start], []
-    progress(stage, 0, steps)
-    for step in sample(denoiser, steps=steps, **inputs):
+    ends, latents = [0], []
+    progress(stage, 0, given.steps)
+    for step in sample(denoiser, steps=given.steps, **given.inputs):
         ends.append(len(denoiser.calls))
         latents.append(step.latent)
-        progress(stage, len(latents), steps)
+        progress(stage, len(latents), given.steps)
         if not np.isfinite(step.latent).all():
             break
     return Run([denoiser.calls[a:b] for a, b in pairwise(ends)], latents)
 
 
-def _compare_call(
-    engine: Recorder, peers: Peers, call: Call, recorded_dtype: str | None
-) -> Compared:
-    inputs, expected = call
-    exact = expected
-    if recorded_dtype is not None and peers.exact is not None:
-        exact = peers.exact(**inputs)
-    floors = {d: relative_l2(peer(**inputs), exact) for d, peer in peers.lower.items()}
-    rounding = None
-    if peers.unrounded is not None:
-        rounding = relative_l2(exact, peers.unrounded(**inputs))
-    distance = difference(engine(**inputs), expected)
-    return Compared(
-        difference=distance,
-        parity=Parity(
-            distance.error,
-            floors.get(engine.denoiser.record.dtype),
-            floors.get(recorded_dtype or "fp32"),
-        ),
-        rounding=rounding,
-    )
-
-
 def _row(compared: Sequence[Compared]) -> Row:
     """The figures of a step as JSON has them, null for NaN; of its calls the worst one counts."""
-    worst = max(compared, key=lambda c: (not c.parity.passed, c.parity.error / c.parity.gate))
+    worst = max(compared, key=lambda c: c.parity.over_gate)
     figures = {
         **asdict(worst.difference),
         "floor": worst.parity.floor,
         "gate": worst.parity.gate,
+        "recorded": worst.recorded,
         "rounding": worst.rounding,
+        "eager": worst.eager,
     }
     counts = {kind: sum(getattr(c.difference, kind) for c in compared) for kind in ("nan", "inf")}
     return {name: _number(value) for name, value in figures.items()} | {
@@ -146,17 +167,17 @@ def _row(compared: Sequence[Compared]) -> Row:
     }
 
 
-def _solver_errors(engine: Recorder, run: Run, inputs: Inputs, steps: int) -> list[float]:
+def _solver_errors(engine: Recorder, run: Run, given: Loop) -> list[float]:
     """Relative L2 of each latent against the fp64 solver on the same velocities."""
-    if len(run.latents) < steps or not np.isfinite(run.latents[-1]).all():
+    if len(run.latents) < given.steps or not np.isfinite(run.latents[-1]).all():
         return []
-    defaults, first = engine.sampling, inputs.get("first_frame")
-    plan = make_plan(defaults, steps=steps)
+    defaults, first = engine.sampling, given.inputs.get("first_frame")
+    plan = make_plan(defaults, steps=given.steps)
     velocities = [_guided(step, g) for step, g in zip(run.steps, plan.guidance, strict=True)]
     exact = exact_latents(
         defaults.solver,
-        inputs["noise"],
-        shifted_grid(defaults.solver, steps, defaults.shift),
+        given.inputs["noise"],
+        shifted_grid(defaults.solver, given.steps, defaults.shift),
         lambda _, index: velocities[index],
         lambda latent: set_first_frame(latent, first),
     )

@@ -11,7 +11,6 @@ from wanexport.graphs.checkpoint import SourceTensor, official_name
 from wanexport.graphs.config import IMAGE_DIM, WanConfig
 from wanexport.graphs.model import parameter_dtype
 from wanexport.graphs.weights import DTYPES, read_tensor
-from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import PATCH, Geometry
 
 _CLIP_TOKENS = 257  # of one image
@@ -20,8 +19,8 @@ _CLIP_TOKENS = 257  # of one image
 class DiffusersEngine:
     """`WanTransformer3DModel` on the CPU with tensors under the official names; fp32 in and out.
 
-    Arguments are `EagerEngine`'s, but the model is always resident. In bf16 and fp16 the modules
-    that diffusers keeps in fp32 stay so. Raises WanExportError when diffusers is not installed.
+    Arguments are `EagerEngine`'s; the model is always resident. In bf16 and fp16 the modules that
+    diffusers keeps in fp32 stay so.
     """
 
     def __init__(
@@ -32,7 +31,6 @@ class DiffusersEngine:
         tensors: Mapping[str, SourceTensor],
         *,
         rounded: str = "fp32",
-        resident: bool = True,
     ) -> None:
         self.config, self.geometry, self.dtype = config, geometry, DTYPES[dtype]
         self.model = _empty_model(config)
@@ -76,12 +74,8 @@ class DiffusersEngine:
 
 def _empty_model(config: WanConfig) -> Any:
     """The model with parameters on the meta device; its RoPE tables are real."""
-    try:
-        from diffusers import WanTransformer3DModel
-    except ImportError as error:
-        raise WanExportError(
-            "diffusers is not installed: pip install 'wanexport[diffusers]'"
-        ) from error
+    from diffusers import WanTransformer3DModel
+
     settings = {
         "patch_size": (1, PATCH, PATCH),
         "num_attention_heads": config.num_heads,

@@ -53,8 +53,11 @@ def show_run(record: dict[str, Any]) -> None:
 def show_compare(result: dict[str, Any]) -> None:
     """A row for each step, the times, and the verdict; what no step has is left out."""
     title = f"{result['engine']} against {result['reference']}"
-    table = _table(title + (f", tensors of {result['model']}" if result["model"] else ""))
-    names = ("error", "floor", "gate", "max", "p99", "rounding", "solver", "drift")
+    title += f" with the tensors of {result['model']}" if result["model"] else ""
+    table = _table(escape(title))
+    names = (
+        "error", "floor", "recorded", "rounding", "gate", "eager", "max", "p99", "solver", "drift",
+    )  # fmt: skip
     shown = [name for name in names if any(row[name] is not None for row in result["steps"])]
     for name in ("step", *shown, "1 - cosine", "NaN", "Inf", "passed"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -109,7 +112,9 @@ def show_inspect(record: dict[str, Any]) -> None:
     for engine in record["engines"]:
         for line in _engine_lines(engine):
             out.print(escape(line))
-    out.print("every hash verified" if record["verified"] else "sizes, headers and engines checked")
+    if not record["problems"]:
+        checked = "every hash" if record["verified"] else "sizes, headers and engines"
+        out.print(f"{checked} verified")
 
 
 def _engine_lines(engine: dict[str, Any]) -> Iterator[str]:
@@ -149,7 +154,7 @@ def show_doctor(record: dict[str, Any]) -> None:
     )
     gpus = "; ".join(machine["gpus"]) or "none"
     offline = " (offline)" if machine["hub_offline"] else ""
-    out.print(f"  GPU: {escape(gpus)}; hub cache: {escape(machine['hub_cache'])}{offline}")
+    out.print(f"  GPU: {escape(gpus)}; hub cache: {escape(str(machine['hub_cache']))}{offline}")
     table = _table()
     for column in ("library", "for", "installed", ""):
         table.add_column(column)

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -61,14 +60,24 @@ def _examine(text: str) -> Library:
     requirement = Requirement(text)
     _, _, extra = str(requirement.marker or "").partition("extra == ")
     stated = f"{requirement.name}{requirement.specifier}"
-    try:
-        found = version(requirement.name)
-    except PackageNotFoundError:
+    found = _version(requirement.name)
+    if found is None:
         return Library(stated, extra.strip('"'), None, "not installed")
     problem = _import_problem(requirement.name)
     if not requirement.specifier.contains(found, prereleases=True):
         problem = f"{found} is not {requirement.specifier}"
     return Library(stated, extra.strip('"'), found, problem)
+
+
+def _version(name: str) -> str | None:
+    """Version of the package, or of another that provides its module: onnxruntime-gpu, say."""
+    others = packages_distributions().get(name.replace("-", "_"), [])
+    for candidate in (name, *others):
+        try:
+            return version(candidate)
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 def _import_problem(name: str) -> str:
@@ -98,7 +107,6 @@ def _task(libraries: Collection[Library], extras: Collection[str]) -> dict[str, 
 
 
 def _machine() -> dict[str, Any]:
-    hub = Path(os.environ.get("HF_HUB_CACHE", Path.home() / ".cache" / "huggingface" / "hub"))
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -107,9 +115,17 @@ def _machine() -> dict[str, Any]:
         "available_bytes": available_bytes(),
         "free_disk_bytes": shutil.disk_usage(".").free,
         "gpus": _gpus(),
-        "hub_cache": str(hub),
-        "hub_offline": os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"),
+        **_hub(),
     }
+
+
+def _hub() -> dict[str, Any]:
+    """Where the hub's client keeps its downloads, and whether it may make any."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return {"hub_cache": None, "hub_offline": True}
+    return {"hub_cache": constants.HF_HUB_CACHE, "hub_offline": constants.HF_HUB_OFFLINE}
 
 
 def _gpus() -> list[str]:

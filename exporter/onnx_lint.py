@@ -5,9 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx.inliner
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ShapeInferencePass
 
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.lint import Finding, count, lint_program
@@ -23,8 +24,9 @@ _OPERATORS = {
     "if": "If",
     "loop": "Loop Scan",
     "einsum": "Einsum",
-    "unfused_attention": "Softmax",
+    "unfused_attention": "Softmax LogSoftmax BiasSoftmax QLinearSoftmax",
 }
+ATTENTION = ("Attention", "MultiHeadAttention")
 _KIND_OF = {name: kind for kind, names in _OPERATORS.items() for name in names.split()}
 _DTYPES = {
     ir.DataType.DOUBLE: "fp64",
@@ -54,45 +56,43 @@ def _lint_path(path: Path) -> Iterator[tuple[str, list[Finding]]]:
         expected = attention_count(WanConfig(**manifest.config))
         for engine in manifest.engines:
             file = check_content(path, engine.files["denoiser"])
-            yield engine.name, lint_onnx(_load_onnx(file), expected)
+            yield engine.name, _lint_file(file, expected)
     elif not path.is_file():
         raise WanExportError(f"{path} does not exist: name a bundle, an .onnx or a .pt2 file")
-    elif path.suffix == ".onnx":
-        yield path.name, lint_onnx(_load_onnx(path))
-    elif path.suffix == ".pt2":
+    elif path.suffix.lower() == ".onnx":
+        yield path.name, _lint_file(path)
+    elif path.suffix.lower() == ".pt2":
         yield path.name, lint_program(_load_program(path))
     else:
         raise WanExportError(f"{path} is not linted: name a bundle, an .onnx or a .pt2 file")
 
 
-def lint_onnx(model: ir.Model, attentions: int | None = None) -> list[Finding]:
+def lint_onnx(model: onnx.ModelProto, attentions: int | None = None) -> list[Finding]:
     """Everything in the model, subgraphs and functions included, that is one of lint's kinds.
 
     attentions is how many Attention nodes the model must have. A mutation leaves no trace in ONNX.
+    Raises onnx's own exceptions when types and shapes cannot be inferred.
     """
-    found = 0
+    flat = onnx.inliner.inline_local_functions(model)  # values in functions have no types
+    graph = ir.from_proto(onnx.shape_inference.infer_shapes(flat, strict_mode=True)).graph
+    nodes = list(ir.traversal.RecursiveGraphIterator(graph))
     findings = []
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        findings += [Finding(kind, value.name or "", "input") for kind in _kinds(value)]
-    for value in (*model.graph.inputs, *model.graph.outputs):
+    owners = (node.graph for node in nodes)
+    for part in dict.fromkeys([graph, *(g for g in owners if isinstance(g, ir.Graph))]):
+        for value in (*part.inputs, *part.initializers.values()):
+            findings += [Finding(kind, value.name or "", "input") for kind in _kinds(value)]
+    for value in (*graph.inputs, *graph.outputs):
         if value.shape is None:
             findings.append(Finding("dynamic_size", value.name or "", "no shape is stated"))
-    for node in _nodes(model):
+    for node in nodes:
         kinds = {kind for value in node.outputs for kind in _kinds(value)}
-        if node.domain in ("", "ai.onnx") and node.op_type in _KIND_OF:
-            kinds.add(_KIND_OF[node.op_type])
+        kinds |= {_KIND_OF[name] for name in (node.op_type,) if name in _KIND_OF}
         findings += [Finding(kind, node.name or "", node.op_type) for kind in sorted(kinds)]
-        found += node.op_type in ("Attention", "MultiHeadAttention")
+    found = sum(node.op_type in ATTENTION for node in nodes)
     if attentions is not None and found != attentions:
-        detail = f"{found} Attention nodes, the model has {attentions}"
-        findings.append(Finding("unfused_attention", model.graph.name or "", detail))
+        detail = f"{found} attention nodes, the model has {attentions}"
+        findings.append(Finding("unfused_attention", graph.name or "", detail))
     return findings
-
-
-def _nodes(model: ir.Model) -> Iterator[ir.Node]:
-    yield from ir.traversal.RecursiveGraphIterator(model.graph)
-    for function in model.functions.values():
-        yield from ir.traversal.RecursiveGraphIterator(function)
 
 
 def _kinds(value: ir.Value) -> Iterator[str]:
@@ -102,14 +102,17 @@ def _kinds(value: ir.Value) -> Iterator[str]:
         yield "dynamic_size"
 
 
-def _load_onnx(path: Path) -> ir.Model:
-    """The graph with its types inferred; weights beside it are not read."""
+def _lint_file(path: Path, attentions: int | None = None) -> list[Finding]:
+    """Lint an ONNX file; weights beside it are not read."""
     try:
-        model = ir.load(path)
-        ShapeInferencePass()(model)
+        model = onnx.load(path, load_external_data=False)
+        if not model.graph.node or not model.opset_import:
+            raise ValueError("it has no graph")
+        return lint_onnx(model, attentions)
     except Exception as error:  # protobuf's and onnx's exceptions have no base but this
-        raise WanExportError(f"{path} is no ONNX file: {_first_line(error)}") from error
-    return model
+        raise WanExportError(
+            f"{path} is no ONNX file that can be read: {_first_line(error)}"
+        ) from error
 
 
 def _load_program(path: Path) -> torch.export.ExportedProgram:

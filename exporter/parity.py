@@ -1,7 +1,7 @@
 """How far an engine is from the reference, the gate it must pass, and the inputs both are given."""
 
 from dataclasses import dataclass
-from math import hypot, inf, nan
+from math import hypot, inf, isfinite, nan
 from typing import Any
 
 import numpy as np
@@ -18,26 +18,32 @@ FLOOR_FACTOR = 1.25
 
 @dataclass(frozen=True)
 class Parity:
-    """Relative L2 error against the reference, and the errors that are none of the engine's fault.
+    """Relative L2 error against the reference, and what of it is none of the engine's fault.
 
-    `floor` is eager PyTorch in the engine's precision, None in fp32; `recorded` the same in the
-    precision that a recorded reference was computed in, None when that is exact.
+    `floor` is the error of eager PyTorch in the engine's precision, None in fp32; `others` are
+    those of a reference that is itself rounded.
     """
 
     error: float
     floor: float | None
-    recorded: float | None = None
+    others: tuple[float, ...] = ()
 
     @property
     def gate(self) -> float:
-        """The largest error that passes; two independent roundings add in quadrature."""
-        own = FP32_GATE if self.floor is None else FLOOR_FACTOR * self.floor
-        return own if self.recorded is None else hypot(own, FLOOR_FACTOR * self.recorded)
+        """The largest error that passes; independent roundings add in quadrature."""
+        own = max(FP32_GATE, FLOOR_FACTOR * (self.floor or 0.0))
+        return hypot(own, *(FLOOR_FACTOR * error for error in self.others))
+
+    @property
+    def over_gate(self) -> float:
+        """error / gate; infinite when either is not a number."""
+        ratio = self.error / self.gate
+        return ratio if isfinite(ratio) and isfinite(self.gate) else inf
 
     @property
     def passed(self) -> bool:
         """Whether the error is a number and within the gate."""
-        return bool(self.error <= self.gate)
+        return self.over_gate <= 1
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What `compare` holds an engine against: the same model, eager, from other tensors or code."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
@@ -12,71 +13,91 @@ from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.graphs.config import PRESETS, WanConfig
 from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
-from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.denoiser import Denoiser, Engine
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import EngineRecord, Manifest, check_content
 from wanexport.runtime.memory import available_bytes
 
-IMPLEMENTATIONS: dict[str, type[EagerEngine | DiffusersEngine]] = {
-    "graph": EagerEngine,
-    "diffusers": DiffusersEngine,
-}
+IMPLEMENTATIONS = ("graph", "diffusers")
 
+Key = tuple[str, str]  # implementation and dtype
 Tensors = Mapping[str, Mapping[str, SourceTensor]]  # of each expert, by official name
 
 
 @dataclass(frozen=True)
 class Peers:
-    """Denoisers beside the engine; those that a comparison does not need are left out.
+    """Eager denoisers with the tensors that the engine's weights were rounded from, rounded alike.
 
-    `exact` is fp32 with the engine's weights, `lower` the same in lower precisions, and `unrounded`
-    fp32 with the checkpoint's own tensors where the engine's are rounded.
+    `unrounded` is the reference in fp32 with these tensors as they are, where that differs.
     """
 
-    exact: Denoiser | None
-    lower: dict[str, Denoiser]
+    eager: dict[Key, Denoiser]
     unrounded: Denoiser | None
+
+
+def needed_peers(implementation: str, dtype: str, recorded_dtype: str | None) -> set[Key]:
+    """The denoisers that comparing an engine of this dtype takes.
+
+    The reference is `implementation` in fp32 unless there is a recorded one, and noise is measured
+    between a lower precision and fp32 of one implementation: our graph for the engine's, and
+    `implementation` for a recording's. So no fault of our graph can widen its own gate.
+    """
+    noisy = {("graph", dtype), (implementation, recorded_dtype or "fp32")}
+    keys = {key for key in noisy if key[1] != "fp32"}
+    keys |= {(name, "fp32") for name, _ in keys}
+    return keys if recorded_dtype else keys | {(implementation, "fp32")}
 
 
 def open_peers(
     manifest: Manifest,
     record: EngineRecord,
     tensors: Tensors,
+    keys: Collection[Key],
     *,
-    implementation: str,
-    is_checkpoint: bool,
-    recorded_dtype: str | None,
+    unrounded: str | None,
 ) -> Peers:
-    """Open what a comparison with this reference needs.
+    """Open denoisers; unrounded names the implementation of that peer, None for none.
 
-    recorded_dtype is the precision of a recorded reference, None where `exact` is the reference.
+    Raises WanExportError when diffusers' models do not fit in memory.
     """
     config = WanConfig(**manifest.config)
-    lower = {dtype for dtype in (record.dtype, recorded_dtype or "fp32") if dtype != "fp32"}
-    wants_exact = bool(lower) or recorded_dtype is None
-    wants_unrounded = is_checkpoint and record.dtype != "fp32"
-    dtypes = ["fp32"] * (wants_exact + wants_unrounded) + sorted(lower)
-    resident = _bytes(config, dtypes, len(tensors)) < available_bytes() / 2
+    wanted = [*keys, *([(unrounded, "fp32")] if unrounded else [])]
+    needed, free = _bytes(config, wanted, len(tensors)), available_bytes()
+    if needed > free and any(name == "diffusers" for name, _ in wanted):
+        raise WanExportError(
+            f"diffusers' model would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free: "
+            f"compare with our graph, which streams its weights"
+        )
 
-    def peer(dtype: str, rounded: str = record.dtype) -> Denoiser:
-        make = IMPLEMENTATIONS[implementation]
-        engines = {
-            expert: make(config, record.geometry, dtype, own, rounded=rounded, resident=resident)
-            for expert, own in tensors.items()
-        }
-        return Denoiser(record, engines)
+    def engine(key: Key, own: Mapping[str, SourceTensor], rounded: str) -> Engine:
+        name, dtype = key
+        if name == "diffusers":
+            return DiffusersEngine(config, record.geometry, dtype, own, rounded=rounded)
+        resident = needed < free / 2
+        return EagerEngine(config, record.geometry, dtype, own, rounded=rounded, resident=resident)
+
+    def peer(key: Key, rounded: str) -> Denoiser:
+        return Denoiser(record, {e: engine(key, own, rounded) for e, own in tensors.items()})
 
     return Peers(
-        exact=peer("fp32") if wants_exact else None,
-        lower={dtype: peer(dtype) for dtype in lower},
-        unrounded=peer("fp32", "fp32") if wants_unrounded else None,
+        eager={key: peer(key, record.dtype) for key in keys},
+        unrounded=peer((unrounded, "fp32"), "fp32") if unrounded else None,
     )
 
 
-def _bytes(config: WanConfig, dtypes: list[str], experts: int) -> int:
-    """Memory of all parameters of such engines, were they resident."""
+def _bytes(config: WanConfig, keys: Collection[Key], experts: int) -> int:
+    """Memory of all parameters of such denoisers, were they resident."""
     parameters = sum(prod(shape) for shape in parameter_shapes(config).values())
-    return parameters * experts * sum(4 if dtype == "fp32" else 2 for dtype in dtypes)
+    return parameters * experts * sum(4 if dtype == "fp32" else 2 for _, dtype in keys)
+
+
+def check_implementation(name: str) -> None:
+    """Raise WanExportError when there is no such implementation, or it is not installed."""
+    if name not in IMPLEMENTATIONS:
+        expected = ", ".join(IMPLEMENTATIONS)
+        raise WanExportError(f"unknown reference {name!r}: expected one of {expected}")
+    if name == "diffusers" and find_spec("diffusers") is None:
+        raise WanExportError("diffusers is not installed: pip install 'wanexport[diffusers]'")
 
 
 def tensors_of_bundle(bundle: Path, manifest: Manifest, record: EngineRecord) -> Tensors:
@@ -97,9 +118,7 @@ def tensors_of_checkpoint(model: str, manifest: Manifest) -> Tensors:
     Raises WanExportError when it is none, or of another model than the bundle's.
     """
     if model.lower() in PRESETS and not Path(model).exists():
-        raise WanExportError(
-            f"{model} is a preset: -m compares with a checkpoint's folder or hub id"
-        )
+        raise WanExportError(f"{model} is a preset: pass -m a checkpoint's folder or hub id")
     source = resolve(model, None)
     if (asdict(source.config), source.experts) != (manifest.config, manifest.experts):
         raise WanExportError(

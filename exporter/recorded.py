@@ -1,19 +1,22 @@
 """Recorded tensors for `compare`: inputs of a loop, inputs of single calls, and velocities.
 
 A file of calls stacks them along the first dimension: latent [N, C, F, h, w], timestep [N] (TI2V
-also [N, F]), text [N, n, D], condition and image where the model takes them; what all calls share
-may have a first dimension of 1. The velocities are `velocity` [N, C, F, h, w].
+also [N, F], one for each latent frame), text [N, n, D], condition and image where the model takes
+them; what all calls share may have a first dimension of 1. The velocities are `velocity`
+[N, C, F, h, w].
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from wanexport.runtime.denoiser import pad_text
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import TensorSpec
-from wanexport.runtime.tensorfile import load_arrays
+from wanexport.runtime.tensorfile import load_arrays, read_header
 
 SAMPLE_INPUTS = ("text", "negative", "condition", "image", "first_frame", "noise")
 
@@ -33,6 +36,24 @@ def read_sample_inputs(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+@dataclass(frozen=True)
+class Loop:
+    """A sampling loop: the inputs of `sample`, and its length."""
+
+    inputs: Mapping[str, Any]
+    steps: int
+    recorded_dtype: None = None
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Single calls of a denoiser, and what was recorded for them: velocities of some precision."""
+
+    inputs: Sequence[Mapping[str, np.ndarray]]
+    velocities: Sequence[np.ndarray] = ()
+    recorded_dtype: str | None = None
+
+
 def read_calls(path: Path, specs: Mapping[str, TensorSpec]) -> list[dict[str, np.ndarray]]:
     """Inputs of every recorded call, as a denoiser takes them.
 
@@ -41,7 +62,7 @@ def read_calls(path: Path, specs: Mapping[str, TensorSpec]) -> list[dict[str, np
     arrays = load_arrays(path)
     if "text" in arrays:
         arrays["text"] = pad_text(arrays["text"], specs["text"].shape)
-    number = max((len(array) for array in arrays.values() if array.ndim), default=0)
+    number = len(arrays["latent"]) if arrays["latent"].ndim else 0
     problems = [] if number else ["no call"]
     problems += [f"{name} missing" for name in specs if name not in arrays]
     problems += [f"{name} not expected" for name in arrays if name not in specs]
@@ -77,4 +98,4 @@ def read_velocities(path: Path, number: int, spec: TensorSpec) -> list[np.ndarra
 
 def is_of_calls(path: Path) -> bool:
     """Whether a file of inputs has those of single calls, rather than of a loop."""
-    return "latent" in load_arrays(path)
+    return "latent" in read_header(path)

@@ -88,15 +88,16 @@ def to_onnx(program: ExportedProgram, weights: Mapping[str, TensorEntry]) -> ir.
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     del model.graph.inputs[num_inputs:]
     for name, value in parameters.items():
-        if value.dtype != _IR_DTYPES[weights[name].dtype]:
-            value = _cast_at_first_use(model.graph, value)
+        stored = _IR_DTYPES[weights[name].dtype]
+        if value.dtype != stored:
+            value = _cast_at_first_use(model.graph, value, stored)
         _read_from_weights_file(value, name, weights[name])
         model.graph.initializers.add(value)
     return model
 
 
-def _cast_at_first_use(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """Return a value that takes the parameter's place, cast to the parameter's dtype.
+def _cast_at_first_use(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Return a value of `dtype` that takes the parameter's place, cast to the parameter's own.
 
     Left alone, ONNX Runtime would cast every weight before the first product. So the cast waits
     for the activation that the weight is multiplied with: it reads the weight through a Reshape
@@ -114,7 +115,9 @@ def _cast_at_first_use(graph: ir.Graph, value: ir.Value) -> ir.Value:
         nothing = ir.node("Mul", [length.outputs[0], zero.outputs[0]])
         same = ir.node("Add", [shape.outputs[0], nothing.outputs[0]])
         view = ir.node("Reshape", [stored, same.outputs[0]])
-        nodes, source = [shape, zero, length, nothing, same, view], view.outputs[0]
+        source = view.outputs[0]
+        source.shape, source.dtype = value.shape, dtype  # no shape inference would find it
+        nodes = [shape, zero, length, nothing, same, view]
     cast = ir.node("Cast", [source], attributes={"to": value.dtype})
     value.replace_all_uses_with(cast.outputs[0])
     graph.insert_before(first, [*nodes, cast])
@@ -142,7 +145,8 @@ def lower(
     """
     program = trace(config, geometry, DTYPES[dtype])
     graph = to_onnx(program, weights)
-    findings = lint_program(program) + lint_onnx(graph, attention_count(config))
+    expected = attention_count(config)
+    findings = lint_program(program, expected) + lint_onnx(ir.to_proto(graph), expected)
     if findings:
         raise RuntimeError(f"unclean graph: {findings[0]}, and {len(findings) - 1} more")
     return graph, count(findings)

@@ -23,16 +23,26 @@ KINDS = (
     "unfused_attention",  # a softmax of its own, or fewer attention operators than the model has
     "mutation",  # of a buffer or an input: the ONNX exporter drops it without a word
 )
-_OPERATORS = {
-    "host_sync": "item _local_scalar_dense equal is_nonzero",
-    "strided_write": "slice_scatter select_scatter as_strided_scatter copy copy_ index_put "
-    "index_put_ scatter scatter_",
-    "sequence": "split split_with_sizes chunk tensor_split unbind",
-    "einsum": "einsum",
-    "unfused_attention": "softmax _softmax",
+_KIND_OF = {
+    "aten.item": "host_sync",
+    "aten._local_scalar_dense": "host_sync",
+    "aten.equal": "host_sync",
+    "aten.is_nonzero": "host_sync",
+    "aten.lift_fresh_copy": "host_sync",  # a tensor built from Python data
+    "aten.einsum": "einsum",
+    "aten.softmax": "unfused_attention",
+    "aten._softmax": "unfused_attention",
+    "aten.log_softmax": "unfused_attention",
+    "aten._log_softmax": "unfused_attention",
+    "cond": "if",
+    "while_loop": "loop",
+    "scan": "loop",
 }
-_KIND_OF = {f"aten.{name}": kind for kind, names in _OPERATORS.items() for name in names.split()}
-_KIND_OF |= {"cond": "if", "while_loop": "loop", "scan": "loop"}
+_STRIDED_WRITE = re.compile(
+    r"aten\.(copy_?|(index_(put|copy|add|fill|reduce)|(masked_)?scatter(_add|_reduce)?|put)_?|"
+    r"(slice|select|diagonal|as_strided)_scatter)"
+)
+_ATTENTION = re.compile(r"wanexport\.attention|aten\._?scaled_dot_product_\w+")
 _DTYPES = {
     torch.float64: "fp64",
     torch.complex32: "complex",
@@ -56,40 +66,80 @@ def count(findings: Iterable[Finding]) -> dict[str, int]:
     return {kind: counts[kind] for kind in KINDS}
 
 
-def lint_program(program: ExportedProgram) -> list[Finding]:
-    """Everything in the program, branches of control flow included, that is one of KINDS."""
-    findings = [
-        Finding(kind, node.name, f"{node.target}{_place(node)}")
+def lint_program(program: ExportedProgram, attentions: int | None = None) -> list[Finding]:
+    """Everything in the program, branches of control flow included, that is one of KINDS.
+
+    attentions is how many attention operators the program must have.
+    """
+    nodes = [
+        node
         for module in program.graph_module.modules()
         if isinstance(module, GraphModule)
         for node in module.graph.nodes
         if node.op != "output"
-        for kind in _kinds(node)
+    ]
+    findings = [
+        Finding(kind, node.name, f"{node.target}{_place(node)}")
+        for node in nodes
+        for kind in sorted(set(_kinds(node)))
     ]
     signature = program.graph_signature
-    mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
-    return findings + [
-        Finding("mutation", node, f"writes {name}") for node, name in mutated.items()
-    ]
+    mutated = {
+        **signature.buffers_to_mutate,
+        **signature.parameters_to_mutate,
+        **signature.user_inputs_to_mutate,
+    }
+    findings += [Finding("mutation", node, f"writes {name}") for node, name in mutated.items()]
+    found = sum(bool(_ATTENTION.match(_name(node))) for node in nodes)
+    if attentions is not None and found != attentions:
+        detail = f"{found} attention operators, the model has {attentions}"
+        findings.append(Finding("unfused_attention", "", detail))
+    return findings
+
+
+def _name(node: Node) -> str:
+    """The operator without its overload, as aten.copy_."""
+    return str(node.target).removesuffix(f".{getattr(node.target, '_overloadname', '')}")
 
 
 def _kinds(node: Node) -> Iterator[str]:
     """The kinds of one node; a node may be of several."""
-    name = str(node.target).removesuffix(f".{getattr(node.target, '_overloadname', '')}")
-    if node.op == "call_function" and name in _KIND_OF:
+    name, schema = _name(node), getattr(node.target, "_schema", None)
+    if name in _KIND_OF:
         yield _KIND_OF[name]
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable:
+    if _STRIDED_WRITE.fullmatch(name):
+        yield "strided_write"
+    if schema is not None and any(str(r.type) == "List[Tensor]" for r in schema.returns):
+        yield "sequence"
+    if schema is not None and schema.is_mutable and _is_of_caller(node):
         yield "mutation"
-    value = node.meta.get("val")
-    values = value if isinstance(value, tuple | list) else [value]
-    tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    yield from {_DTYPES[t.dtype] for t in tensors if t.dtype in _DTYPES}
+    tensors = _tensors(node)
+    yield from (_DTYPES[t.dtype] for t in tensors if t.dtype in _DTYPES)
     sizes = [size for t in tensors for size in t.shape]
     if any(isinstance(size, torch.SymInt) for size in sizes):
         yield "dynamic_size"
     if any(free_unbacked_symbols(size) for size in sizes):  # a size read from a tensor's values
         yield "host_sync"
+    given = {t.device.type for argument in node.all_input_nodes for t in _tensors(argument)}
+    if given - {"cpu"} and any(t.device.type == "cpu" for t in tensors):
+        yield "host_sync"
+
+
+def _tensors(node: Node) -> list[torch.Tensor]:
+    value = node.meta.get("val")
+    values = value if isinstance(value, tuple | list) else [value]
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _is_of_caller(node: Node) -> bool:
+    """Whether an in-place operator writes a view of an input or a buffer, not of a temporary."""
+    while node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        is_view = schema is None or any(r.alias_info for r in schema.returns)
+        if not is_view or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return True
 
 
 def _place(node: Node) -> str:

@@ -4,7 +4,7 @@ import resource
 from functools import cache
 from pathlib import Path
 
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def peak_rss() -> int:
@@ -14,20 +14,36 @@ def peak_rss() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping."""
-    return min(_meminfo()["MemAvailable"], limit_bytes())
+    """Memory that can be had without swapping, in this machine and its control groups."""
+    left = [_meminfo()["MemAvailable"]]
+    for group in _control_groups():
+        limit, used = _number(group / "memory.max"), _number(group / "memory.current")
+        if limit is not None and used is not None:
+            left.append(limit - used)
+    return max(0, min(left))
+
+
+def limit_bytes() -> int:
+    """The most this process could ever have: memory and swap, or what a control group may use."""
+    info = _meminfo()
+    limits = [_number(group / "memory.max") for group in _control_groups()]
+    return min([info["MemTotal"] + info["SwapTotal"], *(n for n in limits if n is not None)])
 
 
 @cache
-def limit_bytes() -> int:
-    """The most this process could ever have: memory and swap, or what its control group may use."""
-    info = _meminfo()
-    limits = [info["MemTotal"] + info["SwapTotal"]]
-    for name in _CGROUP_LIMITS:
-        path = Path(name)
-        if path.is_file() and (text := path.read_text().strip()).isdigit():
-            limits.append(int(text))
-    return min(limits)
+def _control_groups() -> tuple[Path, ...]:
+    """The folders of this process's control group (version 2) and of those it lies in."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    own = next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
+    path = _CGROUPS / own
+    return tuple(p for p in (path, *path.parents) if p.is_relative_to(_CGROUPS) and p.is_dir())
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # there is no such file, or it says max
+        return None
 
 
 def _meminfo() -> dict[str, int]:

@@ -3,8 +3,9 @@
     python samples/03_compare_recorded.py FOLDER
 
 Here that model is diffusers', small and with random weights. With the official repository, record
-its `WanModel` likewise: latent is `x[0]`, timestep `t`, text `context[0]`, velocity the first of the
-list that it returns; and compare with `--outputs-dtype bf16`, the precision of its autocast.
+its `WanModel` likewise: latent is `x[0]`, timestep `t` (for TI2V one for each latent frame: `t` at
+the first token of each), text `context[0]`, velocity the first of the list that it returns. Compare
+with `--outputs-dtype bf16`, the precision of its autocast.
 """
 
 import sys

@@ -118,16 +118,6 @@ def coarser_epsilon(model: onnx.ModelProto) -> None:
                 attribute.f = 1e-3
 
 
-def rebuilt_with(bundle: Path, target: object, name: str, fault: object, **options: Any) -> Result:
-    """Build with the graph's code patched, its proof left out, and compare under the same patch."""
-    proof = {"method": "none", "blocks": 0, "tokens": 0, "error": 0.0, "gate": 0.0}
-    source = bundle.parent / "model"
-    with patch.object(target, name, fault), patch("wanexport.exporter.build.prove") as prove:
-        prove.return_value = proof
-        build(str(source), **SHAPE, output=bundle.parent / "faulty")  # type: ignore[arg-type]
-        return compare(bundle.parent / "faulty", **options)
-
-
 _apply_rope, _Modulation, _previous_ratio = apply_rope, graph.Modulation, UniPC._previous_ratio
 
 
@@ -173,8 +163,18 @@ def in_weights(name: str, change: Callable[[np.ndarray], None]) -> Fault:
     return plant
 
 
-def in_code(name: str, fault: object) -> Fault:
-    return lambda bundle: rebuilt_with(bundle, graph, name, fault, reference="diffusers")
+def in_code(name: str, fault: object, dtype: str = "fp32") -> Fault:
+    """Build with the graph's code patched, the proof left out, and compare under the same patch."""
+
+    def plant(bundle: Path) -> Result:
+        proof = {"method": "none", "blocks": 0, "tokens": 0, "error": 0.0, "gate": 0.0}
+        source, faulty = bundle.parent / "model", bundle.parent / "faulty"
+        with patch.object(graph, name, fault), patch("wanexport.exporter.build.prove") as prove:
+            prove.return_value = proof
+            build(str(source), **SHAPE, dtype=dtype, output=faulty)  # type: ignore[arg-type]
+            return compare(faulty, reference="diffusers")
+
+    return plant
 
 
 QUERY = "blocks.1.self_attn.q.weight"

@@ -12,12 +12,26 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from tests import faults
-from tests.wan_reference import diffusers_model, diffusers_velocity, small_config
+from tests.wan_reference import (
+    diffusers_model,
+    diffusers_velocity,
+    small_config,
+    small_geometry,
+)
 from wanexport.exporter.build import build
 from wanexport.exporter.compare import compare
-from wanexport.exporter.parity import Parity, difference, measure, relative_l2
+from wanexport.exporter.parity import (
+    Parity,
+    difference,
+    forward_inputs,
+    measure,
+    relative_l2,
+    seeded_inputs,
+)
 from wanexport.graphs.config import PRESETS
+from wanexport.runtime import load
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.manifest import bundle_lock, read_manifest
 from wanexport.runtime.tensorfile import load_arrays, read_header, save_arrays
 
@@ -137,7 +151,7 @@ def test_recorded_velocities_are_a_reference(converted: Path, tmp_path: Path) ->
     inputs, outputs, _ = record(tmp_path)
     result = compare(converted, dtype="fp32", inputs=inputs, outputs=outputs)
     assert result["passed"]
-    assert result["reference"] == "recorded"
+    assert result["reference"] == "recorded (graph, fp32)"
     assert [row["step"] for row in result["steps"]] == [0, 1, 2]
     assert all(1e-7 < row["error"] <= 1e-5 for row in result["steps"])
     assert all(row["drift"] is row["solver"] is None for row in result["steps"])
@@ -154,13 +168,76 @@ def test_recorded_velocities_that_are_wrong_fail(converted: Path, tmp_path: Path
     assert [row["passed"] for row in result["steps"]] == [False, True, False]
 
 
-def test_a_recording_in_bf16_has_a_gate_of_its_own(converted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_recording_in_bf16_passes_by_the_error_of_bf16(
+    converted: Path, tmp_path: Path, dtype: str
+) -> None:
     inputs, outputs, _ = record(tmp_path, dtype=torch.bfloat16)
-    assert not compare(converted, dtype="fp32", inputs=inputs, outputs=outputs)["passed"]
-    for row in compare(
-        converted, dtype="fp32", inputs=inputs, outputs=outputs, outputs_dtype="bf16"
-    )["steps"]:
-        assert 1e-3 < row["gate"] < 1e-2
+    recording = {"inputs": inputs, "outputs": outputs, "reference": "diffusers"}
+    assert not compare(converted, dtype=dtype, **recording)["passed"]
+    result = compare(converted, dtype=dtype, **recording, outputs_dtype="bf16")
+    assert result["passed"]
+    assert result["reference"] == "recorded (diffusers, bf16)"
+    for row in result["steps"]:
+        assert 3e-3 < row["recorded"] < 2e-2
+        assert row["eager"] == pytest.approx(row["recorded"], rel=0.05)
+        assert row["gate"] == pytest.approx(1.25 * row["recorded"], rel=0.05)
+
+
+def test_another_velocity_than_recorded_in_bf16_fails(converted: Path, tmp_path: Path) -> None:
+    inputs, outputs, _ = record(tmp_path, dtype=torch.bfloat16)
+    faults.alter_graph(converted, faults.drop_row_rope, "fp32")
+    recording = {"inputs": inputs, "outputs": outputs, "outputs_dtype": "bf16"}
+    result = compare(converted, dtype="fp32", reference="diffusers", **recording)
+    assert not any(row["passed"] for row in result["steps"])
+
+
+def test_a_fault_of_our_graph_does_not_widen_its_own_gate(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = compare(converted, dtype="fp16", reference="diffusers", steps=1)["steps"][0]["gate"]
+    plant = faults.in_code("apply_rope", faults.rope_without_rows, "fp16")
+    result = plant(converted)
+    assert not result["passed"]
+    assert result["steps"][0]["gate"] == pytest.approx(sound, rel=0.5)
+
+
+@pytest.mark.parametrize("preset", ["ti2v-5b", "flf2v-14b", "t2v-a14b"])
+def test_calls_of_every_kind_of_model_are_recorded(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(preset, num_layers=1)
+    monkeypatch.setitem(PRESETS, preset, replace(PRESETS[preset], config=config))
+    geometry = small_geometry(config)
+    size = f"{geometry.height}x{geometry.width}"
+    build(preset, random_weights=0, resolution=size, frames=9, output=tmp_path / "b")
+    calls = [forward_inputs(config, geometry, t, seed) for t, seed in ((950.0, 1), (200.0, 2))]
+    stacked = {
+        name: np.stack([c[name] for c in calls])
+        if name == "timestep"
+        else np.concatenate([c[name] for c in calls])
+        for name in calls[0]
+    }
+    denoiser = load(tmp_path / "b")
+    velocities = np.concatenate([denoiser(**call) for call in calls])
+    save_arrays(tmp_path / "in.safetensors", stacked)
+    save_arrays(tmp_path / "out.safetensors", {"velocity": velocities})
+    files = {"inputs": tmp_path / "in.safetensors", "outputs": tmp_path / "out.safetensors"}
+    result = compare(tmp_path / "b", **files)
+    assert result["passed"]
+    assert [row["error"] for row in result["steps"]] == [0, 0]
+    assert compare(tmp_path / "b", inputs=files["inputs"])["passed"]
+    loop = compare(tmp_path / "b", steps=3)  # t2v-a14b's guidance is a pair: 3 and 4
+    assert loop["passed"]
+
+
+def test_a_large_model_is_streamed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compare(bundle, dtype="fp32", steps=2)
+    monkeypatch.setattr("wanexport.exporter.peers.available_bytes", lambda: 10**6)
+    again = compare(bundle, dtype="fp32", steps=2)
+    assert again["steps"] == first["steps"]
+    with pytest.raises(WanExportError, match=r"diffusers' model would take 0.0 GB of 0.0 GB free"):
+        compare(bundle, dtype="fp32", reference="diffusers")
 
 
 def test_the_inputs_of_a_report_repeat_it(bundle: Path, tmp_path: Path) -> None:
@@ -168,7 +245,7 @@ def test_the_inputs_of_a_report_repeat_it(bundle: Path, tmp_path: Path) -> None:
     inputs = tmp_path / "compare-64x96x9-onnx-fp32-inputs.safetensors"
     again = compare(bundle, dtype="fp32", steps=2, inputs=inputs, report=tmp_path / "again")
     assert again["steps"] == first["steps"]
-    assert again["seed"] is None
+    assert (first["inputs"], again["inputs"]) == ("seed 3", str(inputs))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +258,7 @@ def test_the_inputs_of_a_report_repeat_it(bundle: Path, tmp_path: Path) -> None:
             r"latent is \[3, 16, 3, 8, 8\], expected",
         ),
         ({"timestep": np.zeros(2)}, r"timestep is \[2\], expected \[3, 1\]"),
+        ({"latent": np.zeros((1, 16, 3, 8, 12))}, r"timestep is \[3\], expected \[1, 1\]"),
         ({"text": np.zeros((1, 513, 4096))}, "text has 513 rows"),
         ({"latent": np.full((3, 16, 3, 8, 12), np.nan)}, "NaN or Inf"),
         ({"latent": np.zeros((0, 16, 3, 8, 12)), "timestep": np.zeros(0)}, "expected"),
@@ -200,14 +278,15 @@ def test_outputs_without_their_calls_are_refused(converted: Path, tmp_path: Path
     inputs, outputs, _ = record(tmp_path)
     with pytest.raises(WanExportError, match="need the inputs of the same calls"):
         compare(converted, dtype="fp32", outputs=outputs)
-    with pytest.raises(WanExportError, match="leave out diffusers"):
-        compare(converted, dtype="fp32", inputs=inputs, outputs=outputs, reference="diffusers")
     with pytest.raises(WanExportError, match=r"expected velocity \[3, 16, 3, 8, 12\]"):
         compare(converted, dtype="fp32", inputs=inputs, outputs=inputs)
     with pytest.raises(WanExportError, match="unknown reference 'keras'"):
         compare(converted, reference="keras")
     with pytest.raises(WanExportError, match="unknown outputs dtype 'int8'"):
-        compare(converted, outputs_dtype="int8")
+        compare(converted, dtype="fp32", inputs=inputs, outputs=outputs, outputs_dtype="int8")
+    save_arrays(inputs, seeded_inputs(small_config("t2v-1.3b"), Geometry(64, 96, 9), 0))
+    with pytest.raises(WanExportError, match="has the inputs of a loop"):
+        compare(converted, dtype="fp32", inputs=inputs, outputs=outputs)
 
 
 def test_not_a_number_fails_and_is_null_in_json(bundle: Path) -> None:
@@ -262,8 +341,11 @@ def test_relative_l2_and_gates() -> None:
     assert measure(one, one, None).gate == 1e-5
     assert Parity(1.2e-3, 1e-3).passed
     assert not Parity(1.3e-3, 1e-3).passed
-    assert Parity(0.0, None, recorded=3e-3).gate == pytest.approx(3.75e-3, rel=1e-4)
-    assert Parity(0.0, 4e-3, recorded=3e-3).gate == pytest.approx(6.25e-3)
+    assert Parity(0.0, None, (3e-3,)).gate == pytest.approx(3.75e-3, rel=1e-4)
+    assert Parity(0.0, 4e-3, (3e-3,)).gate == pytest.approx(6.25e-3)
+    assert Parity(1e-6, 0.0).passed  # a floor of nothing, as of a zero head, is no gate
+    assert not Parity(float("inf"), float("inf")).passed
+    assert not Parity(1.0, float("nan")).passed
 
 
 def test_differences_in_every_metric() -> None:

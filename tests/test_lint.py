@@ -34,6 +34,12 @@ def mutating(module: Wrapped, x: Tensor) -> Tensor:
     return module.state * 2
 
 
+def mutating_a_view(module: Wrapped, x: Tensor) -> Tensor:
+    assert isinstance(module.state, Tensor)
+    module.state[1:3].add_(1)
+    return module.state * x
+
+
 def attention_by_hand(_: Wrapped, q: Tensor) -> Tensor:
     return torch.softmax(q @ q.mT, -1) @ q
 
@@ -55,14 +61,20 @@ FOUR = torch.ones(4)
 FAULTS = [
     ("host_sync", lambda _, x: x * x.sum().item(), (FOUR,)),
     ("host_sync", lambda _, x: x[x > 0], (FOUR,)),
+    ("host_sync", lambda _, x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]), (FOUR,)),
     ("mutation", mutating, (FOUR,)),
+    ("mutation", mutating_a_view, (FOUR,)),
     ("fp64", lambda _, x: x.double().sum(), (FOUR,)),
     ("fp64", branch, (FOUR,)),
     ("fp64", lambda _, x: complex_original(x, (2, 2, 2)), (ROPE,)),
     ("complex", lambda _, x: complex_original(x, (2, 2, 2)), (ROPE,)),
     ("strided_write", lambda _, x, c: strided(x, c, c), (ROPE, TABLE)),
     ("strided_write", lambda _, x: x.slice_scatter(x[:2], end=2), (FOUR,)),
+    ("strided_write", lambda _, x: x.scatter_add(0, torch.arange(4), x), (FOUR,)),
+    ("strided_write", lambda _, x: x.diagonal_scatter(x[0], 0), (torch.ones(3, 3),)),
+    ("strided_write", lambda _, x: x.index_copy(0, torch.arange(4), x), (FOUR,)),
     ("sequence", lambda _, x: x.chunk(2)[1], (FOUR,)),
+    ("sequence", lambda _, x: x.unsafe_chunk(2)[1], (FOUR,)),
     ("if", branch, (FOUR,)),
     ("loop", loop, (FOUR,)),
     ("einsum", lambda _, x: torch.einsum("i,j->ij", x, x), (FOUR,)),
@@ -75,7 +87,9 @@ FAULTS = [
 def test_our_graphs_are_clean(preset: str, dtype: torch.dtype) -> None:
     config = small_config(preset)
     program = trace(config, small_geometry(config), dtype)
-    assert lint_program(program) == []
+    assert lint_program(program, attention_count(config)) == []
+    (fewer,) = lint_program(program, attention_count(config) + 1)
+    assert fewer.kind == "unfused_attention"
     calls = [node for node in program.graph.nodes if "wanexport" in str(node.target)]
     assert len(calls) == attention_count(config)
     assert not [node for node in program.graph.nodes if "scaled_dot_product" in str(node.target)]
@@ -90,6 +104,26 @@ def test_each_finding_is_caught(
 
 def test_every_kind_is_tested() -> None:
     assert {kind for kind, _, _ in FAULTS} | {"dynamic_size"} == set(KINDS)
+
+
+def test_writing_to_a_temporary_is_no_mutation() -> None:
+    assert lint_program(exported(lambda _, x: (x * 2).add_(1), FOUR)) == []
+
+
+class WritesItsParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.add_(x)
+        return self.weight * 2
+
+
+def test_mutated_parameters_are_caught_in_either_form() -> None:
+    program = torch.export.export(WritesItsParameter(), (FOUR,))
+    for form in (program, program.run_decompositions()):
+        assert count(lint_program(form))["mutation"] == 1
 
 
 def test_decomposed_programs_are_linted_too() -> None:

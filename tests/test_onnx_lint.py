@@ -82,6 +82,28 @@ def test_control_flow_and_what_it_contains_are_caught(tmp_path: Path) -> None:
     assert counts["fp64"] >= 2
 
 
+def test_what_a_function_contains_is_caught(tmp_path: Path) -> None:
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("ours", 1)]
+    body = [
+        helper.make_node("Cast", ["a"], ["b"], to=TensorProto.DOUBLE),
+        helper.make_node("Cast", ["b"], ["c"], to=TensorProto.FLOAT),
+    ]
+    function = helper.make_function("ours", "Twice", ["a"], ["c"], body, opsets[:1])
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy")
+    graph = helper.make_graph(
+        [helper.make_node("Twice", ["x"], ["y"], domain="ours")], "g", [x], [y]
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=opsets, functions=[function]), tmp_path / "g.onnx"
+    )
+    assert counts_of(tmp_path / "g.onnx")["fp64"] == 1
+
+
+def test_softmax_of_another_domain_is_caught(tmp_path: Path) -> None:
+    node = helper.make_node("BiasSoftmax", ["x", "x"], ["y"], domain="com.microsoft")
+    assert counts_of(save(tmp_path / "graph.onnx", [node]))["unfused_attention"] == 1
+
+
 def test_symbolic_and_missing_sizes_are_caught(tmp_path: Path) -> None:
     program = torch.onnx.export(
         torch.nn.Linear(4, 4),
@@ -93,6 +115,15 @@ def test_symbolic_and_missing_sizes_are_caught(tmp_path: Path) -> None:
     assert program is not None
     program.save(tmp_path / "graph.onnx")
     assert counts_of(tmp_path / "graph.onnx")["dynamic_size"] >= 2
+
+
+def test_shapes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Constant", [], ["w"], value_floats=[1.0, 2.0]),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    with pytest.raises(WanExportError, match="can be read"):
+        lint(save(tmp_path / "graph.onnx", nodes))
 
 
 def test_a_saved_program_is_linted(tmp_path: Path) -> None:
@@ -112,14 +143,15 @@ def test_attention_that_is_missing_is_caught(bundle: Path, monkeypatch: pytest.M
     assert not result["clean"]
     finding = result["graphs"]["64x96x9/onnx-fp32"]["findings"][0]
     assert finding["kind"] == "unfused_attention"
-    assert finding["detail"] == "8 Attention nodes, the model has 9"
+    assert finding["detail"] == "8 attention nodes, the model has 9"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("none.onnx", None, "does not exist"),
-        ("bad.onnx", b"\x00garbage", "is no ONNX file"),
+        ("bad.onnx", b"\x00garbage", "is no ONNX file that can be read"),
+        ("empty.onnx", b"", "is no ONNX file that can be read: it has no graph"),
         ("bad.pt2", b"garbage", "is no exported program"),
         ("graph.txt", b"text", "name a bundle, an .onnx or a .pt2 file"),
     ],
