@@ -85,7 +85,7 @@ class Request:
 
 
 def build(
-    model: str | None = None,
+    model: str | Path | None = None,
     *,
     resolution: str,
     frames: int,
@@ -108,7 +108,7 @@ def build(
     height, width = parse_resolution(resolution)
     onnx_engine.versions()  # fail before the work when the proof could not run
     progress("checkpoint", 0, 0)
-    source = resolve(model, random_weights)
+    source = resolve(None if model is None else str(model), random_weights)
     geometry = Geometry(height, width, frames, source.config.spatial_stride)
     bundle = Path(output) if output is not None else Path(source.name)
     reused: list[str] = []
@@ -130,6 +130,8 @@ def build(
 
 def _check_choices(**chosen: Sequence[str]) -> None:
     for name, values in chosen.items():
+        if not values:
+            raise WanExportError(f"no {name}: expected of {', '.join(CHOICES[name])}")
         for value in values:
             if value not in CHOICES[name]:
                 expected = ", ".join(CHOICES[name])
@@ -170,13 +172,15 @@ def add_weights(
     """
     name = f"{expert}-{dtype}" if expert else dtype
     weights = source.weights[expert]
-    for known in writer.known_weights().values():
+    for known_name, known in writer.known_weights().items():
         if known.expert == expert and known.source != source.record:
             progress(f"weights {name}: reading the checkpoint to compare", 0, 0)
             if known.content != weights.digest():
-                origin = next(
-                    known.source[k] for k in ("hub", "path", "preset") if k in known.source
-                )
+                if known_name not in writer.committed.weights:
+                    writer.forget_weights(known_name)
+                    continue
+                origins = [known.source[k] for k in ("hub", "path", "preset") if k in known.source]
+                origin = origins[0] if origins else "another source"
                 raise WanExportError(
                     f"{writer.path} holds other weights, of {origin}: "
                     f"name another folder with -o, or delete it"

@@ -5,7 +5,7 @@ the manifest's own form, so that a build that was killed resumes with the finish
 neither lists is swept away.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,11 +35,11 @@ class BundleWriter:
     """A bundle being added to.
 
     `committed` is the manifest on disk, `manifest` as it will be, and `journal` lists what any try
-    has finished, this one included.
+    has finished, this one included. `created` are the folders made for it, innermost first.
     """
 
-    def __init__(self, path: Path, empty: Manifest) -> None:
-        self.path = path
+    def __init__(self, path: Path, empty: Manifest, created: Sequence[Path]) -> None:
+        self.path, self.created = path, created
         self.committed = self._read(MANIFEST) or empty
         self.manifest = replace(self.committed, wanexport=empty.wanexport)
         self.journal = self._read_journal() or empty
@@ -65,6 +65,13 @@ class BundleWriter:
     def known_weights(self) -> dict[str, WeightsRecord]:
         """Every finished weights set by name, committed ones first."""
         return {**self.journal.weights, **self.committed.weights}
+
+    def forget_weights(self, name: str) -> None:
+        """Drop weights that an earlier try finished but none committed, and what they proved."""
+        left = {key: record for key, record in self.journal.weights.items() if key != name}
+        self.journal = replace(self.journal, weights=left, engines=())
+        write_manifest(self.path, self.journal, JOURNAL)
+        self.sweep()
 
     def find_weights(self, name: str, header_sha256: str) -> WeightsRecord | None:
         """The finished weights set of this name and layout, if it is whole on disk."""
@@ -136,8 +143,8 @@ class BundleWriter:
         self.sweep()
         if not self.committed.files() and not self.journal.files():
             (self.path / JOURNAL).unlink(missing_ok=True)
-            (self.path / LOCK).unlink()
-            for folder in (*(self.path / name for name in _ARTEFACTS), self.path):
+            (self.path / LOCK).unlink(missing_ok=True)
+            for folder in (*(self.path / name for name in _ARTEFACTS), *self.created):
                 _remove_if_empty(folder)
 
 
@@ -158,6 +165,18 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def _prepare(path: Path) -> list[Path]:
+    """Make the bundle's folder and return the folders that this took, innermost first."""
+    if path.exists() and not path.is_dir():
+        raise WanExportError(f"{path} is a file: name a folder with -o")
+    if path.exists() and not (path / MANIFEST).exists() and not (path / JOURNAL).exists():
+        if any(entry.name != LOCK for entry in path.iterdir()):
+            raise WanExportError(f"{path} exists and is no bundle: name another folder with -o")
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return created
+
+
 @contextmanager
 def open_bundle(path: Path, empty: Manifest) -> Iterator[BundleWriter]:
     """Lock a new or existing bundle for writing; `empty` is the manifest of a new one.
@@ -165,14 +184,14 @@ def open_bundle(path: Path, empty: Manifest) -> Iterator[BundleWriter]:
     Raises WanExportError when the path is something else than a bundle, holds another model, or is
     being written by another process.
     """
-    if path.exists() and not path.is_dir():
-        raise WanExportError(f"{path} is a file: name a folder with -o")
-    if path.exists() and not (path / MANIFEST).exists() and not (path / JOURNAL).exists():
-        if any(entry.name != LOCK for entry in path.iterdir()):
-            raise WanExportError(f"{path} exists and is no bundle: name another folder with -o")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        created = _prepare(path)
+    except OSError as error:
+        raise WanExportError(
+            f"cannot make {path} ({error.strerror}): name another folder with -o"
+        ) from error
     with bundle_lock(path):
-        writer = BundleWriter(path, empty)
+        writer = BundleWriter(path, empty, created)
         try:
             yield writer
         except BaseException:

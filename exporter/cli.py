@@ -3,6 +3,7 @@
 What needs PyTorch is imported inside the command that needs it: `wanexport run` works without.
 """
 
+import io
 import json
 import os
 import sys
@@ -296,6 +297,9 @@ def _needing_the_build_extra() -> Iterator[None]:
 
 def main() -> None:
     """Entry point: what the user can put right is one line and exit code 2, the rest is traced."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold what its encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(cli(standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:

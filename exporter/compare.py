@@ -34,7 +34,7 @@ from wanexport.exporter.recorded import (
     read_sample_inputs,
     read_velocities,
 )
-from wanexport.graphs.config import WanConfig
+from wanexport.graphs.config import stated_config
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError
@@ -53,7 +53,7 @@ from wanexport.runtime.tensorfile import save_arrays
 def compare(
     bundle: str | Path,
     *,
-    model: str | None = None,
+    model: str | Path | None = None,
     reference: str = "graph",
     inputs: str | Path | None = None,
     outputs: str | Path | None = None,
@@ -83,7 +83,7 @@ def compare(
     record = choose_engine(
         bundle, manifest, backend=backend, resolution=resolution, frames=frames, dtype=dtype
     )
-    seeded = seeded_inputs(WanConfig(**manifest.config), record.geometry, seed)
+    seeded = seeded_inputs(stated_config(manifest.config), record.geometry, seed)
     given: Loop | Calls = Loop(seeded, steps)
     if inputs is None and outputs is not None:
         raise WanExportError("recorded outputs need the inputs of the same calls: pass both files")
@@ -97,7 +97,7 @@ def compare(
     result = {
         "engine": record.name,
         "reference": _describe(reference, given),
-        "model": model,
+        "model": None if model is None else str(model),
         "inputs": f"seed {seed}" if inputs is None else str(inputs),
         "outputs": None if outputs is None else str(outputs),
         "passed": all(row["passed"] for row in rows),
@@ -150,7 +150,7 @@ def _open_peers(
     record: EngineRecord,
     given: Loop | Calls,
     reference: str,
-    model: str | None,
+    model: str | Path | None,
 ) -> Peers:
     """The eager denoisers that this comparison takes, with tensors that were checked."""
     keys = needed_peers(reference, record.dtype, given.recorded_dtype)

@@ -125,10 +125,11 @@ def _engine_lines(engine: dict[str, Any]) -> Iterator[str]:
         f"{flops:.3g} TFLOPs a forward"
     )
     yield f"    target: {', '.join(f'{name} {value}' for name, value in engine['target'].items())}"
-    yield (
-        f"    proof: {proof['method']}, {proof['blocks']} blocks at {proof['tokens']} tokens; "
-        f"error {in_short(proof['error'])}, gate {in_short(proof['gate'])}"
-    )
+    if proof:
+        yield (
+            f"    proof: {proof['method']}, {proof['blocks']} blocks at {proof['tokens']} tokens; "
+            f"error {in_short(proof['error'])}, gate {in_short(proof['gate'])}"
+        )
     compared = "not compared yet"
     if parity:
         verdict = "passed" if parity["passed"] else "failed"

@@ -49,7 +49,9 @@ def _describe(engine: EngineRecord) -> dict[str, Any]:
 
 def _parameters(bundle: Path, manifest: Manifest) -> int:
     """How many parameters one expert has."""
-    weights = next(iter(manifest.weights.values()))
+    weights = next(iter(manifest.weights.values()), None)
+    if weights is None:
+        return 0
     return sum(prod(entry.shape) for entry in read_header(bundle / weights.file.path).values())
 
 

@@ -1,5 +1,6 @@
 """What `-m` means: a folder, a Hugging Face hub id, or with random weights a preset."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def resolve(model: str | None, random_weights: int | None) -> ModelSource:
         return _random(model or DEFAULT_PRESET, random_weights)
     model = model or DEFAULT_MODEL
     path = Path(model)
-    if path.exists():
+    if os.path.exists(path):  # unlike Path's, it is False for a name that is too long
         return _from_checkpoint(open_checkpoint(path), {"path": str(path.resolve())})
     if model.lower() in PRESETS:
         raise WanExportError(

@@ -1,5 +1,6 @@
 """`wanexport lint`: what a graph must not contain, in ONNX files, exported programs and bundles."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ import onnx.inliner
 import onnx_ir as ir
 import torch
 
-from wanexport.graphs.config import WanConfig
+from wanexport.graphs.config import stated_config
 from wanexport.graphs.lint import Finding, count, lint_program
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.errors import WanExportError
@@ -53,7 +54,7 @@ def lint(path: str | Path) -> dict[str, Any]:
 def _lint_path(path: Path) -> Iterator[tuple[str, list[Finding]]]:
     if path.is_dir():
         manifest = read_manifest(path)
-        expected = attention_count(WanConfig(**manifest.config))
+        expected = attention_count(stated_config(manifest.config))
         for engine in manifest.engines:
             file = check_content(path, engine.files["denoiser"])
             yield engine.name, _lint_file(file, expected)
@@ -116,14 +117,20 @@ def _lint_file(path: Path, attentions: int | None = None) -> list[Finding]:
 
 
 def _load_program(path: Path) -> torch.export.ExportedProgram:
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it prints the traceback of what is raised here in a line
     try:
         return torch.export.load(path)
     except Exception as error:  # of zip, json or torch, according to what the file is
+        cause = error.__cause__ or error.__context__ or error
         raise WanExportError(
-            f"{path} is no exported program ({_first_line(error)}): "
+            f"{path} is no exported program ({_first_line(cause)}): "
             f"expected a file of torch.export.save"
         ) from error
+    finally:
+        logger.setLevel(level)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,7 @@ import numpy as np
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.signature import input_shapes
 from wanexport.runtime.denoiser import pad_text
+from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.sample import seeded_noise
 
@@ -99,6 +100,8 @@ def seeded_inputs(config: WanConfig, geometry: Geometry, seed: int) -> dict[str,
     Text and negative have 77 and 126 rows; condition marks the first latent frame as given, as in
     image-to-video; first_frame is there where the timestep is per frame.
     """
+    if seed < 0:
+        raise WanExportError(f"seed must be 0 or more, got {seed}")
     rng = np.random.default_rng([seed, 1])
     shapes = input_shapes(config, geometry)
     latent = shapes["latent"]

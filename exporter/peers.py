@@ -10,7 +10,7 @@ from wanexport.exporter.diffusers_engine import DiffusersEngine
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.model_source import resolve
 from wanexport.graphs.checkpoint import SourceTensor
-from wanexport.graphs.config import PRESETS, WanConfig
+from wanexport.graphs.config import PRESETS, WanConfig, stated_config
 from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
 from wanexport.runtime.denoiser import Denoiser, Engine
@@ -60,7 +60,7 @@ def open_peers(
 
     Raises WanExportError when diffusers' models do not fit in memory.
     """
-    config = WanConfig(**manifest.config)
+    config = stated_config(manifest.config)
     wanted = [*keys, *([(unrounded, "fp32")] if unrounded else [])]
     needed, free = _bytes(config, wanted, len(tensors)), available_bytes()
     if needed > free and any(name == "diffusers" for name, _ in wanted):
@@ -105,18 +105,19 @@ def tensors_of_bundle(bundle: Path, manifest: Manifest, record: EngineRecord) ->
 
     Raises WanExportError when a file is missing or was altered.
     """
-    names = {name: name for name in parameter_shapes(WanConfig(**manifest.config))}
+    names = {name: name for name in parameter_shapes(stated_config(manifest.config))}
     return {
         weights.expert: bundle_tensors(check_content(bundle, weights.file), names)
         for weights in manifest.weights_of(record.dtype)
     }
 
 
-def tensors_of_checkpoint(model: str, manifest: Manifest) -> Tensors:
+def tensors_of_checkpoint(model: str | Path, manifest: Manifest) -> Tensors:
     """The tensors of the checkpoint that a bundle came from.
 
     Raises WanExportError when it is none, or of another model than the bundle's.
     """
+    model = str(model)
     if model.lower() in PRESETS and not Path(model).exists():
         raise WanExportError(f"{model} is a preset: pass -m a checkpoint's folder or hub id")
     source = resolve(model, None)

@@ -17,6 +17,7 @@ from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.tensorfile import TensorEntry, read_header
 
 HEAD_DIM = 128  # of every published Wan; used when a checkpoint comes without config.json
+MAX_TEXT_LEN = 8192
 STORED_DTYPES = ("F32", "BF16", "F16")
 _PREFIX = "model.diffusion_model."
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -105,9 +106,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"the two experts in {path} differ in size: expected one config for both"
         )
     boundary = _read_json(path / "model_index.json").get("boundary_ratio")
-    if boundary is not None and not isinstance(boundary, float):
+    if boundary is not None and not (isinstance(boundary, float) and 0 < boundary < 1):
         raise WanExportError(
-            f"{path}/model_index.json has boundary_ratio {boundary!r}: not a float"
+            f"{path}/model_index.json has boundary_ratio {boundary!r}: expected one from 0 to 1"
         )
     return Checkpoint(
         path=path,
@@ -146,7 +147,10 @@ def _weight_files(path: Path) -> list[Path]:
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise WanExportError(f"{index} has no weight_map: download it again")
-        names = sorted(set(weight_map.values()))
+        values = list(weight_map.values())
+        if not all(isinstance(value, str) and Path(value).name == value for value in values):
+            raise WanExportError(f"{index} names what are no files: download it again")
+        names = sorted(set(values))
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise WanExportError(
@@ -169,7 +173,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WanExportError(f"cannot read {path} ({error}): download it again") from error
     return data if isinstance(data, dict) else {}
 
@@ -203,10 +207,21 @@ def recognise(
         return tensors[name].entry.shape
 
     dim, in_channels = shape("patch_embedding.weight", 5)[:2]
-    blocks = [int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))]
+    matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors)
+    blocks = {int(match[1]) for match in matches if match}
+    if blocks != set(range(len(blocks))):
+        raise WanExportError(f"{path} has blocks up to {max(blocks)}, but not all: download again")
     heads = stated.get("num_heads", stated.get("num_attention_heads", max(1, dim // HEAD_DIM)))
-    if not isinstance(heads, int) or heads < 1:
-        raise WanExportError(f"config.json of {path} has num_heads {heads!r}: expected a number")
+    text_len, eps = stated.get("text_len", 512), stated.get("eps", 1e-6)
+    for name, value, largest in (("num_heads", heads, dim), ("text_len", text_len, MAX_TEXT_LEN)):
+        if type(value) is not int or not 1 <= value <= largest:
+            raise WanExportError(
+                f"config.json of {path} has {name} {value!r:.40}: expected from 1 to {largest}"
+            )
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise WanExportError(
+            f"config.json of {path} has eps {eps!r:.40}: expected a number from 0 to 1"
+        )
     image_tokens = 0
     if "img_emb.proj.0.weight" in tensors:
         image_tokens = 514 if "img_emb.emb_pos" in tensors else 257
@@ -214,14 +229,14 @@ def recognise(
         dim=dim,
         ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
         num_heads=heads,
-        num_layers=max(blocks) + 1,
+        num_layers=len(blocks),
         in_channels=in_channels,
         out_channels=shape("head.head.weight", 2)[0] // 4,
         image_tokens=image_tokens,
         text_dim=shape("text_embedding.0.weight", 2)[1],
-        text_len=stated.get("text_len", 512),
+        text_len=text_len,
         freq_dim=shape("time_embedding.0.weight", 2)[1],
-        eps=stated.get("eps", 1e-6),
+        eps=eps,
     )
 
 

@@ -3,7 +3,9 @@
 Figures: Wan-Video/Wan2.1 and Wan2.2, `wan/configs` and `generate.py`.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
@@ -32,6 +34,9 @@ class WanConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        sizes = (self.dim, self.ffn_dim, self.num_heads, self.num_layers, self.in_channels)
+        if min(*sizes, self.out_channels) < 1:
+            raise WanExportError(f"a Wan has no size under 1, got {self}")
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise WanExportError(
                 f"dim {self.dim} does not split into {self.num_heads} heads of even width over 4"
@@ -67,6 +72,15 @@ class WanConfig:
     def num_timesteps(self, geometry: Geometry) -> int:
         """Length of the timestep input."""
         return geometry.latent[0] if self.per_frame_timestep else 1
+
+
+def stated_config(stated: Mapping[str, Any]) -> WanConfig:
+    """The config that a manifest states. Raises WanExportError when it is none."""
+    names = {field.name: field.type for field in fields(WanConfig)}
+    kinds = {name: (float,) if kind is float else (int,) for name, kind in names.items()}
+    if any(type(stated.get(name)) not in kind for name, kind in kinds.items()):
+        raise WanExportError(f"the manifest's config {dict(stated)} is no Wan: build again")
+    return WanConfig(**{name: stated[name] for name in names})
 
 
 _1_3B = WanConfig(1536, 8960, 12, 30, 16, 16, 0)

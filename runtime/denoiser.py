@@ -65,6 +65,11 @@ class Denoiser:
             arrays["text"] = pad_text(arrays["text"], self.inputs["text"].shape)
         self._check(arrays)
         velocity = self.engines[self.expert(float(arrays["timestep"].max()))](arrays)
+        if velocity.shape != self.record.output.shape:
+            raise WanExportError(
+                f"engine {self.record.name} gave {list(velocity.shape)}, its record says "
+                f"{list(self.record.output.shape)}: run wanexport build again"
+            )
         return like(velocity, latent)
 
     def expert(self, timestep: float) -> str:
@@ -133,9 +138,17 @@ def is_torch(value: Any) -> bool:
 
 
 def to_numpy(value: Array) -> np.ndarray:
-    """An fp32 numpy array of a number, an array or a torch tensor on any device."""
-    plain = value.detach().float().cpu().numpy() if is_torch(value) else value
-    return np.ascontiguousarray(plain, np.float32)
+    """An fp32 numpy array of a number, an array or a torch tensor on any device.
+
+    Raises WanExportError for anything else.
+    """
+    try:
+        plain = value.detach().float().cpu().numpy() if is_torch(value) else value
+        return np.ascontiguousarray(plain, np.float32)
+    except (TypeError, ValueError, NotImplementedError) as error:  # the last of a meta tensor
+        raise WanExportError(
+            f"{type(value).__name__} is no array of numbers: pass numpy arrays or torch tensors"
+        ) from error
 
 
 def like(array: np.ndarray, model: Array) -> Array:

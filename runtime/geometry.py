@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from wanexport.runtime.errors import WanExportError
 
 PATCH = 2  # the patch embedding's stride along height and width
+MAX_PIXELS = 16384  # of a side, and frames: over ten times what any Wan was trained for
 TEMPORAL_STRIDE = 4  # pixel frames per latent frame, after the first
 
 
@@ -23,6 +24,14 @@ class Geometry:
     spatial_stride: int = 8
 
     def __post_init__(self) -> None:
+        numbers = (self.height, self.width, self.frames, self.spatial_stride)
+        if any(type(n) is not int for n in numbers) or self.spatial_stride < 1:
+            raise WanExportError(f"{numbers} is no video: expected whole height, width and frames")
+        if max(numbers) > MAX_PIXELS:
+            raise WanExportError(
+                f"{self.name} (height x width x frames) is beyond any Wan: "
+                f"expected at most {MAX_PIXELS} of each"
+            )
         side = PATCH * self.spatial_stride
         if self.height < side or self.width < side or self.height % side or self.width % side:
             near = " or ".join(
@@ -85,10 +94,10 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
     Raises WanExportError for any other form.
     """
-    match = re.fullmatch(r"(\d+)([xX*])(\d+)", text.strip())
+    match = re.fullmatch(r"(\d{1,9})([xX*])(\d{1,9})", str(text).strip())
     if match is None:
         raise WanExportError(
-            f"resolution {text!r} is not understood: write HEIGHTxWIDTH as in 480x832, "
+            f"resolution {str(text)[:40]!r} is not understood: write HEIGHTxWIDTH as in 480x832, "
             f"or Wan's WIDTH*HEIGHT as in 832*480"
         )
     first, second = int(match[1]), int(match[3])

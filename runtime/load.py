@@ -1,5 +1,6 @@
 """Open a bundle: choose the engine, check its files, attach the weights."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def weights_folders(
     folders = {record.expert: Path(weights) / record.expert for record in sets}
     for folder in folders.values():
         path = folder / WEIGHTS_FILE
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path's, it is False for a name that is too long
             raise WanExportError(
                 f"weights folder {folder} has no {WEIGHTS_FILE}: name one that has"
             )

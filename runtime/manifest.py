@@ -10,9 +10,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
+from math import isfinite
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError
@@ -115,40 +117,47 @@ class Manifest:
 
 def from_json(data: Mapping[str, Any]) -> Manifest:
     """A Manifest from parsed JSON. Raises KeyError, TypeError or ValueError when it is none."""
-    weights = {
-        name: WeightsRecord(**{**record, "file": _file(record["file"])})
-        for name, record in data["weights"].items()
-    }
-    engines = tuple(_engine(record) for record in data["engines"])
-    return Manifest(
-        **{**data, "experts": tuple(data["experts"]), "weights": weights, "engines": engines}
-    )
+    manifest: Manifest = _decode(Manifest, data, "manifest")
+    for file in manifest.files():
+        path = PurePosixPath(file.path)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{file.path} lies outside the bundle")
+    for engine in manifest.engines:
+        experts = {weights.expert for weights in manifest.weights_of(engine.dtype)}
+        if experts != set(manifest.experts or ("",)):
+            raise ValueError(f"engine {engine.name} lacks weights of an expert")
+        boundary, needed = engine.sampling.boundary, bool(manifest.experts)
+        if (boundary is not None) != needed or (boundary is not None and not 0 < boundary < 1):
+            raise ValueError(f"boundary {boundary} does not fit {len(experts)} weights sets")
+        missing = {"latent", "timestep", "text"} - set(engine.inputs)
+        if missing:
+            raise ValueError(f"engine {engine.name} has no input {', '.join(sorted(missing))}")
+    return manifest
 
 
-def _file(record: Mapping[str, Any]) -> FileRecord:
-    file = FileRecord(**record)
-    path = PurePosixPath(file.path)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{file.path} lies outside the bundle")
-    return file
-
-
-def _engine(record: Mapping[str, Any]) -> EngineRecord:
-    sampling = record["sampling"]
-    return EngineRecord(
-        **{
-            **record,
-            "geometry": Geometry(**record["geometry"]),
-            "inputs": {name: _spec(spec) for name, spec in record["inputs"].items()},
-            "output": _spec(record["output"]),
-            "sampling": SamplingDefaults(**{**sampling, "guidance": tuple(sampling["guidance"])}),
-            "files": {role: _file(file) for role, file in record["files"].items()},
-        }
-    )
-
-
-def _spec(record: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(tuple(record["shape"]), record["dtype"])
+def _decode(hint: Any, data: Any, where: str) -> Any:
+    """Build what a type hint of this module's dataclasses says. Raises TypeError or ValueError."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return data
+    if origin is UnionType:  # X | None
+        return None if data is None else _decode(arguments[0], data, where)
+    if is_dataclass(hint) and isinstance(hint, type):
+        hints = get_type_hints(hint)
+        if not isinstance(data, dict) or not data.keys() <= hints.keys():
+            raise TypeError(f"{where} is not of the form that {hint.__name__} has")
+        return hint(**{key: _decode(hints[key], data[key], f"{where}.{key}") for key in data})
+    if origin is dict and isinstance(data, dict):
+        return {key: _decode(arguments[1], value, f"{where}.{key}") for key, value in data.items()}
+    if origin is tuple and isinstance(data, list):
+        hints_of = arguments[:1] * len(data) if arguments[1:] == (...,) else arguments
+        items = zip(hints_of, data, strict=True)
+        return tuple(_decode(h, value, f"{where}[{i}]") for i, (h, value) in enumerate(items))
+    if hint is float and type(data) in (int, float) and isfinite(data):
+        return float(data)
+    if hint in (int, str) and type(data) is hint and (hint is str or data >= 0):
+        return data
+    raise TypeError(f"{where} is {data!r:.40}: not a {getattr(hint, '__name__', hint)}")
 
 
 def read_manifest(bundle: Path, name: str = MANIFEST) -> Manifest:
@@ -166,7 +175,9 @@ def read_manifest(bundle: Path, name: str = MANIFEST) -> Manifest:
             f"{bundle} is no bundle: it has no {MANIFEST}; "
             f"make one with: wanexport build -o {bundle}"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise WanExportError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WanExportError(
             f"{path} is damaged ({error}): delete {bundle} and build again"
         ) from error
@@ -177,7 +188,7 @@ def read_manifest(bundle: Path, name: str = MANIFEST) -> Manifest:
         )
     try:
         return from_json(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise WanExportError(
             f"{path} is damaged ({error}): delete {bundle} and build again"
         ) from error

@@ -23,15 +23,16 @@ class OnnxEngine:
     def __init__(self, graph: Path, weights_folder: Path, *, keep_casts: bool = False) -> None:
         onnxruntime = _onnxruntime()
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised; it need not be printed too
         options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(weights_folder.resolve())
-        )
         skipped = ["ConstantFolding"] if keep_casts else []
         options.enable_cpu_mem_arena = not keep_casts  # it keeps what the largest weight took
         # From bytes: a path would make ONNX Runtime look for the weights beside the graph.
         try:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path",
+                str(weights_folder.resolve()),
+            )
             self.session = onnxruntime.InferenceSession(
                 graph.read_bytes(),
                 options,
@@ -39,12 +40,17 @@ class OnnxEngine:
                 disabled_optimizers=skipped,
             )
         except Exception as error:  # ONNX Runtime's own exceptions have no base but this
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise WanExportError(f"ONNX Runtime cannot load {graph}: {reason}") from error
+            raise WanExportError(f"ONNX Runtime cannot load {graph}: {_reason(error)}") from error
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Run the graph and return its one output."""
-        output: np.ndarray = self.session.run(None, dict(inputs))[0]
+        """Run the graph and return its one output.
+
+        Raises WanExportError when ONNX Runtime cannot, for want of memory most likely.
+        """
+        try:
+            output: np.ndarray = self.session.run(None, dict(inputs))[0]
+        except Exception as error:
+            raise WanExportError(f"ONNX Runtime cannot run the engine: {_reason(error)}") from error
         return output
 
 
@@ -58,6 +64,10 @@ def versions() -> dict[str, str]:
         "machine": platform.machine(),
         "onnxruntime": _onnxruntime().__version__,
     }
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _onnxruntime() -> Any:

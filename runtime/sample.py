@@ -12,6 +12,7 @@ from wanexport.runtime.manifest import SamplingDefaults
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS, SOLVERS, Schedule, make_schedule
 
 Array = Any  # a numpy array or a torch tensor
+MAX_GUIDANCE = 1000
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def sample(
     if first_frame is not None:
         _check_first_frame(denoiser, latent, first_frame)
         first_frame = to_fp32_like(first_frame, latent)
+    _check_finite(noise=noise, text=text, negative=negative, first_frame=first_frame)
     constant = {"condition": condition, "image": image}
     extras = {name: value for name, value in constant.items() if value is not None}
     return _run(denoiser, plan, latent, text, negative, first_frame, extras)
@@ -95,6 +97,10 @@ def make_plan(
     if timesteps is not None:
         if steps is not None or shift is not None:
             raise WanExportError("timesteps name every step: leave out steps and shift")
+        try:
+            timesteps = [float(t) for t in timesteps]
+        except (TypeError, ValueError) as error:
+            raise WanExportError(f"timesteps must be numbers, got {timesteps!r}") from error
         steps, shift = len(timesteps), 1.0
         solver, guidance = solver or "euler", 1.0 if guidance is None else guidance
     if defaults is not None:
@@ -114,9 +120,15 @@ def make_plan(
 def _guidance_per_step(
     guidance: float | Sequence[float], schedule: Schedule, boundary: float | None
 ) -> tuple[float, ...]:
-    pair = np.asarray(guidance, np.float64).reshape(-1)
-    if pair.size not in (1, 2) or not np.isfinite(pair).all():
-        raise WanExportError(f"guidance {guidance}: expected a number or (low noise, high noise)")
+    try:
+        pair = np.asarray(guidance, np.float64).reshape(-1)
+    except (TypeError, ValueError):
+        pair = np.array([])
+    if pair.size not in (1, 2) or not (abs(pair) <= MAX_GUIDANCE).all():
+        raise WanExportError(
+            f"guidance {guidance!r}: expected a number or (low noise, high noise), "
+            f"of at most {MAX_GUIDANCE}"
+        )
     low, high = float(pair[0]), float(pair[-1])
     if low != high and boundary is None:
         raise WanExportError(
@@ -151,6 +163,13 @@ def _run(
             velocity = uncond + scale * (velocity - uncond)
         latent = set_first_frame(solver.step(latent, velocity), first_frame)
         yield Step(index, timestep, latent)
+
+
+def _check_finite(**inputs: Array | None) -> None:
+    """Name an input by what the caller called it, before it becomes part of something else."""
+    for name, value in inputs.items():
+        if value is not None and not bool(np.isfinite(to_numpy(value)).all()):
+            raise WanExportError(f"{name} has NaN or Inf: expected finite values")
 
 
 def _check_first_frame(denoiser: Callable[..., Array], latent: Array, first_frame: Array) -> None:

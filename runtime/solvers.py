@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from math import expm1, inf, isinf, log
+from numbers import Integral, Real
 from operator import add
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ import numpy as np
 from wanexport.runtime.errors import WanExportError
 
 NUM_TRAIN_TIMESTEPS = 1000
+MAX_STEPS = 10_000
+MAX_SHIFT = 1000
 # Wan's UniPC starts at the last training sigma, rounded to fp32, where DPM++ starts at 1.
 _UNIPC_SIGMA_MAX = float(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS))
 
@@ -45,10 +48,12 @@ class Solver(Protocol):
 def official_schedule(steps: int, shift: float, sigma_max: float) -> Schedule:
     """Wan's grid: linear from sigma_max to 0, shifted; the model sees truncated integer timesteps.
 
-    Raises WanExportError when steps is under 1, or shift is not positive or beyond fp32's reach.
+    Raises WanExportError when steps or shift are out of range.
     """
-    if steps < 1 or not 0 < shift < inf:
-        raise WanExportError(f"steps must be at least 1 and shift above 0, got {steps} and {shift}")
+    if not isinstance(steps, Integral) or not 1 <= steps <= MAX_STEPS:
+        raise WanExportError(f"steps must be from 1 to {MAX_STEPS}, got {steps}")
+    if not isinstance(shift, Real) or not 1 / MAX_SHIFT <= shift <= MAX_SHIFT:
+        raise WanExportError(f"shift must be from {1 / MAX_SHIFT:g} to {MAX_SHIFT}, got {shift}")
     grid = np.linspace(sigma_max, 0, steps + 1)[:-1]
     sigmas = shift * grid / (1 + (shift - 1) * grid)
     timesteps = (sigmas * NUM_TRAIN_TIMESTEPS).astype(np.int64)

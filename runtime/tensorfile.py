@@ -29,6 +29,8 @@ _NUMPY_DTYPES = {
     "I8": np.int8,
 }
 _MAX_HEADER = 100_000_000  # the library's own limit
+_MAX_RANK = 32  # numpy 1's limit
+_MAX_SIZE = 1 << 48  # of a dimension or an offset: beyond any file
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header = json.loads(raw[8:])
         header.pop("__metadata__", None)
         entries = {name: _entry(fields, len(raw)) for name, fields in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WanExportError(
             f"{path} has a damaged safetensors header ({error}): download it again"
         ) from error
@@ -87,10 +89,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 def _entry(fields: Mapping[str, Any], data_start: int) -> TensorEntry:
     begin, end = fields["data_offsets"]
-    shape = tuple(int(n) for n in fields["shape"])
+    shape = tuple(fields["shape"])
+    if any(type(n) is not int or not 0 <= n < _MAX_SIZE for n in (begin, end, *shape)):
+        raise ValueError(f"offsets {begin}, {end} or shape {list(shape)[:8]} are no sizes")
     item_size = ITEM_SIZES.get(fields["dtype"])
-    if begin < 0 or end < begin or (item_size and prod(shape) * item_size != end - begin):
-        raise ValueError(f"offsets {begin}..{end} do not hold {fields['dtype']} {list(shape)}")
+    if end < begin or (item_size and prod(shape) * item_size != end - begin):
+        raise ValueError(f"offsets {begin}..{end} do not hold {fields['dtype']} {list(shape)[:8]}")
     return TensorEntry(fields["dtype"], shape, data_start + begin, end - begin)
 
 
@@ -128,6 +132,8 @@ def read_array(path: Path, entry: TensorEntry) -> np.ndarray:
         file.seek(entry.offset)
         if not read_fully(file, memoryview(buffer)):
             raise WanExportError(f"{path} ended while it was read: write it again")
+    if len(entry.shape) > _MAX_RANK:
+        raise WanExportError(f"{path} holds a tensor of {len(entry.shape)} dimensions: too many")
     array = np.frombuffer(buffer, bits).reshape(entry.shape)
     if entry.dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)

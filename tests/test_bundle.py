@@ -132,6 +132,43 @@ def test_a_folder_with_only_a_lock_and_other_files_is_refused(
     assert (tmp_path / "weights" / "precious.bin").exists()
 
 
+def test_a_failure_removes_the_folders_it_made_and_no_other(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = empty_like(read_manifest(tiny_bundle))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "link").symlink_to("mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    for path in (Path("."), tmp_path / "mine", tmp_path / "link", tmp_path / "new" / "a" / "b"):
+        with pytest.raises(Killed), open_bundle(path, empty):
+            raise Killed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine"]
+    assert not list((tmp_path / "mine").iterdir())
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/inside"])
+def test_a_folder_that_cannot_be_made_is_one_line(
+    name: str, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    empty = empty_like(read_manifest(tiny_bundle))
+    with pytest.raises(WanExportError, match="name another folder with -o"):
+        with open_bundle(tmp_path / name, empty):
+            pass
+
+
+def test_weights_of_a_failed_try_do_not_bind_the_next(bundle: Path) -> None:
+    whole = read_manifest(bundle)
+    write_manifest(bundle, whole, JOURNAL)
+    (bundle / "manifest.json").unlink()
+    with open_bundle(bundle, empty_like(whole)) as writer:
+        writer.forget_weights("fp32")
+        assert set(writer.journal.weights) == {"fp16", "bf16"}
+        assert not writer.journal.engines
+        assert not (bundle / whole.weights["fp32"].file.path).exists()
+        writer.commit()
+
+
 def test_new_folders_are_numbered_where_the_name_is_taken(bundle: Path) -> None:
     with open_bundle(bundle, empty_like(read_manifest(bundle))) as writer:
         assert writer.free_folder(Path("weights/fp32")).name == "fp32.2"

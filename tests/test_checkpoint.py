@@ -45,6 +45,9 @@ def test_the_key_table_is_the_official_conversion(preset: str) -> None:
         assert official_name(name) == official_key(name)
 
 
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
 def test_shards_with_an_index_and_a_prefix_convert_alike(
     state: dict[str, Tensor], config: WanConfig, tmp_path: Path
 ) -> None:
@@ -127,6 +130,15 @@ def test_wrong_tensors_are_named(
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("stray", ["20000", "1000000000000", "3"])
+def test_blocks_with_gaps_are_refused_at_once(
+    stray: str, state: dict[str, Tensor], config: WanConfig, tmp_path: Path
+) -> None:
+    write_official(tmp_path, {**state, f"blocks.{stray}.x": torch.zeros(0)}, config)
+    with pytest.raises(WanExportError, match=r"but not all|unexpected blocks\.1000000000000\.x"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WanExportError, match="is no Wan checkpoint"):
         open_checkpoint(tmp_path)
@@ -145,11 +157,27 @@ def test_one_tensor_in_two_files_is_refused(
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.json", '{"num_heads": "2"}', "num_heads '2': expected a number"),
+        ("config.json", '{"num_heads": "2"}', "num_heads '2': expected from 1 to 256"),
+        ("config.json", '{"num_heads": true}', "num_heads True: expected from 1 to 256"),
+        ("config.json", '{"text_len": "512"}', "text_len '512': expected from 1 to 8192"),
+        ("config.json", '{"text_len": 0}', "text_len 0: expected from 1 to 8192"),
+        ("config.json", '{"text_len": 77.5}', "text_len 77.5: expected from 1 to 8192"),
+        ("config.json", '{"eps": "1e-6"}', "eps '1e-6': expected a number from 0 to 1"),
+        ("config.json", '{"eps": -1e-6}', "eps -1e-06: expected a number from 0 to 1"),
+        ("config.json", '{"eps": Infinity}', "eps inf: expected a number from 0 to 1"),
+        ("config.json", "[" * 100_000, r"cannot read .*config\.json"),
         ("config.json", '{"num_heads": 64}', "heads of even width over 4"),
         ("config.json", "{", r"cannot read .*config\.json"),
-        ("model_index.json", '{"boundary_ratio": "0.9"}', "boundary_ratio '0.9': not a float"),
-        ("diffusion_pytorch_model.safetensors.index.json", '{"weight_map": 3}', "no weight_map"),
+        (
+            "model_index.json",
+            '{"boundary_ratio": "0.9"}',
+            "boundary_ratio '0.9': expected one from",
+        ),
+        ("model_index.json", '{"boundary_ratio": NaN}', "boundary_ratio nan: expected one from"),
+        ("model_index.json", '{"boundary_ratio": 7.5}', "boundary_ratio 7.5: expected one from"),
+        (INDEX, '{"weight_map": 3}', "no weight_map"),
+        (INDEX, '{"weight_map": {"a": 5, "b": "x"}}', "names what are no files"),
+        (INDEX, '{"weight_map": {"a": "/etc/passwd"}}', "names what are no files"),
     ],
 )
 def test_damaged_json_is_refused(

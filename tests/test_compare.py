@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -173,9 +174,11 @@ def test_a_recording_in_bf16_passes_by_the_error_of_bf16(
     converted: Path, tmp_path: Path, dtype: str
 ) -> None:
     inputs, outputs, _ = record(tmp_path, dtype=torch.bfloat16)
-    recording = {"inputs": inputs, "outputs": outputs, "reference": "diffusers"}
-    assert not compare(converted, dtype=dtype, **recording)["passed"]
-    result = compare(converted, dtype=dtype, **recording, outputs_dtype="bf16")
+    recorded = partial(
+        compare, converted, dtype=dtype, inputs=inputs, outputs=outputs, reference="diffusers"
+    )
+    assert not recorded()["passed"]
+    result = recorded(outputs_dtype="bf16")
     assert result["passed"]
     assert result["reference"] == "recorded (diffusers, bf16)"
     for row in result["steps"]:
@@ -187,8 +190,14 @@ def test_a_recording_in_bf16_passes_by_the_error_of_bf16(
 def test_another_velocity_than_recorded_in_bf16_fails(converted: Path, tmp_path: Path) -> None:
     inputs, outputs, _ = record(tmp_path, dtype=torch.bfloat16)
     faults.alter_graph(converted, faults.drop_row_rope, "fp32")
-    recording = {"inputs": inputs, "outputs": outputs, "outputs_dtype": "bf16"}
-    result = compare(converted, dtype="fp32", reference="diffusers", **recording)
+    result = compare(
+        converted,
+        dtype="fp32",
+        reference="diffusers",
+        inputs=inputs,
+        outputs=outputs,
+        outputs_dtype="bf16",
+    )
     assert not any(row["passed"] for row in result["steps"])
 
 
@@ -222,11 +231,11 @@ def test_calls_of_every_kind_of_model_are_recorded(
     velocities = np.concatenate([denoiser(**call) for call in calls])
     save_arrays(tmp_path / "in.safetensors", stacked)
     save_arrays(tmp_path / "out.safetensors", {"velocity": velocities})
-    files = {"inputs": tmp_path / "in.safetensors", "outputs": tmp_path / "out.safetensors"}
-    result = compare(tmp_path / "b", **files)
+    inputs, outputs = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    result = compare(tmp_path / "b", inputs=inputs, outputs=outputs)
     assert result["passed"]
     assert [row["error"] for row in result["steps"]] == [0, 0]
-    assert compare(tmp_path / "b", inputs=files["inputs"])["passed"]
+    assert compare(tmp_path / "b", inputs=inputs)["passed"]
     loop = compare(tmp_path / "b", steps=3)  # t2v-a14b's guidance is a pair: 3 and 4
     assert loop["passed"]
 
@@ -261,7 +270,7 @@ def test_the_inputs_of_a_report_repeat_it(bundle: Path, tmp_path: Path) -> None:
         ({"latent": np.zeros((1, 16, 3, 8, 12))}, r"timestep is \[3\], expected \[1, 1\]"),
         ({"text": np.zeros((1, 513, 4096))}, "text has 513 rows"),
         ({"latent": np.full((3, 16, 3, 8, 12), np.nan)}, "NaN or Inf"),
-        ({"latent": np.zeros((0, 16, 3, 8, 12)), "timestep": np.zeros(0)}, "expected"),
+        ({"latent": np.zeros((0, 16, 3, 8, 12)), "timestep": np.zeros(0)}, "no call"),
     ],
 )
 def test_a_recording_that_does_not_fit_is_refused(

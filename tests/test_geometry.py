@@ -61,3 +61,15 @@ def test_reduced_fits_and_stays_legal() -> None:
     assert reduced.grid == (10, 7, 13)
     assert Geometry(704, 1280, 121, 16).reduced(1000).num_tokens <= 1000
     assert Geometry(64, 96, 9).reduced(1000) == Geometry(64, 96, 9)
+
+
+@pytest.mark.parametrize("numbers", [(16, 16, 4 * 10**9 + 1), (160000, 160000, 1), (64, 96, 9.0)])
+def test_what_no_video_has_is_refused(numbers: tuple[int, int, int]) -> None:
+    with pytest.raises(WanExportError, match=r"beyond any Wan|is no video"):
+        Geometry(*numbers)
+
+
+@pytest.mark.parametrize("text", ["9" * 5000 + "x64", 480, "9999999999x16"])
+def test_what_is_no_resolution_is_refused(text: str) -> None:
+    with pytest.raises(WanExportError, match="is not understood"):
+        parse_resolution(text)

@@ -41,10 +41,65 @@ def test_another_schema_is_refused_with_both_numbers(bundle: Path) -> None:
         read_manifest(bundle)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"schema": 1}', '{"schema": "1"}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"schema": 1}', '{"schema": "1"}', "[" * 10**5]
+)
 def test_a_damaged_manifest_is_refused(bundle: Path, content: str) -> None:
     (bundle / "manifest.json").write_text(content)
     with pytest.raises(WanExportError, match="build again"):
+        read_manifest(bundle)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("config", None),
+        ("weights.fp32.dtype", 3),
+        ("weights.fp32.file.size", "5"),
+        ("weights.fp32.file.size", -5),
+        ("weights.fp32.expert", "high_noise"),
+        ("weights", {}),
+        ("experts", ["high_noise", "low_noise"]),
+        ("engines.0.backend", []),
+        ("engines.0.geometry.spatial_stride", 0),
+        ("engines.0.geometry.height", 64.5),
+        ("engines.0.inputs", {}),
+        ("engines.0.inputs.latent.shape", [1, "16", 3, 8, 12]),
+        ("engines.0.output", []),
+        ("engines.0.sampling.steps", "s"),
+        ("engines.0.sampling.steps", True),
+        ("engines.0.sampling.shift", None),
+        ("engines.0.sampling.guidance", [1.0, 2.0, 3.0]),
+        ("engines.0.sampling.boundary", 0.9),
+        ("engines.0.sampling.boundary", float("nan")),
+        ("engines.0.sampling.solver", []),
+        ("engines.0.proof", []),
+        ("engines.0.lint", {"host_sync": "none"}),
+        ("engines.0.unknown", 1),
+    ],
+)
+def test_fields_of_another_form_are_refused(bundle: Path, place: str, value: object) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    *parents, last = place.split(".")
+    record = manifest
+    for name in parents:
+        record = record[int(name)] if isinstance(record, list) else record[name]
+    record[last] = value
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(WanExportError, match=r"is damaged .* build again"):
+        read_manifest(bundle)
+
+
+def test_a_manifest_is_read_as_it_was_written(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    write_manifest(bundle, manifest)
+    assert read_manifest(bundle) == manifest
+
+
+def test_a_manifest_that_may_not_be_read_is_not_called_damaged(bundle: Path) -> None:
+    (bundle / "manifest.json").unlink()
+    (bundle / "manifest.json").mkdir()
+    with pytest.raises(WanExportError, match=r"cannot read .*manifest\.json: Is a directory"):
         read_manifest(bundle)
 
 

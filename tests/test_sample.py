@@ -187,3 +187,35 @@ def test_guidance_is_combined_in_fp32_whatever_the_model_returns() -> None:
     settings: dict[str, Any] = {"solver": "euler", "steps": 1, "shift": 1.0, "guidance": 3.0}
     (step,) = sample(half, noise=start, **texts, **settings)
     assert step.latent.item() == -(1 / 256 + 3 * (1 - 1 / 256))  # bf16 would round it
+
+
+@pytest.mark.parametrize("name", ["noise", "text", "negative", "first_frame"])
+def test_inputs_that_are_not_finite_are_named_as_they_were_given(name: str) -> None:
+    inputs = {n: np.ones((3, 8), np.float32) for n in ("text", "negative")}
+    inputs |= {
+        n: np.ones((1, 16, f, 4, 4), np.float32) for n, f in (("noise", 3), ("first_frame", 1))
+    }
+    inputs[name].flat[1] = np.nan
+    settings = {"solver": "euler", "steps": 2, "shift": 5.0, "guidance": 5.0}
+    with pytest.raises(WanExportError, match=f"{name} has NaN or Inf"):
+        list(sample(lambda **_: inputs["noise"], **inputs, **settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance": "x"}, "expected a number"),
+        ({"guidance": 1e39}, "of at most 1000"),
+        ({"timesteps": 5}, "timesteps must be numbers"),
+        ({"timesteps": [None]}, "timesteps must be numbers"),
+        ({"steps": 2.5}, "steps must be from 1"),
+        ({"text": "a cat"}, "str is no array of numbers"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(settings: dict[str, object], message: str) -> None:
+    noise = np.ones((1, 16, 3, 4, 4), np.float32)
+    plain = {"text": np.ones((3, 8)), "negative": np.ones((3, 8)), "solver": "euler"}
+    if "timesteps" not in settings:
+        plain |= {"steps": 2, "shift": 5.0, "guidance": 5.0}
+    with pytest.raises(WanExportError, match=message):
+        sample(lambda **_: noise, noise=noise, **{**plain, **settings})  # type: ignore[arg-type]

@@ -66,6 +66,12 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
         {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
         {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},
         {"dtype": "F32", "shape": [2]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]},
+        {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]},
+        {"dtype": "X9", "shape": [2**62], "data_offsets": [0, 8]},
+        {"dtype": [], "shape": [2], "data_offsets": [0, 8]},
         [],
     ],
 )
@@ -75,6 +81,22 @@ def test_a_damaged_header_is_refused(tmp_path: Path, fields: object) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(WanExportError, match="damaged"):
         read_header(path)
+
+
+def test_a_header_that_nests_without_end_is_refused(tmp_path: Path) -> None:
+    text = b"[" * 100_000
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(WanExportError, match="damaged"):
+        read_header(path)
+
+
+def test_a_tensor_of_too_many_dimensions_is_refused(tmp_path: Path) -> None:
+    header, _ = make_header({"x": ("F32", (1,) * 40)})
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(header + bytes(4))
+    with pytest.raises(WanExportError, match="40 dimensions"):
+        load_arrays(path)
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
