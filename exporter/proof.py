@@ -1,6 +1,7 @@
 """The proof that ends every build: lower a cut of the graph, and have a fresh process compare it.
 
-The cut is the first and the last block with the real weights, at a few tokens. An engine that this
+The cut is the first and the last block with the real weights, at a few tokens; a model that has no
+more blocks and tokens than that is compared itself. An engine that this
 machine cannot execute is proven through its fp32 twin: the same cut in fp32, which widens the
 engine's own weights.
 """
@@ -47,19 +48,22 @@ def prove(
     _, entries = weights_layout(config, dtype)
     runs_here = dtype in RUNNABLE_DTYPES
     layout = {name: entries[tensor] for name, tensor in tensors.items()}
-    graph, _ = to_onnx.lower(cut, small, dtype if runs_here else "fp32", layout)
     figures = []
     # Beside the engine, where a sweep finds it after a kill.
     with tempfile.TemporaryDirectory(prefix="proof-", dir=engine.parent) as name:
         scratch = Path(name).resolve()
-        (scratch / "cut.onnx").write_bytes(to_onnx.serialize(graph))
+        graph = engine.resolve()
+        if not runs_here or (cut, small) != (config, geometry):
+            lowered, _ = to_onnx.lower(cut, small, dtype if runs_here else "fp32", layout)
+            graph = scratch / "cut.onnx"
+            graph.write_bytes(to_onnx.serialize(lowered))
         for file in weights:
             job = Job(
                 engine=str(engine.resolve()),
                 dtype=dtype,
                 runs_here=runs_here,
                 weights=str(file.resolve().parent),
-                cut=str(scratch / "cut.onnx"),
+                cut=str(graph),
                 tensors=tensors,
                 config=asdict(cut),
                 geometry=asdict(small),

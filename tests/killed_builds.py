@@ -32,10 +32,10 @@ def command(bundle: Path, resolution: str, frames: int) -> list[str]:
     return [*build, "--random-weights", "0", *shape, "-o", str(bundle)]
 
 
-def start(bundle: Path) -> subprocess.Popen[bytes]:
-    """Start the build of the new shape, in a process group of its own."""
+def start(bundle: Path, shape: tuple[str, int]) -> subprocess.Popen[bytes]:
+    """Start a build in a process group of its own."""
     return subprocess.Popen(
-        command(bundle, *NEW),
+        command(bundle, *shape),
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -66,11 +66,11 @@ def state(bundle: Path, *, had_old: bool) -> str:
     return "new" if is_new else "old"
 
 
-def check_rerun(bundle: Path) -> bool:
+def check_rerun(bundle: Path, shape: tuple[str, int]) -> bool:
     """Run the build again: whole, verified, nothing left over. Return whether it resumed."""
-    child = subprocess.run(command(bundle, *NEW), capture_output=True, text=True)
+    child = subprocess.run(command(bundle, *shape), capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
-    load(bundle, resolution=NEW[0], frames=NEW[1])
+    load(bundle, resolution=shape[0], frames=shape[1])
     assert inspect(bundle, verify=True)["problems"] == []
     files = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()}
     assert files - _KEPT == {file.path for file in read_manifest(bundle).files()}, files
@@ -90,12 +90,13 @@ def main(number: int, seed: int) -> None:
             bundle = Path(name) / "bundle"
             if i % 2:
                 shutil.copytree(old, bundle)
-            child = start(bundle)
+            child = start(bundle, NEW)
             time.sleep(rng.uniform(0, 1.05 * span))
             kill(child, group=i % 4 < 2)
             kind = "finished" if child.returncode == 0 else "killed"
             found = state(bundle, had_old=bool(i % 2))
-            seen[f"{kind}, {found}, rerun {'resumed' if check_rerun(bundle) else 'rebuilt'}"] += 1
+            rerun = "resumed" if check_rerun(bundle, NEW) else "rebuilt"
+            seen[f"{kind}, {found}, rerun {rerun}"] += 1
             shutil.rmtree(bundle)
             print(f"\r{i + 1} of {number}", end="", file=sys.stderr, flush=True)
     for what, count in sorted(seen.items()):

@@ -125,7 +125,7 @@ TINY = ("-m", "tiny", "--random-weights", "0")
         (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y.safetensors", "--timesteps", "1,2"),
          "timesteps must fall"),
         (("run", "{bundle}", "--text", "{nan}", "-o", "{tmp}/y.safetensors"),
-         "text has 1 values that are NaN or Inf"),
+         "text has NaN or Inf: expected finite values"),
         (("run", "{bundle}", "--text", "{long}", "-o", "{tmp}/y.safetensors"),
          "text has 513 rows, the model takes at most 512"),
         (("compare", "{bundle}", "--resolution", "480x832"), "no such engine"),
