@@ -6,6 +6,7 @@ What needs PyTorch is imported inside the command that needs it: `wanexport run`
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -300,6 +301,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path may hold what its encoding lacks
             stream.reconfigure(errors="backslashreplace")
+    pressed = []
+
+    def interrupt(number: int, _: object) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         sys.exit(cli(standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -309,7 +317,10 @@ def main() -> None:
         _fail(error.format_message())
     except (WanExportError, OSError) as error:
         _fail(str(error))
-    except click.Abort:
+    except BaseException:
+        if not pressed:
+            raise
+        # Whatever became of the KeyboardInterrupt: torch raises errors of its own on the way out.
         err.print("interrupted: run the same command again to go on")
         sys.exit(130)
 

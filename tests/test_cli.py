@@ -216,7 +216,8 @@ def test_control_c_is_one_line_and_leaves_nothing_half_written(tmp_path: Path) -
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     _, error = child.communicate()
-    assert child.returncode == 130
+    # Either is 130 to a shell: Python kills itself where the interrupt came inside an exec.
+    assert child.returncode in (130, -signal.SIGINT)
     assert error.strip() == "interrupted: run the same command again to go on"
     files = {p.relative_to(tmp_path / "b").as_posix() for p in (tmp_path / "b").rglob("*.*")}
     assert files == {"weights/fp32/denoiser.safetensors", "manifest.partial.json", ".lock"}
