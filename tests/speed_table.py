@@ -2,8 +2,8 @@
 
     python -m tests.speed_table FOLDER
 
-One run: fp32, random weights, the arms taking turns so that all see the same machine. Medians of 9
-with minimum and maximum; the matrix product that bounds them all is timed beside them.
+One run: fp32, random weights, each arm warmed up. Medians of 9 with minimum and maximum; the matrix
+product that bounds them all is timed beside them.
 """
 
 import shutil
@@ -29,6 +29,7 @@ from wanexport.runtime import load
 Call = Callable[[], object]
 
 ROUNDS = 9
+PAUSE = 0.5  # seconds, for the threads of the arm before
 MODELS = {  # name -> config, resolution, frames
     "tiny": (PRESETS["tiny"].config, "64x96", 9),
     "tiny, larger video": (PRESETS["tiny"].config, "128x192", 17),
@@ -67,14 +68,23 @@ def arms(config: WanConfig, resolution: str, frames: int, bundle: Path) -> dict[
 
 
 def measure(calls: dict[str, Call]) -> dict[str, list[float]]:
-    """Seconds of every call, in turns, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS + 1):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: times[1:] for name, times in seconds.items()}
+    """Seconds of every call, one arm after the other.
+
+    Not in turns: ONNX Runtime's threads spin for a while after a call, and would slow PyTorch's.
+    """
+    seconds: dict[str, list[float]] = {}
+    for name, call in calls.items():
+        time.sleep(PAUSE)
+        call(), call()
+        seconds[name] = [timed(call) for _ in range(ROUNDS)]
+    return seconds
+
+
+def timed(call: Call) -> float:
+    """Seconds that one call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def row(name: str, config: WanConfig, resolution: str, frames: int, bundle: Path) -> str:
