@@ -5,7 +5,6 @@ What needs PyTorch is imported inside the command that needs it: `wanexport run`
 
 import io
 import json
-import os
 import signal
 import sys
 import time
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 import numpy as np
@@ -29,6 +28,15 @@ from wanexport.exporter.display import (
     show_lint,
     show_run,
 )
+from wanexport.exporter.options import (
+    COUNT,
+    SEED,
+    as_json,
+    check_output,
+    engine_options,
+    parse_guidance,
+    parse_numbers,
+)
 from wanexport.exporter.recorded import read_sample_inputs
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError
@@ -37,23 +45,6 @@ from wanexport.runtime.memory import peak_rss
 from wanexport.runtime.sample import make_plan, sample, seeded_noise
 from wanexport.runtime.solvers import SOLVERS
 from wanexport.runtime.tensorfile import save_arrays
-
-SEED, COUNT = click.IntRange(min=0), click.IntRange(min=1)
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-
-
-def engine_options(command: _Command) -> _Command:
-    """The options that choose one engine of a bundle."""
-    for option in (
-        click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="Engine precision."),
-        click.option("--frames", type=int, help="Pixel frames of the engine."),
-        click.option("--resolution", help="Height x width of the engine, as 480x832."),
-        click.option("--backend", type=click.Choice(["onnx"]), help="Engine backend."),
-    ):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -132,9 +123,9 @@ def run(
     **settings: Any,
 ) -> None:
     """Sample a bundle from text embeddings and write the final latent as safetensors."""
-    settings["guidance"] = _guidance(guidance)
-    settings["timesteps"] = _numbers("--timesteps", timesteps)
-    _check_output(output)
+    settings["guidance"] = parse_guidance(guidance)
+    settings["timesteps"] = parse_numbers("--timesteps", timesteps)
+    check_output(output)
     started = time.monotonic()
     denoiser = load(bundle, backend=backend, resolution=resolution, frames=frames, dtype=dtype)
     inputs = read_sample_inputs(text_file)
@@ -174,14 +165,6 @@ def _sample_with_progress(
             pace = (time.monotonic() - started) / (step.index + 1)
             show(f"sampling, {pace:.2f} s/step", step.index + 1, steps)
     return step.latent, pace
-
-
-def _check_output(output: Path) -> None:
-    """Refuse before the work what could not be written after it."""
-    if output.suffix != ".safetensors" or output.is_dir():
-        raise WanExportError(f"{output}: latents go to a .safetensors file, name one with -o")
-    if not os.access(output.parent, os.W_OK):
-        raise WanExportError(f"cannot write in {output.parent}: name an existing folder with -o")
 
 
 @cli.command()
@@ -268,22 +251,6 @@ def doctor(as_json: bool) -> None:
     _report(record, as_json, show_doctor)
     if not record["usable"]:
         sys.exit(1)
-
-
-def _guidance(text: str | None) -> float | tuple[float, float] | None:
-    numbers = _numbers("--guidance", text)
-    if numbers is None:
-        return None
-    if len(numbers) > 2:
-        raise WanExportError(f"--guidance {text} has {len(numbers)} numbers: give one, or LOW,HIGH")
-    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
-
-
-def _numbers(option: str, text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise WanExportError(f"{option} {text!r}: expected numbers, with commas between") from error
 
 
 @contextmanager
