@@ -54,6 +54,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "HF_HUB_CACHE": str(hub),
         "HF_HUB_OFFLINE": "1",
         "PYTEST_ADDOPTS": "--collect-only -q",
+        "MYPY_CACHE_DIR": str(ROOT / ".mypy_cache"),  # of the libraries, which takes long
     }
 
 
