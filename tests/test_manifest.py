@@ -69,6 +69,8 @@ def test_a_damaged_manifest_is_refused(bundle: Path, content: str) -> None:
         ("engines.0.sampling.steps", "s"),
         ("engines.0.sampling.steps", True),
         ("engines.0.sampling.shift", None),
+        ("engines.0.sampling.shift", "5"),
+        ("engines.0.sampling.shift", float("nan")),
         ("engines.0.sampling.guidance", [1.0, 2.0, 3.0]),
         ("engines.0.sampling.boundary", 0.9),
         ("engines.0.sampling.boundary", float("nan")),
