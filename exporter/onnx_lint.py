@@ -87,7 +87,8 @@ def lint_onnx(model: onnx.ModelProto, attentions: int | None = None) -> list[Fin
             findings.append(Finding("dynamic_size", value.name or "", "no shape is stated"))
     for node in nodes:
         kinds = {kind for value in node.outputs for kind in _kinds(value)}
-        kinds |= {_KIND_OF[name] for name in (node.op_type,) if name in _KIND_OF}
+        if node.op_type in _KIND_OF:
+            kinds.add(_KIND_OF[node.op_type])
         findings += [Finding(kind, node.name or "", node.op_type) for kind in sorted(kinds)]
     found = sum(node.op_type in ATTENTION for node in nodes)
     if attentions is not None and found != attentions:

@@ -1,9 +1,8 @@
 """The proof that ends every build: lower a cut of the graph, and have a fresh process compare it.
 
 The cut is the first and the last block with the real weights, at a few tokens; a model that has no
-more blocks and tokens than that is compared itself. An engine that this
-machine cannot execute is proven through its fp32 twin: the same cut in fp32, which widens the
-engine's own weights.
+more blocks and tokens than that is compared itself. An engine that this machine cannot execute is
+proven through its fp32 twin: the same cut in fp32, which widens the engine's own weights.
 """
 
 import json

@@ -211,17 +211,7 @@ def recognise(
     blocks = {int(match[1]) for match in matches if match}
     if blocks != set(range(len(blocks))):
         raise WanExportError(f"{path} has blocks up to {max(blocks)}, but not all: download again")
-    heads = stated.get("num_heads", stated.get("num_attention_heads", max(1, dim // HEAD_DIM)))
-    text_len, eps = stated.get("text_len", 512), stated.get("eps", 1e-6)
-    for name, value, largest in (("num_heads", heads, dim), ("text_len", text_len, MAX_TEXT_LEN)):
-        if type(value) is not int or not 1 <= value <= largest:
-            raise WanExportError(
-                f"config.json of {path} has {name} {value!r:.40}: expected from 1 to {largest}"
-            )
-    if not isinstance(eps, float) or not 0 < eps < 1:
-        raise WanExportError(
-            f"config.json of {path} has eps {eps!r:.40}: expected a number from 0 to 1"
-        )
+    heads, text_len, eps = _settings(stated, dim, path)
     image_tokens = 0
     if "img_emb.proj.0.weight" in tensors:
         image_tokens = 514 if "img_emb.emb_pos" in tensors else 257
@@ -238,6 +228,22 @@ def recognise(
         freq_dim=shape("time_embedding.0.weight", 2)[1],
         eps=eps,
     )
+
+
+def _settings(stated: Mapping[str, Any], dim: int, path: Path) -> tuple[int, int, float]:
+    """num_heads, text_len and eps, which no tensor tells, from config.json or their defaults."""
+    heads = stated.get("num_heads", stated.get("num_attention_heads", max(1, dim // HEAD_DIM)))
+    text_len, eps = stated.get("text_len", 512), stated.get("eps", 1e-6)
+    for name, value, largest in (("num_heads", heads, dim), ("text_len", text_len, MAX_TEXT_LEN)):
+        if type(value) is not int or not 1 <= value <= largest:
+            raise WanExportError(
+                f"config.json of {path} has {name} {value!r:.40}: expected from 1 to {largest}"
+            )
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise WanExportError(
+            f"config.json of {path} has eps {eps!r:.40}: expected a number from 0 to 1"
+        )
+    return heads, text_len, eps
 
 
 def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path: Path) -> None:

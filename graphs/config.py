@@ -76,11 +76,10 @@ class WanConfig:
 
 def stated_config(stated: Mapping[str, Any]) -> WanConfig:
     """The config that a manifest states. Raises WanExportError when it is none."""
-    names = {field.name: field.type for field in fields(WanConfig)}
-    kinds = {name: (float,) if kind is float else (int,) for name, kind in names.items()}
-    if any(type(stated.get(name)) not in kind for name, kind in kinds.items()):
+    kinds = {field.name: field.type for field in fields(WanConfig)}
+    if any(type(stated.get(name)) is not kind for name, kind in kinds.items()):
         raise WanExportError(f"the manifest's config {dict(stated)} is no Wan: build again")
-    return WanConfig(**{name: stated[name] for name in names})
+    return WanConfig(**{name: stated[name] for name in kinds})
 
 
 _1_3B = WanConfig(1536, 8960, 12, 30, 16, 16, 0)

@@ -208,10 +208,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         base = Path(name) / "base"
         make_bundle(base)
-        for title, plant in {
-            "none": lambda bundle: compare(bundle, dtype="fp32"),
-            **FAULTS,
-        }.items():
+        for title, plant in {"none": unharmed, **FAULTS}.items():
             copy = Path(shutil.copytree(base, Path(name) / "copy"))
             result = plant(copy / "bundle")
             shutil.rmtree(copy)
