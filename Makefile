@@ -9,7 +9,7 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,build]' --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,build,bench,aoti]' --group dev
 	touch $@
 
 demo: setup

@@ -5,26 +5,27 @@ import inspect
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from wanexport.exporter import onnx_lint, to_onnx, trace
+from wanexport.exporter import aoti_backend, onnx_backend
 from wanexport.exporter.bundle import BundleWriter, open_bundle
 from wanexport.exporter.model_source import ModelSource, resolve
-from wanexport.exporter.proof import prove
+from wanexport.exporter.request import Progress, Request
 from wanexport.graphs import config as graph_config
 from wanexport.graphs import lint, model, rope, signature
 from wanexport.graphs.config import WanConfig, sampling_defaults
 from wanexport.graphs.weights import DTYPES, weights_layout, write_weights
-from wanexport.runtime import attention, onnx_engine
 from wanexport.runtime import geometry as geometry_module
-from wanexport.runtime.durable import write_durably
+from wanexport.runtime import operators
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry, parse_resolution
-from wanexport.runtime.load import WEIGHTS_FILE
+from wanexport.runtime.load import DEVICES, KERNELS, WEIGHTS_FILE
 from wanexport.runtime.manifest import (
     EngineRecord,
     FileRecord,
@@ -37,51 +38,23 @@ from wanexport.runtime.manifest import (
 from wanexport.runtime.memory import peak_rss
 from wanexport.runtime.tensorfile import header_sha256
 
+BACKENDS: dict[str, ModuleType] = {"onnx": onnx_backend, "aoti": aoti_backend}
 _GRAPH_CODE = (
     graph_config,
     model,
     rope,
     signature,
     lint,
-    onnx_lint,
-    attention,
+    operators,
     geometry_module,
-    trace,
-    to_onnx,
 )
-_GRAPH_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
-
-CHOICES = {"backends": ("onnx",), "dtype": tuple(DTYPES), "verify": ("ends", "full")}
-
-Progress = Callable[[str, int, int], None]  # stage, done, total (0 when the length is unknown)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One engine to build."""
-
-    config: WanConfig
-    geometry: Geometry
-    sampling: SamplingDefaults
-    backend: str
-    dtype: str
-
-    @property
-    def label(self) -> str:
-        """Folder name, and prefix of progress messages."""
-        return f"{self.backend}-{self.dtype}"
-
-    @property
-    def weights_header(self) -> str:
-        """Hash of the header of the weights file that the engine reads."""
-        return hashlib.sha256(weights_layout(self.config, self.dtype)[0]).hexdigest()
-
-    def key(self) -> str:
-        """Hash of all that decides the engine's bytes and record; the weights are not among it."""
-        code = [inspect.getsource(module) for module in _GRAPH_CODE]
-        libraries = {name: version(name) for name in _GRAPH_LIBRARIES}
-        parts = [asdict(self), self.weights_header, code, libraries]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+CHOICES = {
+    "backends": tuple(BACKENDS),
+    "dtype": tuple(DTYPES),
+    "device": DEVICES,
+    "verify": ("ends", "full"),
+    "attention": KERNELS,
+}
 
 
 def build(
@@ -90,8 +63,10 @@ def build(
     resolution: str,
     frames: int,
     output: str | Path | None = None,
-    backends: Sequence[str] = ("onnx",),
-    dtype: str = "fp32",
+    backends: Sequence[str] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    attention: str | None = None,
     random_weights: int | None = None,
     verify: str = "ends",
     progress: Progress = lambda stage, done, total: None,
@@ -100,32 +75,47 @@ def build(
 
     model is a folder, a hub id, or with random_weights (a seed) a preset; resolution is `480x832`
     or `832*480`; dtype is fp32, bf16 or fp16; output defaults to ./<model>; verify is `ends` (the
-    proof runs the first and last block) or `full` (all of them).
+    proof runs the first and last block) or `full` (all of them). On a machine with a GPU the
+    defaults are the aoti backend, device cuda and bf16, elsewhere onnx, cpu and fp32. attention
+    names the kernel of self-attention in an aoti engine, by default the fastest measured.
     Raises WanExportError for whatever the caller can put right.
     """
     started = time.monotonic()
-    _check_choices(backends=backends, dtype=[dtype], verify=[verify])
+    device = device or ("cuda" if _has_gpu() else "cpu")
+    backends = (("aoti" if device == "cuda" else "onnx"),) if backends is None else backends
+    dtype = dtype or ("bf16" if device == "cuda" and "aoti" in backends else "fp32")
+    _check_choices(backends=backends, dtype=[dtype], device=[device], verify=[verify])
+    _check_choices(attention=[attention or "sdpa"])
     height, width = parse_resolution(resolution)
-    onnx_engine.versions()  # fail before the work when the proof could not run
+    # Fail before the work when an engine could not be made or proven here.
+    targets = {name: BACKENDS[name].target(device) for name in dict.fromkeys(backends)}
     progress("checkpoint", 0, 0)
     source = resolve(None if model is None else str(model), random_weights)
     geometry = Geometry(height, width, frames, source.config.spatial_stride)
     bundle = Path(output) if output is not None else Path(source.name)
+    sampling = _sampling(source, geometry)
     reused: list[str] = []
     with open_bundle(bundle, _empty_manifest(source)) as writer:
         for expert in source.weights:
             reused += add_weights(writer, source, expert, dtype, progress)
-        for backend in dict.fromkeys(backends):
-            sampling = _sampling(source, geometry)
-            request = Request(source.config, geometry, sampling, backend, dtype)
+        for name, target in targets.items():
+            request = Request(source.config, geometry, sampling, name, dtype, target, attention)
             reused += add_engine(writer, request, verify, progress)
         writer.commit()
     return {
-        **_summary(writer, geometry, dtype),
+        **_summary(writer, geometry, dtype, backends),
         "reused": reused,
         "seconds": round(time.monotonic() - started, 2),
         "peak_rss_bytes": peak_rss(),
     }
+
+
+def _has_gpu() -> bool:
+    if find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _check_choices(**chosen: Sequence[str]) -> None:
@@ -138,11 +128,17 @@ def _check_choices(**chosen: Sequence[str]) -> None:
                 raise WanExportError(f"unknown {name} {value!r}: expected of {expected}")
 
 
-def _summary(writer: BundleWriter, geometry: Geometry, dtype: str) -> dict[str, Any]:
+def _summary(
+    writer: BundleWriter, geometry: Geometry, dtype: str, backends: Sequence[str]
+) -> dict[str, Any]:
     """The part of the record that says what the bundle holds for this request."""
     manifest = writer.manifest
     weights = {name: asdict(w.file) for name, w in manifest.weights.items() if w.dtype == dtype}
-    engines = [e for e in manifest.engines if e.geometry == geometry and e.dtype == dtype]
+    engines = [
+        engine
+        for engine in manifest.engines
+        if (engine.geometry, engine.dtype) == (geometry, dtype) and engine.backend in backends
+    ]
     return {
         "bundle": str(writer.path),
         "model": manifest.model,
@@ -236,36 +232,37 @@ def add_engine(
     writer: BundleWriter, request: Request, verify: str, progress: Progress
 ) -> list[str]:
     """Compile and prove one engine, or return what is reused because the bundle holds it."""
-    engine = writer.find_engine(request.key())
+    engine = writer.find_engine(engine_key(request))
     if engine and engine.proof.get("verify") in (verify, "full"):
-        if engine.target == onnx_engine.versions():
+        if engine.target == request.target:
             writer.put_engine(engine)
             return [f"engine {engine.name}"]
+    backend = BACKENDS[request.backend]
     if engine is None:
-        progress(f"{request.label}: tracing and lowering", 0, 0)
-        engine = compile_engine(writer, request)
+        engine = compile_engine(writer, request, progress)
     progress(f"{request.label}: proving in a fresh process", 0, 0)
-    proof = prove(
-        request.config,
-        request.geometry,
-        request.dtype,
-        verify=verify,
-        engine=writer.path / engine.files["denoiser"].path,
-        weights=[writer.path / w.file.path for w in writer.manifest.weights_of(request.dtype)],
-    )
-    writer.put_engine(replace(engine, proof=proof, target=onnx_engine.versions()))
+    weights = [writer.path / w.file.path for w in writer.manifest.weights_of(request.dtype)]
+    proof = backend.prove(request, engine, writer.path, weights, verify)
+    writer.put_engine(replace(engine, proof=proof, target=request.target))
     return []
 
 
-def compile_engine(writer: BundleWriter, request: Request) -> EngineRecord:
-    """Write the engine's file and return its record, which has no proof yet."""
+def engine_key(request: Request) -> str:
+    """Hash of all that decides an engine's files and record; the weights are not among it."""
+    backend = BACKENDS[request.backend]
+    code = [inspect.getsource(module) for module in (*_GRAPH_CODE, *backend.code(request.device))]
+    libraries = {name: version(name) for name in backend.LIBRARIES}
+    bound = {name: request.target[name] for name in backend.BINDING if name in request.target}
+    parts = [asdict(replace(request, target=bound)), request.weights_header, code, libraries]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def compile_engine(writer: BundleWriter, request: Request, progress: Progress) -> EngineRecord:
+    """Write the engine's files and return its record, which has no proof yet."""
     started = time.monotonic()
-    config, geometry = request.config, request.geometry
+    config, geometry, backend = request.config, request.geometry, BACKENDS[request.backend]
     folder = writer.free_folder(Path("engines") / geometry.name / request.label)
-    path = folder / "denoiser.onnx"
-    _, entries = weights_layout(config, request.dtype)
-    graph, counts = to_onnx.lower(config, geometry, request.dtype, entries)
-    write_durably(path, to_onnx.serialize(graph))
+    compiled = backend.compile_engine(folder, request, progress)
     shapes = signature.input_shapes(config, geometry)
     return EngineRecord(
         backend=request.backend,
@@ -274,18 +271,19 @@ def compile_engine(writer: BundleWriter, request: Request) -> EngineRecord:
         inputs={name: TensorSpec(shape) for name, shape in shapes.items()},
         output=TensorSpec(shapes["latent"]),
         sampling=request.sampling,
-        files={"denoiser": file_record(writer.path, path)},
+        files={role: file_record(writer.path, path) for role, path in compiled.files.items()},
         weights_header_sha256=request.weights_header,
-        key=request.key(),
-        target={},
+        key=engine_key(request),
+        target=request.target,
+        parameters=compiled.parameters,
+        attention=compiled.attention,
         build={
             "seconds": round(time.monotonic() - started, 2),
-            "nodes": dict(sorted(to_onnx.node_counts(graph).items())),
             "flops_per_forward": signature.forward_flops(config, geometry),
-            "attention_score_bytes": signature.attention_score_bytes(config, geometry),
-            **{library: version(library) for library in _GRAPH_LIBRARIES},
+            **compiled.build,
+            **{library: version(library) for library in backend.LIBRARIES},
         },
-        lint=counts,
+        lint=compiled.lint,
     )
 
 

@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-import numpy as np
 from rich.markup import escape
 
 from wanexport.exporter.display import (
     err,
     progress_display,
+    show_bench,
     show_build,
     show_compare,
     show_doctor,
@@ -30,7 +31,9 @@ from wanexport.exporter.display import (
 )
 from wanexport.exporter.options import (
     COUNT,
+    DTYPES,
     SEED,
+    aoti_options,
     as_json,
     check_output,
     engine_options,
@@ -38,10 +41,10 @@ from wanexport.exporter.options import (
     parse_numbers,
 )
 from wanexport.exporter.recorded import read_sample_inputs
-from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.load import load
-from wanexport.runtime.memory import peak_rss
+from wanexport.runtime.denoiser import Denoiser, is_finite, to_numpy
+from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.load import BACKENDS, DEVICES, KERNELS, load
+from wanexport.runtime.memory import peak_gpu_bytes, peak_rss
 from wanexport.runtime.sample import make_plan, sample, seeded_noise
 from wanexport.runtime.solvers import SOLVERS
 from wanexport.runtime.tensorfile import save_arrays
@@ -58,12 +61,19 @@ def cli() -> None:
 @click.option("--resolution", required=True, help="Height x width as 480x832, or Wan's 832*480.")
 @click.option("--frames", required=True, type=int, help="Pixel frames, 4k+1.")
 @click.option(
-    "--backend", "backends", multiple=True, type=click.Choice(["onnx"]), default=["onnx"],
-    show_default=True, help="Engine backend; may be repeated.",
+    "--backend", "backends", multiple=True, type=click.Choice(BACKENDS),
+    help="May be repeated. Default: aoti on a GPU, onnx elsewhere.",
 )  # fmt: skip
 @click.option(
-    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
-    help="Precision of matrix products and attention; bf16 does not run on a CPU.",
+    "--dtype", type=click.Choice(DTYPES),
+    help="Of matrix products and attention. Default: bf16 on a GPU, fp32 elsewhere.",
+)  # fmt: skip
+@click.option(
+    "--device", type=click.Choice(DEVICES), help="That runs aoti engines. Default: a GPU if any."
+)
+@click.option(
+    "--attention", type=click.Choice(KERNELS),
+    help="Kernel of self-attention in an aoti engine. Default: the fastest measured.",
 )  # fmt: skip
 @click.option("--random-weights", type=SEED, metavar="SEED", help="Seeded weights of a preset.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle; default ./MODEL.")
@@ -80,6 +90,7 @@ def build(as_json: bool, **options: Any) -> None:
     with _needing_the_build_extra():
         from wanexport.exporter.build import build as run_build
 
+    options["backends"] = options["backends"] or None
     with progress_display() as show:
         record = run_build(progress=show, **options)
     _report(record, as_json, show_build)
@@ -107,6 +118,7 @@ def _report(record: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any
 @click.option("--solver", type=click.Choice(list(SOLVERS)), help="Default: unipc.")
 @click.option("--timesteps", help="A distilled model's timesteps, as 1000,750,500,250.")
 @engine_options
+@aoti_options
 @as_json
 def run(
     bundle: Path,
@@ -114,30 +126,28 @@ def run(
     output: Path,
     seed: int,
     as_json: bool,
-    backend: str | None,
-    resolution: str | None,
-    frames: int | None,
-    dtype: str | None,
     guidance: str | None,
     timesteps: str | None,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Sample a bundle from text embeddings and write the final latent as safetensors."""
+    settings = {name: options.pop(name) for name in ("steps", "shift", "solver")}
     settings["guidance"] = parse_guidance(guidance)
     settings["timesteps"] = parse_numbers("--timesteps", timesteps)
     check_output(output)
     started = time.monotonic()
-    denoiser = load(bundle, backend=backend, resolution=resolution, frames=frames, dtype=dtype)
+    denoiser = load(bundle, **options)
     inputs = read_sample_inputs(text_file)
     inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, seed))
+    inputs = {name: denoiser.array(value) for name, value in inputs.items()}
     plan = make_plan(denoiser.sampling, **settings)
     loaded = time.monotonic()
     latent, pace = _sample_with_progress(denoiser, inputs, settings, len(plan))
-    save_arrays(output, {"latent": latent})
+    save_arrays(output, {"latent": to_numpy(latent)})
     record = {
         "output": str(output),
         "engine": denoiser.record.name,
-        "shape": latent.shape,
+        "shape": list(latent.shape),
         "seed": seed,
         "solver": plan.solver,
         "timesteps": plan.schedule.timesteps,
@@ -145,6 +155,8 @@ def run(
         "load_seconds": round(loaded - started, 3),
         "seconds_per_step": round(pace, 3),
         "peak_rss_bytes": peak_rss(),
+        "peak_gpu_bytes": peak_gpu_bytes(),
+        "expert_switch_seconds": denoiser.switch_seconds,
     }
     _report(record, as_json, show_run)
 
@@ -157,7 +169,7 @@ def _sample_with_progress(
     with progress_display() as show:
         show("sampling", 0, steps)
         for step in sample(denoiser, **inputs, **settings):
-            if not np.isfinite(step.latent).all():
+            if not is_finite(step.latent):  # the one wait for the device in a step
                 raise WanExportError(
                     f"engine {denoiser.record.name} gave NaN or Inf in step {step.index}: "
                     f"check the inputs, or use an engine of --dtype fp32"
@@ -207,6 +219,41 @@ def compare(bundle: Path, as_json: bool, **options: Any) -> None:
     if result["warning"]:
         err.print("[yellow]warning:[/]", escape(result["warning"]))
     if not result["passed"]:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--against", metavar="ARMS",
+    help="What to measure, with commas between, as wanexport,diffusers,compile. Default: all that "
+    "apply on a GPU, on a CPU those that compile nothing.",
+)  # fmt: skip
+@click.option("--rounds", type=COUNT, default=5, show_default=True, help="Forwards timed of each.")
+@click.option(
+    "--budget", type=float, default=540.0, show_default=True,
+    help="Seconds for the whole command; what does not fit is skipped.",
+)  # fmt: skip
+@click.option("--profile", is_flag=True, help="Count host waits, and the GPU's busy share.")
+@click.option("--report", type=click.Path(path_type=Path), help="Default: BUNDLE/reports.")
+@engine_options
+@as_json
+def bench(bundle: Path, as_json: bool, against: str | None, **options: Any) -> None:
+    """Measure an engine and others on the same inputs and weights; exit code 1 when one failed.
+
+    Each runs in a fresh process. The floor is the time that the forward's FLOPs take at the rate
+    of this machine's best matrix product.
+    """
+    with _needing_the_build_extra():
+        from wanexport.exporter.bench import bench as run_bench
+
+    arms = None if against is None else [name.strip() for name in against.split(",")]
+    with progress_display() as show:
+        result = run_bench(bundle, against=arms, progress=show, **options)
+    _report(result, as_json, show_bench)
+    if result["warning"]:
+        err.print("[yellow]warning:[/]", escape(result["warning"]))
+    if result["failed"]:
         sys.exit(1)
 
 
@@ -275,6 +322,7 @@ def main() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         sys.exit(cli(standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -290,6 +338,12 @@ def main() -> None:
         # Whatever became of the KeyboardInterrupt: torch raises errors of its own on the way out.
         err.print("interrupted: run the same command again to go on")
         sys.exit(130)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """Ours in one line; what libraries warn of is not the user's."""
+    if issubclass(category, WanExportWarning):
+        err.print("[yellow]warning:[/]", escape(str(message)))
 
 
 def _fail(message: str) -> NoReturn:

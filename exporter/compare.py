@@ -15,7 +15,6 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from wanexport.exporter.build import Progress
 from wanexport.exporter.comparison import Comparison, Recorder, Row
 from wanexport.exporter.parity import seeded_inputs
 from wanexport.exporter.peers import (
@@ -34,6 +33,7 @@ from wanexport.exporter.recorded import (
     read_sample_inputs,
     read_velocities,
 )
+from wanexport.exporter.request import Progress
 from wanexport.graphs.config import stated_config
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.durable import write_durably
@@ -59,6 +59,7 @@ def compare(
     outputs: str | Path | None = None,
     outputs_dtype: str = "fp32",
     backend: str | None = None,
+    device: str | None = None,
     resolution: str | None = None,
     frames: int | None = None,
     dtype: str | None = None,
@@ -81,7 +82,13 @@ def compare(
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
     record = choose_engine(
-        bundle, manifest, backend=backend, resolution=resolution, frames=frames, dtype=dtype
+        bundle,
+        manifest,
+        backend=backend,
+        device=device,
+        resolution=resolution,
+        frames=frames,
+        dtype=dtype,
     )
     seeded = seeded_inputs(stated_config(manifest.config), record.geometry, seed)
     given: Loop | Calls = Loop(seeded, steps)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.exporter.build import Progress
 from wanexport.exporter.parity import FP32_GATE, Difference, Parity, difference, relative_l2
 from wanexport.exporter.peers import Key, Peers
 from wanexport.exporter.recorded import Calls, Loop
+from wanexport.exporter.request import Progress
 from wanexport.exporter.solver_oracle import exact_latents, shifted_grid
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.sample import make_plan, sample, set_first_frame

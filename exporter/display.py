@@ -27,6 +27,8 @@ def show_build(record: dict[str, Any]) -> None:
             f"width {geometry['width']}, {geometry['frames']} frames, {record['tokens']} tokens"
         )
         out.print(f"  engine {engine['name']}: {in_bytes(size)}")
+        if engine["attention"]:
+            out.print(f"  attention: {_attention(engine)}")
         out.print(
             f"  proof: {proof['method']}, {proof['blocks']} blocks at {proof['tokens']} tokens; "
             f"relative L2 error {proof['error']:.1e}, gate {proof['gate']:.1e}"
@@ -38,6 +40,10 @@ def show_build(record: dict[str, Any]) -> None:
     out.print(f"  {record['seconds']} s, peak memory {in_bytes(record['peak_rss_bytes'])}")
 
 
+def _attention(engine: dict[str, Any]) -> str:
+    return ", ".join(f"{name} to {keys} keys" for keys, name in engine["attention"].items())
+
+
 def show_run(record: dict[str, Any]) -> None:
     """What was sampled, and how fast."""
     out.print(
@@ -47,7 +53,11 @@ def show_run(record: dict[str, Any]) -> None:
     out.print(
         f"  {record['load_seconds']} s to load, {record['seconds_per_step']} s/step, "
         f"peak memory {in_bytes(record['peak_rss_bytes'])}"
+        + (f", on the GPU {in_bytes(gpu)}" if (gpu := record["peak_gpu_bytes"]) else "")
     )
+    if record["expert_switch_seconds"]:
+        shown = ", ".join(f"{seconds:.2f} s" for seconds in record["expert_switch_seconds"])
+        out.print(f"  expert switches: {shown}")
 
 
 def show_compare(result: dict[str, Any]) -> None:
@@ -76,6 +86,48 @@ def show_compare(result: dict[str, Any]) -> None:
     )
     verdict = "[green]passed[/]" if result["passed"] else "[red]failed[/]"
     out.print(f"{result['engine']}: {verdict}")
+
+
+def show_bench(result: dict[str, Any]) -> None:
+    """A row for each arm, why others have none, and the machine."""
+    table = _table(escape(f"{result['engine']}, {result['tokens']} tokens"))
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "arm": lambda line: line["arm"],
+        "ms a forward": _in_milliseconds,
+        "TFLOP/s": lambda line: f"{line['tflops']:.3g}",
+        "% floor": lambda line: f"{line['percent_of_floor']:.1f}",
+        "memory": lambda line: in_bytes(line["peak_bytes"]),
+        "start, s": lambda line: f"{line['cold_start']['first_step']:.1f}",
+        "1st/rest": lambda line: f"{line['first_to_steady']:.2f}",
+        "build, s": lambda line: _or_dash(line["compile_seconds"], ".1f"),
+        "differs": lambda line: in_short(line["difference"]),
+    }
+    if any(line["host_syncs"] is not None for line in result["arms"]):
+        columns["waits"] = lambda line: _or_dash(line["host_syncs"], "g")
+        columns["busy"] = lambda line: _or_dash(line["gpu_busy"], ".1%")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    for line in result["arms"]:
+        table.add_row(*(cell(line) for cell in columns.values()))
+    out.print(table)
+    for verdict, colour in (("failed", "red"), ("skipped", "yellow")):
+        for arm, reason in result[verdict].items():
+            out.print(f"[{colour}]{verdict}[/] {arm}: {escape(reason)}")
+    out.print(
+        f"{escape(result['machine'])}: {result['peak'] / 1e12:.3g} TFLOP/s in "
+        f"{result['product_dtype']} matrix products, PyTorch {result['torch']}; "
+        f"{result['flops_per_forward'] / 1e12:.3g} TFLOPs a forward, floor "
+        f"{1e3 * result['floor_seconds']:.4g} ms"
+    )
+
+
+def _in_milliseconds(line: dict[str, Any]) -> str:
+    median, least, most = (1e3 * line[name] for name in ("median", "min", "max"))
+    return f"{median:.4g} ({least:.4g} to {most:.4g})"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _table(title: str | None = None) -> Table:
@@ -125,6 +177,8 @@ def _engine_lines(engine: dict[str, Any]) -> Iterator[str]:
         f"{flops:.3g} TFLOPs a forward"
     )
     yield f"    target: {', '.join(f'{name} {value}' for name, value in engine['target'].items())}"
+    if engine["attention"]:
+        yield f"    attention: {_attention(engine)}"
     if proof:
         yield (
             f"    proof: {proof['method']}, {proof['blocks']} blocks at {proof['tokens']} tokens; "

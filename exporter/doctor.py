@@ -22,11 +22,13 @@ from wanexport.runtime.memory import available_bytes, limit_bytes
 
 _TIMEOUT = 120  # seconds for one import
 _IMPORTS = {  # where the package's name is not what is used of it
+    "apache-tvm-ffi": "import tvm_ffi",
     "onnx-ir": "import onnx_ir",
     "diffusers": "from diffusers import WanTransformer3DModel",
 }
 _TASKS = {  # what a user wants -> the extras of wanexport that it needs besides the base
     "run on a CPU": ("cpu",),
+    "run AOTInductor engines": ("aoti",),
     "build and compare": ("cpu", "build"),
     "compare with diffusers": ("cpu", "build", "diffusers"),
 }

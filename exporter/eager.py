@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from wanexport.runtime.geometry import Geometry
 
 
 class EagerEngine:
-    """The graph in eager PyTorch on the CPU, with tensors from a file; fp32 arrays in and out.
+    """The graph in eager PyTorch on a device, with tensors from a file; fp32 in and out.
 
     `tensors` says where each parameter lies. Each is rounded to `rounded` (fp32, bf16 or fp16: the
     dtype of a bundle's weights) and then cast to the graph's own dtype: a reference in fp32 upcasts
@@ -35,10 +34,15 @@ class EagerEngine:
         *,
         rounded: str = "fp32",
         resident: bool = True,
+        device: str = "cpu",
     ) -> None:
         self.tensors, self.dtype, self.rounded = tensors, DTYPES[dtype], DTYPES[rounded]
+        self.device = device
         with torch.device("meta"):
             self.model = WanModel(config, geometry, self.dtype)
+        for module in self.model.modules():
+            for name, table in module.named_buffers(recurse=False):
+                module.register_buffer(name, table.to(device), persistent=False)
         for prefix, module in self.model.named_modules():
             if resident:
                 self._read(prefix, module)
@@ -50,16 +54,16 @@ class EagerEngine:
         """Give the module its own parameters, not those of its children."""
         for name, _ in module.named_parameters(recurse=False):
             full = f"{prefix}.{name}" if prefix else name
-            tensor = read_tensor(self.tensors[full]).to(parameter_dtype(full, self.rounded))
+            stored = read_tensor(self.tensors[full]).to(self.device)
+            tensor = stored.to(parameter_dtype(full, self.rounded))
             _set(module, name, tensor.to(parameter_dtype(full, self.dtype)))
 
-    def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Run the model and return its velocity."""
+    def __call__(self, inputs: Mapping[str, Any]) -> Any:
+        """Run the model and return its velocity: numpy for numpy, a tensor for tensors."""
+        given = {name: torch.as_tensor(value).to(self.device) for name, value in inputs.items()}
         with torch.no_grad():
-            output: np.ndarray = self.model(
-                **{name: torch.from_numpy(array) for name, array in inputs.items()}
-            ).numpy()
-        return output
+            velocity = self.model(**given)
+        return velocity if isinstance(inputs["latent"], Tensor) else velocity.cpu().numpy()
 
 
 def _drop(module: nn.Module, *_hook_arguments: Any) -> None:

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 import click
 
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.load import BACKENDS, DEVICES, KERNELS
 
+DTYPES = ("fp32", "bf16", "fp16")
 SEED, COUNT = click.IntRange(min=0), click.IntRange(min=1)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -18,11 +20,30 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print the result
 def engine_options(command: _Command) -> _Command:
     """The options that choose one engine of a bundle."""
     for option in (
-        click.option("--dtype", type=click.Choice(["fp32", "fp16"]), help="Engine precision."),
+        click.option("--device", type=click.Choice(DEVICES), help="That runs the engine."),
+        click.option("--dtype", type=click.Choice(DTYPES), help="Engine precision."),
         click.option("--frames", type=int, help="Pixel frames of the engine."),
         click.option("--resolution", help="Height x width of the engine, as 480x832."),
-        click.option("--backend", type=click.Choice(["onnx"]), help="Engine backend."),
+        click.option("--backend", type=click.Choice(BACKENDS), help="Engine backend."),
     ):
+        command = option(command)
+    return command
+
+
+def aoti_options(command: _Command) -> _Command:
+    """The options of AOTInductor engines, as `load` takes them."""
+    for option in (
+        click.option(
+            "--cuda-graph/--no-cuda-graph", default=None,
+            help="Replay a captured graph. Default: where launching takes as long as running.",
+        ),
+        click.option(
+            "--offload", is_flag=True, help="Keep one of two experts on the GPU, swap them."
+        ),
+        click.option(
+            "--attention", type=click.Choice(KERNELS), help="Self-attention in an aoti engine."
+        ),
+    ):  # fmt: skip
         command = option(command)
     return command
 

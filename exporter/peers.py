@@ -16,7 +16,7 @@ from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
 from wanexport.runtime.denoiser import Denoiser, Engine
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import EngineRecord, Manifest, check_content
-from wanexport.runtime.memory import available_bytes
+from wanexport.runtime.memory import free_bytes
 
 IMPLEMENTATIONS = ("graph", "diffusers")
 
@@ -62,7 +62,8 @@ def open_peers(
     """
     config = stated_config(manifest.config)
     wanted = [*keys, *([(unrounded, "fp32")] if unrounded else [])]
-    needed, free = _bytes(config, wanted, len(tensors)), available_bytes()
+    device = record.target["device"]
+    needed, free = _bytes(config, wanted, len(tensors)), free_bytes(device)
     if needed > free and any(name == "diffusers" for name, _ in wanted):
         raise WanExportError(
             f"diffusers' model would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free: "
@@ -72,9 +73,18 @@ def open_peers(
     def engine(key: Key, own: Mapping[str, SourceTensor], rounded: str) -> Engine:
         name, dtype = key
         if name == "diffusers":
-            return DiffusersEngine(config, record.geometry, dtype, own, rounded=rounded)
-        resident = needed < free / 2
-        return EagerEngine(config, record.geometry, dtype, own, rounded=rounded, resident=resident)
+            return DiffusersEngine(
+                config, record.geometry, dtype, own, rounded=rounded, device=device
+            )
+        return EagerEngine(
+            config,
+            record.geometry,
+            dtype,
+            own,
+            rounded=rounded,
+            resident=needed < free / 2,
+            device=device,
+        )
 
     def peer(key: Key, rounded: str) -> Denoiser:
         return Denoiser(record, {e: engine(key, own, rounded) for e, own in tensors.items()})

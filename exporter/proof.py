@@ -5,9 +5,6 @@ more blocks and tokens than that is compared itself. An engine that this machine
 proven through its fp32 twin: the same cut in fp32, which widens the engine's own weights.
 """
 
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.exporter import to_onnx
+from wanexport.exporter.child import run_process
 from wanexport.exporter.eager import cut_to_ends, tensors_of_cut
-from wanexport.exporter.proof_process import Job
+from wanexport.exporter.proof_process import OnnxJob, RegionsJob
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.weights import weights_layout
 from wanexport.runtime.errors import WanExportError
@@ -57,7 +55,7 @@ def prove(
             graph = scratch / "cut.onnx"
             graph.write_bytes(to_onnx.serialize(lowered))
         for file in weights:
-            job = Job(
+            job = OnnxJob(
                 engine=str(engine.resolve()),
                 dtype=dtype,
                 runs_here=runs_here,
@@ -67,24 +65,15 @@ def prove(
                 config=asdict(cut),
                 geometry=asdict(small),
             )
-            figures.append(_run_in_fresh_process(job, scratch))
+            figures.append(run_in_fresh_process(job, scratch))
     worst = max(figures, key=lambda f: f["error"])
     return {**worst, "verify": verify, "seconds": round(time.monotonic() - started, 2)}
 
 
-def _run_in_fresh_process(job: Job, folder: Path) -> dict[str, Any]:
+def run_in_fresh_process(job: OnnxJob | RegionsJob, folder: Path) -> dict[str, Any]:
     """Run the proof; raises WanExportError with the child's last words when it fails or dies."""
-    path = folder / "job.json"
-    path.write_text(json.dumps(asdict(job)))
-    # -P: a file in the working directory must not stand in for a library.
-    command = [sys.executable, "-P", "-m", "wanexport.exporter.proof_process", str(path)]
-    child = subprocess.run(command, capture_output=True, text=True)
-    if child.returncode < 0:
-        raise WanExportError(
-            f"the built engine's proof was killed by signal {-child.returncode}: out of memory?"
-        )
-    if child.returncode > 0:
-        words = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
-        raise WanExportError(f"the built engine failed its proof: {words[-1]}")
-    result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return result
+    try:
+        return run_process("proof_process", job, folder)
+    except (WanExportError, RuntimeError) as error:
+        words = str(error).strip().splitlines()[-1]
+        raise WanExportError(f"the built engine failed its proof: {words}") from error

@@ -1,11 +1,10 @@
 """The side of the proof that runs in a process of its own.
 
-It opens the real engine, and compares the lowered cut with eager PyTorch.
+It opens the real engine, and compares it, or a lowered cut of it, with eager PyTorch.
 
     python -m wanexport.exporter.proof_process JOB.json        prints the result as JSON
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from wanexport.exporter.child import main
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import forward_inputs, measure
 from wanexport.graphs.config import WanConfig
-from wanexport.graphs.weights import bundle_tensors
+from wanexport.graphs.weights import bundle_tensors, read_tensor
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.load import WEIGHTS_FILE
@@ -27,8 +27,8 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the fresh process is told; all paths are absolute."""
+class OnnxJob:
+    """What the fresh process is told of an ONNX engine; all paths are absolute."""
 
     engine: str
     dtype: str
@@ -40,7 +40,23 @@ class Job:
     geometry: dict[str, Any]
 
 
-def prove(job: Job) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RegionsJob:
+    """What the fresh process is told of an AOTInductor engine; all paths are absolute."""
+
+    engine: dict[str, str]  # packages by role, as built
+    compared: dict[str, str]  # and those that run
+    parameters: dict[str, tuple[str, ...]]
+    attention: dict[str, str]
+    device: str
+    dtype: str
+    weights: str  # file
+    tensors: dict[str, str]  # names of the cut's parameters -> names in `weights`
+    config: dict[str, Any]  # of the cut
+    geometry: dict[str, Any]  # of `compared`
+
+
+def prove_onnx(job: OnnxJob) -> dict[str, Any]:
     """Open the engine and compare its cut.
 
     fp16 is not opened whole: ONNX Runtime would widen all its weights in memory.
@@ -62,7 +78,64 @@ def prove(job: Job) -> dict[str, Any]:
     velocity = OnnxEngine(Path(job.cut), Path(job.weights), keep_casts=not job.runs_here)(inputs)
     reference = eager("fp32")
     floor = eager(job.dtype) if job.runs_here and job.dtype != "fp32" else None
-    _check_finite(job.dtype, reference, velocity)
+    return _figures(job.dtype, method, config, geometry, velocity, reference, floor)
+
+
+def prove_regions(job: RegionsJob) -> dict[str, Any]:
+    """Open the packages and run them with the weights of the cut, on the device they are for.
+
+    Raises WanExportError when a package cannot be opened, an output is not finite, or the gate
+    fails.
+    """
+    import torch
+
+    from wanexport.runtime.aoti_engine import Regions, to_device
+    from wanexport.runtime.operators import open_kernel
+
+    config, geometry = WanConfig(**job.config), Geometry(**job.geometry)
+    device = torch.device("cuda", 0) if job.device == "cuda" else torch.device("cpu")
+    library = job.compared.get("flash_attention")
+    kernels = {
+        int(keys): open_kernel(name, Path(library) if library else None)
+        for keys, name in job.attention.items()
+    }
+
+    def open_regions(files: dict[str, str]) -> Regions:
+        paths = {role: Path(path) for role, path in files.items()}
+        return Regions(paths, job.parameters, config.num_layers, kernels, device)
+
+    regions = open_regions(job.compared)
+    method = "engine run on its first and last block"
+    if job.engine != job.compared:
+        open_regions(job.engine)
+        method = f"engine opened; compiled anew for {geometry.num_tokens} tokens and run"
+    inputs = forward_inputs(config, geometry, TIMESTEP, SEED)
+    sources = bundle_tensors(Path(job.weights), job.tensors)
+    tensors = {name: read_tensor(source).to(device) for name, source in sources.items()}
+    given = [to_device(value, device) for value in inputs.values()]
+    velocity = regions.bind(tensors)(given).cpu().numpy()
+
+    def eager(dtype: str) -> np.ndarray:
+        model = EagerEngine(config, geometry, dtype, sources, resident=False, device=job.device)
+        output: np.ndarray = model(inputs)
+        return output
+
+    reference = eager("fp32")
+    floor = None if job.dtype == "fp32" else eager(job.dtype)
+    return _figures(job.dtype, method, config, geometry, velocity, reference, floor)
+
+
+def _figures(
+    dtype: str,
+    method: str,
+    config: WanConfig,
+    geometry: Geometry,
+    velocity: np.ndarray,
+    reference: np.ndarray,
+    floor: np.ndarray | None,
+) -> dict[str, Any]:
+    """What the manifest says of the proof. Raises WanExportError when it failed."""
+    _check_finite(dtype, reference, velocity)
     parity = measure(velocity, reference, floor)
     if not parity.passed:
         raise WanExportError(
@@ -88,13 +161,10 @@ def _check_finite(dtype: str, reference: np.ndarray, velocity: np.ndarray) -> No
         )
 
 
-def main(path: str) -> None:
-    """Entry point of the fresh process."""
-    try:
-        print(json.dumps(prove(Job(**json.loads(Path(path).read_text())))))
-    except WanExportError as error:
-        sys.exit(str(error))
+def _prove(job: dict[str, Any]) -> dict[str, Any]:
+    """Either kind of job: only that of an ONNX engine has a cut."""
+    return prove_onnx(OnnxJob(**job)) if "cut" in job else prove_regions(RegionsJob(**job))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], _prove)

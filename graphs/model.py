@@ -10,6 +10,7 @@ Not here: sampling, checkpoints, and which kernel attention uses.
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from wanexport.graphs.config import IMAGE_DIM, WanConfig
 from wanexport.graphs.rope import apply_rope, axis_dims, axis_table, combine_axes
-from wanexport.runtime.attention import attention
 from wanexport.runtime.geometry import PATCH, Geometry
+from wanexport.runtime.operators import attention
 
 _FP32_PARAMETERS = re.compile(
     r"time_embedding\.|time_projection\.|head\.|.*modulation$|.*norm|img_emb\.(proj\.[04]\.|emb_pos)"
@@ -72,9 +73,9 @@ class Conditioning(NamedTuple):
 
     time: Tensor  # [R, 6, dim] fp32
     text: Tensor  # [1, text_len, dim]
-    image: Tensor | None  # [1, 257 or 514, dim]
     cos: Tensor  # [1, L, 1, head_dim/2] fp32
     sin: Tensor
+    image: Tensor | None = None  # [1, 257 or 514, dim]
 
 
 class AttentionLayer(nn.Module):
@@ -234,7 +235,13 @@ class WanModel(nn.Module):
     rope_rows: Tensor
     rope_columns: Tensor
 
-    def __init__(self, config: WanConfig, geometry: Geometry, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: WanConfig,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        block: Callable[[WanConfig], Block] = Block,
+    ) -> None:
         super().__init__()
         self.config, self.geometry, self.dtype = config, geometry, dtype
         dim, patch = config.dim, (1, PATCH, PATCH)
@@ -249,7 +256,7 @@ class WanModel(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         if config.image_tokens:
             self.img_emb = ImageEmbedding(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
         self.head = Head(config)
         axes = zip(("frames", "rows", "columns"), geometry.grid, axis_dims(config.head_dim))
         for name, length, axis_dim in axes:
@@ -275,6 +282,30 @@ class WanModel(nn.Module):
         time = self.time_embedding(self.time_features(timestep))
         return time, self.time_projection(time).reshape(-1, 6, self.config.dim)
 
+    def embed(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        condition: Tensor | None = None,
+        image: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Conditioning]:
+        """Residual stream [R, n, dim], time embedding [R, dim], and what the blocks are given."""
+        if condition is not None:
+            latent = torch.cat([latent, condition], dim=1)
+        patches = self.patch_embedding(self.patchify(latent))
+        x = patches.reshape(timestep.shape[0], -1, self.config.dim)
+        time, projection = self.embed_time(timestep)
+        cos, sin = combine_axes(self.rope_frames, self.rope_rows, self.rope_columns)
+        cond = Conditioning(
+            time=projection,
+            text=self.text_embedding(text),
+            cos=cos,
+            sin=sin,
+            image=None if image is None else self.img_emb(image),
+        )
+        return x, time, cond
+
     def forward(
         self,
         latent: Tensor,
@@ -284,19 +315,7 @@ class WanModel(nn.Module):
         image: Tensor | None = None,
     ) -> Tensor:
         """Return the velocity [1, C, F, h, w]; all tensors fp32, shapes as in `input_shapes`."""
-        if condition is not None:
-            latent = torch.cat([latent, condition], dim=1)
-        patches = self.patch_embedding(self.patchify(latent))
-        x = patches.reshape(timestep.shape[0], -1, self.config.dim)  # residual stream
-        time, projection = self.embed_time(timestep)
-        cos, sin = combine_axes(self.rope_frames, self.rope_rows, self.rope_columns)
-        cond = Conditioning(
-            time=projection,
-            text=self.text_embedding(text),
-            image=None if image is None else self.img_emb(image),
-            cos=cos,
-            sin=sin,
-        )
+        x, time, cond = self.embed(latent, timestep, text, condition, image)
         for block in self.blocks:
             x = block(x, cond)
         return self.unpatchify(self.head(x, time))

@@ -13,18 +13,25 @@ from wanexport.runtime.memory import limit_bytes
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
 
 Array = Any  # a numpy array or a torch tensor
-Engine = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+Engine = Callable[[Mapping[str, Any]], Any]
 
 
 class Denoiser:
     """Velocity of a latent at a timestep, from one engine of a bundle.
 
-    `engines` maps each expert to its engine; a model without experts has the one key "".
+    `engines` maps each expert to its engine; a model without experts has the one key "". `array`
+    makes of a caller's array what the engine takes: fp32 in numpy, or a torch tensor on its device.
     """
 
-    def __init__(self, record: EngineRecord, engines: Mapping[str, Engine]) -> None:
+    def __init__(
+        self,
+        record: EngineRecord,
+        engines: Mapping[str, Engine],
+        array: Callable[[Array], Array] | None = None,
+    ) -> None:
         self.record = record
         self.engines = dict(engines)
+        self.array = array or to_numpy
 
     @property
     def inputs(self) -> dict[str, TensorSpec]:
@@ -55,22 +62,31 @@ class Denoiser:
         latent [1, C, F, h, w]; timestep a number or [1], for TI2V also [F]; text [n, 4096] or
         [1, n, 4096] with n <= 512, zero-padded to 512 here; condition and image as in `inputs`.
         Raises WanExportError, a ValueError, for a missing, unexpected or wrongly shaped input, for
-        one with NaN or Inf, and when the engine needs more memory than there can be.
+        one with NaN or Inf, and when the engine needs more memory than there can be. Tensors on a
+        GPU are not searched for NaN, and nothing waits for them; a timestep there is waited for.
         """
         self._check_memory()
         given = {"latent": latent, "text": text, "condition": condition, "image": image}
-        arrays = {name: to_numpy(value) for name, value in given.items() if value is not None}
-        arrays["timestep"] = self._broadcast(to_numpy(timestep))
+        arrays = {name: _fp32(value) for name, value in given.items() if value is not None}
+        times = self._broadcast(to_numpy(timestep))
         if "text" in arrays:
             arrays["text"] = pad_text(arrays["text"], self.inputs["text"].shape)
-        self._check(arrays)
-        velocity = self.engines[self.expert(float(arrays["timestep"].max()))](arrays)
-        if velocity.shape != self.record.output.shape:
+        self._check({**arrays, "timestep": times})
+        on_device = {name: self.array(value) for name, value in arrays.items()}
+        on_device["timestep"] = self.array(times)
+        velocity = self.engines[self.expert(float(times.max()))](on_device)
+        if tuple(velocity.shape) != self.record.output.shape:
             raise WanExportError(
                 f"engine {self.record.name} gave {list(velocity.shape)}, its record says "
                 f"{list(self.record.output.shape)}: run wanexport build again"
             )
         return like(velocity, latent)
+
+    @property
+    def switch_seconds(self) -> list[float]:
+        """How long each replacement of one expert's weights by the other's took."""
+        held = {id(w): w for e in self.engines.values() if (w := getattr(e, "weights", None))}
+        return [seconds for weights in held.values() for seconds in weights.switches]
 
     def expert(self, timestep: float) -> str:
         """The expert that serves this timestep; empty where there is only one model."""
@@ -85,7 +101,7 @@ class Denoiser:
             return np.full(shape, timestep.item(), np.float32)
         return timestep
 
-    def _check(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def _check(self, arrays: Mapping[str, Array]) -> None:
         missing = [name for name in self.inputs if name not in arrays]
         extra = [name for name in arrays if name not in self.inputs]
         if missing or extra:
@@ -98,13 +114,13 @@ class Denoiser:
                 )
             )
         for name, spec in self.inputs.items():
-            if arrays[name].shape != spec.shape:
+            shape = tuple(arrays[name].shape)
+            if shape != spec.shape:
                 raise WanExportError(
-                    f"{name} has shape {list(arrays[name].shape)}, engine {self.record.name} takes "
-                    f"{list(spec.shape)}{self._rebuild_hint(name, arrays[name].shape)}"
+                    f"{name} has shape {list(shape)}, engine {self.record.name} takes "
+                    f"{list(spec.shape)}{self._rebuild_hint(name, shape)}"
                 )
-            if not np.isfinite(arrays[name]).all():
-                bad = int((~np.isfinite(arrays[name])).sum())
+            if bad := count_not_finite(arrays[name]):
                 raise WanExportError(
                     f"{name} has {bad} values that are NaN or Inf: expected finite ones; "
                     f"look at what made it"
@@ -151,16 +167,39 @@ def to_numpy(value: Array) -> np.ndarray:
         ) from error
 
 
-def like(array: np.ndarray, model: Array) -> Array:
+def _fp32(value: Array) -> Array:
+    """A tensor on a GPU as it is, anything else as an fp32 numpy array."""
+    return value if is_on_gpu(value) else to_numpy(value)
+
+
+def is_on_gpu(value: Any) -> bool:
+    """Whether value is a torch tensor on a CUDA device."""
+    return is_torch(value) and bool(value.is_cuda)
+
+
+def is_finite(value: Array) -> bool:
+    """Whether no element is NaN or Inf; waits for the device of a tensor on a GPU."""
+    if is_torch(value):
+        return bool(value.isfinite().all())
+    return bool(np.isfinite(value).all())
+
+
+def count_not_finite(value: Array) -> int:
+    """How many elements are NaN or Inf; 0 for a tensor on a GPU, which would have to be awaited."""
+    return 0 if is_on_gpu(value) else int((~np.isfinite(value)).sum())
+
+
+def like(array: Array, model: Array) -> Array:
     """array as the kind that model is: numpy, or torch on model's device; always fp32."""
     if not is_torch(model):
-        return array
+        return to_numpy(array)
     import torch
 
-    return torch.from_numpy(array).to(model.device)
+    tensor = array if is_torch(array) else torch.from_numpy(array)
+    return tensor.to(model.device)
 
 
-def pad_text(text: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def pad_text(text: Array, shape: tuple[int, ...]) -> Array:
     """Zero-pad text embeddings [n, D] or [1, n, D] to [1, 512, D]: Wan attends to the zero rows.
 
     Raises WanExportError when there are more rows than the model takes.
@@ -173,4 +212,9 @@ def pad_text(text: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         )
     if text.ndim != 3 or text.shape[1] == shape[1]:
         return text
-    return np.pad(text, ((0, 0), (0, shape[1] - text.shape[1]), (0, 0)))
+    missing = shape[1] - text.shape[1]
+    if is_torch(text):
+        import torch
+
+        return torch.nn.functional.pad(text, (0, 0, 0, missing))
+    return np.pad(text, ((0, 0), (0, missing), (0, 0)))

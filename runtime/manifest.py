@@ -24,6 +24,8 @@ from wanexport.runtime.tensorfile import header_sha256
 SCHEMA = 1
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+REGIONS = ("embed", "block", "head")  # that an AOTInductor engine is compiled in
+BLOCK = "blocks.{}."  # how the parameters of one block are named
 _CHUNK = 1 << 24
 
 
@@ -82,6 +84,8 @@ class EngineRecord:
     weights_header_sha256: str
     key: str
     target: dict[str, str]
+    parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of each region, in order
+    attention: dict[str, str] = field(default_factory=dict)  # number of keys -> kernel
     build: dict[str, Any] = field(default_factory=dict)
     lint: dict[str, int] = field(default_factory=dict)
     proof: dict[str, Any] = field(default_factory=dict)
@@ -89,8 +93,13 @@ class EngineRecord:
 
     @property
     def name(self) -> str:
-        """How messages and folders call this engine: 480x832x81/onnx-fp32."""
-        return f"{self.geometry.name}/{self.backend}-{self.dtype}"
+        """How messages and folders call this engine: 480x832x81/aoti-bf16-sm90."""
+        return f"{self.geometry.name}/{engine_label(self.backend, self.dtype, self.target)}"
+
+
+def engine_label(backend: str, dtype: str, target: Mapping[str, str]) -> str:
+    """Backend and precision, and for compiled code the processor that it is for."""
+    return f"{backend}-{dtype}" + (f"-{target['arch']}" if "arch" in target else "")
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,21 @@ def from_json(data: Mapping[str, Any]) -> Manifest:
         missing = {"latent", "timestep", "text"} - set(engine.inputs)
         if missing:
             raise ValueError(f"engine {engine.name} has no input {', '.join(sorted(missing))}")
+        _check_regions(engine, manifest.config)
     return manifest
+
+
+def _check_regions(engine: EngineRecord, config: Mapping[str, Any]) -> None:
+    """Raise ValueError when an engine lacks what running it takes."""
+    if "device" not in engine.target:
+        raise ValueError(f"engine {engine.name} is for no device")
+    if engine.backend == "aoti":
+        if not set(REGIONS) <= engine.files.keys() & engine.parameters.keys():
+            raise ValueError(f"engine {engine.name} lacks one of {', '.join(REGIONS)}")
+        if not all(keys.isdecimal() for keys in engine.attention):
+            raise ValueError(f"engine {engine.name} has attention to what is no number of keys")
+        if type(config.get("num_layers")) is not int:
+            raise ValueError("num_layers is no number")
 
 
 def _decode(hint: Any, data: Any, where: str) -> Any:

@@ -1,6 +1,7 @@
 """How much memory there is, and how much was used."""
 
 import resource
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,22 @@ def peak_rss() -> int:
     """Largest resident memory of this process or of any finished child, in bytes."""
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return max(resource.getrusage(w).ru_maxrss for w in who) * 1024
+
+
+def peak_gpu_bytes() -> int:
+    """Most GPU memory that this process's tensors took at a time; 0 where it has used no GPU."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_allocated() if torch and torch.cuda.is_initialized() else 0
+
+
+def free_bytes(device: str) -> int:
+    """Memory that can be had on a device, `cpu` or `cuda`."""
+    if device == "cpu":
+        return available_bytes()
+    import torch
+
+    free: int = torch.cuda.mem_get_info()[0]
+    return free
 
 
 def available_bytes() -> int:

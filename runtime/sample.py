@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.denoiser import is_torch, like, to_numpy
+from wanexport.runtime.denoiser import is_finite, is_torch, like, to_numpy
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import SamplingDefaults
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS, SOLVERS, Schedule, make_schedule
@@ -78,8 +78,8 @@ def sample(
     if first_frame is not None:
         _check_first_frame(denoiser, latent, first_frame)
         first_frame = to_fp32_like(first_frame, latent)
-    _check_finite(noise=noise, text=text, negative=negative, first_frame=first_frame)
     constant = {"condition": condition, "image": image}
+    _check_finite(noise=noise, text=text, negative=negative, first_frame=first_frame, **constant)
     extras = {name: value for name, value in constant.items() if value is not None}
     return _run(denoiser, plan, latent, text, negative, first_frame, extras)
 
@@ -168,7 +168,7 @@ def _run(
 def _check_finite(**inputs: Array | None) -> None:
     """Name an input by what the caller called it, before it becomes part of something else."""
     for name, value in inputs.items():
-        if value is not None and not bool(np.isfinite(to_numpy(value)).all()):
+        if value is not None and not is_finite(value if is_torch(value) else to_numpy(value)):
             raise WanExportError(f"{name} has NaN or Inf: expected finite values")
 
 

@@ -169,7 +169,10 @@ def in_code(name: str, fault: object, dtype: str = "fp32") -> Fault:
     def plant(bundle: Path) -> Result:
         proof = {"method": "none", "blocks": 0, "tokens": 0, "error": 0.0, "gate": 0.0}
         source, faulty = bundle.parent / "model", bundle.parent / "faulty"
-        with patch.object(graph, name, fault), patch("wanexport.exporter.build.prove") as prove:
+        with (
+            patch.object(graph, name, fault),
+            patch("wanexport.exporter.onnx_backend.prove") as prove,
+        ):
             prove.return_value = proof
             build(str(source), **SHAPE, dtype=dtype, output=faulty)  # type: ignore[arg-type]
             return compare(faulty, reference="diffusers")

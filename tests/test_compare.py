@@ -242,7 +242,7 @@ def test_calls_of_every_kind_of_model_are_recorded(
 
 def test_a_large_model_is_streamed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compare(bundle, dtype="fp32", steps=2)
-    monkeypatch.setattr("wanexport.exporter.peers.available_bytes", lambda: 10**6)
+    monkeypatch.setattr("wanexport.exporter.peers.free_bytes", lambda device: 10**6)
     again = compare(bundle, dtype="fp32", steps=2)
     assert again["steps"] == first["steps"]
     with pytest.raises(WanExportError, match=r"diffusers' model would take 0.0 GB of 0.0 GB free"):

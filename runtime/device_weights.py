@@ -1,0 +1,149 @@
+"""A weights file in one buffer of device memory, read once for all engines that need it."""
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.tensorfile import TensorEntry, read_header
+
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_ALIGNMENT = 256  # bytes: what compiled kernels expect, and the caching allocator gives
+_PIECE = 16 << 20  # bytes read at a time, by each thread
+_THREADS = 8
+
+_resident: WeakValueDictionary[tuple[object, ...], "DeviceWeights"] = WeakValueDictionary()
+_lock = threading.Lock()
+
+
+class _Piece(NamedTuple):
+    """Bytes of the file, and where in the buffer they go."""
+
+    source: int
+    target: int
+    size: int
+
+
+class DeviceWeights:
+    """The tensors of a weights file on a device, by name.
+
+    Files of one layout share a buffer by turns: `use` replaces its content, and the tensors, being
+    views of it, stay valid. `switches` has the seconds of each replacement.
+    Raises WanExportError when the file cannot be read or the device has too little memory.
+    """
+
+    def __init__(self, file: Path, device: torch.device) -> None:
+        self.device = device
+        self.file: Path | None = file  # None while its content is neither
+        self.switches: list[float] = []
+        self._entries = read_header(file)
+        offsets, total = _offsets(self._entries)
+        _check_room(total, device, file)
+        self.buffer = torch.empty(total, dtype=torch.uint8, device=device)
+        self.tensors = {
+            name: self._view(entry, offsets[name]) for name, entry in self._entries.items()
+        }
+        self._pieces = [
+            _Piece(entry.offset + done, offsets[name] + done, min(_PIECE, entry.size - done))
+            for name, entry in self._entries.items()
+            for done in range(0, entry.size, _PIECE)
+        ]
+        self._fill(file)
+
+    def use(self, file: Path) -> None:
+        """Hold the tensors of this file, whose header is that of the first."""
+        if file != self.file:
+            started, self.file = time.perf_counter(), None
+            self._fill(file)
+            self.file = file
+            self.switches.append(time.perf_counter() - started)
+
+    def _view(self, entry: TensorEntry, offset: int) -> Tensor:
+        raw = self.buffer[offset : offset + entry.size]
+        return raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+    def _fill(self, file: Path) -> None:
+        """Read with several threads; through pinned memory where the buffer is on a GPU."""
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            if self.device.type == "cuda":  # what still reads the old content must end first
+                torch.cuda.synchronize(self.device)
+            with ThreadPoolExecutor(_THREADS) as pool:
+                shares = [self._pieces[i::_THREADS] for i in range(_THREADS)]
+                list(pool.map(partial(self._read, handle, file), shares))
+        finally:
+            os.close(handle)
+
+    def _read(self, handle: int, file: Path, pieces: list[_Piece]) -> None:
+        if self.device.type != "cuda":
+            for piece in pieces:
+                target = self.buffer[piece.target : piece.target + piece.size]
+                _read_piece(handle, file, piece, target)
+            return
+        # Two pinned buffers: one is read into while the other is copied.
+        staging = torch.empty(2, _PIECE, dtype=torch.uint8, pin_memory=True)
+        copied = [torch.cuda.Event() for _ in staging]
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream()):
+            for number, piece in enumerate(pieces):
+                half = number % 2
+                copied[half].synchronize()
+                pinned = staging[half, : piece.size]
+                _read_piece(handle, file, piece, pinned)
+                target = self.buffer[piece.target : piece.target + piece.size]
+                target.copy_(pinned, non_blocking=True)
+                copied[half].record()
+            for event in copied:
+                event.synchronize()
+
+
+def device_weights(file: Path, device: torch.device, *, private: bool = False) -> DeviceWeights:
+    """The weights of a file on a device: those already there, if any engine of this process holds
+    them, or read anew. private ones are never shared: their content will be replaced."""
+    if private:
+        return DeviceWeights(file, device)
+    stat = file.stat()
+    key = (str(device), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    with _lock:
+        weights = _resident.get(key)
+        if weights is None:
+            weights = _resident[key] = DeviceWeights(file, device)
+    return weights
+
+
+def _offsets(entries: dict[str, TensorEntry]) -> tuple[dict[str, int], int]:
+    """Where each tensor lies in the buffer, aligned, and the buffer's size."""
+    offsets, end = {}, 0
+    for name, entry in entries.items():
+        offsets[name] = end
+        end += -(-entry.size // _ALIGNMENT) * _ALIGNMENT
+    return offsets, end
+
+
+def _check_room(size: int, device: torch.device, file: Path) -> None:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if size > free:
+            raise WanExportError(
+                f"{file} takes {size / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} of "
+                f"{total / 1e9:.1f} GB free: close what else uses it, or use --offload where the "
+                f"model has two experts"
+            )
+
+
+def _read_piece(handle: int, file: Path, piece: _Piece, target: Tensor) -> None:
+    view = memoryview(target.numpy().data)
+    done = 0
+    while done < piece.size:
+        count = os.preadv(handle, [view[done:]], piece.source + done)
+        if not count:
+            raise WanExportError(f"{file} ended while it was read: write it again")
+        done += count
