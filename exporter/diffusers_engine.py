@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +16,10 @@ _CLIP_TOKENS = 257  # of one image
 
 
 class DiffusersEngine:
-    """`WanTransformer3DModel` on the CPU with tensors under the official names; fp32 in and out.
+    """`WanTransformer3DModel` on a device with tensors under the official names; fp32 in and out.
 
     Arguments are `EagerEngine`'s; the model is always resident. In bf16 and fp16 the modules that
-    diffusers keeps in fp32 stay so.
+    diffusers keeps in fp32 stay so. Tensors are cast on the device, one at a time.
     """
 
     def __init__(
@@ -31,22 +30,25 @@ class DiffusersEngine:
         tensors: Mapping[str, SourceTensor],
         *,
         rounded: str = "fp32",
+        device: str = "cpu",
     ) -> None:
         self.config, self.geometry, self.dtype = config, geometry, DTYPES[dtype]
-        self.model = _empty_model(config)
+        self.device = device
+        self.model = _empty_model(config, device)
         kept = set(self.model._keep_in_fp32_modules)
         state = {}
         for name in self.model.state_dict():
             official = official_name(name)
-            tensor = read_tensor(tensors[official]).to(parameter_dtype(official, DTYPES[rounded]))
+            stored = read_tensor(tensors[official]).to(device)
+            tensor = stored.to(parameter_dtype(official, DTYPES[rounded]))
             keep = kept & set(name.split("."))
             state[name] = tensor.to(torch.float32 if keep else self.dtype)
         self.model.load_state_dict(state, assign=True)
         self.model.eval().requires_grad_(False)
 
-    def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Run the model and return its velocity."""
-        given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    def __call__(self, inputs: Mapping[str, Any]) -> Any:
+        """Run the model and return its velocity: numpy for numpy, a tensor for tensors."""
+        given = {name: torch.as_tensor(value).to(self.device) for name, value in inputs.items()}
         latent = given["latent"]
         if "condition" in given:
             latent = torch.cat([latent, given["condition"]], dim=1)
@@ -61,8 +63,8 @@ class DiffusersEngine:
                 encoder_hidden_states_image=image,
                 return_dict=False,
             )
-        output: np.ndarray = velocity.float().numpy()
-        return output
+        output = velocity.float()
+        return output if isinstance(inputs["latent"], Tensor) else output.cpu().numpy()
 
     def _timestep(self, timestep: Tensor) -> Tensor:
         """[1] as it is; TI2V's [F] as diffusers takes it, one for each token: [1, L]."""
@@ -72,8 +74,8 @@ class DiffusersEngine:
         return timestep.repeat_interleave(rows * columns)[None]
 
 
-def _empty_model(config: WanConfig) -> Any:
-    """The model with parameters on the meta device; its RoPE tables are real."""
+def _empty_model(config: WanConfig, device: str) -> Any:
+    """The model with parameters on the meta device; its RoPE tables are real, on `device`."""
     from diffusers import WanTransformer3DModel
 
     settings = {
@@ -93,5 +95,5 @@ def _empty_model(config: WanConfig) -> Any:
     }
     with torch.device("meta"):
         model = WanTransformer3DModel(**settings)
-    model.rope = type(model.rope)(config.head_dim, settings["patch_size"], 1024)
+    model.rope = type(model.rope)(config.head_dim, settings["patch_size"], 1024).to(device)
     return model
