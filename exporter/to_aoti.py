@@ -3,16 +3,13 @@
 python -m wanexport.exporter.to_aoti JOB.json        compiles one region
 """
 
-import logging
 import os
 import sys
 import time
-import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +18,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from wanexport.exporter.child import main, run_process
+from wanexport.exporter.quiet import quiet
 from wanexport.exporter.request import Progress
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.lint import count, lint_program
@@ -121,7 +119,7 @@ def _compile(program: ExportedProgram, path: Path) -> None:
     from torch._inductor.exc import CppCompileError, InductorError
 
     # Inductor writes the package where it likes only under a .pt2 name of its own.
-    with TemporaryDirectory() as scratch, _quiet():
+    with TemporaryDirectory() as scratch, quiet("torch._inductor"):
         package = Path(scratch) / "model.pt2"
         try:
             aoti_compile_and_package(program, package_path=str(package), inductor_configs=_CONFIGS)
@@ -166,20 +164,6 @@ def _check_linkage(package: Path) -> None:
                     f"the compiler {compiler} links libstdc++ statically, and what it makes "
                     f"crashes when PyTorch loads it: set CXX to a g++ that links it dynamically"
                 )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence notices of torch's compiler that are not the user's."""
-    logger = logging.getLogger("torch._inductor")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 if __name__ == "__main__":

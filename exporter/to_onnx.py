@@ -4,11 +4,8 @@ The parameters become initializers whose data lies in the bundle's safetensors f
 the file, byte offset and length, and holds no weight itself.
 """
 
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -28,6 +25,7 @@ from onnxscript import optimizer
 from torch.export import ExportedProgram
 
 from wanexport.exporter.onnx_lint import lint_onnx
+from wanexport.exporter.quiet import quiet
 from wanexport.exporter.trace import trace
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.lint import count, lint_program
@@ -60,7 +58,7 @@ def to_onnx(program: ExportedProgram, weights: Mapping[str, TensorEntry]) -> ir.
 
     A parameter stored in another dtype than the program's is cast where it is first used.
     """
-    with _quiet():
+    with quiet("torch.onnx"):
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -161,20 +159,6 @@ def serialize(model: ir.Model) -> bytes:
 def node_counts(model: ir.Model) -> Counter[str]:
     """How many nodes of each operator the graph has."""
     return Counter(node.op_type for node in model.graph)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence notices of torch's exporter about packages and APIs that are not the user's."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
