@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,6 @@ from wanexport.runtime import aoti_engine
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.manifest import EngineRecord
 
-LIBRARIES = ("torch",)
 BINDING = aoti_engine.BINDING
 
 
@@ -27,6 +28,15 @@ def code(device: str) -> tuple[ModuleType, ...]:
     from wanexport.graphs import fused_block, kernels  # needs Triton
 
     return to_aoti, regions, fused_block, kernels
+
+
+def libraries(request: Request) -> dict[str, str]:
+    """Versions of what compiles the engine; another kernel of attention makes another engine."""
+    found = {"torch": version("torch")}
+    if _flash_attention_serves(request):
+        with suppress(WanExportError):  # not installed
+            found |= flash_attention_versions()
+    return found
 
 
 def target(device: str) -> dict[str, str]:
@@ -70,10 +80,9 @@ def compile_engine(folder: Path, request: Request, progress: Progress) -> Compil
 
 
 def _flash_attention(folder: Path, request: Request) -> tuple[Path | None, dict[str, Any]]:
-    """The compiled kernel for Hopper and newer, and its versions; why there is none is said."""
+    """The compiled kernel and its versions; why there is none, where it would serve, is said."""
     wanted = request.attention == "fa4"
-    serves = request.target["arch"].startswith("sm9")
-    if request.dtype == "fp32" or not serves or request.attention not in (None, "fa4"):
+    if not _flash_attention_serves(request):
         if wanted:
             raise WanExportError(
                 f"FlashAttention-4 is compiled for bf16 or fp16 on Hopper, not {request.dtype} on "
@@ -91,6 +100,11 @@ def _flash_attention(folder: Path, request: Request) -> tuple[Path | None, dict[
         warnings.warn(f"attention will run on cuDNN: {error}", WanExportWarning, stacklevel=2)
         return None, {"flash_attention": str(error)}
     return library, versions
+
+
+def _flash_attention_serves(request: Request) -> bool:
+    is_hopper = request.target["arch"].startswith("sm9")
+    return is_hopper and request.dtype != "fp32" and request.attention in (None, "fa4")
 
 
 def prove(

@@ -251,9 +251,13 @@ def engine_key(request: Request) -> str:
     """Hash of all that decides an engine's files and record; the weights are not among it."""
     backend = BACKENDS[request.backend]
     code = [inspect.getsource(module) for module in (*_GRAPH_CODE, *backend.code(request.device))]
-    libraries = {name: version(name) for name in backend.LIBRARIES}
     bound = {name: request.target[name] for name in backend.BINDING if name in request.target}
-    parts = [asdict(replace(request, target=bound)), request.weights_header, code, libraries]
+    parts = [
+        asdict(replace(request, target=bound)),
+        request.weights_header,
+        code,
+        backend.libraries(request),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -281,7 +285,7 @@ def compile_engine(writer: BundleWriter, request: Request, progress: Progress) -
             "seconds": round(time.monotonic() - started, 2),
             "flops_per_forward": signature.forward_flops(config, geometry),
             **compiled.build,
-            **{library: version(library) for library in backend.LIBRARIES},
+            **backend.libraries(request),
         },
         lint=compiled.lint,
     )

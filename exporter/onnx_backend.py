@@ -1,6 +1,7 @@
 """ONNX engines: what `build` asks of this backend."""
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,13 +15,17 @@ from wanexport.runtime import onnx_engine
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.manifest import EngineRecord
 
-LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 BINDING = ()  # an ONNX file is bound to no machine
 
 
 def code(device: str) -> tuple[ModuleType, ...]:
     """What decides an engine's bytes, beside the graph's own code."""
     return onnx_lint, trace, to_onnx
+
+
+def libraries(request: Request) -> dict[str, str]:
+    """Versions of what makes the graph."""
+    return {name: version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")}
 
 
 def target(device: str) -> dict[str, str]:

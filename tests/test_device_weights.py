@@ -1,0 +1,66 @@
+"""Weights in one buffer: what it holds, who shares it, and what a failed switch leaves."""
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wanexport.graphs.config import PRESETS
+from wanexport.graphs.weights import RandomWeights, write_weights
+from wanexport.runtime import WanExportError
+from wanexport.runtime.device_weights import DeviceWeights, device_weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two weights files of one layout."""
+    folder, config = tmp_path_factory.mktemp("weights"), PRESETS["tiny"].config
+    paths = [folder / f"{seed}.safetensors" for seed in (0, 1)]
+    for seed, path in enumerate(paths):
+        write_weights(path, config, "bf16", RandomWeights(config, seed, ""))
+    return paths
+
+
+def assert_holds(weights: DeviceWeights, file: Path) -> None:
+    expected = load_file(file)
+    assert weights.tensors.keys() == expected.keys()
+    for name, tensor in weights.tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+        assert tensor.is_contiguous() and tensor.storage_offset() * tensor.itemsize % 256 == 0
+
+
+def test_the_buffer_holds_the_file_and_then_the_other(files: list[Path]) -> None:
+    weights = DeviceWeights(files[0], CPU)
+    assert_holds(weights, files[0])
+    kept = weights.tensors["head.head.weight"]
+    weights.use(files[0])
+    assert not weights.switches
+    weights.use(files[1])
+    assert_holds(weights, files[1])
+    assert weights.tensors["head.head.weight"] is kept and len(weights.switches) == 1
+
+
+def test_a_failed_switch_is_made_good_by_the_next(files: list[Path], tmp_path: Path) -> None:
+    weights = DeviceWeights(files[0], CPU)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(files[1].read_bytes()[:-1000])
+    with pytest.raises(WanExportError, match="ended while it was read"):
+        weights.use(cut)
+    weights.use(files[0])
+    assert_holds(weights, files[0])
+
+
+def test_one_file_is_read_once_while_anyone_holds_it(files: list[Path]) -> None:
+    first = device_weights(files[0], CPU)
+    assert device_weights(files[0], CPU) is first
+    assert device_weights(files[1], CPU) is not first
+    assert device_weights(files[0], CPU, private=True) is not first
+    alive = weakref.ref(first)
+    del first
+    gc.collect()
+    assert alive() is None
