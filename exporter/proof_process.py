@@ -105,7 +105,7 @@ def prove_regions(job: RegionsJob) -> dict[str, Any]:
         return Regions(paths, job.parameters, config.num_layers, kernels, device)
 
     regions = open_regions(job.compared)
-    method = "engine run on its first and last block"
+    method = "engine opened and run"
     if job.engine != job.compared:
         open_regions(job.engine)
         method = f"engine opened; compiled anew for {geometry.num_tokens} tokens and run"
