@@ -103,6 +103,8 @@ def compile_region(job: RegionJob) -> dict[str, Any]:
     if findings:
         raise RuntimeError(f"unclean graph: {findings[0]}, and {len(findings) - 1} more")
     path = Path(job.path)
+    if job.device == "cuda":
+        _take_no_vector_instructions()
     _compile(program, path)
     _check_linkage(path)
     return {"lint": count(findings), "seconds": round(time.monotonic() - started, 2)}
@@ -114,6 +116,14 @@ def _block_of(device: str) -> Callable[[WanConfig], Block]:
     from wanexport.graphs.fused_block import FusedBlock  # needs Triton
 
     return FusedBlock
+
+
+def _take_no_vector_instructions() -> None:
+    """Spare this process the trial programs, a third of its time, that tell Inductor what the host
+    can do: a GPU's package has no host code to vectorise."""
+    from torch._inductor import cpu_vec_isa
+
+    cpu_vec_isa.supported_vec_isa_list.clear()
 
 
 def _compile(program: ExportedProgram, path: Path) -> None:
