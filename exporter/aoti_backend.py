@@ -1,7 +1,7 @@
 """AOTInductor engines: what `build` asks of this backend."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
@@ -12,12 +12,14 @@ from typing import Any
 from wanexport.exporter import attention_rule, to_aoti
 from wanexport.exporter.aoti_proof import prove_regions
 from wanexport.exporter.flash_attention import compile_flash_attention, flash_attention_versions
-from wanexport.exporter.request import Compiled, Progress, Request
+from wanexport.exporter.request import Compiled, Progress, Request, TensorRtOptions
 from wanexport.graphs import regions
 from wanexport.runtime import aoti_engine
 from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.load import KERNELS
 from wanexport.runtime.manifest import EngineRecord
 
+ATTENTION = KERNELS
 BINDING = aoti_engine.BINDING
 
 
@@ -39,13 +41,15 @@ def libraries(request: Request) -> dict[str, str]:
     return found
 
 
-def target(device: str) -> dict[str, str]:
+def targets(device: str, options: TensorRtOptions) -> list[dict[str, str]]:
     """What the engine is bound to. Raises WanExportError for a device that is not there."""
     to_aoti.check_compiler(device)
-    return aoti_engine.versions(device)
+    return [aoti_engine.versions(device)]
 
 
-def compile_engine(folder: Path, request: Request, progress: Progress) -> Compiled:
+def compile_engine(
+    folder: Path, request: Request, weights: Mapping[str, Path], progress: Progress
+) -> Compiled:
     """Write the three packages, and the FlashAttention kernel where it serves.
 
     Raises WanExportError when a compiler fails, or the attention kernel asked for cannot be had.

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from wanexport.exporter.parity import forward_inputs
 from wanexport.exporter.request import Progress
 from wanexport.graphs.config import stated_config
 from wanexport.graphs.signature import forward_flops
+from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.load import choose_engine
 from wanexport.runtime.manifest import EngineRecord, Manifest, check_size, read_manifest
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
 from wanexport.runtime.tensorfile import load_arrays, save_arrays
@@ -85,6 +85,8 @@ def bench(
     resolution: str | None = None,
     frames: int | None = None,
     dtype: str | None = None,
+    provider: str | None = None,
+    provider_options: Mapping[str, str] | None = None,
     rounds: int = LEAST_ROUNDS,
     budget: float = BUDGET,
     profile: bool = False,
@@ -93,7 +95,8 @@ def bench(
 ) -> dict[str, Any]:
     """Measure the arms in `against`, by default those that apply to the engine's device.
 
-    The options choose an engine as `load` does, and with it shape, precision and device of all
+    The options choose an engine as `load` does, provider and its options that of ONNX Runtime in
+    the onnx arm, and with it shape, precision and device of all
     arms. Of two experts the high-noise one is measured. Each arm has `rounds` timed forwards;
     profile adds host waits and the GPU's busy share. budget is in seconds: an arm that cannot fit
     what is left of it is in `skipped`, one that failed in `failed`, each with the reason. Result
@@ -113,9 +116,14 @@ def bench(
         resolution=resolution,
         frames=frames,
         dtype=dtype,
+        provider=provider,
     )
     with tempfile.TemporaryDirectory(prefix="wanexport-bench-") as name:
-        job = _job(bundle, record, Path(name), rounds, profile)
+        job = replace(
+            _job(bundle, record, Path(name), rounds, profile),
+            provider=provider,
+            provider_options=dict(provider_options or {}),
+        )
         arms = choose_arms(manifest, record, job, against, backend)
         session = _Session(job, Path(name), started, budget)
         inputs = _write_inputs(manifest, record, Path(job.inputs))

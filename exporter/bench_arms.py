@@ -6,15 +6,17 @@ What an arm does not need is not imported at the top: importing is part of its c
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from wanexport.runtime.choose import BACKENDS, choose_engine
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.load import BACKENDS, choose_engine, open_engine
+from wanexport.runtime.load import open_engine
 from wanexport.runtime.manifest import EngineRecord, Manifest, check_weights, read_manifest
 from wanexport.runtime.tensorfile import load_arrays
+from wanexport.runtime.tensorrt_library import FLAVOURS, import_tensorrt
 
 if TYPE_CHECKING:
     from wanexport.exporter.diffusers_engine import DiffusersEngine
@@ -33,6 +35,8 @@ class Arm(NamedTuple):
 
 ARMS = {  # in the order in which they are measured while the budget lasts
     "wanexport": Arm("aoti"),
+    "tensorrt": Arm("tensorrt"),
+    "tensorrt-rtx": Arm("tensorrt-rtx"),
     "onnx": Arm("onnx"),
     "graph": Arm("graph", "cudnn"),
     "diffusers": Arm("diffusers", "cudnn"),
@@ -46,7 +50,12 @@ ARMS = {  # in the order in which they are measured while the budget lasts
 }
 _ON_CPU = {"wanexport", "onnx", "graph", "diffusers"}  # by default, where compiling takes minutes
 # As Hugging Face publishes for regional AOTInductor on ZeroGPU; its autotuning is for a GPU.
-_WEIGHTLESS = {"aot_inductor.package_constants_in_so": False}
+_WEIGHTLESS = {
+    "aot_inductor.package_constants_in_so": False,
+    # As in our own engines: for a single package, precompiling headers takes longer than it saves.
+    "cpp_cache_precompile_headers": False,
+    "aot_inductor.precompile_headers": False,
+}
 _TUNED = {
     "conv_1x1_as_mm": True,
     "epilogue_fusion": False,
@@ -76,6 +85,8 @@ class Job:
     profile: bool
     spawned: float
     compile_only: bool = False
+    provider: str | None = None  # of ONNX Runtime, with its options
+    provider_options: dict[str, str] = field(default_factory=dict)
 
 
 def with_measured_expert(manifest: Manifest) -> Manifest:
@@ -142,13 +153,15 @@ def engine_of(name: str, manifest: Manifest, job: Job) -> EngineRecord | None:
     runs = ARMS[name].runs
     if runs not in BACKENDS:
         return None
-    return choose_engine(Path(job.bundle), manifest, backend=runs, **_engine_options(job))
+    return choose_engine(Path(job.bundle), manifest, **_engine_options(job, runs))
 
 
-def _engine_options(job: Job) -> dict[str, Any]:
-    """The options that choose the job's engine among those of a backend."""
+def _engine_options(job: Job, backend: str) -> dict[str, Any]:
+    """The options that choose the job's engine of a backend."""
     geometry = Geometry(**job.geometry)
     return {
+        "backend": backend,
+        "provider": job.provider if backend == "onnx" else None,
         "device": job.device,
         "resolution": f"{geometry.height}x{geometry.width}",
         "frames": geometry.frames,
@@ -159,8 +172,12 @@ def _engine_options(job: Job) -> dict[str, Any]:
 def import_libraries(job: Job) -> None:
     """Import what `open_arm` would, so that the time of one is told from that of the other."""
     runs = ARMS[job.arm].runs
+    if job.device == "cuda":  # whose memory is PyTorch's, in every arm
+        import torch  # noqa: F401
     if runs == "onnx":
         import onnxruntime  # noqa: F401
+    elif runs in FLAVOURS:
+        import_tensorrt(runs)
     elif runs == "aoti":
         import wanexport.runtime.aoti_engine
     elif runs == "graph":
@@ -179,9 +196,17 @@ def open_arm(job: Job) -> Forward:
     arm, bundle = ARMS[job.arm], Path(job.bundle)
     manifest = with_measured_expert(read_manifest(bundle))
     if arm.runs in BACKENDS:
-        engine = choose_engine(bundle, manifest, backend=arm.runs, **_engine_options(job))
+        options = _engine_options(job, arm.runs)
+        engine = choose_engine(bundle, manifest, **options)
         attention = kernel_of(arm, job.device, job.dtype)
-        denoiser = open_engine(bundle, manifest, engine, attention=attention)
+        denoiser = open_engine(
+            bundle,
+            manifest,
+            engine,
+            attention=attention,
+            provider=options["provider"],
+            provider_options=job.provider_options if arm.runs == "onnx" else None,
+        )
         return lambda inputs: denoiser(**inputs)
     if arm.runs == "graph":
         from wanexport.exporter.eager import EagerEngine

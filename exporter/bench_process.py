@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wanexport.exporter.bench_arms import (
+    ARMS,
     Job,
     compile_block,
     import_libraries,
@@ -26,6 +27,7 @@ from wanexport.exporter.child import main
 from wanexport.runtime.denoiser import to_numpy
 from wanexport.runtime.memory import peak_gpu_bytes, peak_rss
 from wanexport.runtime.tensorfile import save_arrays
+from wanexport.runtime.tensorrt_library import FLAVOURS
 
 PEAK = "peak"  # the job that measures the machine instead of an arm
 WARM_UP_SECONDS = 1.0  # of calls, until clocks and threads have settled
@@ -65,6 +67,7 @@ def measure_arm(job: Job) -> dict[str, Any]:
     laps = [job.spawned, time.time()]
     import_libraries(job)
     laps.append(time.time())
+    before = _device_bytes() if job.device == "cuda" else 0
     forward = open_arm(job)
     laps.append(time.time())
     run = partial(forward, read_inputs(job))
@@ -78,7 +81,7 @@ def measure_arm(job: Job) -> dict[str, Any]:
     result = {
         "seconds": time_calls(run, job.device, job.rounds),
         "cold_start": cold_start(laps),
-        "peak_bytes": peak_gpu_bytes() if job.device == "cuda" else peak_rss(),
+        "peak_bytes": peak_bytes(job, before),
         "device_bytes": _device_bytes() if job.device == "cuda" else None,
     }
     if job.profile and job.device == "cuda":
@@ -86,6 +89,19 @@ def measure_arm(job: Job) -> dict[str, Any]:
     array = to_numpy(velocity)
     save_arrays(Path(job.velocity), {"velocity": array})
     return result | {"md5": hashlib.md5(array.tobytes(), usedforsecurity=False).hexdigest()}
+
+
+def peak_bytes(job: Job, before: int) -> int:
+    """Memory that the arm took: of the GPU, where there is one, else all that the process has.
+
+    before is what was in use of the GPU when the arm was opened. ONNX Runtime and TensorRT take
+    memory that PyTorch knows nothing of, and keep what they have taken.
+    """
+    if job.device == "cpu":
+        return peak_rss()
+    if ARMS[job.arm].runs in ("onnx", *FLAVOURS):
+        return _device_bytes() - before
+    return peak_gpu_bytes()
 
 
 def cold_start(laps: Sequence[float]) -> dict[str, float]:

@@ -5,27 +5,28 @@ import inspect
 import json
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from wanexport.exporter import aoti_backend, onnx_backend
 from wanexport.exporter.bundle import BundleWriter, open_bundle
 from wanexport.exporter.model_source import ModelSource, resolve
-from wanexport.exporter.request import Progress, Request
+from wanexport.exporter.request import Backend, Progress, Request, TensorRtOptions
+from wanexport.exporter.tensorrt_backend import TensorRtBackend
 from wanexport.graphs import config as graph_config
 from wanexport.graphs import lint, model, rope, signature
 from wanexport.graphs.config import WanConfig, sampling_defaults
 from wanexport.graphs.weights import DTYPES, weights_layout, write_weights
 from wanexport.runtime import geometry as geometry_module
-from wanexport.runtime import operators
+from wanexport.runtime import onnx_engine, operators
+from wanexport.runtime.choose import DEVICES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry, parse_resolution
-from wanexport.runtime.load import DEVICES, KERNELS, WEIGHTS_FILE
+from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.manifest import (
     EngineRecord,
     FileRecord,
@@ -37,8 +38,14 @@ from wanexport.runtime.manifest import (
 )
 from wanexport.runtime.memory import peak_rss
 from wanexport.runtime.tensorfile import header_sha256
+from wanexport.runtime.tensorrt_library import FLAVOURS
 
-BACKENDS: dict[str, ModuleType] = {"onnx": onnx_backend, "aoti": aoti_backend}
+BACKENDS: dict[str, Backend] = {
+    "onnx": onnx_backend,
+    "aoti": aoti_backend,
+    "tensorrt": TensorRtBackend("tensorrt"),
+    "tensorrt-rtx": TensorRtBackend("tensorrt-rtx"),
+}
 _GRAPH_CODE = (
     graph_config,
     model,
@@ -53,7 +60,6 @@ CHOICES = {
     "dtype": tuple(DTYPES),
     "device": DEVICES,
     "verify": ("ends", "full"),
-    "attention": KERNELS,
 }
 
 
@@ -67,6 +73,7 @@ def build(
     dtype: str | None = None,
     device: str | None = None,
     attention: str | None = None,
+    tensorrt: TensorRtOptions | None = None,
     random_weights: int | None = None,
     verify: str = "ends",
     progress: Progress = lambda stage, done, total: None,
@@ -76,34 +83,52 @@ def build(
     model is a folder, a hub id, or with random_weights (a seed) a preset; resolution is `480x832`
     or `832*480`; dtype is fp32, bf16 or fp16; output defaults to ./<model>; verify is `ends` (the
     proof runs the first and last block) or `full` (all of them). On a machine with a GPU the
-    defaults are the aoti backend, device cuda and bf16, elsewhere onnx, cpu and fp32. attention
-    names the kernel of self-attention in an aoti engine, by default the fastest measured.
+    defaults are the aoti backend, device cuda and bf16, elsewhere onnx, cpu and fp32; TensorRT's
+    engines are bf16 everywhere. The device of an onnx engine is what proves it: by default a GPU
+    where ONNX Runtime can use one. attention names the kernel of self-attention in an aoti engine,
+    by default the fastest measured, and in the others whether it stays one operator, in onnx also
+    which (`native` or `mha`).
     Raises WanExportError for whatever the caller can put right.
     """
     started = time.monotonic()
-    device = device or ("cuda" if _has_gpu() else "cpu")
-    backends = (("aoti" if device == "cuda" else "onnx"),) if backends is None else backends
-    dtype = dtype or ("bf16" if device == "cuda" and "aoti" in backends else "fp32")
-    _check_choices(backends=backends, dtype=[dtype], device=[device], verify=[verify])
-    _check_choices(attention=[attention or "sdpa"])
+    if backends is None:
+        on_gpu = device == "cuda" or (device is None and _has_gpu())
+        backends = ("aoti" if on_gpu else "onnx",)
+    devices = {name: device or _default_device(name) for name in backends}
+    dtype = dtype or _default_dtype(devices)
+    chosen = sorted(set(devices.values()))
+    _check_choices(backends=backends, dtype=[dtype], device=chosen, verify=[verify])
+    for name in backends:
+        _check_attention(name, attention)
+    options = tensorrt or TensorRtOptions()
+    _check_has_tensorrt(backends, options)
     height, width = parse_resolution(resolution)
     # Fail before the work when an engine could not be made or proven here.
-    targets = {name: BACKENDS[name].target(device) for name in dict.fromkeys(backends)}
+    targets = [
+        (name, target)
+        for name in dict.fromkeys(backends)
+        for target in BACKENDS[name].targets(devices[name], options)
+    ]
     progress("checkpoint", 0, 0)
     source = resolve(None if model is None else str(model), random_weights)
     geometry = Geometry(height, width, frames, source.config.spatial_stride)
     bundle = Path(output) if output is not None else Path(source.name)
     sampling = _sampling(source, geometry)
     reused: list[str] = []
+    names = []
     with open_bundle(bundle, _empty_manifest(source)) as writer:
         for expert in source.weights:
             reused += add_weights(writer, source, expert, dtype, progress)
-        for name, target in targets.items():
+        for name, target in targets:
             request = Request(source.config, geometry, sampling, name, dtype, target, attention)
+            if name.startswith("tensorrt"):
+                own = replace(options, targets=())  # a plan is for one, whatever else is built
+                request = replace(request, tensorrt=own, baked=_baked(writer, dtype, options))
             reused += add_engine(writer, request, verify, progress)
+            names.append(f"{geometry.name}/{request.label}")
         writer.commit()
     return {
-        **_summary(writer, geometry, dtype, backends),
+        **_summary(writer, geometry, dtype, names),
         "reused": reused,
         "seconds": round(time.monotonic() - started, 2),
         "peak_rss_bytes": peak_rss(),
@@ -118,6 +143,43 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def _default_device(backend: str) -> str:
+    """A GPU where the backend can use one."""
+    if backend == "onnx":  # which this machine may have for a CPU only
+        return "cpu" if onnx_engine.gpu_obstacle() else "cuda"
+    return "cuda" if _has_gpu() else "cpu"
+
+
+def _default_dtype(devices: Mapping[str, str]) -> str:
+    """The precision for the devices of these backends."""
+    if any(name.startswith("tensorrt") for name in devices):
+        return "bf16"
+    return "bf16" if "cuda" in devices.values() else "fp32"
+
+
+def _check_attention(backend: str, attention: str | None) -> None:
+    choices = BACKENDS[backend].ATTENTION
+    if attention is not None and attention not in choices:
+        expected = f"expected of {', '.join(choices)}" if choices else "leave it out"
+        raise WanExportError(f"backend {backend} has no attention {attention!r}: {expected}")
+
+
+def _check_has_tensorrt(backends: Sequence[str], options: TensorRtOptions) -> None:
+    """Refuse options that nothing in the build would take."""
+    given = [f.name for f in fields(options) if getattr(options, f.name) != f.default]
+    if given and not FLAVOURS.keys() & set(backends):
+        raise WanExportError(
+            f"{', '.join(given).replace('_', ' ')}: only TensorRT takes this; leave it out, or add "
+            f"--backend tensorrt-rtx or tensorrt"
+        )
+
+
+def _baked(writer: BundleWriter, dtype: str, options: TensorRtOptions) -> dict[str, str]:
+    """The hash of each expert's weights where they go into the engine."""
+    sets = writer.manifest.weights_of(dtype) if options.bake_weights else []
+    return {record.expert: record.file.sha256 for record in sets}
+
+
 def _check_choices(**chosen: Sequence[str]) -> None:
     for name, values in chosen.items():
         if not values:
@@ -129,16 +191,12 @@ def _check_choices(**chosen: Sequence[str]) -> None:
 
 
 def _summary(
-    writer: BundleWriter, geometry: Geometry, dtype: str, backends: Sequence[str]
+    writer: BundleWriter, geometry: Geometry, dtype: str, names: Sequence[str]
 ) -> dict[str, Any]:
-    """The part of the record that says what the bundle holds for this request."""
+    """The part of the record that says what the bundle holds of what was asked: these engines."""
     manifest = writer.manifest
     weights = {name: asdict(w.file) for name, w in manifest.weights.items() if w.dtype == dtype}
-    engines = [
-        engine
-        for engine in manifest.engines
-        if (engine.geometry, engine.dtype) == (geometry, dtype) and engine.backend in backends
-    ]
+    engines = [engine for engine in manifest.engines if engine.name in names]
     return {
         "bundle": str(writer.path),
         "model": manifest.model,
@@ -241,10 +299,14 @@ def add_engine(
     if engine is None:
         engine = compile_engine(writer, request, progress)
     progress(f"{request.label}: proving in a fresh process", 0, 0)
-    weights = [writer.path / w.file.path for w in writer.manifest.weights_of(request.dtype)]
+    weights = list(_weights_files(writer, request.dtype).values())
     proof = backend.prove(request, engine, writer.path, weights, verify)
     writer.put_engine(replace(engine, proof=proof, target=request.target))
     return []
+
+
+def _weights_files(writer: BundleWriter, dtype: str) -> dict[str, Path]:
+    return {w.expert: writer.path / w.file.path for w in writer.manifest.weights_of(dtype)}
 
 
 def engine_key(request: Request) -> str:
@@ -266,7 +328,8 @@ def compile_engine(writer: BundleWriter, request: Request, progress: Progress) -
     started = time.monotonic()
     config, geometry, backend = request.config, request.geometry, BACKENDS[request.backend]
     folder = writer.free_folder(Path("engines") / geometry.name / request.label)
-    compiled = backend.compile_engine(folder, request, progress)
+    weights = _weights_files(writer, request.dtype)
+    compiled = backend.compile_engine(folder, request, weights, progress)
     shapes = signature.input_shapes(config, geometry)
     return EngineRecord(
         backend=request.backend,

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,11 +40,16 @@ from wanexport.exporter.options import (
     engine_options,
     parse_guidance,
     parse_numbers,
+    parse_pairs,
+    parse_size,
+    provider_options,
+    tensorrt_options,
 )
 from wanexport.exporter.recorded import read_sample_inputs
+from wanexport.runtime.choose import BACKENDS, DEVICES
 from wanexport.runtime.denoiser import Denoiser, is_finite, to_numpy
 from wanexport.runtime.errors import WanExportError, WanExportWarning
-from wanexport.runtime.load import BACKENDS, DEVICES, KERNELS, load
+from wanexport.runtime.load import KERNELS, load
 from wanexport.runtime.memory import peak_gpu_bytes, peak_rss
 from wanexport.runtime.sample import make_plan, sample, seeded_noise
 from wanexport.runtime.solvers import SOLVERS
@@ -66,14 +72,17 @@ def cli() -> None:
 )  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(DTYPES),
-    help="Of matrix products and attention. Default: bf16 on a GPU, fp32 elsewhere.",
+    help="Of matrix products and attention. Default: bf16 on a GPU and for TensorRT, else fp32.",
 )  # fmt: skip
 @click.option(
-    "--device", type=click.Choice(DEVICES), help="That runs aoti engines. Default: a GPU if any."
+    "--device",
+    type=click.Choice(DEVICES),
+    help="That runs aoti engines, or proves onnx engines. Default: a GPU if any can.",
 )
 @click.option(
-    "--attention", type=click.Choice(KERNELS),
-    help="Kernel of self-attention in an aoti engine. Default: the fastest measured.",
+    "--attention", type=click.Choice([*KERNELS, "native", "mha", "decomposed"]),
+    help="Kernel of self-attention in an aoti engine, by default the fastest; in the others one "
+    "operator (native; mha is ONNX Runtime's own) or several.",
 )  # fmt: skip
 @click.option("--random-weights", type=SEED, metavar="SEED", help="Seeded weights of a preset.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle; default ./MODEL.")
@@ -81,15 +90,23 @@ def cli() -> None:
     "--verify", type=click.Choice(["ends", "full"]), default="ends", show_default=True,
     help="Blocks that the proof runs: the first and last, or all.",
 )  # fmt: skip
+@tensorrt_options
 @as_json
-def build(as_json: bool, **options: Any) -> None:
+def build(as_json: bool, target: str | None, workspace: str | None, **options: Any) -> None:
     """Compile a checkpoint for one resolution and frame count, into a new or an existing bundle.
 
     Ends with a proof: a fresh process opens the engine and compares it with eager PyTorch.
     """
     with _needing_the_build_extra():
         from wanexport.exporter.build import build as run_build
+        from wanexport.exporter.request import TensorRtOptions
 
+    names = {field.name for field in fields(TensorRtOptions)}
+    options["tensorrt"] = TensorRtOptions(
+        targets=tuple(part.strip() for part in target.split(",")) if target else (),
+        workspace=parse_size("--workspace", workspace),
+        **{name: options.pop(name) for name in names & options.keys()},
+    )
     options["backends"] = options["backends"] or None
     with progress_display() as show:
         record = run_build(progress=show, **options)
@@ -119,6 +136,7 @@ def _report(record: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any
 @click.option("--timesteps", help="A distilled model's timesteps, as 1000,750,500,250.")
 @engine_options
 @aoti_options
+@provider_options
 @as_json
 def run(
     bundle: Path,
@@ -128,12 +146,14 @@ def run(
     as_json: bool,
     guidance: str | None,
     timesteps: str | None,
+    provider_options: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Sample a bundle from text embeddings and write the final latent as safetensors."""
     settings = {name: options.pop(name) for name in ("steps", "shift", "solver")}
     settings["guidance"] = parse_guidance(guidance)
     settings["timesteps"] = parse_numbers("--timesteps", timesteps)
+    options["provider_options"] = parse_pairs("--provider-option", provider_options)
     check_output(output)
     started = time.monotonic()
     denoiser = load(bundle, **options)
@@ -202,9 +222,18 @@ def _sample_with_progress(
 @click.option("--steps", type=COUNT, default=4, show_default=True, help="Length of the loop.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of all inputs.")
 @click.option("--report", type=click.Path(path_type=Path), help="Default: BUNDLE/reports.")
+@click.option(
+    "--save-inputs", type=click.Path(path_type=Path),
+    help="JSON file for polygraphy: what engine and reference were given, call by call.",
+)  # fmt: skip
+@click.option(
+    "--save-outputs", type=click.Path(path_type=Path),
+    help="JSON file for polygraphy: the velocities of both.",
+)  # fmt: skip
 @engine_options
+@provider_options
 @as_json
-def compare(bundle: Path, as_json: bool, **options: Any) -> None:
+def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **options: Any) -> None:
     """Compare an engine with a reference, step by step; exit code 1 when the gate fails.
 
     error is relative L2, floor the error of eager PyTorch in the engine's precision; drift is that
@@ -213,6 +242,7 @@ def compare(bundle: Path, as_json: bool, **options: Any) -> None:
     with _needing_the_build_extra():
         from wanexport.exporter.compare import compare as run_compare
 
+    options["provider_options"] = parse_pairs("--provider-option", provider_options)
     with progress_display() as show:
         result = run_compare(bundle, progress=show, **options)
     _report(result, as_json, show_compare)
@@ -237,8 +267,15 @@ def compare(bundle: Path, as_json: bool, **options: Any) -> None:
 @click.option("--profile", is_flag=True, help="Count host waits, and the GPU's busy share.")
 @click.option("--report", type=click.Path(path_type=Path), help="Default: BUNDLE/reports.")
 @engine_options
+@provider_options
 @as_json
-def bench(bundle: Path, as_json: bool, against: str | None, **options: Any) -> None:
+def bench(
+    bundle: Path,
+    as_json: bool,
+    against: str | None,
+    provider_options: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Measure an engine and others on the same inputs and weights; exit code 1 when one failed.
 
     Each runs in a fresh process. The floor is the time that the forward's FLOPs take at the rate
@@ -247,6 +284,7 @@ def bench(bundle: Path, as_json: bool, against: str | None, **options: Any) -> N
     with _needing_the_build_extra():
         from wanexport.exporter.bench import bench as run_bench
 
+    options["provider_options"] = parse_pairs("--provider-option", provider_options)
     arms = None if against is None else [name.strip() for name in against.split(",")]
     with progress_display() as show:
         result = run_bench(bundle, against=arms, progress=show, **options)
@@ -259,8 +297,11 @@ def bench(bundle: Path, as_json: bool, against: str | None, **options: Any) -> N
 
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--target", type=click.Choice(["tensorrt"]), help="Whose ONNX parser must take the graph too."
+)
 @as_json
-def lint(path: Path, as_json: bool) -> None:
+def lint(path: Path, target: str | None, as_json: bool) -> None:
     """List what a graph must not contain; exit code 1 when there is any.
 
     PATH is a bundle, an .onnx file, or a .pt2 of torch.export.save, which is loaded whole.
@@ -268,7 +309,7 @@ def lint(path: Path, as_json: bool) -> None:
     with _needing_the_build_extra():
         from wanexport.exporter.onnx_lint import lint as run_lint
 
-    result = run_lint(path)
+    result = run_lint(path, target)
     _report(result, as_json, show_lint)
     if not result["clean"]:
         sys.exit(1)

@@ -15,7 +15,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from wanexport.exporter.comparison import Comparison, Recorder, Row
+from wanexport.exporter.comparison import ComparedCall, Comparison, Recorder, Row
 from wanexport.exporter.parity import seeded_inputs
 from wanexport.exporter.peers import (
     Peers,
@@ -25,6 +25,7 @@ from wanexport.exporter.peers import (
     tensors_of_bundle,
     tensors_of_checkpoint,
 )
+from wanexport.exporter.polygraphy_io import SavedFiles, check_files, save_calls
 from wanexport.exporter.recorded import (
     Calls,
     Loop,
@@ -36,9 +37,10 @@ from wanexport.exporter.recorded import (
 from wanexport.exporter.request import Progress
 from wanexport.graphs.config import stated_config
 from wanexport.graphs.weights import DTYPES
+from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.load import choose_engine, open_engine
+from wanexport.runtime.load import open_engine
 from wanexport.runtime.manifest import (
     EngineRecord,
     Manifest,
@@ -63,9 +65,13 @@ def compare(
     resolution: str | None = None,
     frames: int | None = None,
     dtype: str | None = None,
+    provider: str | None = None,
+    provider_options: Mapping[str, str] | None = None,
     steps: int = 4,
     seed: int = 0,
     report: str | Path | None = None,
+    save_inputs: str | Path | None = None,
+    save_outputs: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
     """Compare one engine of a bundle with a reference; the result says whether it passed.
@@ -75,10 +81,14 @@ def compare(
     bundle's solver and guidance. inputs is a safetensors file for that loop (as `run` takes it), or
     of single calls (see `recorded`), and outputs the velocities recorded for these calls, computed
     in outputs_dtype with the precision policy of reference. The result is saved in report, by
-    default the bundle's `reports/`.
+    default the bundle's `reports/`. provider and its options are `load`'s. save_inputs and
+    save_outputs are JSON files for polygraphy, of the calls that are compared; `polygraphy` in the
+    result has the commands that read them.
     Raises WanExportError when no engine fits or cannot run here, or a file does not fit.
     """
     check_implementation(reference)
+    saved = SavedFiles(*(None if f is None else Path(f) for f in (save_inputs, save_outputs)))
+    check_files(saved)
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
     record = choose_engine(
@@ -89,6 +99,7 @@ def compare(
         resolution=resolution,
         frames=frames,
         dtype=dtype,
+        provider=provider,
     )
     seeded = seeded_inputs(stated_config(manifest.config), record.geometry, seed)
     given: Loop | Calls = Loop(seeded, steps)
@@ -98,10 +109,14 @@ def compare(
         given = _read_given(Path(inputs), outputs, outputs_dtype, record, Loop(seeded, steps))
     peers = _open_peers(bundle, manifest, record, given, reference, model)
     started = time.perf_counter()
-    engine = Recorder(open_engine(bundle, manifest, record))
+    opened_engine = open_engine(
+        bundle, manifest, record, provider=provider, provider_options=provider_options
+    )
+    engine = Recorder(opened_engine)
     opened = time.perf_counter() - started
-    rows, eager_seconds = Comparison(engine, peers, reference, progress).rows(given)
-    result = {
+    kept: list[ComparedCall] | None = [] if saved.paths() else None
+    rows, eager_seconds = Comparison(engine, peers, reference, progress, kept).rows(given)
+    result: dict[str, Any] = {
         "engine": record.name,
         "reference": _describe(reference, given),
         "model": None if model is None else str(model),
@@ -115,8 +130,18 @@ def compare(
             "reference_call": _median(eager_seconds),
         },
         "peak_rss_bytes": peak_rss(),
+        "polygraphy": None,
         "warning": None,
     }
+    if kept is not None:
+        result["polygraphy"] = save_calls(
+            saved,
+            kept,
+            bundle=bundle,
+            manifest=manifest,
+            denoiser=engine.denoiser,
+            reference=result["reference"],
+        )
     try:
         _save(bundle, record, given, result, report)
     except (OSError, WanExportError) as error:  # the verdict stands without its file

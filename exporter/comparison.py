@@ -65,13 +65,30 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class ComparedCall:
+    """What engine and reference were both given, and their velocities.
+
+    `distance_gate` is the largest L2 distance between them that passes.
+    """
+
+    inputs: Inputs
+    reference: np.ndarray
+    velocity: np.ndarray
+    distance_gate: float
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """An engine, what it is held against, and whose fp32 forward is the reference."""
+    """An engine, what it is held against, and whose fp32 forward is the reference.
+
+    Every compared call is added to `kept`, where that is a list.
+    """
 
     engine: Recorder
     peers: Peers
     implementation: str
     progress: Progress
+    kept: list[ComparedCall] | None = None
 
     def rows(self, given: Loop | Calls) -> tuple[list[Row], list[float]]:
         """A row for each step or call, and how long each call of an eager reference took."""
@@ -111,12 +128,17 @@ class Comparison:
         if self.peers.unrounded is not None:
             rounding = relative_l2(velocities[exact], self.peers.unrounded(**inputs))
         recorded = _noise(velocities, self.implementation, recorded_dtype)
-        distance = difference(self.engine(**inputs), expected)
+        velocity = self.engine(**inputs)
+        distance = difference(velocity, expected)
         floor = _noise(velocities, "graph", self.engine.denoiser.record.dtype)
         others = (recorded, rounding) if recorded_dtype else ()
+        parity = Parity(distance.error, floor, tuple(e for e in others if e is not None))
+        if self.kept is not None:
+            gate = parity.gate * float(np.linalg.norm(expected.astype(np.float64)))
+            self.kept.append(ComparedCall(inputs, expected, velocity, gate))
         return Compared(
             difference=distance,
-            parity=Parity(distance.error, floor, tuple(e for e in others if e is not None)),
+            parity=parity,
             recorded=recorded,
             rounding=rounding,
             eager=relative_l2(velocities[exact], expected)

@@ -29,6 +29,8 @@ def show_build(record: dict[str, Any]) -> None:
         out.print(f"  engine {engine['name']}: {in_bytes(size)}")
         if engine["attention"]:
             out.print(f"  attention: {_attention(engine)}")
+        if "attention_expected" in engine["build"]:
+            out.print(f"  {_plan(engine['build'])}")
         out.print(
             f"  proof: {proof['method']}, {proof['blocks']} blocks at {proof['tokens']} tokens; "
             f"relative L2 error {proof['error']:.1e}, gate {proof['gate']:.1e}"
@@ -42,6 +44,18 @@ def show_build(record: dict[str, Any]) -> None:
 
 def _attention(engine: dict[str, Any]) -> str:
     return ", ".join(f"{name} to {keys} keys" for keys, name in engine["attention"].items())
+
+
+def _plan(build: dict[str, Any]) -> str:
+    """What is known of a TensorRT plan: its attention, memory and build."""
+    found, expected = build["attention_layers"], build["attention_expected"]
+    known = [f"{found} of {expected} attention layers native"]
+    if build["attention_kernels"] is not None:
+        known.append(f"{build['attention_kernels']} attention kernels")
+    if build["activation_bytes"] is not None:
+        known.append(f"activations {in_bytes(build['activation_bytes'])}")
+    known.append(f"built in {build['plan_seconds']} s at {in_bytes(build['plan_peak_rss_bytes'])}")
+    return f"plan: {', '.join(known)}"
 
 
 def show_run(record: dict[str, Any]) -> None:
@@ -84,6 +98,12 @@ def show_compare(result: dict[str, Any]) -> None:
         + (f" ({reference} s in eager fp32)" if reference else "")
         + f", peak memory {in_bytes(result['peak_rss_bytes'])}"
     )
+    if polygraphy := result["polygraphy"]:
+        out.print(f"saved {escape(', '.join(polygraphy['files']))}")
+        if polygraphy["note"]:
+            out.print(f"no polygraphy command: {escape(polygraphy['note'])}")
+        for command in polygraphy["commands"]:
+            out.print(escape(command))
     verdict = "[green]passed[/]" if result["passed"] else "[red]failed[/]"
     out.print(f"{result['engine']}: {verdict}")
 

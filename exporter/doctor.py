@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
@@ -19,12 +19,21 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from wanexport.runtime.memory import available_bytes, limit_bytes
+from wanexport.runtime.tensorrt_library import FLAVOURS
 
 _TIMEOUT = 120  # seconds for one import
 _IMPORTS = {  # where the package's name is not what is used of it
     "apache-tvm-ffi": "import tvm_ffi",
     "onnx-ir": "import onnx_ir",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13": "import onnxruntime_ep_nv_tensorrt_rtx",
+    "tensorrt-cu13": "import tensorrt",
+    # Finds its libraries only once the package that holds them is imported.
+    "tensorrt-rtx-cu13-bindings": "from wanexport.runtime.tensorrt_library import import_tensorrt\n"
+    "import_tensorrt('tensorrt-rtx')",
     "diffusers": "from diffusers import WanTransformer3DModel",
+    "onnxruntime-gpu": "import onnxruntime\n"
+    "if 'CUDAExecutionProvider' not in onnxruntime.get_available_providers(): "
+    "raise ImportError('the package onnxruntime is installed over it: uninstall both first')",
 }
 _TASKS = {  # what a user wants -> the extras of wanexport that it needs besides the base
     "run on a CPU": ("cpu",),
@@ -32,6 +41,7 @@ _TASKS = {  # what a user wants -> the extras of wanexport that it needs besides
     "build and compare": ("cpu", "build"),
     "compare with diffusers": ("cpu", "build", "diffusers"),
 }
+_GPU_TASKS = {"run ONNX engines on a GPU": ("gpu",)}
 
 
 @dataclass(frozen=True)
@@ -46,26 +56,32 @@ class Library:
 
 def doctor() -> dict[str, Any]:
     """Examine this environment; `usable` says whether bundles can run in it."""
+    stated = [Requirement(text) for text in requires("wanexport") or ()]
+    names = {requirement.name for requirement in stated if _version(requirement.name)}
     with ThreadPoolExecutor(max_workers=4) as pool:
-        libraries = list(pool.map(_examine, requires("wanexport") or ()))
-    tasks = {name: _task(libraries, {"", *extras}) for name, extras in _TASKS.items()}
+        problems = dict(zip(names, pool.map(_import_problem, names)))
+    libraries = [_examine(requirement, problems) for requirement in stated]
+    machine = _machine()
+    wanted = _TASKS | (_GPU_TASKS if machine["gpus"] else {})
+    tasks = {name: _task(libraries, {"", *extras}) for name, extras in wanted.items()}
+    tasks |= {f"{kind.title} engines": _tensorrt(name) for name, kind in FLAVOURS.items()}
     return {
         "wanexport": version("wanexport"),
-        "machine": _machine(),
+        "machine": machine,
         "libraries": [asdict(library) for library in libraries],
         "tasks": tasks,
         "usable": tasks["run on a CPU"]["usable"],
     }
 
 
-def _examine(text: str) -> Library:
-    requirement = Requirement(text)
+def _examine(requirement: Requirement, problems: Mapping[str, str]) -> Library:
+    """The requirement beside what is installed; problems are those of importing, by name."""
     _, _, extra = str(requirement.marker or "").partition("extra == ")
     stated = f"{requirement.name}{requirement.specifier}"
     found = _version(requirement.name)
     if found is None:
         return Library(stated, extra.strip('"'), None, "not installed")
-    problem = _import_problem(requirement.name)
+    problem = problems[requirement.name]
     if not requirement.specifier.contains(found, prereleases=True):
         problem = f"{found} is not {requirement.specifier}"
     return Library(stated, extra.strip('"'), found, problem)
@@ -85,7 +101,11 @@ def _version(name: str) -> str | None:
 def _import_problem(name: str) -> str:
     """Why a fresh process cannot import the library, or an empty string."""
     code = _IMPORTS.get(name, f"import {name}")
-    command = [sys.executable, "-P", "-c", code]
+    return _problem([sys.executable, "-P", "-c", code])
+
+
+def _problem(command: list[str]) -> str:
+    """Why a process that imports something failed, or an empty string."""
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -102,9 +122,24 @@ def _task(libraries: Collection[Library], extras: Collection[str]) -> dict[str, 
     absent = all(lib.version is None for lib in faulty)
     force = "" if absent else "--force-reinstall "
     names = " ".join(shlex.quote(lib.requirement) for lib in faulty)
+    pip = f"{shlex.quote(sys.executable)} -m pip"
+    command = f"{pip} install {force}{names}" if faulty else ""
+    if "onnxruntime-gpu" in names and _version("onnxruntime"):  # whose files it would share
+        command = f"{pip} uninstall -y onnxruntime onnxruntime-gpu && {command}"
+    return {"usable": not faulty, "command": command}
+
+
+def _tensorrt(flavour: str) -> dict[str, Any]:
+    """Whether a flavour of TensorRT can be imported; what it finds there is no package of ours."""
+    code = (
+        "import sys; from wanexport.runtime.tensorrt_library import import_tensorrt; "
+        "import_tensorrt(sys.argv[1])"
+    )
+    problem = _problem([sys.executable, "-P", "-c", code, flavour])
     return {
-        "usable": not faulty,
-        "command": f"{shlex.quote(sys.executable)} -m pip install {force}{names}" if faulty else "",
+        "usable": not problem,
+        "command": FLAVOURS[flavour].install if problem else "",
+        "problem": problem,
     }
 
 

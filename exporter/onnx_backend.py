@@ -1,6 +1,7 @@
 """ONNX engines: what `build` asks of this backend."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -8,19 +9,20 @@ from typing import Any
 
 from wanexport.exporter import onnx_lint, to_onnx, trace
 from wanexport.exporter.proof import prove as prove_onnx
-from wanexport.exporter.request import Compiled, Progress, Request
+from wanexport.exporter.request import Compiled, Progress, Request, TensorRtOptions
 from wanexport.graphs.signature import attention_score_bytes
 from wanexport.graphs.weights import weights_layout
 from wanexport.runtime import onnx_engine
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.manifest import EngineRecord
 
-BINDING = ()  # an ONNX file is bound to no machine
+ATTENTION = ("native", "mha")
+BINDING: tuple[str, ...] = ()  # an ONNX file is bound to no machine
 
 
 def code(device: str) -> tuple[ModuleType, ...]:
     """What decides an engine's bytes, beside the graph's own code."""
-    return onnx_lint, trace, to_onnx
+    return onnx_lint, trace, to_onnx, sys.modules[__name__]
 
 
 def libraries(request: Request) -> dict[str, str]:
@@ -28,17 +30,29 @@ def libraries(request: Request) -> dict[str, str]:
     return {name: version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")}
 
 
-def target(device: str) -> dict[str, str]:
-    """What the engine is proven with. Raises WanExportError when ONNX Runtime is missing."""
-    return onnx_engine.versions()
+def targets(device: str, options: TensorRtOptions) -> list[dict[str, str]]:
+    """What the engine is proven with.
+
+    Raises WanExportError when ONNX Runtime is missing or cannot use the device.
+    """
+    return [onnx_engine.versions(device)]
 
 
-def compile_engine(folder: Path, request: Request, progress: Progress) -> Compiled:
+def compile_engine(
+    folder: Path, request: Request, weights: Mapping[str, Path], progress: Progress
+) -> Compiled:
     """Write `denoiser.onnx` in the folder."""
     progress(f"{request.label}: tracing and lowering", 0, 0)
     path = folder / "denoiser.onnx"
     _, entries = weights_layout(request.config, request.dtype)
-    graph, counts = to_onnx.lower(request.config, request.geometry, request.dtype, entries)
+    graph, counts = to_onnx.lower(
+        request.config,
+        request.geometry,
+        request.dtype,
+        entries,
+        attention=_attention(request),
+        wide_bias=request.dtype != "fp32",
+    )
     write_durably(path, to_onnx.serialize(graph))
     return Compiled(
         files={"denoiser": path},
@@ -61,4 +75,10 @@ def prove(
         verify=verify,
         engine=bundle / engine.files["denoiser"].path,
         weights=weights,
+        device=request.device,
+        attention=_attention(request),
     )
+
+
+def _attention(request: Request) -> str:
+    return request.attention or ATTENTION[0]

@@ -11,6 +11,7 @@ import onnx.inliner
 import onnx_ir as ir
 import torch
 
+from wanexport.exporter.tensorrt_lint import KIND, lint_tensorrt
 from wanexport.graphs.config import stated_config
 from wanexport.graphs.lint import Finding, count, lint_program
 from wanexport.graphs.signature import attention_count
@@ -36,35 +37,43 @@ _DTYPES = {
 }
 
 
-def lint(path: str | Path) -> dict[str, Any]:
+def lint(path: str | Path, target: str | None = None) -> dict[str, Any]:
     """Lint every engine of a bundle, an ONNX file, or a `.pt2` of `torch.export.save`.
 
-    The result has `clean`, and for each graph its counts by kind and its findings.
+    With target `tensorrt`, ONNX graphs must also be what its parser takes. The result has `clean`,
+    and for each graph its counts by kind and its findings.
     Raises WanExportError when the path is none of these, or damaged.
     """
     path = Path(path)
     graphs = {
-        name: {"counts": count(findings), "findings": [asdict(finding) for finding in findings]}
-        for name, findings in _lint_path(path)
+        name: {"counts": _count(findings, target), "findings": [asdict(f) for f in findings]}
+        for name, findings in _lint_path(path, target)
     }
     clean = not any(graph["findings"] for graph in graphs.values())
     return {"path": str(path), "clean": clean, "graphs": graphs}
 
 
-def _lint_path(path: Path) -> Iterator[tuple[str, list[Finding]]]:
+def _count(findings: list[Finding], target: str | None) -> dict[str, int]:
+    own = {} if target is None else {target: sum(f.kind == target for f in findings)}
+    return {**count(findings), **own}
+
+
+def _lint_path(path: Path, target: str | None) -> Iterator[tuple[str, list[Finding]]]:
     if path.is_dir():
         manifest = read_manifest(path)
         expected = attention_count(stated_config(manifest.config))
         for engine in manifest.engines:
             if engine.backend == "onnx":
                 file = check_content(path, engine.files["denoiser"])
-                yield engine.name, _lint_file(file, expected)
+                yield engine.name, _lint_file(file, target, expected)
             else:  # machine code: the graph that it was made of was linted by the build
                 yield engine.name, []
     elif not path.is_file():
         raise WanExportError(f"{path} does not exist: name a bundle, an .onnx or a .pt2 file")
     elif path.suffix.lower() == ".onnx":
-        yield path.name, _lint_file(path)
+        yield path.name, _lint_file(path, target)
+    elif path.suffix.lower() == ".pt2" and target is not None:
+        raise WanExportError(f"{path}: --target {target} is for .onnx files and bundles")
     elif path.suffix.lower() == ".pt2":
         yield path.name, lint_program(_load_program(path))
     else:
@@ -107,13 +116,16 @@ def _kinds(value: ir.Value) -> Iterator[str]:
         yield "dynamic_size"
 
 
-def _lint_file(path: Path, attentions: int | None = None) -> list[Finding]:
+def _lint_file(
+    path: Path, target: str | None = None, attentions: int | None = None
+) -> list[Finding]:
     """Lint an ONNX file; weights beside it are not read."""
     try:
         model = onnx.load(path, load_external_data=False)
         if not model.graph.node or not model.opset_import:
             raise ValueError("it has no graph")
-        return lint_onnx(model, attentions)
+        findings = lint_onnx(model, attentions)
+        return findings + (lint_tensorrt(model) if target == KIND else [])
     except Exception as error:  # protobuf's and onnx's exceptions have no base but this
         raise WanExportError(
             f"{path} is no ONNX file that can be read: {_first_line(error)}"

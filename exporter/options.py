@@ -1,14 +1,17 @@
 """Options that commands share, and the parsing of what click has no type for."""
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from wanexport.runtime.choose import BACKENDS, DEVICES
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.load import BACKENDS, DEVICES, KERNELS
+from wanexport.runtime.load import KERNELS
+from wanexport.runtime.onnx_engine import PROVIDERS
 
 DTYPES = ("fp32", "bf16", "fp16")
 SEED, COUNT = click.IntRange(min=0), click.IntRange(min=1)
@@ -46,6 +49,73 @@ def aoti_options(command: _Command) -> _Command:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def provider_options(command: _Command) -> _Command:
+    """ONNX Runtime's provider for an ONNX engine, and that provider's own options."""
+    for option in (
+        click.option(
+            "--provider-option", "provider_options", multiple=True, metavar="KEY=VALUE",
+            help="An option of that provider; may be repeated.",
+        ),
+        click.option(
+            "--provider", type=click.Choice(list(PROVIDERS)),
+            help="Of ONNX Runtime, for an ONNX engine. Default: cuda on a GPU, else cpu.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def parse_pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
+    """KEY=VALUE, several times. Raises WanExportError for anything else."""
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise WanExportError(f"{option} {text!r}: expected KEY=VALUE")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def tensorrt_options(command: _Command) -> _Command:
+    """How TensorRT builds an engine."""
+    for option in (
+        click.option(
+            "--allow-unfused", is_flag=True, help="Keep a TensorRT engine without fused attention."
+        ),
+        click.option("--bake-weights", is_flag=True, help="Weights inside a TensorRT engine."),
+        click.option(
+            "--version-compatible", is_flag=True, help="Plan for later TensorRT versions too."
+        ),
+        click.option(
+            "--hardware-compatible", is_flag=True, help="Plan for Ampere and newer, slower."
+        ),
+        click.option("--workspace", metavar="SIZE", help="Limit of TensorRT's memory, as 8GiB."),
+        click.option(
+            "--optimization-level", type=click.IntRange(0, 5), help="TensorRT's effort. Default: 3."
+        ),
+        click.option(
+            "--target", metavar="SM,...", help="Architectures for tensorrt-rtx, as sm89,sm120."
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def parse_size(option: str, text: str | None) -> int | None:
+    """Bytes of `8GiB`, `500MB` or a plain number. Raises WanExportError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9.]+) *([kmgt]?)(i?)b?", text.strip(), re.IGNORECASE)
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or number <= 0:
+        raise WanExportError(f"{option} {text!r}: expected a size, as 8GiB or 500MB")
+    base = 1024 if match[3] else 1000
+    return int(number * base ** " kmgt".index(match[2].lower() or " "))
 
 
 def parse_guidance(text: str | None) -> float | tuple[float, float] | None:

@@ -15,12 +15,12 @@ from typing import Any
 from wanexport.exporter import to_onnx
 from wanexport.exporter.child import run_process
 from wanexport.exporter.eager import cut_to_ends, tensors_of_cut
-from wanexport.exporter.proof_process import OnnxJob, RegionsJob
+from wanexport.exporter.proof_process import OnnxJob, PlanJob, RegionsJob
 from wanexport.graphs.config import WanConfig
 from wanexport.graphs.weights import weights_layout
+from wanexport.runtime.choose import RUNNABLE_DTYPES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.load import RUNNABLE_DTYPES
 
 MAX_TOKENS = 1000
 
@@ -33,17 +33,22 @@ def prove(
     verify: str,
     engine: Path,
     weights: Sequence[Path],
+    device: str = "cpu",
+    attention: str = "native",
+    wide_bias: bool = True,
 ) -> dict[str, Any]:
     """Prove an engine with each expert's weights file, and return the figures of the worst.
 
-    verify is `ends` or `full`: which blocks the cut keeps. Raises WanExportError when it fails.
+    verify is `ends` or `full`: which blocks the cut keeps. device runs the engine, which was
+    lowered with this attention, and in bf16 or fp16 with this wide_bias. Raises WanExportError when
+    it fails.
     """
     started = time.monotonic()
     cut = cut_to_ends(config) if verify == "ends" else config
     small = geometry.reduced(MAX_TOKENS)
     tensors = tensors_of_cut(cut, config)
     _, entries = weights_layout(config, dtype)
-    runs_here = dtype in RUNNABLE_DTYPES
+    runs_here = device == "cuda" or dtype in RUNNABLE_DTYPES
     layout = {name: entries[tensor] for name, tensor in tensors.items()}
     figures = []
     # Beside the engine, where a sweep finds it after a kill.
@@ -51,12 +56,16 @@ def prove(
         scratch = Path(name).resolve()
         graph = engine.resolve()
         if not runs_here or (cut, small) != (config, geometry):
-            lowered, _ = to_onnx.lower(cut, small, dtype if runs_here else "fp32", layout)
+            own = dtype if runs_here else "fp32"
+            lowered, _ = to_onnx.lower(
+                cut, small, own, layout, attention=attention, wide_bias=wide_bias and own != "fp32"
+            )
             graph = scratch / "cut.onnx"
             graph.write_bytes(to_onnx.serialize(lowered))
         for file in weights:
             job = OnnxJob(
                 engine=str(engine.resolve()),
+                device=device,
                 dtype=dtype,
                 runs_here=runs_here,
                 weights=str(file.resolve().parent),
@@ -70,7 +79,7 @@ def prove(
     return {**worst, "verify": verify, "seconds": round(time.monotonic() - started, 2)}
 
 
-def run_in_fresh_process(job: OnnxJob | RegionsJob, folder: Path) -> dict[str, Any]:
+def run_in_fresh_process(job: OnnxJob | PlanJob | RegionsJob, folder: Path) -> dict[str, Any]:
     """Run the proof; raises WanExportError with the child's last words when it fails or dies."""
     try:
         return run_process("proof_process", job, folder)

@@ -8,7 +8,7 @@ It opens the real engine, and compares it, or a lowered cut of it, with eager Py
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,11 +16,18 @@ from wanexport.exporter.child import main
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import forward_inputs, measure
 from wanexport.graphs.config import WanConfig
+from wanexport.graphs.signature import input_shapes, parameter_shapes
 from wanexport.graphs.weights import bundle_tensors, read_tensor
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.load import WEIGHTS_FILE
+from wanexport.runtime.manifest import TensorSpec
 from wanexport.runtime.onnx_engine import OnnxEngine
+
+if TYPE_CHECKING:
+    import torch
+
+    from wanexport.runtime.onnx_cuda_engine import Provider
 
 TIMESTEP = 812.0
 SEED = 0
@@ -31,6 +38,7 @@ class OnnxJob:
     """What the fresh process is told of an ONNX engine; all paths are absolute."""
 
     engine: str
+    device: str  # `cpu` or `cuda`
     dtype: str
     runs_here: bool
     weights: str  # folder of the engine's weights
@@ -56,29 +64,77 @@ class RegionsJob:
     geometry: dict[str, Any]  # of `compared`
 
 
+@dataclass(frozen=True)
+class PlanJob:
+    """What the fresh process is told of a TensorRT engine; all paths are absolute."""
+
+    flavour: str
+    plan: str
+    version_compatible: bool
+    dtype: str
+    weights: str  # file
+    config: dict[str, Any]
+    geometry: dict[str, Any]
+
+
 def prove_onnx(job: OnnxJob) -> dict[str, Any]:
     """Open the engine and compare its cut.
 
-    fp16 is not opened whole: ONNX Runtime would widen all its weights in memory.
+    On a CPU fp16 is not opened whole: ONNX Runtime would widen all its weights in memory.
     Raises WanExportError when an output is not finite or the gate fails.
     """
     config, geometry = WanConfig(**job.config), Geometry(**job.geometry)
-    method = "checker; cut compared" if job.runs_here else "checker; fp32 twin compared"
-    if job.dtype == "fp32":
-        OnnxEngine(Path(job.engine), Path(job.weights))
-        method = "engine opened; cut compared"
     inputs = forward_inputs(config, geometry, TIMESTEP, SEED)
     tensors = bundle_tensors(Path(job.weights) / WEIGHTS_FILE, job.tensors)
 
     def eager(dtype: str) -> np.ndarray:
-        return EagerEngine(config, geometry, dtype, tensors, resident=False)(inputs)
+        model = EagerEngine(config, geometry, dtype, tensors, resident=False, device=job.device)
+        output: np.ndarray = model(inputs)
+        return output
 
-    # The engine first, and closed after its call: its mapped weights and what eager PyTorch leaves
+    # The engine first, and closed after its call: its weights and what eager PyTorch leaves
     # allocated would add up.
-    velocity = OnnxEngine(Path(job.cut), Path(job.weights), keep_casts=not job.runs_here)(inputs)
+    velocity, method = (_run_on_gpu if job.device == "cuda" else _run_on_cpu)(job, inputs)
     reference = eager("fp32")
     floor = eager(job.dtype) if job.runs_here and job.dtype != "fp32" else None
     return _figures(job.dtype, method, config, geometry, velocity, reference, floor)
+
+
+def _run_on_cpu(job: OnnxJob, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
+    """The velocity of the cut, and what was done."""
+    method = "checker; cut compared" if job.runs_here else "checker; fp32 twin compared"
+    if job.dtype == "fp32":
+        OnnxEngine(Path(job.engine), Path(job.weights))
+        method = "engine opened; cut compared"
+    engine = OnnxEngine(Path(job.cut), Path(job.weights), keep_casts=not job.runs_here)
+    return engine(inputs), method
+
+
+def _run_on_gpu(job: OnnxJob, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
+    """The velocity of the cut, and what was done."""
+    import torch
+
+    from wanexport.runtime.onnx_cuda_engine import Provider
+
+    velocity = run_with_device_weights(job, inputs, torch.device("cuda", 0), Provider())
+    return velocity, "engine opened; cut compared on the GPU"
+
+
+def run_with_device_weights(
+    job: OnnxJob, inputs: dict[str, np.ndarray], device: "torch.device", provider: "Provider"
+) -> np.ndarray:
+    """Open the engine, and return the velocity of its cut on the same tensors of a device."""
+    from wanexport.runtime.aoti_engine import to_device
+    from wanexport.runtime.device_weights import device_weights
+    from wanexport.runtime.onnx_cuda_engine import OnnxSession
+
+    file = Path(job.weights) / WEIGHTS_FILE
+    weights = device_weights(file, device)
+    OnnxSession(Path(job.engine), file, weights.tensors, device, provider)
+    tensors = {name: weights.tensors[stored] for name, stored in job.tensors.items()}
+    session = OnnxSession(Path(job.cut), file, tensors, device, provider)
+    velocity = session({name: to_device(value, device) for name, value in inputs.items()})
+    return velocity.cpu().numpy()
 
 
 def prove_regions(job: RegionsJob) -> dict[str, Any]:
@@ -125,6 +181,40 @@ def prove_regions(job: RegionsJob) -> dict[str, Any]:
     return _figures(job.dtype, method, config, geometry, velocity, reference, floor)
 
 
+def prove_plan(job: PlanJob) -> dict[str, Any]:
+    """Open the plan and run it as it is, at its own size and with all its weights.
+
+    Raises WanExportError when TensorRT refuses the plan, an output is not finite, or the gate
+    fails.
+    """
+    from wanexport.runtime import tensorrt_engine
+
+    config, geometry = WanConfig(**job.config), Geometry(**job.geometry)
+    file, inputs = Path(job.weights), forward_inputs(config, geometry, TIMESTEP, SEED)
+    specs = {name: TensorSpec(shape) for name, shape in input_shapes(config, geometry).items()}
+    velocity = tensorrt_engine.run_once(
+        job.flavour,
+        Path(job.plan),
+        file,
+        inputs=specs,
+        output=specs["latent"],
+        values=inputs,
+        version_compatible=job.version_compatible,
+    )
+    sources = bundle_tensors(file, {name: name for name in parameter_shapes(config)})
+    device = tensorrt_engine.gpu().type
+
+    def eager(dtype: str) -> np.ndarray:
+        model = EagerEngine(config, geometry, dtype, sources, resident=False, device=device)
+        output: np.ndarray = model(inputs)
+        return output
+
+    reference = eager("fp32")
+    floor = None if job.dtype == "fp32" else eager(job.dtype)
+    method = "plan opened and run on the GPU"
+    return _figures(job.dtype, method, config, geometry, velocity, reference, floor)
+
+
 def _figures(
     dtype: str,
     method: str,
@@ -162,7 +252,9 @@ def _check_finite(dtype: str, reference: np.ndarray, velocity: np.ndarray) -> No
 
 
 def _prove(job: dict[str, Any]) -> dict[str, Any]:
-    """Either kind of job: only that of an ONNX engine has a cut."""
+    """Any kind of job: that of an ONNX engine has a cut, and that of TensorRT's a plan."""
+    if "plan" in job:
+        return prove_plan(PlanJob(**job))
     return prove_onnx(OnnxJob(**job)) if "cut" in job else prove_regions(RegionsJob(**job))
 
 

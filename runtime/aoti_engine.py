@@ -127,7 +127,9 @@ class AotiEngine:
         self.device = regions.device
         self.bound = regions.bind(weights.tensors)
         self.graph: torch.cuda.CUDAGraph | None = None
-        zeros = [torch.zeros(shape, device=self.device) for shape in shapes.values()]
+        # Of a caller in inference mode, calls outside it could not write them.
+        with torch.inference_mode(False):
+            zeros = [torch.zeros(shape, device=self.device) for shape in shapes.values()]
         with _on(self.device):
             self.launch_seconds, self.block_seconds = self.bound.warm_up(zeros)
             if cuda_graph is None:
@@ -153,7 +155,8 @@ class AotiEngine:
     def _capture(self, inputs: list[Tensor]) -> None:
         self._inputs = inputs
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # PyTorch's own stream for captures is on the GPU of the process's first capture.
+        with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(self.device)):
             self._output = self.bound(inputs)
 
 

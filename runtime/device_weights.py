@@ -36,21 +36,24 @@ class DeviceWeights:
     """The tensors of a weights file on a device, by name.
 
     Files of one layout share a buffer by turns: `use` replaces its content, and the tensors, being
-    views of it, stay valid. `switches` has the seconds of each replacement.
+    views of it, stay valid. `switches` has the seconds of each replacement. What is shared keeps
+    the first file's content.
     Raises WanExportError when the file cannot be read or the device has too little memory.
     """
 
-    def __init__(self, file: Path, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, file: Path, device: torch.device, *, shared: bool = False) -> None:
+        self.device, self.shared = device, shared
         self.file: Path | None = file  # None while its content is neither
         self.switches: list[float] = []
         self._entries = read_header(file)
         offsets, total = _offsets(self._entries)
         _check_room(total, device, file)
-        self.buffer = torch.empty(total, dtype=torch.uint8, device=device)
-        self.tensors = {
-            name: self._view(entry, offsets[name]) for name, entry in self._entries.items()
-        }
+        # Of a caller in inference mode, other threads and calls could not write it.
+        with torch.inference_mode(False):
+            self.buffer = torch.empty(total, dtype=torch.uint8, device=device)
+            self.tensors = {
+                name: self._view(entry, offsets[name]) for name, entry in self._entries.items()
+            }
         self._pieces = [
             _Piece(entry.offset + done, offsets[name] + done, min(_PIECE, entry.size - done))
             for name, entry in self._entries.items()
@@ -59,8 +62,11 @@ class DeviceWeights:
         self._fill(file)
 
     def use(self, file: Path) -> None:
-        """Hold the tensors of this file, whose header is that of the first."""
-        if file != self.file:
+        """Hold the tensors of this file, whose header is that of the first.
+
+        Shared weights hold them already, whatever name the file was opened by.
+        """
+        if file != self.file and not self.shared:
             started, self.file = time.perf_counter(), None
             self._fill(file)
             self.file = file
@@ -114,7 +120,7 @@ def device_weights(file: Path, device: torch.device, *, private: bool = False) -
     with _lock:
         weights = _resident.get(key)
         if weights is None:
-            weights = _resident[key] = DeviceWeights(file, device)
+            weights = _resident[key] = DeviceWeights(file, device, shared=True)
     return weights
 
 

@@ -1,6 +1,5 @@
-"""Open a bundle: choose the engine, check its files, attach the weights."""
+"""Open an engine of a bundle: check its files, attach the weights."""
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Mapping
@@ -8,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError, WanExportWarning
-from wanexport.runtime.geometry import parse_resolution
 from wanexport.runtime.manifest import (
     EngineRecord,
     Manifest,
@@ -21,18 +20,11 @@ from wanexport.runtime.manifest import (
 )
 from wanexport.runtime.onnx_engine import OnnxEngine
 from wanexport.runtime.tensorfile import header_sha256, read_header
+from wanexport.runtime.tensorrt_library import FLAVOURS
 
 WEIGHTS_FILE = "denoiser.safetensors"
-BACKENDS = ("onnx", "aoti")
-DEVICES = ("cpu", "cuda")
+CACHE = "cache"  # folder of a bundle for what its engines can make again
 KERNELS = ("fa4", "cudnn", "sdpa")  # of attention in AOTInductor engines
-RUNNABLE_DTYPES = ("fp16", "fp32")  # what ONNX Runtime executes on a CPU
-# The fastest on a GPU, on a CPU the exact one, and of two exact ones the one that maps its weights.
-_PREFERENCE = [
-    *(("aoti", "cuda", dtype) for dtype in ("bf16", "fp16", "fp32")),
-    *(("onnx", "cpu", dtype) for dtype in ("fp32", "fp16")),
-    *(("aoti", "cpu", dtype) for dtype in ("fp32", "bf16", "fp16")),
-]
 
 
 def load(
@@ -47,6 +39,8 @@ def load(
     attention: str | None = None,
     offload: bool = False,
     cuda_graph: bool | None = None,
+    provider: str | None = None,
+    provider_options: Mapping[str, str] | None = None,
 ) -> Denoiser:
     """Open the engine of a bundle that fits; what is None is free.
 
@@ -54,10 +48,14 @@ def load(
     weights of the same layout (a fine-tune or merged LoRA): `denoiser.safetensors`, or one in each
     of `high_noise/` and `low_noise/` where the model has two experts.
 
-    For AOTInductor engines: attention is the kernel of self-attention (`fa4`, `cudnn` or `sdpa`) in
-    place of the recorded one; offload keeps one of two experts on the device and replaces its
-    weights at the switch; cuda_graph is whether to replay a captured graph, by default where
-    launching takes as long as running. Weights already on the device are shared.
+    For AOTInductor and TensorRT engines: offload keeps one of two experts on the device and
+    replaces its weights at the switch; cuda_graph is whether to replay a captured graph, by default
+    where launching takes as long as running. Weights already on the device are shared. For
+    AOTInductor engines, attention is the kernel of self-attention (`fa4`, `cudnn` or `sdpa`) in
+    place of the recorded one.
+
+    An ONNX engine runs on either device: provider is ONNX Runtime's, `cpu`, `cuda`, `tensorrt` or
+    `tensorrt-rtx`, and provider_options are that provider's own. On a GPU it can offload too.
     Raises WanExportError when nothing or more than one shape fits, when a file is missing or was
     altered, or when this machine cannot execute the engine.
     """
@@ -72,6 +70,7 @@ def load(
             resolution=resolution,
             frames=frames,
             dtype=dtype,
+            provider=provider,
         )
         try:
             return open_engine(
@@ -82,6 +81,8 @@ def load(
                 attention=attention,
                 offload=offload,
                 cuda_graph=cuda_graph,
+                provider=provider,
+                provider_options=provider_options,
             )
         except WanExportError:
             if read_manifest(bundle) == manifest:
@@ -98,14 +99,21 @@ def open_engine(
     attention: str | None = None,
     offload: bool = False,
     cuda_graph: bool | None = None,
+    provider: str | None = None,
+    provider_options: Mapping[str, str] | None = None,
 ) -> Denoiser:
     """Open one engine of a manifest, with the bundle's weights or those of a folder.
 
+    An ONNX engine runs on the device that its target names, as `choose_engine` sets it.
     Raises WanExportError when a file is missing or was altered, or the backend refuses it.
     """
     # Engines are code: their whole content is checked at every load.
     files = {role: check_content(bundle, file) for role, file in engine.files.items()}
     folders = weights_folders(bundle, manifest, engine, weights)
+    if engine.backend != "onnx" and (provider or provider_options):
+        raise WanExportError(
+            f"engine {engine.name} has no provider of ONNX Runtime: choose one with --backend onnx"
+        )
     if engine.backend == "aoti":
         paths = {expert: folder / WEIGHTS_FILE for expert, folder in folders.items()}
         layers = int(manifest.config["num_layers"])
@@ -118,13 +126,71 @@ def open_engine(
             offload=offload,
             cuda_graph=cuda_graph,
         )
-    if attention or offload or cuda_graph is not None:
+    if engine.backend in FLAVOURS:
+        if attention:
+            raise WanExportError(
+                f"engine {engine.name} has the attention it was built with: leave {attention} out, "
+                f"or build one with --attention"
+            )
+        paths = {expert: folder / WEIGHTS_FILE for expert, folder in folders.items()}
+        return _open_tensorrt(
+            engine,
+            files,
+            paths,
+            own_weights=weights is None,
+            kernels=bundle / CACHE,
+            offload=offload,
+            cuda_graph=cuda_graph,
+        )
+    if attention or cuda_graph is not None:
         raise WanExportError(
-            f"engine {engine.name} chooses no attention kernel, offloads nothing and has no CUDA "
-            f"graph: these are options of --backend aoti"
+            f"engine {engine.name} chooses no attention kernel and has no CUDA graph: leave these "
+            f"options out, or choose an engine of another --backend"
         )
     graph = files["denoiser"]
+    if engine.target["device"] == "cuda":
+        return _open_onnx_on_gpu(
+            engine,
+            graph,
+            folders,
+            cache=bundle / CACHE,
+            provider=provider or "cuda",
+            options=provider_options or {},
+            offload=offload,
+        )
+    if offload or provider_options:
+        raise WanExportError(
+            f"engine {engine.name} on a CPU offloads nothing and has no provider options: these "
+            f"are for --device cuda"
+        )
     return Denoiser(engine, {expert: OnnxEngine(graph, f) for expert, f in folders.items()})
+
+
+def _open_onnx_on_gpu(
+    engine: EngineRecord,
+    graph: Path,
+    folders: Mapping[str, Path],
+    *,
+    cache: Path,
+    provider: str,
+    options: Mapping[str, str],
+    offload: bool,
+) -> Denoiser:
+    import torch
+
+    from wanexport.runtime import aoti_engine, onnx_cuda_engine
+
+    if offload:
+        _check_offload(folders)
+    device = torch.device("cuda", torch.cuda.current_device())
+    engines = onnx_cuda_engine.open_engines(
+        graph,
+        {expert: folder / WEIGHTS_FILE for expert, folder in folders.items()},
+        device,
+        onnx_cuda_engine.Provider(provider, options, cache),
+        offload=offload,
+    )
+    return Denoiser(engine, engines, partial(aoti_engine.to_device, device=device))
 
 
 def _open_aoti(
@@ -142,8 +208,8 @@ def _open_aoti(
     from wanexport.runtime import aoti_engine
     from wanexport.runtime.device_weights import device_weights
 
-    if offload and len(weights) < 2:
-        raise WanExportError("offload swaps two experts, this model has one: leave it out")
+    if offload:
+        _check_offload(weights)
     if attention not in (None, *KERNELS):
         raise WanExportError(f"unknown kernel {attention!r}: expected one of {', '.join(KERNELS)}")
     device = torch.device("cpu")
@@ -158,6 +224,22 @@ def _open_aoti(
         first = first or held
         engines[expert] = aoti_engine.AotiEngine(regions, held, path, shapes, cuda_graph=cuda_graph)
     return Denoiser(engine, engines, partial(aoti_engine.to_device, device=device))
+
+
+def _open_tensorrt(
+    engine: EngineRecord, files: Mapping[str, Path], weights: Mapping[str, Path], **options: Any
+) -> Denoiser:
+    from wanexport.runtime import aoti_engine, tensorrt_engine
+
+    if options["offload"]:
+        _check_offload(weights)
+    engines = tensorrt_engine.open_engines(engine, files, weights, **options)
+    return Denoiser(engine, engines, partial(aoti_engine.to_device, device=tensorrt_engine.gpu()))
+
+
+def _check_offload(weights: Mapping[str, Path]) -> None:
+    if len(weights) < 2:
+        raise WanExportError("offload swaps two experts, this model has one: leave it out")
 
 
 def _attention_kernels(
@@ -184,82 +266,6 @@ def _attention_kernels(
             )
             kernels[int(keys)] = open_kernel(fallback, library)
     return kernels
-
-
-def choose_engine(
-    bundle: Path,
-    manifest: Manifest,
-    *,
-    backend: str | None = None,
-    device: str | None = None,
-    resolution: str | None = None,
-    frames: int | None = None,
-    dtype: str | None = None,
-) -> EngineRecord:
-    """The engine that fits and runs here.
-
-    Raises WanExportError when there is none, or when engines of several shapes fit.
-    """
-    for what, value, known in (("device", device, DEVICES), ("backend", backend, BACKENDS)):
-        if value not in (None, *known):
-            raise WanExportError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
-    size = None if resolution is None else parse_resolution(resolution)
-    fitting = [
-        engine
-        for engine in manifest.engines
-        if engine.backend in BACKENDS
-        and backend in (None, engine.backend)
-        and device in (None, engine.target.get("device"))
-        and dtype in (None, engine.dtype)
-        and frames in (None, engine.geometry.frames)
-        and size in (None, (engine.geometry.height, engine.geometry.width))
-    ]
-    held = ", ".join(engine.name for engine in manifest.engines)
-    if not fitting:
-        raise WanExportError(
-            f"{bundle} has no such engine; it holds {held}: "
-            f"choose one, or add yours with wanexport build"
-        )
-    refusals = {engine.name: _refusal(bundle, engine) for engine in fitting}
-    runnable = [engine for engine in fitting if not refusals[engine.name]]
-    if not runnable:
-        raise WanExportError(refusals[fitting[0].name])
-    if len({engine.geometry for engine in runnable}) > 1:
-        raise WanExportError(f"{bundle} holds several shapes ({held}): name resolution and frames")
-    return min(runnable, key=_preference)
-
-
-def _preference(engine: EngineRecord) -> int:
-    return _PREFERENCE.index((engine.backend, engine.target["device"], engine.dtype))
-
-
-def _refusal(bundle: Path, engine: EngineRecord) -> str:
-    """Why this machine cannot execute the engine; empty when it can."""
-    if engine.backend == "onnx":
-        if engine.dtype in RUNNABLE_DTYPES:
-            return ""
-        return (
-            f"engine {engine.name} is {engine.dtype}, which ONNX Runtime cannot execute "
-            f"on a CPU: add an engine with wanexport build --dtype fp32"
-        )
-    if importlib.util.find_spec("torch") is None:
-        wanted = engine.target["torch"].partition("+")[0]
-        return f"engine {engine.name} needs PyTorch: pip install torch=={wanted}"
-    from wanexport.runtime import aoti_engine
-
-    try:
-        here = aoti_engine.versions(engine.target["device"])
-    except WanExportError as error:
-        return f"engine {engine.name} is for a GPU: {error}"
-    differing = [name for name in aoti_engine.BINDING if here.get(name) != engine.target.get(name)]
-    if not differing:
-        return ""
-    found = "; ".join(f"{n} {engine.target.get(n)}, here {here.get(n)}" for n in differing)
-    size = f"{engine.geometry.height}x{engine.geometry.width}"
-    return (
-        f"engine {engine.name} was compiled for {found}: build it here with wanexport build "
-        f"--backend aoti --resolution {size} --frames {engine.geometry.frames} -o {bundle}"
-    )
 
 
 def weights_folders(

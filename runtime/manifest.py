@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -20,6 +21,7 @@ from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.tensorfile import header_sha256
+from wanexport.runtime.tensorrt_library import FLAVOURS
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -156,6 +158,16 @@ def _check_regions(engine: EngineRecord, config: Mapping[str, Any]) -> None:
             raise ValueError(f"engine {engine.name} has attention to what is no number of keys")
         if type(config.get("num_layers")) is not int:
             raise ValueError("num_layers is no number")
+    if engine.backend in FLAVOURS:
+        if not {"arch", engine.backend} <= engine.target.keys():
+            raise ValueError(f"engine {engine.name} is for no architecture or no version")
+        if not re.fullmatch(r"sm\d+", engine.target["arch"]):
+            raise ValueError(f"engine {engine.name} is for no GPU's architecture")
+        if engine.target["device"] != "cuda":
+            raise ValueError(f"engine {engine.name} is for device {engine.target['device']}")
+        baked = {f"denoiser-{expert}" for expert in ("high_noise", "low_noise")}
+        if "denoiser" not in engine.files and not baked <= engine.files.keys():
+            raise ValueError(f"engine {engine.name} has no plan for an expert")
 
 
 def _decode(hint: Any, data: Any, where: str) -> Any:

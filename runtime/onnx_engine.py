@@ -1,13 +1,23 @@
 """A weightless ONNX graph in ONNX Runtime on the CPU, its weights mapped from the bundle's file."""
 
+import ctypes
 import platform
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from wanexport.runtime.errors import WanExportError
+
+PROVIDERS = {  # our name -> ONNX Runtime's
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 
 
 class OnnxEngine:
@@ -21,7 +31,7 @@ class OnnxEngine:
     """
 
     def __init__(self, graph: Path, weights_folder: Path, *, keep_casts: bool = False) -> None:
-        onnxruntime = _onnxruntime()
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised; it need not be printed too
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -40,7 +50,9 @@ class OnnxEngine:
                 disabled_optimizers=skipped,
             )
         except Exception as error:  # ONNX Runtime's own exceptions have no base but this
-            raise WanExportError(f"ONNX Runtime cannot load {graph}: {_reason(error)}") from error
+            raise WanExportError(
+                f"ONNX Runtime cannot load {graph}: {first_line(error)}"
+            ) from error
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Run the graph and return its one output.
@@ -50,27 +62,85 @@ class OnnxEngine:
         try:
             output: np.ndarray = self.session.run(None, dict(inputs))[0]
         except Exception as error:
-            raise WanExportError(f"ONNX Runtime cannot run the engine: {_reason(error)}") from error
+            raise WanExportError(
+                f"ONNX Runtime cannot run the engine: {first_line(error)}"
+            ) from error
         return output
 
 
-def versions() -> dict[str, str]:
+def versions(device: str = "cpu") -> dict[str, str]:
     """What the manifest records about this backend on this machine.
 
-    Raises WanExportError when ONNX Runtime is missing.
+    Raises WanExportError when ONNX Runtime is missing or cannot use the device.
     """
-    return {
-        "device": "cpu",
-        "machine": platform.machine(),
-        "onnxruntime": _onnxruntime().__version__,
-    }
+    version = import_onnxruntime().__version__
+    if device == "cuda" and (reason := gpu_obstacle()):
+        raise WanExportError(reason)
+    return {"device": device, "machine": platform.machine(), "onnxruntime": version}
 
 
-def _reason(error: Exception) -> str:
+def gpu_obstacle(provider: str = "cuda") -> str:
+    """Why ONNX Runtime's provider cannot be had here, in a line; empty when it can.
+
+    ONNX Runtime is not imported, and PyTorch only where the provider is there.
+    """
+    if reason := _missing(provider):
+        return reason
+    if find_spec("torch") is None:
+        return "ONNX engines on a GPU need PyTorch for its memory: pip install torch"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "there is no CUDA device here: choose --device cpu"
+    return ""
+
+
+def _missing(provider: str) -> str:
+    """What must be installed for a provider; empty when all is there."""
+    if provider == "tensorrt-rtx":
+        if find_spec(RTX_PLUGIN) and find_spec("onnxruntime"):
+            return ""
+        return (
+            "ONNX Runtime's provider for TensorRT for RTX is not installed: "
+            "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13"
+        )
+    if not _has_library(provider):
+        return (
+            f"this ONNX Runtime has no {PROVIDERS[provider]}: pip uninstall onnxruntime, then "
+            f"pip install onnxruntime-gpu (the two must not be installed together)"
+        )
+    if provider == "tensorrt" and not (find_spec("tensorrt") or _opens("libnvinfer.so.10")):
+        return (
+            "ONNX Runtime's provider for TensorRT needs TensorRT 10: "
+            "pip install 'tensorrt-cu13>=10.14,<11'"
+        )
+    return ""
+
+
+def _has_library(provider: str) -> bool:
+    """Whether the installed ONNX Runtime carries a provider's shared library."""
+    spec = find_spec("onnxruntime")
+    if spec is None or spec.origin is None:
+        return False
+    name = f"libonnxruntime_providers_{provider}.so"
+    return (Path(spec.origin).parent / "capi" / name).is_file()
+
+
+def _opens(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of ONNX Runtime says, without its details."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The module. Raises WanExportError when it is not installed."""
     try:
         import onnxruntime
     except ImportError as error:

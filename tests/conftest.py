@@ -1,5 +1,9 @@
-"""Bundles that many tests read; each is built once a session, by the product itself."""
+"""Bundles that many tests read; each is built once a session, by the product itself.
 
+`make test` runs two files at a time, each in one of two processes.
+"""
+
+import os
 import shutil
 from pathlib import Path
 
@@ -12,9 +16,22 @@ from tests.wan_reference import diffusers_model, official_state, small_config
 from wanexport.exporter.build import build
 from wanexport.graphs.config import WanConfig
 
+LONGEST = ("test_readme", "test_build", "test_aoti", "test_compare", "test_to_tensorrt")  # files
+
+
+def pytest_configure() -> None:
+    """Give processes of tests, and what they start, a core each; and spare compilers a trial."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Every process of a build would compile a program for each vector instruction set of this CPU.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests where there is none."""
+    """Begin with the longest files, lest one be left for the end; skip GPU tests without a GPU."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

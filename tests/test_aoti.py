@@ -7,8 +7,10 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.exporter.to_aoti import RegionJob, compile_region
 from wanexport.graphs.config import EXPERTS, PRESETS
 from wanexport.runtime import Geometry, WanExportError, load
+from wanexport.runtime.aoti_engine import AotiEngine
 from wanexport.runtime.errors import WanExportWarning
 from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.manifest import file_record, read_manifest, write_manifest
@@ -241,8 +244,12 @@ def test_options_that_do_not_apply_are_refused(small: Path, tiny_bundle: Path) -
         load(small, attention="fast")
     with pytest.raises(WanExportError, match="has no FlashAttention-4 kernel: pip install"):
         load(small, attention="fa4")
-    for options in ({"attention": "sdpa"}, {"offload": True}, {"cuda_graph": False}):
-        with pytest.raises(WanExportError, match="options of --backend aoti"):
+    for options, message in (
+        ({"attention": "sdpa"}, "an engine of another --backend"),
+        ({"cuda_graph": False}, "an engine of another --backend"),
+        ({"offload": True}, "on a CPU offloads nothing"),
+    ):
+        with pytest.raises(WanExportError, match=message):
             load(tiny_bundle, backend="onnx", **options)
 
 
@@ -264,6 +271,40 @@ def test_denoisers_of_one_process_share_weights(small: Path) -> None:
     first, second = load(small), load(small)
     one, other = (d.engines[""].weights for d in (first, second))  # type: ignore[attr-defined]
     assert one is other
+
+
+def test_fixed_inputs_made_in_inference_mode_can_be_written_outside() -> None:
+    kept: list[torch.Tensor] = []
+
+    def warm_up(inputs: list[torch.Tensor]) -> tuple[float, float]:
+        kept.extend(inputs)
+        return 0.0, 0.0
+
+    bound = SimpleNamespace(warm_up=warm_up)
+    regions: Any = SimpleNamespace(device=torch.device("cpu"), bind=lambda tensors: bound)
+    weights: Any = SimpleNamespace(tensors={})
+    with torch.inference_mode():
+        AotiEngine(regions, weights, Path("file"), {"latent": (2, 3)})
+    (latent,) = kept
+    assert latent.fill_(1).sum() == 6
+
+
+def test_a_graph_is_captured_on_the_engines_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's stream for captures may be on another, where the graph would stay empty."""
+    streams: list[Any] = []
+
+    def capture(graph: object, stream: Any = None) -> AbstractContextManager[None]:
+        streams.append(stream)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream on {device}")
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    engine = object.__new__(AotiEngine)
+    engine.device = torch.device("cuda", 1)
+    monkeypatch.setattr(engine, "bound", lambda inputs: inputs[0], raising=False)
+    engine._capture([torch.zeros(1)])
+    assert streams == ["stream on cuda:1"]
 
 
 def test_other_weights_of_the_same_layout_are_taken(small: Path, tmp_path: Path) -> None:

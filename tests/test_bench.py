@@ -17,10 +17,25 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from wanexport.exporter import bench_process
-from wanexport.exporter.bench import _OverBudget, _run, _Session, bench, last_words
-from wanexport.exporter.bench_arms import ARMS, Job, choose_arms, kernel_of, open_arm, read_inputs
-from wanexport.exporter.bench_process import Span, busy_share, cold_start, count_syncs, work
+from wanexport.exporter import bench_arms, bench_process
+from wanexport.exporter.bench import _job, _OverBudget, _run, _Session, bench, last_words
+from wanexport.exporter.bench_arms import (
+    ARMS,
+    Job,
+    choose_arms,
+    import_libraries,
+    kernel_of,
+    open_arm,
+    read_inputs,
+)
+from wanexport.exporter.bench_process import (
+    Span,
+    busy_share,
+    cold_start,
+    count_syncs,
+    peak_bytes,
+    work,
+)
 from wanexport.exporter.bench_report import row, save
 from wanexport.exporter.cli import cli
 from wanexport.exporter.diffusers_engine import DiffusersEngine
@@ -29,6 +44,7 @@ from wanexport.graphs.config import EXPERTS, stated_config
 from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load
+from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import file_record, read_manifest, write_manifest
 from wanexport.runtime.tensorfile import header_sha256, load_arrays, save_arrays
@@ -61,6 +77,26 @@ def test_arms_get_the_same_inputs_and_weights(
     config = stated_config(read_manifest(tiny_bundle).config)
     inputs = forward_inputs(config, denoiser.geometry, result["timestep"], result["seed"])
     assert lines["onnx"]["md5"] == hashlib.md5(denoiser(**inputs).tobytes()).hexdigest()
+
+
+def test_the_onnx_arm_needs_only_its_provider(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def obstacle(provider: str) -> str:
+        return "" if provider == "tensorrt-rtx" else f"there is no {provider}"
+
+    monkeypatch.setattr("wanexport.runtime.choose.gpu_obstacle", obstacle)
+    with pytest.raises(WanExportError, match=r"there is no tensorrt$"):
+        bench(tiny_bundle, provider="tensorrt", against=["onnx"])
+    opened: dict[str, Any] = {}
+    monkeypatch.setattr(bench_arms, "open_engine", lambda *_, **options: opened.update(options))
+    manifest = read_manifest(tiny_bundle)
+    record = choose_engine(tiny_bundle, manifest, provider="tensorrt-rtx", dtype="bf16")
+    job = _job(tiny_bundle, record, tmp_path, 5, False)
+    job = replace(job, arm="onnx", provider="tensorrt-rtx", provider_options={"key": "value"})
+    assert choose_arms(manifest, record, job, ["onnx"], None) == ["onnx"]
+    open_arm(job)
+    assert (opened["provider"], opened["provider_options"]) == ("tensorrt-rtx", {"key": "value"})
 
 
 def test_figures_follow_from_the_seconds(measured: tuple[dict[str, Any], Path]) -> None:
@@ -279,6 +315,32 @@ def test_kernels_are_chosen_on_a_gpu_only() -> None:
     assert all(kernel_of(arm, "cpu", "fp32") is None for arm in ARMS.values())
 
 
+def test_memory_beside_pytorchs_counts_where_a_library_takes_its_own(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_process, "_device_bytes", lambda: 9_000)
+    monkeypatch.setattr(bench_process, "peak_gpu_bytes", lambda: 70)
+    job = replace(job_of(tiny_bundle, "graph", tmp_path), device="cuda")
+    own = {arm: peak_bytes(replace(job, arm=arm), 2_000) for arm in ARMS}
+    assert {arm for arm, taken in own.items() if taken == 7_000} == {
+        "onnx",
+        "tensorrt",
+        "tensorrt-rtx",
+    }
+    assert set(own.values()) == {7_000, 70}
+    assert peak_bytes(replace(job, device="cpu"), 0) > 50e6
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_importing_tensorrt_is_part_of_a_cold_start(
+    flavour: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr("wanexport.exporter.bench_arms.import_tensorrt", imported.append)
+    import_libraries(job_of(tiny_bundle, flavour, tmp_path))
+    assert imported == [flavour]
+
+
 def test_by_default_what_applies_is_measured(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +364,21 @@ def test_by_default_what_applies_is_measured(
     variants = ["wanexport-cudnn", "wanexport-sdpa"]  # fa4 is wanexport itself
     assert chosen == [*first, *variants, "diffusers-fa2", "max-autotune"]
     assert choose_arms(manifest, gpu, on_gpu, ["wanexport-fa4"], None) == ["wanexport-fa4"]
+    in_bundle = {"onnx", "tensorrt-rtx"}
+
+    def choose(bundle: Path, _: Any, *, backend: str, **options: Any) -> Any:
+        if backend not in in_bundle:
+            raise WanExportError(f"{bundle} has no such engine")
+        return replace(gpu, backend=backend, attention={})
+
+    monkeypatch.setattr("wanexport.exporter.bench_arms.choose_engine", choose)
+    others = choose_arms(manifest, gpu, on_gpu, None, None)
+    assert others[:4] == ["tensorrt-rtx", "onnx", "graph", "diffusers"]
+    assert not in_bundle & set(choose_arms(manifest, gpu, on_gpu, None, "aoti"))
+    with pytest.raises(
+        WanExportError, match=r"arm tensorrt cannot run here: .* has no such engine"
+    ):
+        choose_arms(manifest, gpu, on_gpu, ["tensorrt"], None)
     without = replace(gpu, files=record.files)
     monkeypatch.setattr("wanexport.exporter.bench_arms.choose_engine", lambda *_, **__: without)
     with pytest.raises(WanExportError, match="has no FlashAttention-4 kernel"):
@@ -311,8 +388,9 @@ def test_by_default_what_applies_is_measured(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"against": ["onnx", "vllm"]}, "unknown arm 'vllm': expected some of wanexport, onnx"),
+        ({"against": ["onnx", "vllm"]}, "unknown arm 'vllm': expected some of wanexport, tens"),
         ({"against": ["wanexport"]}, "arm wanexport cannot run here: .* has no such engine"),
+        ({"against": ["tensorrt-rtx"]}, "arm tensorrt-rtx cannot run here: .* has no such engine"),
         ({"against": ["diffusers-fa2"]}, "no choice of attention kernels for fp32 on cpu"),
         ({"rounds": 4}, "4 rounds make no median: expected 5 or more"),
         ({"resolution": "480x832"}, "has no such engine"),

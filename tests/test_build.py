@@ -22,7 +22,8 @@ from tests.wan_reference import (
     write_diffusers,
     write_official,
 )
-from wanexport.exporter import to_onnx
+from wanexport.exporter import build as build_module
+from wanexport.exporter import onnx_backend, to_onnx
 from wanexport.exporter.build import build
 from wanexport.exporter.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.parity import forward_inputs, relative_l2
@@ -174,6 +175,35 @@ def test_a_file_in_the_working_directory_is_not_imported(
     build("tiny", random_weights=0, resolution="32x32", frames=1, output="b")
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "obstacle", "backends", "devices", "dtype"),
+    [
+        (False, "none", ("onnx", "aoti"), ("cpu", "cpu"), "fp32"),
+        (True, "", ("onnx", "aoti"), ("cuda", "cuda"), "bf16"),
+        (True, "a CPU's package", ("onnx", "aoti"), ("cpu", "cuda"), "bf16"),
+        (True, "a CPU's package", ("onnx",), ("cpu",), "fp32"),
+        (False, "none", ("onnx", "tensorrt-rtx"), ("cpu", "cpu"), "bf16"),
+    ],
+)
+def test_each_backend_has_its_device_and_all_one_precision(
+    has_gpu: bool,
+    obstacle: str,
+    backends: tuple[str, ...],
+    devices: tuple[str, ...],
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build_module, "_has_gpu", lambda: has_gpu)
+    monkeypatch.setattr("wanexport.runtime.onnx_engine.gpu_obstacle", lambda: obstacle)
+    found = {name: build_module._default_device(name) for name in backends}
+    assert tuple(found.values()) == devices
+    assert build_module._default_dtype(found) == dtype
+
+
+def test_an_onnx_engine_of_other_code_is_another() -> None:
+    assert onnx_backend in onnx_backend.code("cpu")  # which says where biases are fp32
+
+
 def test_verify_full_runs_every_block(tmp_path: Path) -> None:
     options = {"random_weights": 0, "resolution": "32x32", "frames": 1, "verify": "full"}
     record = build("tiny", output=tmp_path / "b", **options)  # type: ignore[arg-type]
@@ -187,8 +217,8 @@ def test_verify_full_runs_every_block(tmp_path: Path) -> None:
 def test_a_failed_proof_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = to_onnx.to_onnx
 
-    def unscaled(program: Any, weights: Any) -> Any:
-        graph = whole(program, weights)
+    def unscaled(program: Any, weights: Any, **options: Any) -> Any:
+        graph = whole(program, weights, **options)
         for node in graph.graph:
             if node.op_type == "Attention":
                 node.attributes.add(onnx_ir.AttrFloat32("scale", 0.1))

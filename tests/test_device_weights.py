@@ -45,6 +45,14 @@ def test_the_buffer_holds_the_file_and_then_the_other(files: list[Path]) -> None
     assert weights.tensors["head.head.weight"] is kept and len(weights.switches) == 1
 
 
+def test_weights_opened_in_inference_mode_can_be_written_outside(files: list[Path]) -> None:
+    with torch.inference_mode():
+        weights = DeviceWeights(files[0], CPU)
+    assert_holds(weights, files[0])
+    for tensor in (weights.buffer, weights.tensors["head.head.bias"]):
+        tensor.zero_()
+
+
 def test_a_failed_switch_is_made_good_by_the_next(files: list[Path], tmp_path: Path) -> None:
     weights = DeviceWeights(files[0], CPU)
     cut = tmp_path / "cut.safetensors"
@@ -55,11 +63,16 @@ def test_a_failed_switch_is_made_good_by_the_next(files: list[Path], tmp_path: P
     assert_holds(weights, files[0])
 
 
-def test_one_file_is_read_once_while_anyone_holds_it(files: list[Path]) -> None:
+def test_one_file_is_read_once_while_anyone_holds_it(files: list[Path], tmp_path: Path) -> None:
     first = device_weights(files[0], CPU)
     assert device_weights(files[0], CPU) is first
     assert device_weights(files[1], CPU) is not first
     assert device_weights(files[0], CPU, private=True) is not first
+    (tmp_path / "link.safetensors").symlink_to(files[0])
+    assert device_weights(tmp_path / "link.safetensors", CPU) is first
+    for path in (tmp_path / "link.safetensors", files[0]):
+        first.use(path)  # which already is its content
+    assert not first.switches
     alive = weakref.ref(first)
     del first
     gc.collect()

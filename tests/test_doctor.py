@@ -2,12 +2,14 @@
 
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from wanexport.exporter import doctor as module
 from wanexport.exporter.doctor import doctor
+from wanexport.runtime.tensorrt_library import FLAVOURS
 
 EXTRAS = ("numpy>=1.26", 'onnxruntime>=1.27; extra == "cpu"', 'torch<2.14,>=2.11; extra == "build"')
 
@@ -23,7 +25,8 @@ def stated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_this_environment_is_usable() -> None:
     record = doctor()
     assert record["usable"]
-    assert all(task["usable"] and not task["command"] for task in record["tasks"].values())
+    tasks = {name: task for name, task in record["tasks"].items() if "TensorRT" not in name}
+    assert tasks and all(task["usable"] and not task["command"] for task in tasks.values())
     stated = {library["requirement"] for library in record["libraries"]}
     assert {"numpy>=1.26", "onnxruntime>=1.27"} <= stated
     assert record["machine"]["memory_bytes"] >= record["machine"]["available_bytes"] > 0
@@ -40,6 +43,23 @@ def test_a_missing_library_and_the_command_that_gets_it(stated: list[str]) -> No
     ]  # fmt: skip
 
 
+def test_onnx_runtime_for_a_gpu_takes_the_place_of_the_other(
+    stated: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stated.append('onnxruntime-gpu>=1.27; extra == "gpu"')
+    monkeypatch.setattr(module, "_gpus", lambda: ["NVIDIA H200"])
+    libraries = {"onnxruntime": "1.31", "onnxruntime-gpu": None}
+    monkeypatch.setattr(module, "_version", lambda name: libraries.get(name, "99"))
+    monkeypatch.setattr(module, "_import_problem", lambda name: "")
+    task = doctor()["tasks"]["run ONNX engines on a GPU"]
+    assert not task["usable"]
+    uninstall, install = task["command"].split(" && ")
+    assert uninstall.endswith(" -m pip uninstall -y onnxruntime onnxruntime-gpu")
+    assert install.endswith(" -m pip install 'onnxruntime-gpu>=1.27'")
+    libraries["onnxruntime"] = None
+    assert "uninstall" not in doctor()["tasks"]["run ONNX engines on a GPU"]["command"]
+
+
 def test_a_version_that_does_not_serve(stated: list[str]) -> None:
     stated[1] = 'onnxruntime>=99; extra == "cpu"'
     record = doctor()
@@ -47,6 +67,33 @@ def test_a_version_that_does_not_serve(stated: list[str]) -> None:
     library = next(lib for lib in record["libraries"] if lib["requirement"] == "onnxruntime>=99")
     assert library["problem"].endswith("is not >=99")
     assert record["tasks"]["run on a CPU"]["command"].endswith("install 'onnxruntime>=99'")
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_each_flavour_of_tensorrt_with_what_to_install(
+    flavour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packages of its name stand in for TensorRT: a good one, one that is too old, a broken one."""
+    title, (name, *_), oldest, install = FLAVOURS[flavour]
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    file = tmp_path / f"{name}.py"
+    for source, problem in (
+        (f"__version__ = {oldest!r}", ""),
+        ("__version__ = '0.9'", f"{title} 0.9 is too old, {oldest} or newer is needed: {install}"),
+        ("raise OSError('no libnvinfer.so')", f"cannot be loaded (no libnvinfer.so): {install}"),
+    ):
+        file.write_text(source)
+        task = module._tensorrt(flavour)
+        assert task["usable"] == (not problem) and problem in task["problem"]
+        assert task["command"] == (install if problem else "")
+
+
+def test_a_flavour_that_is_not_installed(stated: list[str]) -> None:
+    if find_spec("tensorrt"):
+        pytest.skip("TensorRT is installed")
+    task = doctor()["tasks"]["TensorRT engines"]
+    assert not task["usable"] and task["command"] == "pip install 'tensorrt-cu13>=10.14'"
+    assert "TensorRT is not installed" in task["problem"]
 
 
 @pytest.mark.parametrize(

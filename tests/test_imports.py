@@ -46,8 +46,9 @@ def test_the_import_walk_sees_each_form(tmp_path: Path) -> None:
 
 
 def test_the_runtime_imports_in_under_300_ms() -> None:
-    code = "import time; t = time.perf_counter(); import wanexport.runtime; "
-    code += "print(time.perf_counter() - t)"
+    """Of processor time: what else runs on the machine does not count."""
+    code = "import time; t = time.process_time(); import wanexport.runtime; "
+    code += "print(time.process_time() - t)"
     times = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
         for _ in range(3)

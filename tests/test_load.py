@@ -54,7 +54,7 @@ def test_what_the_bundle_does_not_hold_is_named(tiny_bundle: Path) -> None:
     with pytest.raises(WanExportError, match="bf16, which ONNX Runtime cannot execute on a CPU"):
         load(tiny_bundle, dtype="bf16")
     with pytest.raises(WanExportError, match="no such engine; it holds"):
-        load(tiny_bundle, device="cuda")
+        load(tiny_bundle, backend="aoti", device="cuda")
 
 
 def test_other_weights_of_the_same_layout_are_taken(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from wanexport.graphs.weights import weights_layout
 def lowered(preset: str, dtype: str) -> onnx.ModelProto:
     config = small_config(preset)
     layout = weights_layout(config, dtype)[1]
-    graph, _ = lower(config, small_geometry(config), dtype, layout)
+    graph, _ = lower(config, small_geometry(config), dtype, layout, wide_bias=dtype != "fp32")
     return onnx.load_from_string(serialize(graph))
 
 
@@ -53,6 +53,23 @@ def test_inputs_and_output_have_our_names_and_static_shapes() -> None:
 def test_attention_nodes_have_one_output_and_no_mask() -> None:
     nodes = [n for n in lowered("t2v-1.3b", "fp32").graph.node if n.op_type == "Attention"]
     assert {(len(node.input), len(node.output)) for node in nodes} == {(3, 1)}
+
+
+def test_a_low_precision_product_is_rounded_once_before_fp32() -> None:
+    """ONNX Runtime's Gemm on CUDA rounds before it adds its bias, and its GELU at each step."""
+    graph = onnx.shape_inference.infer_shapes(lowered("i2v-14b", "bf16")).graph
+    dtypes = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    dtypes |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    products = [node for node in graph.node if node.op_type == "Gemm"]
+    low = [node for node in products if dtypes[node.input[1]] == onnx.TensorProto.BFLOAT16]
+    assert low and len(low) < len(products)
+    assert {len(node.input) for node in low} == {2}
+    assert {len(node.input) for node in products if node not in low} == {3}
+    gelus = [node for node in graph.node if node.op_type == "Gelu"]
+    assert {dtypes[node.input[0]] for node in gelus} == {onnx.TensorProto.FLOAT}
+    norms = [node for node in graph.node if node.op_type == "RMSNormalization"]
+    assert norms and {makers[node.input[0]].op_type for node in norms} == {"Add"}
 
 
 def test_the_same_graph_twice_has_the_same_bytes() -> None:

@@ -1,0 +1,138 @@
+"""Which engine of a bundle runs here, and runs best."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.geometry import parse_resolution
+from wanexport.runtime.manifest import EngineRecord, Manifest
+from wanexport.runtime.onnx_engine import PROVIDERS, gpu_obstacle
+from wanexport.runtime.tensorrt_library import FLAVOURS
+
+BACKENDS = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")
+DEVICES = ("cpu", "cuda")
+RUNNABLE_DTYPES = ("fp16", "fp32")  # what ONNX Runtime executes on a CPU
+# The fastest on a GPU, on a CPU the exact one, and of two exact ones the one that maps its weights.
+_PREFERENCE = [
+    *(("aoti", "cuda", dtype) for dtype in ("bf16", "fp16", "fp32")),
+    *(("tensorrt", "cuda", dtype) for dtype in ("bf16", "fp16", "fp32")),
+    *(("tensorrt-rtx", "cuda", dtype) for dtype in ("bf16", "fp16", "fp32")),
+    *(("onnx", "cuda", dtype) for dtype in ("bf16", "fp16", "fp32")),
+    *(("onnx", "cpu", dtype) for dtype in ("fp32", "fp16")),
+    *(("aoti", "cpu", dtype) for dtype in ("fp32", "bf16", "fp16")),
+]
+
+
+def choose_engine(
+    bundle: Path,
+    manifest: Manifest,
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    resolution: str | None = None,
+    frames: int | None = None,
+    dtype: str | None = None,
+    provider: str | None = None,
+) -> EngineRecord:
+    """The engine that fits and runs here; the target of an ONNX engine names the device.
+
+    Raises WanExportError when there is none, or when engines of several shapes fit.
+    """
+    if provider is not None:
+        backend, device = _of_provider(provider, backend, device)
+    for what, value, known in (("device", device, DEVICES), ("backend", backend, BACKENDS)):
+        if value not in (None, *known):
+            raise WanExportError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
+    size = None if resolution is None else parse_resolution(resolution)
+    fitting = [
+        engine
+        for engine in manifest.engines
+        if engine.backend in BACKENDS
+        and backend in (None, engine.backend)
+        and dtype in (None, engine.dtype)
+        and frames in (None, engine.geometry.frames)
+        and size in (None, (engine.geometry.height, engine.geometry.width))
+    ]
+    fitting = [placed for engine in fitting for placed in _on_devices(engine, device)]
+    held = ", ".join(engine.name for engine in manifest.engines)
+    if not fitting:
+        raise WanExportError(
+            f"{bundle} has no such engine; it holds {held}: "
+            f"choose one, or add yours with wanexport build"
+        )
+    refusals = [_refusal(bundle, engine, provider or "cuda") for engine in fitting]
+    runnable = [engine for engine, refusal in zip(fitting, refusals) if not refusal]
+    if not runnable:
+        raise WanExportError(refusals[0])
+    if len({engine.geometry for engine in runnable}) > 1:
+        raise WanExportError(f"{bundle} holds several shapes ({held}): name resolution and frames")
+    return min(runnable, key=_preference)
+
+
+def _of_provider(provider: str, backend: str | None, device: str | None) -> tuple[str, str]:
+    """Backend and device that a provider implies. Raises WanExportError when others were chosen."""
+    if provider not in PROVIDERS:
+        raise WanExportError(
+            f"unknown provider {provider!r}: expected one of {', '.join(PROVIDERS)}"
+        )
+    implied = ("onnx", "cpu" if provider == "cpu" else "cuda")
+    for chosen, own in zip((backend, device), implied):
+        if chosen not in (None, own):
+            raise WanExportError(f"provider {provider} is of {own}, not of {chosen}: leave one out")
+    return implied
+
+
+def _on_devices(engine: EngineRecord, device: str | None) -> list[EngineRecord]:
+    """The engine for each device that it could run on: an ONNX engine is bound to none."""
+    if engine.backend != "onnx":
+        return [engine] if device in (None, engine.target.get("device")) else []
+    return [
+        replace(engine, target={**engine.target, "device": name})
+        for name in ((device,) if device else DEVICES)
+    ]
+
+
+def _preference(engine: EngineRecord) -> tuple[int, bool]:
+    """What sorts first runs best; a TensorRT plan that serves more GPUs or versions is slower."""
+    place = _PREFERENCE.index((engine.backend, engine.target["device"], engine.dtype))
+    names = ("hardware_compatible", "version_compatible")
+    return place, any(engine.build.get(name) for name in names)
+
+
+def _refusal(bundle: Path, engine: EngineRecord, provider: str) -> str:
+    """Why this machine cannot execute the engine; empty when it can."""
+    if engine.backend == "onnx" and engine.target["device"] == "cuda":
+        return gpu_obstacle(provider)
+    if engine.backend == "onnx":
+        if engine.dtype in RUNNABLE_DTYPES:
+            return ""
+        return (
+            f"engine {engine.name} is {engine.dtype}, which ONNX Runtime cannot execute "
+            f"on a CPU: add an engine with wanexport build --dtype fp32, or run this one on a GPU "
+            f"with onnxruntime-gpu"
+        )
+    size = f"{engine.geometry.height}x{engine.geometry.width}"
+    rebuild = (
+        f"wanexport build --backend {engine.backend} --resolution {size} "
+        f"--frames {engine.geometry.frames} -o {bundle}"
+    )
+    if importlib.util.find_spec("torch") is None:
+        bound = "torch" in engine.target
+        wanted = "==" + engine.target["torch"].partition("+")[0] if bound else ""
+        return f"engine {engine.name} needs PyTorch: pip install torch{wanted}"
+    if engine.backend in FLAVOURS:
+        from wanexport.runtime.tensorrt_target import refusal
+
+        return refusal(engine, rebuild)
+    from wanexport.runtime import aoti_engine
+
+    try:
+        here = aoti_engine.versions(engine.target["device"])
+    except WanExportError as error:
+        return f"engine {engine.name} is for a GPU: {error}"
+    differing = [name for name in aoti_engine.BINDING if here.get(name) != engine.target.get(name)]
+    if not differing:
+        return ""
+    found = "; ".join(f"{n} {engine.target.get(n)}, here {here.get(n)}" for n in differing)
+    return f"engine {engine.name} was compiled for {found}: build it here with {rebuild}"

@@ -1,0 +1,262 @@
+"""A TensorRT engine, of either flavour: one plan, whose parameters are inputs that are bound once.
+
+A call copies its inputs into fixed buffers and the velocity out of one, on the GPU: TensorRT wants
+addresses aligned to 256 bytes, which a caller's view need not have, and a CUDA graph wants them to
+stay. Nothing goes through the host, and the host does not wait.
+"""
+
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanexport.runtime.aoti_engine import to_device
+from wanexport.runtime.device_weights import DeviceWeights, device_weights
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.manifest import EngineRecord, TensorSpec
+from wanexport.runtime.tensorrt_plan import OUTPUT, Plan, on_gpu
+from wanexport.runtime.tensorrt_target import arch, is_version_compatible
+
+_LAUNCH_BOUND = 0.7  # of an execution's time: when its launch takes more, a CUDA graph pays
+_LONG = 10.0  # seconds of the first execution, beyond which no launch is worth measuring
+
+
+class Buffers:
+    """Device memory that the experts of an engine use by turns: inputs, output, activations.
+
+    A turn is in the caller's stream and starts when that before it has ended, in whatever stream.
+    """
+
+    def __init__(
+        self, inputs: Mapping[str, TensorSpec], output: TensorSpec, size: int, device: torch.device
+    ) -> None:
+        _check_room(size, device)
+        self.device = device
+        # Of a caller in inference mode, calls outside it could not write them.
+        with on_gpu(device), torch.inference_mode(False):
+            self.inputs = {
+                name: torch.zeros(spec.shape, device=device) for name, spec in inputs.items()
+            }
+            self.output = torch.empty(output.shape, device=device)
+            self.activations = torch.empty(max(1, size), dtype=torch.uint8, device=device)
+        self.lock = threading.Lock()
+        self.own_stream, self.idle = torch.cuda.Stream(device), torch.cuda.Event()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Have the buffers for what the caller's current stream is given meanwhile."""
+        with self.lock, on_gpu(self.device):
+            caller = torch.cuda.current_stream(self.device)
+            caller.wait_event(self.idle)
+            try:
+                yield
+            finally:  # what was launched before a failure uses them too
+                self.idle.record(caller)
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """Handle of the caller's current stream, or of one of our own between its neighbours where
+        that is the default: there TensorRT makes the host wait."""
+        caller = torch.cuda.current_stream(self.device)
+        if caller.cuda_stream:
+            yield caller.cuda_stream
+            return
+        self.own_stream.wait_stream(caller)
+        try:
+            yield self.own_stream.cuda_stream
+        finally:
+            caller.wait_stream(self.own_stream)
+
+
+class TensorRtEngine:
+    """Executes a plan with one expert's weights; torch tensors on the device in and out.
+
+    `file` is the weights file that `weights` must hold during a call: with --offload two engines
+    share one buffer. weights are None where they were baked in. The plan runs once here, which
+    loads its kernels; cuda_graph None captures a graph when launching takes as long as running.
+    Raises WanExportError when TensorRT refuses a tensor or fails.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        buffers: Buffers,
+        weights: DeviceWeights | None,
+        file: Path,
+        *,
+        cuda_graph: bool | None = None,
+    ) -> None:
+        self.plan, self.buffers, self.weights, self.file = plan, buffers, weights, file
+        self.graph: torch.cuda.CUDAGraph | None = None
+        # Before the context and the memory bound to it go: an execution may still use them.
+        weakref.finalize(self, buffers.idle.synchronize)
+        tensors = {**(weights.tensors if weights else {}), **buffers.inputs, OUTPUT: buffers.output}
+        with buffers.turn():
+            self.context = plan.bind(tensors, buffers.activations)
+            self.launch_seconds, self.seconds = self._warm_up()
+            if cuda_graph is None:
+                cuda_graph = self.launch_seconds > _LAUNCH_BOUND * self.seconds
+            if cuda_graph:
+                self._capture()
+        plan.save_kernels()
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the velocity; the caller's current CUDA stream does the work, the host waits not.
+
+        Raises WanExportError when TensorRT fails.
+        """
+        with self.buffers.turn():
+            if self.weights is not None:
+                self.weights.use(self.file)
+            for name, buffer in self.buffers.inputs.items():
+                buffer.copy_(inputs[name])
+            if self.graph is None:
+                self._execute()
+            else:
+                self.graph.replay()
+            return self.buffers.output.clone()
+
+    @property
+    def device_memory(self) -> dict[str, int]:
+        """Bytes on the device: of the activations, which experts share, and of the weights."""
+        weights = self.plan.weights_bytes
+        if self.weights is not None:
+            weights += self.weights.buffer.nbytes
+        return {"activations": self.buffers.activations.nbytes, "weights": weights}
+
+    def _execute(self) -> None:
+        self.plan.log.errors.clear()
+        with self.buffers.stream() as handle:
+            if not self.context.execute_async_v3(handle):
+                raise self.plan.failure("execute")
+
+    def _warm_up(self) -> tuple[float, float]:
+        """Seconds to launch the plan and to run it, which the first execution would not tell: it
+        loads kernels. One that is long is not repeated, and its launch counts nothing."""
+        _, first = self._timed_execution()
+        return (0.0, first) if first > _LONG else self._timed_execution()
+
+    def _timed_execution(self) -> tuple[float, float]:
+        torch.cuda.synchronize(self.buffers.device)
+        started = time.perf_counter()
+        self._execute()
+        launched = time.perf_counter()
+        torch.cuda.synchronize(self.buffers.device)
+        return launched - started, time.perf_counter() - started
+
+    def _capture(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        # PyTorch's own stream for captures is on the GPU of the process's first capture.
+        with torch.cuda.graph(self.graph, stream=self.buffers.own_stream):
+            self._execute()
+
+
+def open_engines(
+    engine: EngineRecord,
+    files: Mapping[str, Path],
+    weights: Mapping[str, Path],
+    *,
+    own_weights: bool = True,
+    kernels: Path | None = None,
+    offload: bool = False,
+    cuda_graph: bool | None = None,
+) -> dict[str, TensorRtEngine]:
+    """The engine of each expert; weights are files by expert, own_weights whether the bundle's.
+
+    kernels is the folder that keeps what TensorRT for RTX compiles.
+    Raises WanExportError when a plan cannot be opened or does not fit, or the GPU is too small.
+    """
+    device = gpu()
+    plans = _open_plans(engine, files, weights, device, kernels)
+    is_baked = not any(plan.parameters(engine.inputs) for plan in plans.values())
+    if is_baked and (offload or not own_weights):
+        raise WanExportError(
+            f"engine {engine.name} holds its weights inside and can neither offload nor change "
+            f"them: build one without --bake-weights"
+        )
+    size = max(plan.activation_bytes for plan in plans.values())
+    buffers = Buffers(engine.inputs, engine.output, size, device)
+    held: DeviceWeights | None = None
+    engines: dict[str, TensorRtEngine] = {}
+    for expert, path in weights.items():
+        if not is_baked and not (held and offload):
+            held = device_weights(path, device, private=offload)
+        plan = plans[expert]
+        engines[expert] = TensorRtEngine(plan, buffers, held, path, cuda_graph=cuda_graph)
+    return engines
+
+
+def _open_plans(
+    engine: EngineRecord,
+    files: Mapping[str, Path],
+    weights: Mapping[str, Path],
+    device: torch.device,
+    kernels: Path | None,
+) -> dict[str, Plan]:
+    """The plan of each expert, checked: one for all unless weights were baked in."""
+    plans: dict[str, Plan] = {}
+    opened: dict[str, Plan] = {}
+    for expert, path in weights.items():
+        role = plan_role(files, expert)
+        if role not in opened:
+            kept = None
+            if kernels is not None and engine.backend == "tensorrt-rtx":
+                kept = kernels / f"{engine.key[:16]}-{arch()}-{role}"
+            opened[role] = Plan(
+                engine.backend,
+                files[role],
+                device,
+                kernels=kept,
+                version_compatible=is_version_compatible(engine),
+            )
+        plans[expert] = opened[role]
+        plans[expert].check(engine.inputs, engine.output, path)
+    return plans
+
+
+def run_once(
+    flavour: str,
+    path: Path,
+    weights: Path,
+    *,
+    inputs: Mapping[str, TensorSpec],
+    output: TensorSpec,
+    values: Mapping[str, Any],
+    version_compatible: bool = False,
+) -> Any:
+    """The velocity of a plan for these values, in numpy, leaving nothing on the GPU."""
+    device = gpu()
+    plan = Plan(flavour, path, device, version_compatible=version_compatible)
+    plan.check(inputs, output, weights)
+    buffers = Buffers(inputs, output, plan.activation_bytes, device)
+    held = device_weights(weights, device) if plan.parameters(inputs) else None
+    engine = TensorRtEngine(plan, buffers, held, weights, cuda_graph=False)
+    return engine({name: to_device(v, device) for name, v in values.items()}).cpu().numpy()
+
+
+def plan_role(files: Mapping[str, Any], expert: str) -> str:
+    """The role of the file that serves an expert: its own plan where weights were baked in."""
+    own = f"denoiser-{expert}"
+    return own if own in files else "denoiser"
+
+
+def gpu() -> torch.device:
+    """The current GPU."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _check_room(size: int, device: torch.device) -> None:
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if size > free:
+        raise WanExportError(
+            f"the engine takes {size / 1e9:.1f} GB for activations, the GPU has "
+            f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free: close what else uses it, or build one "
+            f"of a smaller --resolution or fewer --frames"
+        )
