@@ -1,19 +1,30 @@
 """Every sample runs as its docstring says."""
 
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from wanexport.runtime.tensorfile import load_arrays
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 ARGUMENTS = {"01_text_embeddings.py": "text.safetensors"}  # the others take a folder
-LAST_WORDS = {"02_build_and_sample.py": "step 3", "03_compare_recorded.py": "passed"}
+ON_A_GPU = "04_tensorrt_on_your_gpu.py"
+LAST_WORDS = {
+    "02_build_and_sample.py": "step 3",
+    "03_compare_recorded.py": "passed",
+    "05_drop_into_diffusers.py": "same latent",
+}
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in SAMPLES.glob("*.py")))
+@pytest.mark.parametrize("name", sorted({path.name for path in SAMPLES.glob("*.py")} - {ON_A_GPU}))
 def test_the_sample_runs(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(SAMPLES / name), ARGUMENTS.get(name, ".")]
     child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -22,3 +33,61 @@ def test_the_sample_runs(name: str, tmp_path: Path) -> None:
         assert child.stdout.splitlines()[-1].startswith(LAST_WORDS[name])
     else:
         assert load_arrays(tmp_path / "text.safetensors")["text"].shape == (77, 4096)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_sample_for_a_gpu_says_what_is_missing(tmp_path: Path) -> None:
+    command = [sys.executable, str(SAMPLES / ON_A_GPU), "."]
+    child = subprocess.run(
+        [*command, "--backend", "tensorrt-rtx"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (child.returncode, child.stdout) == (2, "")
+    assert child.stderr == (
+        "TensorRT for RTX needs an NVIDIA GPU and PyTorch for CUDA, which finds none: choose one "
+        "of another --backend\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_sample_for_a_gpu_reports_the_engine_that_it_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder may hold engines of other shapes already; no GPU is needed for the choice."""
+    sample = runpy.run_path(str(SAMPLES / ON_A_GPU))
+    calls: list[dict[str, Any]] = []
+
+    def give(result: Any) -> Callable[..., Any]:
+        def called(bundle: Path, **options: Any) -> Any:
+            calls.append(options)
+            return result
+
+        return called
+
+    size = SimpleNamespace(size=30_000_000)
+    record = SimpleNamespace(
+        name="64x96x9/tensorrt-bf16-sm89", target={}, files={"denoiser": size}, build={}, proof={}
+    )
+    opened = SimpleNamespace(graph=None, device_memory={})
+    row = {"arm": "graph", "median": 1.0, "min": 1.0, "max": 1.0, "percent_of_floor": 1.0}
+    measured = {"machine": "", "peak": 0, "arms": [row], "failed": {}, "skipped": {}}
+    sample["report"].__globals__.update(
+        build=lambda **options: {"seconds": 1, "engines": []},
+        load=give(SimpleNamespace(record=record, engines={"": opened})),
+        compare=give({"steps": [], "passed": True}),
+        bench=give(measured),
+        TensorRtEngine=SimpleNamespace,
+    )
+    shape = {"resolution": "64x96", "frames": 9}
+    assert sample["report"](tmp_path, "tensorrt", {**shape, "model": "tiny", "random_weights": 0})
+    wanted = {**shape, "backend": "tensorrt", "dtype": "bf16"}
+    assert calls == [wanted, wanted, {**wanted, "against": ["tensorrt", "graph"]}]
+    assert "* engine: 64x96x9/tensorrt-bf16-sm89" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_the_sample_for_a_gpu_says_what_to_install(tmp_path: Path) -> None:
+    command = [sys.executable, str(SAMPLES / ON_A_GPU), ".", "--backend", "tensorrt"]
+    child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (child.returncode, child.stdout) == (2, "")
+    wanted = "TensorRT is not installed: pip install 'tensorrt-cu13>=10.14'\n"
+    assert child.stderr == wanted
