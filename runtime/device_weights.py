@@ -47,7 +47,9 @@ class DeviceWeights:
         self.switches: list[float] = []
         self._entries = read_header(file)
         offsets, total = _offsets(self._entries)
-        _check_room(total, device, file)
+        if device.type == "cuda":
+            advice = "use --offload where the model has two experts"
+            check_room(total, device, str(file), advice)
         # Of a caller in inference mode, other threads and calls could not write it.
         with torch.inference_mode(False):
             self.buffer = torch.empty(total, dtype=torch.uint8, device=device)
@@ -133,16 +135,15 @@ def _offsets(entries: dict[str, TensorEntry]) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def _check_room(size: int, device: torch.device, file: Path) -> None:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if size > free:
-            raise WanExportError(
-                f"{file} takes {size / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} of "
-                f"{total / 1e9:.1f} GB free: close what else uses it, or use --offload where the "
-                f"model has two experts"
-            )
+def check_room(size: int, device: torch.device, what: str, advice: str) -> None:
+    """Raise WanExportError when the GPU has not so many bytes free, PyTorch's cache included."""
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if size > free:
+        raise WanExportError(
+            f"{what} takes {size / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} of "
+            f"{total / 1e9:.1f} GB free: close what else uses it, or {advice}"
+        )
 
 
 def _read_piece(handle: int, file: Path, piece: _Piece, target: Tensor) -> None:

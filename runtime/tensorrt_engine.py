@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.aoti_engine import to_device
-from wanexport.runtime.device_weights import DeviceWeights, device_weights
+from wanexport.runtime.device_weights import DeviceWeights, check_room, device_weights
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import EngineRecord, TensorSpec
 from wanexport.runtime.tensorrt_plan import OUTPUT, Plan, on_gpu
@@ -36,7 +36,8 @@ class Buffers:
     def __init__(
         self, inputs: Mapping[str, TensorSpec], output: TensorSpec, size: int, device: torch.device
     ) -> None:
-        _check_room(size, device)
+        advice = "build one of a smaller --resolution or fewer --frames"
+        check_room(size, device, "the engine's activation memory", advice)
         self.device = device
         # Of a caller in inference mode, calls outside it could not write them.
         with on_gpu(device), torch.inference_mode(False):
@@ -249,14 +250,3 @@ def plan_role(files: Mapping[str, Any], expert: str) -> str:
 def gpu() -> torch.device:
     """The current GPU."""
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _check_room(size: int, device: torch.device) -> None:
-    free, total = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if size > free:
-        raise WanExportError(
-            f"the engine takes {size / 1e9:.1f} GB for activations, the GPU has "
-            f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free: close what else uses it, or build one "
-            f"of a smaller --resolution or fewer --frames"
-        )

@@ -512,7 +512,7 @@ def test_too_little_memory_is_refused_with_the_figures(gpu: Gpu, bundle: Path) -
     tensors = plan_tensors(next(bundle.glob("weights/*/*")))
     alter_plan(bundle, json.dumps({"tensors": tensors, "activation_bytes": 30_000_000_000}))
     gpu.free = 20_000_000_000
-    assert "takes 30.0 GB for activations, the GPU has 20.0 of 25.8 GB free" in refused(bundle)
+    assert "activation memory takes 30.0 GB, the GPU has 20.0 of 25.8 GB free" in refused(bundle)
 
 
 def test_options_that_do_not_apply_are_refused(gpu: Gpu, bundle: Path) -> None:
