@@ -121,7 +121,7 @@ def build(
             reused += add_weights(writer, source, expert, dtype, progress)
         for name, target in targets:
             request = Request(source.config, geometry, sampling, name, dtype, target, attention)
-            if name.startswith("tensorrt"):
+            if name in FLAVOURS:
                 own = replace(options, targets=())  # a plan is for one, whatever else is built
                 request = replace(request, tensorrt=own, baked=_baked(writer, dtype, options))
             reused += add_engine(writer, request, verify, progress)
@@ -152,7 +152,7 @@ def _default_device(backend: str) -> str:
 
 def _default_dtype(devices: Mapping[str, str]) -> str:
     """The precision for the devices of these backends."""
-    if any(name.startswith("tensorrt") for name in devices):
+    if FLAVOURS.keys() & devices.keys():
         return "bf16"
     return "bf16" if "cuda" in devices.values() else "fp32"
 

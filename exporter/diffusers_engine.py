@@ -1,6 +1,7 @@
 """diffusers' own Wan transformer as an engine: a reference that shares no code with our graph."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from wanexport.graphs.checkpoint import SourceTensor, official_name
 from wanexport.graphs.config import IMAGE_DIM, WanConfig
 from wanexport.graphs.model import parameter_dtype
 from wanexport.graphs.weights import DTYPES, read_tensor
-from wanexport.runtime.geometry import PATCH, Geometry
+from wanexport.runtime.diffusers import diffusers_names
+from wanexport.runtime.geometry import Geometry
 
 _CLIP_TOKENS = 257  # of one image
 
@@ -78,21 +80,7 @@ def _empty_model(config: WanConfig, device: str) -> Any:
     """The model with parameters on the meta device; its RoPE tables are real, on `device`."""
     from diffusers import WanTransformer3DModel
 
-    settings = {
-        "patch_size": (1, PATCH, PATCH),
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": config.head_dim,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "text_dim": config.text_dim,
-        "freq_dim": config.freq_dim,
-        "ffn_dim": config.ffn_dim,
-        "num_layers": config.num_layers,
-        "eps": config.eps,
-        "image_dim": IMAGE_DIM if config.image_tokens else None,
-        "added_kv_proj_dim": config.dim if config.image_tokens else None,
-        "pos_embed_seq_len": config.image_tokens if config.image_tokens > _CLIP_TOKENS else None,
-    }
+    settings = diffusers_names(asdict(config))
     with torch.device("meta"):
         model = WanTransformer3DModel(**settings)
     model.rope = type(model.rope)(config.head_dim, settings["patch_size"], 1024).to(device)

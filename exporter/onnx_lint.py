@@ -17,6 +17,7 @@ from wanexport.graphs.lint import Finding, count, lint_program
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import check_content, read_manifest
+from wanexport.runtime.onnx_engine import first_line
 
 _OPERATORS = {
     "host_sync": "NonZero Unique Compress",
@@ -128,7 +129,7 @@ def _lint_file(
         return findings + (lint_tensorrt(model) if target == KIND else [])
     except Exception as error:  # protobuf's and onnx's exceptions have no base but this
         raise WanExportError(
-            f"{path} is no ONNX file that can be read: {_first_line(error)}"
+            f"{path} is no ONNX file that can be read: {first_line(error)}"
         ) from error
 
 
@@ -141,12 +142,8 @@ def _load_program(path: Path) -> torch.export.ExportedProgram:
     except Exception as error:  # of zip, json or torch, according to what the file is
         cause = error.__cause__ or error.__context__ or error
         raise WanExportError(
-            f"{path} is no exported program ({_first_line(cause)}): "
+            f"{path} is no exported program ({first_line(cause)}): "
             f"expected a file of torch.export.save"
         ) from error
     finally:
         logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

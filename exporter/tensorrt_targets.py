@@ -9,6 +9,7 @@ from wanexport.exporter.request import TensorRtOptions
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.onnx_engine import import_onnxruntime
 from wanexport.runtime.tensorrt_library import import_tensorrt
+from wanexport.runtime.tensorrt_target import arch
 
 
 def find_targets(flavour: str, options: TensorRtOptions) -> list[dict[str, str]]:
@@ -44,11 +45,8 @@ def _own_target(named: Sequence[str], here: str | None) -> str:
 
 
 def gpu_arch() -> str | None:
-    """The architecture of this machine's first GPU as `sm89`, if there is one."""
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability(0)
-    return f"sm{major}{minor}"
+    """The architecture of the current GPU as `sm89`, if there is one."""
+    return arch() if torch.cuda.is_available() else None
 
 
 def _refuse_absent_options(trt: Any, options: TensorRtOptions) -> None:

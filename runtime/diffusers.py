@@ -168,12 +168,13 @@ def transformer_config(bundle: str | Path) -> Mapping[str, Any]:
         ) from error
     stated = read_manifest(Path(bundle)).config
     try:
-        return FrozenDict(_diffusers_names(stated))
+        return FrozenDict(diffusers_names(stated))
     except KeyError as error:
         raise WanExportError(f"the manifest's config has no {error}: build again") from error
 
 
-def _diffusers_names(stated: Mapping[str, Any]) -> dict[str, Any]:
+def diffusers_names(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `WanTransformer3DModel` for the config that a manifest states."""
     image_tokens = stated["image_tokens"]
     return {
         "patch_size": (1, PATCH, PATCH),

@@ -134,7 +134,7 @@ def _opens(library: str) -> bool:
     return True
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception of ONNX Runtime says, without its details."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
