@@ -87,7 +87,7 @@ def build(
     engines are bf16 everywhere. The device of an onnx engine is what proves it: by default a GPU
     where ONNX Runtime can use one. attention names the kernel of self-attention in an aoti engine,
     by default the fastest measured, and in the others whether it stays one operator, in onnx also
-    which (`native` or `mha`).
+    which (`native`, or on a GPU by default `mha`).
     Raises WanExportError for whatever the caller can put right.
     """
     started = time.monotonic()

