@@ -147,16 +147,30 @@ class AotiEngine:
             self.weights.use(self.file)
             if self.graph is None:
                 return self.bound(given)
+            return self._replay(self.graph, given)
+
+    def _replay(self, graph: torch.cuda.CUDAGraph, given: Sequence[Tensor]) -> Tensor:
+        """The graph's one set of buffers serves callers on several streams, one after the other."""
+        caller = torch.cuda.current_stream(self.device)
+        caller.wait_event(self._idle)
+        try:
             for static, tensor in zip(self._inputs, given):
                 static.copy_(tensor)
-            self.graph.replay()
+            graph.replay()
             return self._output.clone()
+        finally:  # what was launched before a failure uses them too
+            self._idle.record(caller)
 
     def _capture(self, inputs: list[Tensor]) -> None:
-        self._inputs = inputs
+        self._inputs, self._idle = inputs, torch.cuda.Event()
         self.graph = torch.cuda.CUDAGraph()
-        # PyTorch's own stream for captures is on the GPU of the process's first capture.
-        with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(self.device)):
+        # PyTorch's own stream for captures is on the GPU of the process's first capture, and other
+        # threads of the process may use the GPU meanwhile.
+        with torch.cuda.graph(
+            self.graph,
+            stream=torch.cuda.Stream(self.device),
+            capture_error_mode="thread_local",
+        ):
             self._output = self.bound(inputs)
 
 

@@ -153,8 +153,11 @@ class TensorRtEngine:
 
     def _capture(self) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        # PyTorch's own stream for captures is on the GPU of the process's first capture.
-        with torch.cuda.graph(self.graph, stream=self.buffers.own_stream):
+        # PyTorch's own stream for captures is on the GPU of the process's first capture, and other
+        # threads of the process may use the GPU meanwhile.
+        with torch.cuda.graph(
+            self.graph, stream=self.buffers.own_stream, capture_error_mode="thread_local"
+        ):
             self._execute()
 
 

@@ -231,8 +231,11 @@ class Gpu:
         yield
 
     @contextmanager
-    def _capture(self, graph: Graph, stream: Stream | None = None) -> Iterator[None]:
+    def _capture(
+        self, graph: Graph, stream: Stream | None = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
         """Without a stream, on PyTorch's own, which may be on another GPU."""
+        self.capture_error_mode = capture_error_mode
         caller, self.current = self.current, stream or Stream(self.trt.calls, 55)
         run, self.trt.executing = self.trt.executing, graph.work.append
         yield

@@ -101,6 +101,21 @@ def test_a_captured_graph_gives_the_same(bundles: dict[str, Path]) -> None:
     assert torch.equal(replayed(**given), plain)
 
 
+def test_callers_on_several_streams_share_a_captured_graph(bundles: dict[str, Path]) -> None:
+    denoiser, given = load(bundles[VARIANTS[0]], cuda_graph=True), on_gpu(VARIANTS[0])
+    latents = [given["latent"] * scale for scale in (1.0, 0.5, -1.0)]
+    alone = [denoiser(**{**given, "latent": latent}) for latent in latents]
+    streams = [torch.cuda.Stream() for _ in latents]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        together = []
+        for stream, latent in zip(streams, latents):
+            with torch.cuda.stream(stream):
+                together.append(denoiser(**{**given, "latent": latent}))
+        torch.cuda.synchronize()
+        assert all(torch.equal(*pair) for pair in zip(alone, together))
+
+
 def test_a_forward_never_waits_for_the_gpu(bundles: dict[str, Path]) -> None:
     denoiser, given = load(bundles[VARIANTS[0]], cuda_graph=False), on_gpu(VARIANTS[0])
     given["timestep"] = 812.0

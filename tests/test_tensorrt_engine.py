@@ -273,6 +273,7 @@ def test_a_captured_graph_is_replayed(gpu: Gpu, bundle: Path, weights: dict[str,
     denoiser, calls = load(bundle, cuda_graph=True), gpu.trt.calls
     assert calls[-1] == ("serialize",) or FLAVOUR == "tensorrt"
     assert ("execute_async_v3", 99) in calls  # on a stream of the engine's GPU
+    assert gpu.capture_error_mode == "thread_local"  # other threads' allocations do not break it
     calls.clear()
     for seed in (0, 1):
         given = inputs(seed)
