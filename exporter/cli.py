@@ -7,7 +7,6 @@ import io
 import json
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,30 +29,27 @@ from wanexport.exporter.display import (
     show_lint,
     show_run,
 )
+from wanexport.exporter.generate import run as run_request
 from wanexport.exporter.options import (
     COUNT,
     DTYPES,
     SEED,
     aoti_options,
     as_json,
-    check_output,
     engine_options,
     parse_guidance,
     parse_numbers,
     parse_pairs,
     parse_size,
+    prompt_options,
     provider_options,
+    sampling_options,
     tensorrt_options,
 )
-from wanexport.exporter.recorded import read_sample_inputs
+from wanexport.exporter.run_request import RunRequest
 from wanexport.runtime.choose import BACKENDS, DEVICES
-from wanexport.runtime.denoiser import Denoiser, is_finite, to_numpy
 from wanexport.runtime.errors import WanExportError, WanExportWarning
-from wanexport.runtime.load import KERNELS, load
-from wanexport.runtime.memory import peak_gpu_bytes, peak_rss
-from wanexport.runtime.sample import make_plan, sample, seeded_noise
-from wanexport.runtime.solvers import SOLVERS
-from wanexport.runtime.tensorfile import save_arrays
+from wanexport.runtime.load import KERNELS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -122,81 +118,37 @@ def _report(record: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--text", "text_file", required=True, type=click.Path(path_type=Path),
-    help="Safetensors file with text [n, 4096], and where they apply negative, condition, image, "
-    "first_frame and noise.",
-)  # fmt: skip
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Latents.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise.")
-@click.option("--steps", type=COUNT, help="Default: the model's own.")
-@click.option("--shift", type=float, help="Default: the model's own.")
-@click.option("--guidance", help="A number, or LOW,HIGH noise; 1 is none. Default: the model's.")
-@click.option("--solver", type=click.Choice(list(SOLVERS)), help="Default: unipc.")
-@click.option("--timesteps", help="A distilled model's timesteps, as 1000,750,500,250.")
+@prompt_options
+@sampling_options
 @engine_options
 @aoti_options
 @provider_options
 @as_json
 def run(
     bundle: Path,
-    text_file: Path,
-    output: Path,
-    seed: int,
     as_json: bool,
     guidance: str | None,
     timesteps: str | None,
     provider_options: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Sample a bundle from text embeddings and write the final latent as safetensors."""
+    """Make a video from a prompt, or from text embeddings; with an image where the model takes one.
+
+    OUTPUT.json beside it holds what repeats the run.
+    """
     settings = {name: options.pop(name) for name in ("steps", "shift", "solver")}
     settings["guidance"] = parse_guidance(guidance)
     settings["timesteps"] = parse_numbers("--timesteps", timesteps)
+    asked = {f.name: options.pop(f.name) for f in fields(RunRequest) if f.name in options}
     options["provider_options"] = parse_pairs("--provider-option", provider_options)
-    check_output(output)
-    started = time.monotonic()
-    denoiser = load(bundle, **options)
-    inputs = read_sample_inputs(text_file)
-    inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, seed))
-    inputs = {name: denoiser.array(value) for name, value in inputs.items()}
-    plan = make_plan(denoiser.sampling, **settings)
-    loaded = time.monotonic()
-    latent, pace = _sample_with_progress(denoiser, inputs, settings, len(plan))
-    save_arrays(output, {"latent": to_numpy(latent)})
-    record = {
-        "output": str(output),
-        "engine": denoiser.record.name,
-        "shape": list(latent.shape),
-        "seed": seed,
-        "solver": plan.solver,
-        "timesteps": plan.schedule.timesteps,
-        "guidance": plan.guidance,
-        "load_seconds": round(loaded - started, 3),
-        "seconds_per_step": round(pace, 3),
-        "peak_rss_bytes": peak_rss(),
-        "peak_gpu_bytes": peak_gpu_bytes(),
-        "expert_switch_seconds": denoiser.switch_seconds,
-    }
+    request = RunRequest(bundle, **asked, settings=settings, load_options=options)
+    with progress_display() as show:
+        record = run_request(request, show=show, tell=_tell)
     _report(record, as_json, show_run)
 
 
-def _sample_with_progress(
-    denoiser: Denoiser, inputs: dict[str, Any], settings: dict[str, Any], steps: int
-) -> tuple[Any, float]:
-    """Return the final latent and the seconds per step."""
-    started = time.monotonic()
-    with progress_display() as show:
-        show("sampling", 0, steps)
-        for step in sample(denoiser, **inputs, **settings):
-            if not is_finite(step.latent):  # the one wait for the device in a step
-                raise WanExportError(
-                    f"engine {denoiser.record.name} gave NaN or Inf in step {step.index}: "
-                    f"check the inputs, or use an engine of --dtype fp32"
-                )
-            pace = (time.monotonic() - started) / (step.index + 1)
-            show(f"sampling, {pace:.2f} s/step", step.index + 1, steps)
-    return step.latent, pace
+def _tell(note: str) -> None:
+    err.print("[yellow]note:[/]", escape(note))
 
 
 @cli.command()

@@ -59,19 +59,30 @@ def _plan(build: dict[str, Any]) -> str:
 
 
 def show_run(record: dict[str, Any]) -> None:
-    """What was sampled, and how fast."""
+    """What was made, and how fast."""
+    made = f"latent {list(record['shape'])}"
+    if record["output"].lower().endswith(".mp4"):
+        size = f"height {record['height']}, width {record['width']}"
+        made = f"{record['frames']} frames at {record['fps']} fps, {size}"
     out.print(
-        f"[bold]{escape(record['output'])}[/]: latent {list(record['shape'])}, seed "
-        f"{record['seed']}, {record['solver']}, {len(record['timesteps'])} steps"
+        f"[bold]{escape(record['output'])}[/]: {made}, seed {record['seed']}, "
+        f"{record['solver']}, {len(record['timesteps'])} steps"
     )
+    stages = {"text": "encode the text", "image": "encode the image", "decode": "decode"}
+    shown = [f"{record['load_seconds']} s to load"]
+    shown += [
+        f"{seconds} s to {stages[stage]}"
+        for stage, seconds in record.get("seconds", {}).items()
+        if stage in stages and seconds
+    ]
     out.print(
-        f"  {record['load_seconds']} s to load, {record['seconds_per_step']} s/step, "
+        f"  {', '.join(shown)}, {record['seconds_per_step']} s/step, "
         f"peak memory {in_bytes(record['peak_rss_bytes'])}"
         + (f", on the GPU {in_bytes(gpu)}" if (gpu := record["peak_gpu_bytes"]) else "")
     )
     if record["expert_switch_seconds"]:
-        shown = ", ".join(f"{seconds:.2f} s" for seconds in record["expert_switch_seconds"])
-        out.print(f"  expert switches: {shown}")
+        shown = [f"{seconds:.2f} s" for seconds in record["expert_switch_seconds"]]
+        out.print(f"  expert switches: {', '.join(shown)}")
 
 
 def show_compare(result: dict[str, Any]) -> None:

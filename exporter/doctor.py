@@ -30,7 +30,9 @@ _IMPORTS = {  # where the package's name is not what is used of it
     # Finds its libraries only once the package that holds them is imported.
     "tensorrt-rtx-cu13-bindings": "from wanexport.runtime.tensorrt_library import import_tensorrt\n"
     "import_tensorrt('tensorrt-rtx')",
-    "diffusers": "from diffusers import WanTransformer3DModel",
+    "diffusers": "from diffusers import AutoencoderKLWan, WanTransformer3DModel",
+    "pillow": "from PIL import Image",
+    "transformers": "from transformers import CLIPVisionModel, UMT5EncoderModel",
     "onnxruntime-gpu": "import onnxruntime\n"
     "if 'CUDAExecutionProvider' not in onnxruntime.get_available_providers(): "
     "raise ImportError('the package onnxruntime is installed over it: uninstall both first')",
@@ -38,6 +40,7 @@ _IMPORTS = {  # where the package's name is not what is used of it
 _TASKS = {  # what a user wants -> the extras of wanexport that it needs besides the base
     "run on a CPU": ("cpu",),
     "run AOTInductor engines": ("aoti",),
+    "make videos from prompts": ("pipeline",),
     "build and compare": ("cpu", "build"),
     "compare with diffusers": ("cpu", "build", "diffusers"),
 }

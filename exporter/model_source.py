@@ -9,8 +9,9 @@ from wanexport.graphs.checkpoint import Checkpoint, open_checkpoint
 from wanexport.graphs.config import PRESETS, WanConfig, variant
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.hub import EXAMPLE, download
 
-DEFAULT_MODEL = "Wan-AI/Wan2.1-T2V-1.3B"
+DEFAULT_MODEL = EXAMPLE
 DEFAULT_PRESET = "t2v-1.3b"
 _DIT_FILES = (
     "config.json",
@@ -52,7 +53,7 @@ def resolve(model: str | None, random_weights: int | None) -> ModelSource:
             f"{model} is a preset, not a checkpoint: add --random-weights SEED, "
             f"or name a folder or hub id"
         )
-    path = _download(model)
+    path = download(model, _DIT_FILES)
     return _from_checkpoint(open_checkpoint(path), {"hub": model, "revision": path.name})
 
 
@@ -88,24 +89,3 @@ def _file_stats(checkpoint: Checkpoint) -> dict[str, list[int]]:
         str(f.relative_to(checkpoint.path.parent)): [s.st_size, s.st_mtime_ns]
         for f, s in stats.items()
     }
-
-
-def _download(hub_id: str) -> Path:
-    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
-        raise WanExportError(
-            f"{hub_id} does not exist: expected a checkpoint folder, "
-            f"or a hub id such as {DEFAULT_MODEL}"
-        )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise WanExportError(
-            "huggingface_hub is not installed: pip install huggingface_hub"
-        ) from error
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_DIT_FILES)))
-    except Exception as error:  # of the hub, the HTTP client or the disk: all end the build alike
-        reason = " ".join(str(error).split())
-        raise WanExportError(
-            f"cannot get {hub_id} from the hub: {reason[:300]}; download it and pass -m FOLDER"
-        ) from error

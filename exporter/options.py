@@ -1,6 +1,5 @@
 """Options that commands share, and the parsing of what click has no type for."""
 
-import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,12 +11,54 @@ from wanexport.runtime.choose import BACKENDS, DEVICES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.load import KERNELS
 from wanexport.runtime.onnx_engine import PROVIDERS
+from wanexport.runtime.solvers import SOLVERS
 
 DTYPES = ("fp32", "bf16", "fp16")
 SEED, COUNT = click.IntRange(min=0), click.IntRange(min=1)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def prompt_options(command: _Command) -> _Command:
+    """What a run is made from, and where it goes."""
+    file = click.Path(path_type=Path)
+    for option in (
+        click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise."),
+        click.option("-o", "--output", required=True, type=file, help="X.mp4, or X.safetensors: "
+                     "the latent."),
+        click.option(
+            "-m", "--model",
+            help="Checkpoint (folder or hub id) with the text encoder and the VAE. Default: the "
+            "one the bundle came from.",
+        ),
+        click.option("--last-image", type=file, help="Last frame, for first-last-frame models."),
+        click.option("--image", type=file, help="First frame, for image-to-video and TI2V."),
+        click.option("--negative", help="What to keep away from. Default: the model's own text."),
+        click.option(
+            "--text", "text_file", type=file,
+            help="In place of --prompt: a safetensors file with text [n, 4096], and where they "
+            "apply negative, condition, image, first_frame and noise.",
+        ),
+        click.option("--prompt", help="What the video shows."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def sampling_options(command: _Command) -> _Command:
+    """The settings of `sample`."""
+    for option in (
+        click.option("--timesteps", help="A distilled model's timesteps, as 1000,750,500,250."),
+        click.option("--solver", type=click.Choice(list(SOLVERS)), help="Default: unipc."),
+        click.option(
+            "--guidance", help="A number, or LOW,HIGH noise; 1 is none. Default: the model's."
+        ),
+        click.option("--shift", type=float, help="Default: the model's own."),
+        click.option("--steps", type=COUNT, help="Default: the model's own."),
+    ):
+        command = option(command)
+    return command
 
 
 def engine_options(command: _Command) -> _Command:
@@ -134,11 +175,3 @@ def parse_numbers(option: str, text: str | None) -> list[float] | None:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:
         raise WanExportError(f"{option} {text!r}: expected numbers, with commas between") from error
-
-
-def check_output(output: Path) -> None:
-    """Refuse before the work what could not be written after it."""
-    if output.suffix != ".safetensors" or output.is_dir():
-        raise WanExportError(f"{output}: latents go to a .safetensors file, name one with -o")
-    if not os.access(output.parent, os.W_OK):
-        raise WanExportError(f"cannot write in {output.parent}: name an existing folder with -o")

@@ -21,12 +21,12 @@ def peak_gpu_bytes() -> int:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that can be had on a device, `cpu` or `cuda`."""
+    """Memory that can be had on a device: `cpu`, `cuda` for the current GPU, or one as `cuda:1`."""
     if device == "cpu":
         return available_bytes()
     import torch
 
-    free: int = torch.cuda.mem_get_info()[0]
+    free: int = torch.cuda.mem_get_info(device)[0]
     return free
 
 

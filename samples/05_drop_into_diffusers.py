@@ -4,7 +4,7 @@
 
 The model here is small and random. With a published one, `wanexport build -m MODEL` makes the
 bundle, and `drop_in` below opens the pipeline: without its own transformer, whose weights stay
-unread. It takes `pip install diffusers transformers ftfy`.
+unread. It takes `pip install 'wanexport[cpu,build,diffusers]'`.
 """
 
 import sys

@@ -16,7 +16,15 @@ from tests.wan_reference import diffusers_model, official_state, small_config
 from wanexport.exporter.build import build
 from wanexport.graphs.config import WanConfig
 
-LONGEST = ("test_readme", "test_build", "test_aoti", "test_compare", "test_to_tensorrt")  # files
+LONGEST = (
+    "test_readme",
+    "test_build",
+    "test_aoti",
+    "test_compare",
+    "test_to_tensorrt",
+    "test_tiny_wan",
+    "test_run",
+)
 
 
 def pytest_configure() -> None:

@@ -119,7 +119,7 @@ TINY = ("-m", "tiny", "--random-weights", "0")
         (("run", "{tmp}", "--text", "x", "-o", "y.safetensors"), "is no bundle"),
         (("run", "{bundle}", "--text", "{tmp}/no", "-o", "y.safetensors"), "cannot read"),
         (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/no/y.safetensors"),
-         "cannot write in"),
+         "cannot write"),
         (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y.safetensors", "--guidance", "a"),
          "--guidance 'a': expected numbers"),
         (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y.safetensors", "--timesteps", "1,2"),
@@ -135,7 +135,7 @@ TINY = ("-m", "tiny", "--random-weights", "0")
         (("inspect", "{tmp}"), "is no bundle"),
         (("lint", "{text}"), "name a bundle, an .onnx or a .pt2 file"),
         (("lint", "{tmp}"), "is no bundle"),
-        (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y.mp4"), "a .safetensors file"),
+        (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}/y.gif"), "a .safetensors file"),
         (("run", "{bundle}", "--text", "{text}", "-o", "{tmp}"), "a .safetensors file"),
     ],
 )  # fmt: skip

@@ -11,7 +11,8 @@ from wanexport.exporter import doctor as module
 from wanexport.exporter.doctor import doctor
 from wanexport.runtime.tensorrt_library import FLAVOURS
 
-EXTRAS = ("numpy>=1.26", 'onnxruntime>=1.27; extra == "cpu"', 'torch<2.14,>=2.11; extra == "build"')
+# Ones that are imported at once.
+EXTRAS = ("numpy>=1.26", 'onnxruntime>=1.27; extra == "cpu"', 'packaging>=20; extra == "build"')
 
 
 @pytest.fixture
@@ -41,6 +42,16 @@ def test_a_missing_library_and_the_command_that_gets_it(stated: list[str]) -> No
     assert shlex.split(task["command"]) == [
         sys.executable, "-m", "pip", "install", "no-such-library>=3",
     ]  # fmt: skip
+
+
+def test_what_videos_from_prompts_take(stated: list[str]) -> None:
+    stated += ['pillow>=10; extra == "pipeline"', 'av>=999; extra == "pipeline"']
+    record = doctor()
+    task = record["tasks"]["make videos from prompts"]
+    assert record["usable"] and not task["usable"]  # the engine runs, from text embeddings
+    assert task["command"].endswith("install --force-reinstall 'av>=999'")
+    pillow = next(lib for lib in record["libraries"] if lib["requirement"] == "pillow>=10")
+    assert pillow["extra"] == "pipeline" and not pillow["problem"]
 
 
 def test_onnx_runtime_for_a_gpu_takes_the_place_of_the_other(

@@ -18,6 +18,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 """
 BLOCKED = {"torch", "onnx", "onnx_ir", "onnxscript", "diffusers", "transformers", "safetensors"}
+BLOCKED |= {"av", "PIL", "ftfy", "tokenizers"}
 
 
 def imported_packages(file: Path) -> set[str]:

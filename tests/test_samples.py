@@ -21,6 +21,10 @@ LAST_WORDS = {
     "02_build_and_sample.py": "step 3",
     "03_compare_recorded.py": "passed",
     "05_drop_into_diffusers.py": "same latent",
+    "06_two_experts.py": "6 steps by high_noise and 2 steps by low_noise",
+    "07_your_own_solver.py": "same latent",
+    "08_persistent_pipeline.py": "served 6 requests with 4 calls of the text encoder",
+    "09_tiny_trained_wan.py": "wrote clip.mp4 and contact_sheet.png",
 }
 
 
