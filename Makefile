@@ -20,10 +20,9 @@ setup: .venv/.ready
 
 demo: setup
 	rm -rf demo && mkdir demo
-	$(BIN)/python samples/01_text_embeddings.py demo/text.safetensors
-	$(BIN)/wanexport build -m tiny --random-weights 0 --resolution 128x192 --frames 17 -o demo/bundle
-	$(BIN)/wanexport run demo/bundle --text demo/text.safetensors --steps 8 --seed 0 -o demo/latents.safetensors
+	$(BIN)/wanexport build -m samples/tiny_wan --resolution 96x96 --frames 17 --dtype fp32 -o demo/bundle
 	$(BIN)/wanexport compare demo/bundle --steps 8
+	$(BIN)/python samples/09_tiny_trained_wan.py demo
 
 # Two files at a time, which two cores and 8 GB do for; what runs on a GPU has it to itself.
 test: setup
