@@ -289,22 +289,55 @@ def test_fixed_inputs_made_in_inference_mode_can_be_written_outside() -> None:
     assert latent.fill_(1).sum() == 6
 
 
-def test_a_graph_is_captured_on_the_engines_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's stream for captures may be on another, where the graph would stay empty."""
-    streams: list[Any] = []
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> tuple[AotiEngine, list[Any]]:
+    """An engine that captured a graph on a GPU of the test's own, and what it asks of the GPU."""
+    calls: list[Any] = []
 
-    def capture(graph: object, stream: Any = None) -> AbstractContextManager[None]:
-        streams.append(stream)
+    def capture(
+        graph: object, stream: Any = None, capture_error_mode: str = "global"
+    ) -> AbstractContextManager[None]:
+        calls.append((stream, capture_error_mode))
         return nullcontext()
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream on {device}")
-    monkeypatch.setattr(torch.cuda, "graph", capture)
+    caller = SimpleNamespace(wait_event=lambda event: calls.append(("wait", event)))
+    event = SimpleNamespace(record=lambda stream: calls.append(("record", stream)))
+    graph = SimpleNamespace(replay=lambda: calls.append("replay"))
+    doubles = {
+        "CUDAGraph": lambda: graph,
+        "Event": lambda: event,
+        "Stream": lambda device: f"stream on {device}",
+        "graph": capture,
+        "current_stream": lambda device: caller,
+    }
+    for name, double in doubles.items():
+        monkeypatch.setattr(torch.cuda, name, double)
     engine = object.__new__(AotiEngine)
     engine.device = torch.device("cuda", 1)
     monkeypatch.setattr(engine, "bound", lambda inputs: inputs[0], raising=False)
     engine._capture([torch.zeros(1)])
-    assert streams == ["stream on cuda:1"]
+    return engine, calls
+
+
+def test_a_graph_is_captured_on_the_engines_own_gpu(
+    captured: tuple[AotiEngine, list[Any]],
+) -> None:
+    """PyTorch's stream for captures may be on another, where the graph would stay empty."""
+    assert captured[1] == [("stream on cuda:1", "thread_local")]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_replay_waits_for_the_last_callers_use_of_its_buffers(
+    fails: bool, captured: tuple[AotiEngine, list[Any]]
+) -> None:
+    engine, calls = captured
+    assert engine.graph is not None
+    calls.clear()
+    given = [torch.ones(3 if fails else 1)]  # three values do not fit the one that was captured
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        assert engine._replay(engine.graph, given) == 1
+    kinds = [call if isinstance(call, str) else call[0] for call in calls]
+    assert kinds == ["wait", "record"] if fails else ["wait", "replay", "record"]
 
 
 def test_other_weights_of_the_same_layout_are_taken(small: Path, tmp_path: Path) -> None:
