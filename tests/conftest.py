@@ -3,6 +3,7 @@
 `make test` runs two files at a time, each in one of two processes.
 """
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -48,11 +49,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny preset at 64x96x9 in fp32, fp16 and bf16."""
-    bundle = tmp_path_factory.mktemp("bundles") / "tiny"
-    for dtype in ("fp32", "fp16", "bf16"):
-        build("tiny", random_weights=0, resolution="64x96", frames=9, dtype=dtype, output=bundle)
-    return bundle
+    """The tiny preset at 64x96x9 in fp32, fp16 and bf16; built for both processes, a copy each."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with (folder / "tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for dtype in ("fp32", "fp16", "bf16"):
+            build(
+                "tiny", random_weights=0, resolution="64x96", frames=9, dtype=dtype,
+                output=folder / "tiny",
+            )  # fmt: skip
+    return Path(shutil.copytree(folder / "tiny", tmp_path_factory.mktemp("bundles") / "tiny"))
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from wanexport.runtime.sample import seeded_noise
 MODEL = Path(__file__).parent.parent / "samples" / "tiny_wan"
 SHAPE: dict[str, Any] = {"resolution": f"{SIDE}x{SIDE}", "frames": FRAMES}
 COMPILED = ("onnx", "aoti")
-CLIPS, STEPS = 200, 6
+CLIPS, STEPS = 200, 4
 TOGETHER = 8  # clips that the codec decodes at a time
 
 
