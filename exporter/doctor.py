@@ -92,13 +92,11 @@ def _examine(requirement: Requirement, problems: Mapping[str, str]) -> Library:
 
 def _version(name: str) -> str | None:
     """Version of the package, or of another that provides its module: onnxruntime-gpu, say."""
-    others = packages_distributions().get(name.replace("-", "_"), [])
-    for candidate in (name, *others):
-        try:
-            return version(candidate)
-        except PackageNotFoundError:
-            continue
-    return None
+    try:
+        return version(name)
+    except PackageNotFoundError:  # only then: to look through all packages takes long
+        others = packages_distributions().get(name.replace("-", "_"), [])
+        return version(others[0]) if others else None
 
 
 def _import_problem(name: str) -> str:
