@@ -32,9 +32,10 @@ from wanexport.exporter.parity import forward_inputs
 from wanexport.exporter.request import Progress
 from wanexport.graphs.config import stated_config
 from wanexport.graphs.signature import forward_flops
+from wanexport.runtime.check import check_size
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import EngineRecord, Manifest, check_size, read_manifest
+from wanexport.runtime.manifest import EngineRecord, Manifest, read_manifest
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
 from wanexport.runtime.tensorfile import load_arrays, save_arrays
 

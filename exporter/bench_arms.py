@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from wanexport.runtime.check import check_weights
 from wanexport.runtime.choose import BACKENDS, choose_engine
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.load import open_engine
-from wanexport.runtime.manifest import EngineRecord, Manifest, check_weights, read_manifest
+from wanexport.runtime.manifest import EngineRecord, Manifest, read_manifest
 from wanexport.runtime.tensorfile import load_arrays
 from wanexport.runtime.tensorrt_library import FLAVOURS, import_tensorrt
 

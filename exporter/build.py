@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.exporter import aoti_backend, onnx_backend
-from wanexport.exporter.bundle import BundleWriter, open_bundle
+from wanexport.exporter.bundle import BundleWriter, file_record, open_bundle
 from wanexport.exporter.model_source import ModelSource, resolve
 from wanexport.exporter.request import Backend, Progress, Request, TensorRtOptions
 from wanexport.exporter.tensorrt_backend import TensorRtBackend
@@ -34,7 +34,6 @@ from wanexport.runtime.manifest import (
     SamplingDefaults,
     TensorSpec,
     WeightsRecord,
-    file_record,
 )
 from wanexport.runtime.memory import peak_rss
 from wanexport.runtime.tensorfile import header_sha256

@@ -5,28 +5,29 @@ the manifest's own form, so that a build that was killed resumes with the finish
 neither lists is swept away.
 """
 
+import fcntl
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wanexport.runtime.durable import fsync_folder
+from wanexport.runtime.check import check_content, check_weights, file_sha256
+from wanexport.runtime.durable import fsync_folder, write_durably
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import (
-    LOCK,
     MANIFEST,
     EngineRecord,
+    FileRecord,
     Manifest,
     WeightsRecord,
-    bundle_lock,
-    check_content,
-    check_weights,
     read_manifest,
-    write_manifest,
 )
 
 JOURNAL = "manifest.partial.json"
+LOCK = ".lock"
 _ARTEFACTS = ("weights", "engines")
 _Record = TypeVar("_Record")
 
@@ -197,3 +198,28 @@ def open_bundle(path: Path, empty: Manifest) -> Iterator[BundleWriter]:
         except BaseException:
             writer.abandon()
             raise
+
+
+def write_manifest(bundle: Path, manifest: Manifest, name: str = MANIFEST) -> None:
+    """Replace the manifest in one step; what it lists must be on disk by then."""
+    write_durably(bundle / name, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+
+
+@contextmanager
+def bundle_lock(bundle: Path) -> Iterator[None]:
+    """Hold the bundle against other writers. Raises WanExportError when one is at work."""
+    path = bundle / LOCK
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_current = os.fstat(file.fileno()).st_ino == path.stat().st_ino
+        except (BlockingIOError, FileNotFoundError):
+            is_current = False
+        if not is_current:  # held by another, or removed by one that gave up
+            raise WanExportError(f"another wanexport is writing {bundle}: wait for it to end")
+        yield
+
+
+def file_record(bundle: Path, path: Path) -> FileRecord:
+    """Size and hash of a finished file of the bundle."""
+    return FileRecord(path.relative_to(bundle).as_posix(), path.stat().st_size, file_sha256(path))

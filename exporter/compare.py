@@ -15,6 +15,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from wanexport.exporter.bundle import bundle_lock, write_manifest
 from wanexport.exporter.comparison import ComparedCall, Comparison, Recorder, Row
 from wanexport.exporter.parity import seeded_inputs
 from wanexport.exporter.peers import (
@@ -41,13 +42,7 @@ from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.load import open_engine
-from wanexport.runtime.manifest import (
-    EngineRecord,
-    Manifest,
-    bundle_lock,
-    read_manifest,
-    write_manifest,
-)
+from wanexport.runtime.manifest import EngineRecord, Manifest, read_manifest
 from wanexport.runtime.memory import peak_rss
 from wanexport.runtime.tensorfile import save_arrays
 

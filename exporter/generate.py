@@ -16,6 +16,7 @@ import numpy as np
 from wanexport.exporter.recorded import read_sample_inputs
 from wanexport.exporter.run_record import RunResult, run_record
 from wanexport.exporter.run_request import LATENT, RunRequest, check_request, sidecar
+from wanexport.runtime.check import file_sha256
 from wanexport.runtime.components import PARTS, find_components, needing_pipeline_extra
 from wanexport.runtime.conditioning import fit_images
 from wanexport.runtime.denoiser import Denoiser, to_numpy
@@ -23,7 +24,6 @@ from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.generator import check_step
 from wanexport.runtime.load import load
-from wanexport.runtime.manifest import file_sha256
 from wanexport.runtime.sample import Step, make_plan, sample, seeded_noise
 from wanexport.runtime.tensorfile import save_arrays
 

@@ -6,14 +6,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from wanexport.runtime.check import check_content, check_weights
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import (
-    EngineRecord,
-    Manifest,
-    check_content,
-    check_weights,
-    read_manifest,
-)
+from wanexport.runtime.manifest import EngineRecord, Manifest, read_manifest
 from wanexport.runtime.tensorfile import read_header
 
 

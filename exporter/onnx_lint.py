@@ -15,8 +15,9 @@ from wanexport.exporter.tensorrt_lint import KIND, lint_tensorrt
 from wanexport.graphs.config import stated_config
 from wanexport.graphs.lint import Finding, count, lint_program
 from wanexport.graphs.signature import attention_count
+from wanexport.runtime.check import check_content
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import check_content, read_manifest
+from wanexport.runtime.manifest import read_manifest
 from wanexport.runtime.onnx_engine import first_line
 
 _OPERATORS = {

@@ -13,9 +13,10 @@ from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.graphs.config import PRESETS, WanConfig, stated_config
 from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
+from wanexport.runtime.check import check_content
 from wanexport.runtime.denoiser import Denoiser, Engine
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import EngineRecord, Manifest, check_content
+from wanexport.runtime.manifest import EngineRecord, Manifest
 from wanexport.runtime.memory import free_bytes
 
 IMPLEMENTATIONS = ("graph", "diffusers")

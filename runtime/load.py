@@ -7,17 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from wanexport.runtime.check import check_content, check_weights
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError, WanExportWarning
-from wanexport.runtime.manifest import (
-    EngineRecord,
-    Manifest,
-    WeightsRecord,
-    check_content,
-    check_weights,
-    read_manifest,
-)
+from wanexport.runtime.manifest import EngineRecord, Manifest, WeightsRecord, read_manifest
 from wanexport.runtime.onnx_engine import OnnxEngine
 from wanexport.runtime.tensorfile import header_sha256, read_header
 from wanexport.runtime.tensorrt_library import FLAVOURS

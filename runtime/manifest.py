@@ -1,34 +1,25 @@
-"""The bundle's manifest: its schema, reading, writing, and the lock that guards writers.
+"""The bundle's manifest: its schema, and reading it.
 
-The manifest is the commit point. Files are written under names that no manifest lists, and then the
-manifest is replaced, so a reader sees a whole old bundle, a whole new one, or none.
+The manifest is the commit point: a reader sees a whole old bundle, a whole new one, or none.
 """
 
-import fcntl
-import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
 from math import isfinite
 from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.tensorfile import header_sha256
 from wanexport.runtime.tensorrt_library import FLAVOURS
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-LOCK = ".lock"
 REGIONS = ("embed", "block", "head")  # that an AOTInductor engine is compiled in
 BLOCK = "blocks.{}."  # how the parameters of one block are named
-_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -227,76 +218,3 @@ def read_manifest(bundle: Path, name: str = MANIFEST) -> Manifest:
         raise WanExportError(
             f"{path} is damaged ({error}): delete {bundle} and build again"
         ) from error
-
-
-def write_manifest(bundle: Path, manifest: Manifest, name: str = MANIFEST) -> None:
-    """Replace the manifest in one step; what it lists must be on disk by then."""
-    write_durably(bundle / name, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
-
-
-@contextmanager
-def bundle_lock(bundle: Path) -> Iterator[None]:
-    """Hold the bundle against other writers. Raises WanExportError when one is at work."""
-    path = bundle / LOCK
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_current = os.fstat(file.fileno()).st_ino == path.stat().st_ino
-        except (BlockingIOError, FileNotFoundError):
-            is_current = False
-        if not is_current:  # held by another, or removed by one that gave up
-            raise WanExportError(f"another wanexport is writing {bundle}: wait for it to end")
-        yield
-
-
-def file_record(bundle: Path, path: Path) -> FileRecord:
-    """Size and hash of a finished file of the bundle."""
-    return FileRecord(path.relative_to(bundle).as_posix(), path.stat().st_size, file_sha256(path))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in chunks."""
-    digest, buffer = hashlib.sha256(), bytearray(_CHUNK)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
-
-
-def check_size(bundle: Path, file: FileRecord) -> Path:
-    """Return the file's path. Raises WanExportError when it is missing or has another size."""
-    path = bundle / file.path
-    if not path.is_file():
-        raise WanExportError(
-            f"{path} is missing from the bundle: run the same wanexport build again"
-        )
-    if path.stat().st_size != file.size:
-        raise WanExportError(
-            f"{path} has {path.stat().st_size} bytes, the manifest says {file.size}: "
-            f"run the same wanexport build again"
-        )
-    return path
-
-
-def check_weights(bundle: Path, record: WeightsRecord) -> Path:
-    """Return the weights' path after checking size and header, not every byte.
-
-    Raises WanExportError when the file is missing or another one.
-    """
-    path = check_size(bundle, record.file)
-    if header_sha256(path) != record.header_sha256:
-        raise WanExportError(
-            f"{path} has another header than the manifest says: run wanexport build again"
-        )
-    return path
-
-
-def check_content(bundle: Path, file: FileRecord) -> Path:
-    """Return the file's path after hashing it whole.
-
-    Raises WanExportError when it is missing or was altered.
-    """
-    path = check_size(bundle, file)
-    if file_sha256(path) != file.sha256:
-        raise WanExportError(f"{path} was altered after the build: run wanexport build again")
-    return path

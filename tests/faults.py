@@ -21,11 +21,12 @@ from torch import Tensor
 
 from tests.wan_reference import diffusers_model, official_state, small_config, write_official
 from wanexport.exporter.build import build
+from wanexport.exporter.bundle import file_record, write_manifest
 from wanexport.exporter.compare import compare
 from wanexport.exporter.parity import FP32_GATE
 from wanexport.graphs import model as graph
 from wanexport.graphs.rope import apply_rope
-from wanexport.runtime.manifest import file_record, read_manifest, write_manifest
+from wanexport.runtime.manifest import read_manifest
 from wanexport.runtime.solvers import UniPC
 from wanexport.runtime.tensorfile import read_array, read_header
 

@@ -27,6 +27,7 @@ from tests.wan_reference import (
     write_official,
 )
 from wanexport.exporter.build import build
+from wanexport.exporter.bundle import file_record, write_manifest
 from wanexport.exporter.inspection import inspect
 from wanexport.exporter.onnx_lint import lint
 from wanexport.exporter.parity import forward_inputs, relative_l2
@@ -36,7 +37,7 @@ from wanexport.runtime import Geometry, WanExportError, load
 from wanexport.runtime.aoti_engine import AotiEngine
 from wanexport.runtime.errors import WanExportWarning
 from wanexport.runtime.load import WEIGHTS_FILE
-from wanexport.runtime.manifest import file_record, read_manifest, write_manifest
+from wanexport.runtime.manifest import read_manifest
 
 PRESET = "flf2v-14b"
 SERVE = """

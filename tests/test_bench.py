@@ -37,6 +37,7 @@ from wanexport.exporter.bench_process import (
     work,
 )
 from wanexport.exporter.bench_report import row, save
+from wanexport.exporter.bundle import file_record, write_manifest
 from wanexport.exporter.cli import cli
 from wanexport.exporter.diffusers_engine import DiffusersEngine
 from wanexport.exporter.parity import forward_inputs, relative_l2
@@ -46,7 +47,7 @@ from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import file_record, read_manifest, write_manifest
+from wanexport.runtime.manifest import read_manifest
 from wanexport.runtime.tensorfile import header_sha256, load_arrays, save_arrays
 
 FLOPS = 1_237_581_824  # of the tiny preset at 64x96x9, counted by hand below

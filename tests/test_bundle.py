@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from wanexport.exporter.bundle import JOURNAL, open_bundle
+from wanexport.exporter.bundle import JOURNAL, open_bundle, write_manifest
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.load import load
-from wanexport.runtime.manifest import Manifest, read_manifest, write_manifest
+from wanexport.runtime.manifest import Manifest, read_manifest
 
 
 class Killed(BaseException):

@@ -20,6 +20,7 @@ from tests.wan_reference import (
     small_geometry,
 )
 from wanexport.exporter.build import build
+from wanexport.exporter.bundle import bundle_lock
 from wanexport.exporter.compare import compare
 from wanexport.exporter.parity import (
     Parity,
@@ -33,7 +34,7 @@ from wanexport.graphs.config import PRESETS
 from wanexport.runtime import load
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.manifest import bundle_lock, read_manifest
+from wanexport.runtime.manifest import read_manifest
 from wanexport.runtime.tensorfile import load_arrays, read_header, save_arrays
 
 

@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub.utils._paths import filter_repo_objects
 
 from tests.test_denoiser import record
+from wanexport.exporter.bundle import write_manifest
 from wanexport.exporter.model_source import resolve
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import prompts
@@ -20,7 +21,7 @@ from wanexport.runtime.components import (
     needing_pipeline_extra,
 )
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import FileRecord, Manifest, WeightsRecord, write_manifest
+from wanexport.runtime.manifest import FileRecord, Manifest, WeightsRecord
 
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"

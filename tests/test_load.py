@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from wanexport.exporter.build import build
+from wanexport.exporter.bundle import write_manifest
 from wanexport.exporter.parity import forward_inputs
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.weights import RandomWeights, write_weights
 from wanexport.runtime import WanExportError, load
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.manifest import TensorSpec, read_manifest, write_manifest
+from wanexport.runtime.manifest import TensorSpec, read_manifest
 from wanexport.runtime.onnx_engine import OnnxEngine
 from wanexport.runtime.tensorfile import read_header
 

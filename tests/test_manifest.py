@@ -6,15 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from wanexport.exporter.bundle import bundle_lock, write_manifest
+from wanexport.runtime.check import check_content, check_weights
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import (
-    SCHEMA,
-    bundle_lock,
-    check_content,
-    check_weights,
-    read_manifest,
-    write_manifest,
-)
+from wanexport.runtime.manifest import SCHEMA, read_manifest
 
 
 def edit(bundle: Path, **fields: object) -> None:

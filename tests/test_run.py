@@ -30,13 +30,14 @@ from tests.official_encoders import write_tokenizer
 from tests.test_diffusers_pipeline import Family, make_family, picture
 from tests.wan_reference import diffusers_velocity
 from wanexport.exporter import generate
+from wanexport.exporter.bundle import write_manifest
 from wanexport.exporter.cli import cli
 from wanexport.exporter.run_request import RunRequest
 from wanexport.runtime import video as video_module
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.image_encoder import open_image_encoder
-from wanexport.runtime.manifest import read_manifest, write_manifest
+from wanexport.runtime.manifest import read_manifest
 from wanexport.runtime.prompts import negative_prompt
 from wanexport.runtime.tensorfile import load_arrays, save_arrays
 from wanexport.runtime.text_encoder import UMT5TextEncoder, open_text_encoder

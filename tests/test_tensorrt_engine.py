@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tests.tensorrt_doubles import Calls, Gpu, Stream, TensorRt, velocity, write_plan
 from wanexport.exporter import tensorrt_proof
+from wanexport.exporter.bundle import file_record, write_manifest
 from wanexport.exporter.parity import seeded_inputs
 from wanexport.exporter.proof_process import PlanJob, _prove
 from wanexport.exporter.request import Request
@@ -39,10 +40,8 @@ from wanexport.runtime.manifest import (
     SamplingDefaults,
     TensorSpec,
     WeightsRecord,
-    file_record,
     from_json,
     read_manifest,
-    write_manifest,
 )
 from wanexport.runtime.tensorfile import header_sha256, read_header
 from wanexport.runtime.tensorrt_engine import TensorRtEngine

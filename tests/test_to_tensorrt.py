@@ -42,8 +42,9 @@ from wanexport.graphs.config import EXPERTS, PRESETS, WanConfig, sampling_defaul
 from wanexport.graphs.signature import attention_count, input_shapes, parameter_shapes
 from wanexport.graphs.weights import weights_layout
 from wanexport.runtime import Geometry, WanExportError
+from wanexport.runtime.check import file_sha256
 from wanexport.runtime.errors import WanExportWarning
-from wanexport.runtime.manifest import file_sha256, read_manifest
+from wanexport.runtime.manifest import read_manifest
 from wanexport.runtime.tensorrt_library import import_tensorrt, message_log
 
 RTX = "tensorrt-rtx"
