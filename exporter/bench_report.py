@@ -10,6 +10,7 @@ import numpy as np
 
 from wanexport.exporter.parity import relative_l2
 from wanexport.runtime.durable import write_durably
+from wanexport.runtime.errors import WanExportError, needing_extra
 
 _REFERENCE = "graph"  # the arm that the others' velocities are compared with, where it ran
 _OURS = ("wanexport", "onnx")
@@ -55,8 +56,8 @@ def save(result: dict[str, Any], folder: Path) -> str | None:
         return f"the report was not saved: {error}"
     try:
         draw(result, folder / f"{name}.png")
-    except ImportError as error:
-        return f"no plot without {error.name}: pip install 'wanexport[bench]'"
+    except WanExportError as error:
+        return str(error)
     except OSError as error:
         return f"the plot was not saved: {error}"
     return None
@@ -65,10 +66,11 @@ def save(result: dict[str, Any], folder: Path) -> str | None:
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Write a bar for each arm: its median forward, from least to most, beside the floor.
 
-    Raises ImportError without Matplotlib, and OSError when the file cannot be written.
+    Raises WanExportError without Matplotlib, and OSError when the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needing_extra("bench", "the plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     arms = result["arms"][::-1]  # bars are drawn upwards
     medians = [1e3 * line["median"] for line in arms]

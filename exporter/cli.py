@@ -8,8 +8,7 @@ import json
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +47,7 @@ from wanexport.exporter.options import (
 )
 from wanexport.exporter.run_request import RunRequest
 from wanexport.runtime.choose import BACKENDS, DEVICES
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import WanExportError, WanExportWarning, needing_extra
 from wanexport.runtime.load import KERNELS
 
 
@@ -93,7 +92,7 @@ def build(as_json: bool, target: str | None, workspace: str | None, **options: A
 
     Ends with a proof: a fresh process opens the engine and compares it with eager PyTorch.
     """
-    with _needing_the_build_extra():
+    with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.build import build as run_build
         from wanexport.exporter.request import TensorRtOptions
 
@@ -191,7 +190,7 @@ def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **op
     error is relative L2, floor the error of eager PyTorch in the engine's precision; drift is that
     of the latent in a loop of the engine's own.
     """
-    with _needing_the_build_extra():
+    with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.compare import compare as run_compare
 
     options["provider_options"] = parse_pairs("--provider-option", provider_options)
@@ -233,7 +232,7 @@ def bench(
     Each runs in a fresh process. The floor is the time that the forward's FLOPs take at the rate
     of this machine's best matrix product.
     """
-    with _needing_the_build_extra():
+    with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.bench import bench as run_bench
 
     options["provider_options"] = parse_pairs("--provider-option", provider_options)
@@ -258,7 +257,7 @@ def lint(path: Path, target: str | None, as_json: bool) -> None:
 
     PATH is a bundle, an .onnx file, or a .pt2 of torch.export.save, which is loaded whole.
     """
-    with _needing_the_build_extra():
+    with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.onnx_lint import lint as run_lint
 
     result = run_lint(path, target)
@@ -291,16 +290,6 @@ def doctor(as_json: bool) -> None:
     _report(record, as_json, show_doctor)
     if not record["usable"]:
         sys.exit(1)
-
-
-@contextmanager
-def _needing_the_build_extra() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise WanExportError(
-            f"this command needs {error.name}: pip install 'wanexport[build,cpu]'"
-        ) from error
 
 
 def main() -> None:

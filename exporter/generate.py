@@ -17,11 +17,11 @@ from wanexport.exporter.recorded import read_sample_inputs
 from wanexport.exporter.run_record import RunResult, run_record
 from wanexport.exporter.run_request import LATENT, RunRequest, check_request, sidecar
 from wanexport.runtime.check import file_sha256
-from wanexport.runtime.components import PARTS, find_components, needing_pipeline_extra
+from wanexport.runtime.components import PARTS, find_components
 from wanexport.runtime.conditioning import fit_images
 from wanexport.runtime.denoiser import Denoiser, to_numpy
 from wanexport.runtime.durable import write_durably
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_extra
 from wanexport.runtime.generator import check_step
 from wanexport.runtime.load import load
 from wanexport.runtime.sample import Step, make_plan, sample, seeded_noise
@@ -40,7 +40,7 @@ def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict
     """
     check_request(request)
     if request.makes_video:  # not after an hour of sampling
-        with needing_pipeline_extra("an .mp4 file"):
+        with needing_extra("pipeline", "an .mp4 file"):
             import av  # noqa: F401
     show("opening the engine", 0, 0)
     steps = _Steps(show, decodes=request.makes_video)

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
 from wanexport.runtime.check import check_content
 from wanexport.runtime.denoiser import Denoiser, Engine
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_extra
 from wanexport.runtime.manifest import EngineRecord, Manifest
 from wanexport.runtime.memory import free_bytes
 
@@ -107,8 +106,9 @@ def check_implementation(name: str) -> None:
     if name not in IMPLEMENTATIONS:
         expected = ", ".join(IMPLEMENTATIONS)
         raise WanExportError(f"unknown reference {name!r}: expected one of {expected}")
-    if name == "diffusers" and find_spec("diffusers") is None:
-        raise WanExportError("diffusers is not installed: pip install 'wanexport[diffusers]'")
+    if name == "diffusers":
+        with needing_extra("diffusers", "this reference"):
+            from diffusers import WanTransformer3DModel  # noqa: F401
 
 
 def tensors_of_bundle(bundle: Path, manifest: Manifest, record: EngineRecord) -> Tensors:

@@ -7,7 +7,6 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from wanexport.exporter.comparison import ComparedCall
 from wanexport.runtime.denoiser import Denoiser, pad_text, to_numpy
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_package
 from wanexport.runtime.manifest import EngineRecord, Manifest, TensorSpec
 from wanexport.runtime.tensorrt_engine import plan_role
 from wanexport.runtime.tensorrt_library import FLAVOURS
@@ -55,8 +54,10 @@ def check_files(files: SavedFiles) -> None:
             raise WanExportError(f"{path}: polygraphy reads JSON, name a .json file")
         if not os.access(path.parent, os.W_OK):
             raise WanExportError(f"cannot write in {path.parent}: name an existing folder")
-    if files.paths() and find_spec("polygraphy") is None:
-        raise WanExportError("polygraphy is not installed: pip install polygraphy")
+    if files.paths():
+        with needing_package("polygraphy", "saving for polygraphy"):
+            import polygraphy.comparator
+            import polygraphy.json  # noqa: F401
 
 
 def save_calls(

@@ -23,7 +23,7 @@ from wanexport.runtime.drop_in import (
     open_experts,
     velocity_of_one,
 )
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_extra
 from wanexport.runtime.geometry import PATCH
 from wanexport.runtime.manifest import read_manifest
 
@@ -160,12 +160,8 @@ def transformer_config(bundle: str | Path) -> Mapping[str, Any]:
 
     Raises WanExportError without diffusers, or when the manifest does not state the model.
     """
-    try:
+    with needing_extra("diffusers", "a transformer for diffusers"):
         from diffusers.configuration_utils import FrozenDict
-    except ImportError as error:
-        raise WanExportError(
-            "diffusers is not installed: pip install 'wanexport[diffusers]'"
-        ) from error
     stated = read_manifest(Path(bundle)).config
     try:
         return FrozenDict(diffusers_names(stated))

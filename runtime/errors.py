@@ -1,4 +1,8 @@
-"""The one exception type for what a user can put right, and the warning beside it."""
+"""The one exception type for what a user can put right, the warning beside it, and how an import
+that fails becomes the former."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 
 class WanExportError(ValueError):
@@ -7,3 +11,42 @@ class WanExportError(ValueError):
 
 class WanExportWarning(UserWarning):
     """Something works, but not as well as it could; the message is one line, as an error's."""
+
+
+def needing_extra(extra: str, what: str) -> AbstractContextManager[None]:
+    """Around imports that `what` needs of an extra of wanexport (`build,cpu`: of several).
+
+    Makes of their failure a WanExportError, in one line: a package that is not there is named with
+    what installs it, one that is there and does not import gives its own error.
+    """
+    # wanexport is on no registry.
+    return _needing(what, f"from a clone of wanexport: pip install '.[{extra}]'")
+
+
+def needing_package(package: str, what: str) -> AbstractContextManager[None]:
+    """The same around the import of one package, which is in no extra."""
+    return _needing(what, f"pip install {package}")
+
+
+@contextmanager
+def _needing(what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError) as error:  # torch and diffusers raise the latter
+        cause = _first(error)
+        if isinstance(cause, ModuleNotFoundError) and cause.name and "." not in cause.name:
+            fault = f"needs {cause.name}; {remedy}"
+        else:
+            reason = " ".join(str(cause).split())
+            fault = (
+                f"needs a package that is installed but does not import ({reason}); "
+                f"wanexport doctor says which, and what to install"
+            )
+        raise WanExportError(f"{what} {fault}") from error
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong first: transformers and diffusers wrap it in errors of their own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

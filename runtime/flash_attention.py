@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_package
 
 FUNCTION = "flash_attention"  # the symbol in the library is __tvm_ffi_<FUNCTION>
 # How PyTorch gives tvm-ffi its tensors and its current stream: the name now, and that before.
@@ -26,13 +26,8 @@ class FlashAttention:
                 f"FlashAttention-4 cannot be called by PyTorch {torch.__version__}: "
                 f"pip install 'torch>=2.11'"
             )
-        try:
+        with needing_package("apache-tvm-ffi", "calling FlashAttention-4"):
             import tvm_ffi
-        except ImportError as error:
-            raise WanExportError(
-                f"FlashAttention-4 is called through apache-tvm-ffi, which does not import "
-                f"({error}): pip install apache-tvm-ffi"
-            ) from error
         try:
             self._function = tvm_ffi.load_module(str(library.resolve()))[FUNCTION]
         except Exception as error:

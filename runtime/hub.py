@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_package
 
 EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B"
 
@@ -18,12 +18,8 @@ def download(hub_id: str, patterns: Iterable[str], *, revision: str | None = Non
         raise WanExportError(
             f"{hub_id} does not exist: expected a checkpoint folder, or a hub id such as {EXAMPLE}"
         )
-    try:
+    with needing_package("huggingface_hub", "a download from the hub"):
         from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise WanExportError(
-            "huggingface_hub is not installed: pip install huggingface_hub"
-        ) from error
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # of the hub, the HTTP client or the disk: all end the command alike

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_extra
 
 PROVIDERS = {  # our name -> ONNX Runtime's
     "cpu": "CPUExecutionProvider",
@@ -140,11 +140,7 @@ def first_line(error: BaseException) -> str:
 
 
 def import_onnxruntime() -> Any:
-    """The module. Raises WanExportError when it is not installed."""
-    try:
+    """The module. Raises WanExportError when it is not installed, or does not import."""
+    with needing_extra("cpu", "an ONNX engine"):
         import onnxruntime
-    except ImportError as error:
-        raise WanExportError(
-            "ONNX Runtime is not installed: pip install 'wanexport[cpu]'"
-        ) from error
     return onnxruntime

@@ -425,6 +425,7 @@ def test_diffusers_is_not_imported_with_the_runtime() -> None:
 def test_without_diffusers_the_install_is_named(
     t2v: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "diffusers.configuration_utils", None)
-    with pytest.raises(WanExportError, match=r"pip install 'wanexport\[diffusers\]'$"):
+    monkeypatch.delitem(sys.modules, "diffusers.configuration_utils")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(WanExportError, match=r"needs diffusers; .*pip install '.\[diffusers\]'$"):
         CompiledWanTransformer(t2v.bundle)

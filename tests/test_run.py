@@ -597,5 +597,5 @@ def test_a_missing_package_is_named_in_one_line_before_the_sampling(
     message = refusal_of(
         i2v.bundle, "--prompt", PROMPT, "--image", image, *SAMPLING, "-o", tmp_path / "x.mp4"
     )
-    assert package in message and message.endswith("pip install 'wanexport[pipeline]'")
+    assert package in message and message.endswith("pip install '.[pipeline]'")
     assert not (tmp_path / "x.mp4").exists()
