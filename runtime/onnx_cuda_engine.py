@@ -220,7 +220,7 @@ class OnnxSession:
         if _HEAVY & on_host.keys():
             raise WanExportError(
                 f"ONNX Runtime's {PROVIDERS[self.provider.name]} leaves {counts} of {graph} to the "
-                f"CPU: install onnxruntime-gpu 1.27 or newer, or build with another --dtype"
+                f"CPU: install onnxruntime-gpu 1.31 or newer, or build with another --dtype"
             )
         warnings.warn(
             f"ONNX Runtime runs {counts} on the CPU, which the GPU waits for",

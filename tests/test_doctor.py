@@ -2,10 +2,13 @@
 
 import shlex
 import sys
+from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from packaging.requirements import Requirement
 
 from wanexport.exporter import doctor as module
 from wanexport.exporter.doctor import doctor
@@ -78,6 +81,17 @@ def test_a_version_that_does_not_serve(stated: list[str]) -> None:
     library = next(lib for lib in record["libraries"] if lib["requirement"] == "onnxruntime>=99")
     assert library["problem"].endswith("is not >=99")
     assert record["tasks"]["run on a CPU"]["command"].endswith("install 'onnxruntime>=99'")
+
+
+def test_a_version_below_any_bound_of_ours_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    stated = [Requirement(text) for text in requires("wanexport") or ()]
+    assert {"onnxscript", "onnx-ir", "torch", "filelock"} <= {needed.name for needed in stated}
+    for needed in stated:
+        (oldest,) = [part.version for part in needed.specifier if part.operator == ">="]
+        for found, problem in ((f"{oldest}.dev0", f"{oldest}.dev0 is not {needed.specifier}"),
+                               (oldest, "")):  # fmt: skip
+            monkeypatch.setattr(module, "_version", Mock(return_value=found))
+            assert module._examine(needed, {needed.name: ""}).problem == problem
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
