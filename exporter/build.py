@@ -74,6 +74,7 @@ def build(
     attention: str | None = None,
     tensorrt: TensorRtOptions | None = None,
     random_weights: int | None = None,
+    expert_alone: bool = False,
     verify: str = "ends",
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
@@ -86,7 +87,8 @@ def build(
     engines are bf16 everywhere. The device of an onnx engine is what proves it: by default a GPU
     where ONNX Runtime can use one. attention names the kernel of self-attention in an aoti engine,
     by default the fastest measured, and in the others whether it stays one operator, in onnx also
-    which (`native`, or on a GPU by default `mha`).
+    which (`native`, or on a GPU by default `mha`). expert_alone builds one expert of an A14B as a
+    model by itself, which is refused without.
     Raises WanExportError for whatever the caller can put right.
     """
     started = time.monotonic()
@@ -109,7 +111,12 @@ def build(
         for target in BACKENDS[name].targets(devices[name], options)
     ]
     progress("checkpoint", 0, 0)
-    source = resolve(None if model is None else str(model), random_weights)
+    named = None if model is None else str(model)
+    source = resolve(named, random_weights, expert_alone=expert_alone)
+    if expert_alone and source.experts:
+        raise WanExportError(
+            f"{named} has both experts: leave out --expert-alone, or pass -m the folder of one"
+        )
     geometry = Geometry(height, width, frames, source.config.spatial_stride)
     bundle = Path(output) if output is not None else Path(source.name)
     sampling = _sampling(source, geometry)

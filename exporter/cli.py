@@ -80,6 +80,7 @@ def cli() -> None:
     "operator (native; mha is ONNX Runtime's own) or several.",
 )  # fmt: skip
 @click.option("--random-weights", type=SEED, metavar="SEED", help="Seeded weights of a preset.")
+@click.option("--expert-alone", is_flag=True, help="Build one expert of an A14B by itself.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle; default ./MODEL.")
 @click.option(
     "--verify", type=click.Choice(["ends", "full"]), default="ends", show_default=True,

@@ -131,7 +131,7 @@ def tensors_of_checkpoint(model: str | Path, manifest: Manifest) -> Tensors:
     model = str(model)
     if model.lower() in PRESETS and not Path(model).exists():
         raise WanExportError(f"{model} is a preset: pass -m a checkpoint's folder or hub id")
-    source = resolve(model, None)
+    source = resolve(model, None, expert_alone=not manifest.experts)
     if (asdict(source.config), source.experts) != (manifest.config, manifest.experts):
         raise WanExportError(
             f"{model} is another model ({source.name}) than the bundle's ({manifest.model}): "

@@ -1,8 +1,8 @@
-"""The one exception type for what a user can put right, the warning beside it, and how an import
-that fails becomes the former."""
+"""The one exception type for what a user can put right, the warning beside it, and their words."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 
 class WanExportError(ValueError):
@@ -50,3 +50,14 @@ def _first(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def shown(text: object, limit: int = 120) -> str:
+    """A text that came from a file or a caller, fit for a message: escaped, and cut at the limit.
+
+    What is not printable (a newline, a control character) is written as in a Python string. A path
+    is shown whole.
+    """
+    whole = str(text)
+    cut = whole if len(whole) <= limit or isinstance(text, Path) else f"{whole[:limit]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
