@@ -8,7 +8,7 @@ import numpy as np
 
 from wanexport.runtime.components import needing_pipeline_extra
 from wanexport.runtime.durable import durable_file
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, explain
 
 # x264's rate factor. The official code asks imageio for quality 8 of 10, which is this.
 CRF = 10
@@ -41,8 +41,9 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
             for packet in _packets(container, frames, fps):
                 container.mux(packet)
     except (OSError, av.error.FFmpegError) as error:
-        reason = error.strerror or type(error).__name__
-        raise WanExportError(f"cannot write {path}: {reason}") from error
+        # FFmpeg's errors are partly the system's, and name the file that this one was to replace.
+        reason = OSError(error.errno, error.strerror or type(error).__name__)
+        raise WanExportError(f"cannot write {path}: {explain(reason)}") from error
 
 
 def _packets(container: Any, frames: np.ndarray, fps: int) -> Iterator[Any]:
