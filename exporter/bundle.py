@@ -181,14 +181,21 @@ class BundleWriter:
         """After a failure: keep what is finished for the next try, and leave nothing else."""
         self.committed = self._read(MANIFEST) or replace(self.committed, weights={}, engines=())
         self.sweep()
-        if self.committed.files() or self.journal.files():
-            return
-        for name in ARTEFACTS:
-            with suppress(OSError):  # there is none, or it is not empty
-                (self.path / name).rmdir()
-        if not any(os.path.lexists(self.path / name) for name in ARTEFACTS):
-            for name in (REPLACED, JOURNAL, LOCK):
-                (self.path / name).unlink(missing_ok=True)
+        committed = self.committed.files()
+        if all(file in committed for file in self.journal.files()):
+            self._leave(is_bundle=bool(committed))
+
+    def _leave(self, *, is_bundle: bool) -> None:
+        """Remove what only a build needs, which has nothing finished that is not committed."""
+        if is_bundle:
+            names: tuple[str, ...] = (REPLACED, JOURNAL)
+        else:
+            remove_empty([self.path / name for name in ARTEFACTS])
+            names = (REPLACED, JOURNAL, LOCK)
+            if any(os.path.lexists(self.path / name) for name in ARTEFACTS):
+                return  # without its journal it would be no bundle, and bar the next try
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
 
 
 def _identity(manifest: Manifest) -> tuple[Any, ...]:
