@@ -14,6 +14,7 @@ from typing import Any
 
 from wanexport.exporter import aoti_backend, onnx_backend
 from wanexport.exporter.bundle import BundleWriter, file_record, open_bundle
+from wanexport.exporter.bundle_place import check_place
 from wanexport.exporter.model_source import ModelSource, resolve
 from wanexport.exporter.request import Backend, Progress, Request, TensorRtOptions
 from wanexport.exporter.tensorrt_backend import TensorRtBackend
@@ -36,6 +37,7 @@ from wanexport.runtime.manifest import (
     WeightsRecord,
 )
 from wanexport.runtime.memory import peak_rss
+from wanexport.runtime.temporary import check_temporary_folder
 from wanexport.runtime.tensorfile import header_sha256
 from wanexport.runtime.tensorrt_library import FLAVOURS
 
@@ -104,6 +106,9 @@ def build(
     options = tensorrt or TensorRtOptions()
     _check_has_tensorrt(backends, options)
     height, width = parse_resolution(resolution)
+    check_temporary_folder(runs_code="aoti" in backends)
+    if output is not None:  # before a checkpoint is downloaded for it
+        check_place(Path(output))
     # Fail before the work when an engine could not be made or proven here.
     targets = [
         (name, target)

@@ -47,7 +47,7 @@ from wanexport.exporter.options import (
 )
 from wanexport.exporter.run_request import RunRequest
 from wanexport.runtime.choose import BACKENDS, DEVICES
-from wanexport.runtime.errors import WanExportError, WanExportWarning, needing_extra
+from wanexport.runtime.errors import WanExportError, WanExportWarning, explain, needing_extra
 from wanexport.runtime.load import KERNELS
 
 
@@ -314,7 +314,7 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message())
     except (WanExportError, OSError) as error:
-        _fail(str(error))
+        _fail(explain(error))
     except BaseException:
         if not pressed:
             raise

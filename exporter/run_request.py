@@ -5,9 +5,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
+from wanexport.runtime.durable import check_writable
 from wanexport.runtime.errors import WanExportError
 
 VIDEO, LATENT = ".mp4", ".safetensors"
@@ -67,8 +67,8 @@ def _check_output(output: Path) -> None:
             f"{output}: a video goes to an .mp4 file, latents to a .safetensors file: "
             f"name one with -o"
         )
-    try:  # under a name that is as long as that of the unfinished file will be
-        NamedTemporaryFile(dir=output.parent, prefix=output.name, suffix=".partial").close()
+    try:
+        check_writable(output)
     except OSError as error:
         raise WanExportError(
             f"cannot write {output} ({error.strerror}): name a file in an existing folder with -o"

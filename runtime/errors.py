@@ -1,8 +1,11 @@
 """The one exception type for what a user can put right, the warning beside it, and their words."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class WanExportError(ValueError):
@@ -61,3 +64,15 @@ def shown(text: object, limit: int = 120) -> str:
     whole = str(text)
     cut = whole if len(whole) <= limit or isinstance(text, Path) else f"{whole[:limit]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
+def explain(error: Exception) -> str:
+    """An error in one line; one of the system with its path, reason, and what helps a full disk."""
+    if not isinstance(error, OSError):
+        return str(error)
+    line = error.strerror or str(error) or type(error).__name__
+    if error.filename is not None:
+        line = f"{error.filename}: {line}"
+    if error.errno in _FULL:
+        line += ": free space on its disk, or write elsewhere with -o (reports: --report)"
+    return line

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.device_weights import DeviceWeights, device_weights
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.durable import own_folder
+from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
 from wanexport.runtime.onnx_engine import (
     PROVIDERS,
     RTX_PLUGIN,
@@ -93,10 +94,10 @@ class Provider:
 
     def _caches(self, folder: Path) -> dict[str, str]:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:  # a bundle that may not be written serves all the same
+            own_folder(own_folder(folder.parent.parent, folder.parent.name), folder.name)
+        except (OSError, WanExportError) as error:  # such a bundle serves all the same
             warnings.warn(
-                f"cannot write {folder} ({error.strerror}): the next load compiles anew",
+                f"the next load compiles anew: cannot write {explain(error)}",
                 WanExportWarning,
                 stacklevel=2,
             )

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanexport.runtime.durable import write_durably
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.durable import own_folder, remove_partials, write_durably
+from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
 from wanexport.runtime.manifest import TensorSpec
 from wanexport.runtime.tensorfile import read_header
 from wanexport.runtime.tensorrt_library import FLAVOURS, import_tensorrt, message_log
@@ -145,11 +145,11 @@ class _KernelCache:
         if content in (b"", self.saved):
             return
         try:
-            self.file.parent.mkdir(exist_ok=True)
+            remove_partials(own_folder(self.file.parent.parent, self.file.parent.name))
             write_durably(self.file, content)
-        except OSError as error:  # a bundle that may not be written serves all the same
+        except (OSError, WanExportError) as error:  # such a bundle serves all the same
             warnings.warn(
-                f"cannot write {self.file} ({error.strerror}): the next load compiles anew",
+                f"the next load compiles anew: cannot write {explain(error)}",
                 WanExportWarning,
                 stacklevel=2,
             )
