@@ -3,7 +3,6 @@
 What needs PyTorch is imported inside the command that needs it: `wanexport run` works without.
 """
 
-import io
 import json
 import signal
 import sys
@@ -32,11 +31,14 @@ from wanexport.exporter.generate import run as run_request
 from wanexport.exporter.options import (
     COUNT,
     DTYPES,
+    POSITIVE,
     SEED,
+    CheckedGroup,
     aoti_options,
     as_json,
     engine_options,
     parse_guidance,
+    parse_names,
     parse_numbers,
     parse_pairs,
     parse_size,
@@ -46,12 +48,13 @@ from wanexport.exporter.options import (
     tensorrt_options,
 )
 from wanexport.exporter.run_request import RunRequest
+from wanexport.exporter.streams import minding_the_reader, prepare_streams, printing
 from wanexport.runtime.choose import BACKENDS, DEVICES
 from wanexport.runtime.errors import WanExportError, WanExportWarning, explain, needing_extra
 from wanexport.runtime.load import KERNELS
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CheckedGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("wanexport"), prog_name="wanexport")
 def cli() -> None:
     """Compile Wan video models ahead of time, and run them in the original sampling loop."""
@@ -99,7 +102,7 @@ def build(as_json: bool, target: str | None, workspace: str | None, **options: A
 
     names = {field.name for field in fields(TensorRtOptions)}
     options["tensorrt"] = TensorRtOptions(
-        targets=tuple(part.strip() for part in target.split(",")) if target else (),
+        targets=tuple(parse_names("--target", target) or ()),
         workspace=parse_size("--workspace", workspace),
         **{name: options.pop(name) for name in names & options.keys()},
     )
@@ -110,10 +113,11 @@ def build(as_json: bool, target: str | None, workspace: str | None, **options: A
 
 
 def _report(record: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
-    if as_json:
-        click.echo(json.dumps(record))
-    else:
-        show(record)
+    with printing():
+        if as_json:
+            click.echo(json.dumps(record))
+        else:
+            show(record)
 
 
 @cli.command()
@@ -213,7 +217,7 @@ def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **op
 )  # fmt: skip
 @click.option("--rounds", type=COUNT, default=5, show_default=True, help="Forwards timed of each.")
 @click.option(
-    "--budget", type=float, default=540.0, show_default=True,
+    "--budget", type=POSITIVE, default=540.0, show_default=True,
     help="Seconds for the whole command; what does not fit is skipped.",
 )  # fmt: skip
 @click.option("--profile", is_flag=True, help="Count host waits, and the GPU's busy share.")
@@ -237,7 +241,7 @@ def bench(
         from wanexport.exporter.bench import bench as run_bench
 
     options["provider_options"] = parse_pairs("--provider-option", provider_options)
-    arms = None if against is None else [name.strip() for name in against.split(",")]
+    arms = parse_names("--against", against)
     with progress_display() as show:
         result = run_bench(bundle, against=arms, progress=show, **options)
     _report(result, as_json, show_bench)
@@ -272,13 +276,15 @@ def lint(path: Path, target: str | None, as_json: bool) -> None:
 @click.option("--verify", is_flag=True, help="Hash every file, the weights too.")
 @as_json
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Say what a bundle holds; exit code 2 when a file is missing or altered."""
+    """Say what a bundle holds; exit code 1 when a file is missing or altered."""
     from wanexport.exporter.inspection import inspect as run_inspect
 
     record = run_inspect(bundle, verify=verify)
     _report(record, as_json, show_inspect)
+    for problem in record["problems"]:
+        _say_error(problem)
     if record["problems"]:
-        raise WanExportError("; ".join(record["problems"]))
+        sys.exit(1)
 
 
 @cli.command()
@@ -295,9 +301,11 @@ def doctor(as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: what the user can put right is one line and exit code 2, the rest is traced."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path may hold what its encoding lacks
-            stream.reconfigure(errors="backslashreplace")
+    with minding_the_reader():
+        _run()
+
+
+def _run() -> NoReturn:
     pressed = []
 
     def interrupt(number: int, _: object) -> None:
@@ -307,6 +315,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, interrupt)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
+        prepare_streams()
         sys.exit(cli(standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -319,7 +328,8 @@ def main() -> None:
         if not pressed:
             raise
         # Whatever became of the KeyboardInterrupt: torch raises errors of its own on the way out.
-        err.print("interrupted: run the same command again to go on")
+        resumes = sys.argv[1:2] == ["build"]
+        err.print("interrupted" + (": run the same command again to go on" if resumes else ""))
         sys.exit(130)
 
 
@@ -330,8 +340,12 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> N
 
 
 def _fail(message: str) -> NoReturn:
-    err.print("[red]error:[/]", escape(" ".join(message.split())))
+    _say_error(message)
     sys.exit(2)
+
+
+def _say_error(message: str) -> None:
+    err.print("[red]error:[/]", escape(" ".join(message.split())))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-out = Console(soft_wrap=True, highlight=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `main`: rich would end the program with 1, which says that a check failed."""
+        raise  # the BrokenPipeError that rich is handling
+
+
+out = _Console(soft_wrap=True, highlight=False)
 out.width = max(out.width, 120)  # a narrow terminal wraps a table; rich would cut its figures
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+err = _Console(stderr=True, soft_wrap=True, highlight=False)
 
 _MOST_FINDINGS = 5  # of one kind that `lint` names
 

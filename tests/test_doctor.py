@@ -36,6 +36,24 @@ def test_this_environment_is_usable() -> None:
     assert record["machine"]["memory_bytes"] >= record["machine"]["available_bytes"] > 0
 
 
+def test_an_environment_for_aotinductor_engines_alone_is_usable(stated: list[str]) -> None:
+    stated[1] = 'no-such-runtime>=1; extra == "cpu"'
+    stated.append('packaging>=20; extra == "aoti"')
+    record = doctor()
+    tasks = record["tasks"]
+    assert not tasks["run on a CPU"]["usable"] and tasks["run AOTInductor engines"]["usable"]
+    assert record["usable"]
+
+
+def test_plans_run_on_a_gpu_alone(stated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stated[1] = 'no-such-runtime>=1; extra == "cpu"'
+    stated += [f'no-such-library; extra == "{extra}"' for extra in ("aoti", "gpu")]
+    monkeypatch.setattr(module, "_tensorrt", lambda _: {"usable": True, "command": ""})
+    for gpus in ([], ["NVIDIA GeForce RTX 4090, 24564 MiB"]):
+        monkeypatch.setattr(module, "_gpus", lambda gpus=gpus: gpus)
+        assert doctor()["usable"] is bool(gpus)
+
+
 def test_a_missing_library_and_the_command_that_gets_it(stated: list[str]) -> None:
     stated.append('no-such-library>=3; extra == "build"')
     record = doctor()
