@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -37,8 +38,8 @@ def _needing(what: str, remedy: str) -> Iterator[None]:
         yield
     except (ImportError, OSError, RuntimeError) as error:  # torch and diffusers raise the latter
         cause = _first(error)
-        if isinstance(cause, ModuleNotFoundError) and cause.name and "." not in cause.name:
-            fault = f"needs {cause.name}; {remedy}"
+        if name := _missing(cause):
+            fault = f"needs {name}; {remedy}"
         else:
             reason = " ".join(str(cause).split())
             fault = (
@@ -46,6 +47,14 @@ def _needing(what: str, remedy: str) -> Iterator[None]:
                 f"wanexport doctor says which, and what to install"
             )
         raise WanExportError(f"{what} {fault}") from error
+
+
+def _missing(error: BaseException) -> str:
+    """The package that an error says is not there; empty when it is, or lacks a part of itself."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return ""
+    package, _, part = error.name.partition(".")
+    return "" if part and find_spec(package) else package
 
 
 def _first(error: BaseException) -> BaseException:

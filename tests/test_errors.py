@@ -37,6 +37,13 @@ def test_a_missing_package_is_named_with_what_installs_it_from_a_clone(module: s
     )
 
 
+def test_a_part_of_a_package_that_is_hidden_names_the_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "fragile", None)
+    assert "needs fragile; from a clone" in refusal("import fragile.part")
+
+
 def test_a_missing_package_of_no_extra_is_named_as_its_registry_has_it() -> None:
     with pytest.raises(WanExportError) as error, needing_package("no-such-library", "it"):
         import no_such_library  # type: ignore[import-not-found]  # noqa: F401
