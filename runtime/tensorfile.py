@@ -1,11 +1,10 @@
-"""Read and write safetensors files with seek and readinto, so that no page of them stays mapped.
+"""Read and write safetensors files without a mapping, so that no page of them stays mapped.
 
 The `safetensors` library maps a file, and touched pages of a mapping count as resident memory; a
 conversion that streams 57 GB must not. Format: huggingface/safetensors, README, "Format".
 """
 
 import hashlib
-import io
 import json
 import os
 import reprlib
@@ -232,23 +231,21 @@ def read_array(file: Path | int, entry: TensorEntry) -> np.ndarray:
                 f"{name} holds a {entry.dtype} tensor, which is not read: expected F32, BF16 or F16"
             )
         buffer = bytearray(entry.size)
-        with open(descriptor, "rb", buffering=0, closefd=False) as stream:
-            stream.seek(entry.offset)
-            if not read_fully(stream, memoryview(buffer)):
-                raise WanExportError(f"{name} ended while it was read: write it again")
+        if not read_at(descriptor, memoryview(buffer), entry.offset):
+            raise WanExportError(f"{name} ended while it was read: write it again")
     array = np.frombuffer(buffer, bits).reshape(entry.shape)
     if entry.dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array
 
 
-def read_fully(file: io.RawIOBase, view: memoryview) -> bool:
-    """Fill view from the file's position; False when the file ends before it is full."""
+def read_at(descriptor: int, view: memoryview, offset: int) -> bool:
+    """Fill view from an offset of an open file, whose position stays; False when it ends before."""
     while view:
-        count = file.readinto(view)
+        count = os.preadv(descriptor, [view], offset)
         if not count:
             return False
-        view = view[count:]
+        view, offset = view[count:], offset + count
     return True
 
 
