@@ -146,11 +146,11 @@ def write_weights(
     with durable_file(path) as file:
         file.write(header)
         for name, entry in entries.items():
-            dtype = _TORCH_DTYPES[entry.dtype]
-            check = _FiniteCheck(name, dtype)
+            stored = _TORCH_DTYPES[entry.dtype]
+            check = _FiniteCheck(name, stored)
             for chunk in source.chunks(name):
                 check.add(chunk)
-                cast = chunk.to(dtype).view(torch.uint8).numpy().data
+                cast = chunk.to(stored).view(torch.uint8).numpy().data
                 file.write(cast)
                 digest.update(cast)
                 done += len(cast)

@@ -203,19 +203,22 @@ def make_header(
     so that every tensor is aligned to its item, and the data starts at a multiple of 64.
     """
     order = sorted(tensors, key=lambda name: (-BITS[tensors[name][0]], name))
-    fields, position = {}, 0
+    spans, position = {}, 0
     for name in order:
         dtype, shape = tensors[name]
-        end = position + prod(shape) * BITS[dtype] // 8
-        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
-        position = end
+        spans[name] = (position, position + prod(shape) * BITS[dtype] // 8)
+        position = spans[name][1]
+    fields = {
+        name: {"dtype": dtype, "shape": list(shape), "data_offsets": spans[name]}
+        for name, (dtype, shape) in tensors.items()
+    }
     text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)
     header = len(text).to_bytes(8, "little") + text
-    entries = {}
-    for name in order:
-        begin, end = fields[name]["data_offsets"]
-        entries[name] = TensorEntry(*tensors[name], len(header) + begin, end - begin)
+    entries = {
+        name: TensorEntry(*tensors[name], len(header) + begin, end - begin)
+        for name, (begin, end) in spans.items()
+    }
     return header, entries
 
 
@@ -233,7 +236,7 @@ def read_array(file: Path | int, entry: TensorEntry) -> np.ndarray:
         buffer = bytearray(entry.size)
         if not read_at(descriptor, memoryview(buffer), entry.offset):
             raise WanExportError(f"{name} ended while it was read: write it again")
-    array = np.frombuffer(buffer, bits).reshape(entry.shape)
+    array: np.ndarray = np.frombuffer(buffer, bits).reshape(entry.shape)
     if entry.dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array
