@@ -141,7 +141,7 @@ def _open_model(path: Path, expert: str) -> tuple[WanConfig, str, dict[str, Sour
             name = stored.removeprefix(PREFIX)
             if name in tensors:
                 raise WanExportError(
-                    f"{shown(name)} is in {tensors[name].file} and in {file}: "
+                    f"{shown(name)} is in {shown(tensors[name].file)} and in {shown(file)}: "
                     f"pass -m one of the files, or a folder with one model"
                 )
             tensors[name] = SourceTensor(file, entry, stored)
@@ -201,16 +201,24 @@ def recognise(
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if name not in tensors or len(tensors[name].entry.shape) != rank:
             raise WanExportError(
-                f"{path} is no Wan diffusion transformer: it has no {name} of rank {rank}; "
+                f"{shown(path)} is no Wan diffusion transformer: it has no {name} of rank {rank}; "
                 f"expected the official or the diffusers layout"
             )
         return tensors[name].entry.shape
 
     dim, in_channels = shape("patch_embedding.weight", 5)[:2]
+    out_channels = shape("head.head.weight", 2)[0] // 4
+    if (in_channels, out_channels) == (48, 16):
+        raise WanExportError(
+            f"{shown(path)} is of Wan-Fun-Control (48 channels in, 16 out), which is not read yet: "
+            f"take a plain Wan: T2V, I2V, FLF2V, TI2V or an A14B"
+        )
     matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors)
     blocks = {int(match[1]) for match in matches if match}
     if blocks != set(range(len(blocks))):
-        raise WanExportError(f"{path} has blocks up to {max(blocks)}, but not all: download again")
+        raise WanExportError(
+            f"{shown(path)} has blocks up to {max(blocks)}, but not all: download again"
+        )
     heads, text_len, eps = settings(stated, dim, config_file)
     image_tokens = 0
     if "img_emb.proj.0.weight" in tensors:
@@ -221,7 +229,7 @@ def recognise(
         num_heads=heads,
         num_layers=len(blocks),
         in_channels=in_channels,
-        out_channels=shape("head.head.weight", 2)[0] // 4,
+        out_channels=out_channels,
         image_tokens=image_tokens,
         text_dim=shape("text_embedding.0.weight", 2)[1],
         text_len=text_len,
@@ -233,7 +241,7 @@ def recognise(
 def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path: Path) -> None:
     expected = parameter_shapes(config)
     problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    problems += [f"unexpected {shown(name)}" for name in tensors if name not in expected]
     for name in expected.keys() & tensors.keys():
         entry = tensors[name].entry
         if entry.shape != expected[name]:
@@ -243,6 +251,6 @@ def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path:
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise WanExportError(
-            f"{path} does not fit a Wan of dim {config.dim} and {config.num_layers} blocks: "
+            f"{shown(path)} does not fit a Wan of dim {config.dim} and {config.num_layers} blocks: "
             f"{'; '.join(sorted(problems)[:8])}{more}"
         )

@@ -76,6 +76,12 @@ _PARTS = (
     (r"(encoder|decoder)\.(conv1|conv_in|conv_out|mid_block|middle|downsamples|\d+)\.", "VAE"),
     (r"(post_)?quant_conv\.|first_stage_model\.", "VAE"),
 )
+_FUN_CHANNELS = {  # 48 in and 48 out is TI2V's
+    32: "Wan-Fun-Control",
+    52: "Wan2.2-Fun-Control",
+    100: "Wan2.2-Fun-5B-InP",
+    148: "Wan2.2-Fun-5B-Control",
+}
 _SIGNS = ("head.modulation", "condition_embedder.time_proj.weight")  # of a Wan, in each layout
 _PREFIXES = re.compile(
     r"^(model\.diffusion_model\.|(generator|generator_ema|critic|model|module|diffusion_model"
@@ -162,7 +168,16 @@ def _tensors_kind(entries: Mapping[str, TensorEntry], partial: bool) -> str | No
             f"is an all-in-one file, with {' and '.join(extra)}* beside the transformer, which is "
             f"not read yet: take the file of the transformer alone"
         )
-    return _quantised_kind(entries) or _prefix_kind(entries)
+    return _fun_kind(entries) or _quantised_kind(entries) or _prefix_kind(entries)
+
+
+def _fun_kind(entries: Mapping[str, TensorEntry]) -> str | None:
+    """A Wan-Fun that no tensor's name tells, by the channels of its input."""
+    for name, entry in entries.items():
+        if name.endswith("patch_embedding.weight") and len(entry.shape) == 5:
+            if whose := _FUN_CHANNELS.get(entry.shape[1]):
+                return f"is of {whose}, which is not read yet: {_TAKE_PLAIN}"
+    return None
 
 
 def _first(table: Iterable[tuple[str, str]], names: Iterable[str]) -> str | None:

@@ -45,7 +45,8 @@ def find_parts(path: Path, index: Mapping[str, Any]) -> dict[str, Path]:
         return dict(zip(EXPERTS, (path / name for name in pair), strict=True))
     if present == {"transformer"}:
         return {"": path / "transformer"}
-    raise WanExportError(_lacks(path, missing[0], *present, "the other expert is there"))
+    (other,) = present
+    raise WanExportError(_lacks(path, missing[0], other, "the other expert is there"))
 
 
 def _check_index(path: Path, index: Mapping[str, Any], present: Collection[str]) -> None:

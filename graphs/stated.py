@@ -58,7 +58,7 @@ _RELATIVE_FIELDS = {
     "inject_sample_info": "SkyReels-V2",
     "quantization_config": "a quantised model",
 }
-_NOTHING = (None, False, 0, -1, [], {}, "")
+_NOTHING: tuple[object, ...] = (None, False, 0, -1, [], {}, "")
 # Names with _ in front are of the software that wrote the file; rope_max_seq_len is the length of a
 # table of angles, and changes none of them.
 _IGNORED = ("rope_max_seq_len", "architectures", "torch_dtype", "dtype")

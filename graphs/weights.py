@@ -22,7 +22,7 @@ from wanexport.graphs.signature import parameter_shapes
 from wanexport.runtime.durable import durable_file
 from wanexport.runtime.errors import WanExportError, shown
 from wanexport.runtime.regular_file import open_regular
-from wanexport.runtime.tensorfile import TensorEntry, make_header, read_fully, read_header
+from wanexport.runtime.tensorfile import TensorEntry, make_header, read_at, read_header
 
 CHUNK = 1 << 23  # elements converted at a time: 32 MB of fp32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,15 +54,16 @@ class CheckpointWeights:
         file, entry = self.tensors[name].file, self.tensors[name].entry
         dtype = _TORCH_DTYPES[entry.dtype]
         buffer = bytearray(min(entry.size, CHUNK * dtype.itemsize))
-        digest, left = hashlib.sha256(), entry.size
-        with open(open_regular(file), "rb", buffering=0) as stream:
-            stream.seek(entry.offset)
-            while left:
-                view = memoryview(buffer)[: min(left, len(buffer))]
-                if not read_fully(stream, view):
-                    raise WanExportError(f"{file} ended while {name} was read: download it again")
+        digest, done = hashlib.sha256(), 0
+        with open(open_regular(file), "rb") as stream:
+            while done < entry.size:
+                view = memoryview(buffer)[: min(entry.size - done, len(buffer))]
+                if not read_at(stream.fileno(), view, entry.offset + done):
+                    raise WanExportError(
+                        f"{shown(file)} ended while it was read: download it again"
+                    )
                 digest.update(view)
-                left -= len(view)
+                done += len(view)
                 yield torch.frombuffer(view, dtype=dtype)
         self._hashes[name] = digest.hexdigest()
 
@@ -145,11 +146,11 @@ def write_weights(
     with durable_file(path) as file:
         file.write(header)
         for name, entry in entries.items():
-            dtype = _TORCH_DTYPES[entry.dtype]
-            check = _FiniteCheck(name, dtype)
+            stored = _TORCH_DTYPES[entry.dtype]
+            check = _FiniteCheck(name, stored)
             for chunk in source.chunks(name):
                 check.add(chunk)
-                cast = chunk.to(dtype).view(torch.uint8).numpy().data
+                cast = chunk.to(stored).view(torch.uint8).numpy().data
                 file.write(cast)
                 digest.update(cast)
                 done += len(cast)
@@ -203,10 +204,9 @@ def read_tensor(source: SourceTensor, *, fits: torch.dtype | None = None) -> Ten
     """
     entry = source.entry
     buffer = bytearray(entry.size)
-    with open(open_regular(source.file), "rb", buffering=0) as stream:
-        stream.seek(entry.offset)
-        if not read_fully(stream, memoryview(buffer)):
-            raise WanExportError(f"{source.file} ended while it was read: write it again")
+    with open(open_regular(source.file), "rb") as stream:
+        if not read_at(stream.fileno(), memoryview(buffer), entry.offset):
+            raise WanExportError(f"{shown(source.file)} ended while it was read: write it again")
     tensor = torch.frombuffer(buffer, dtype=_TORCH_DTYPES[entry.dtype])
     check = _FiniteCheck(source.name, fits or tensor.dtype)
     check.add(tensor)

@@ -1,11 +1,10 @@
-"""Read and write safetensors files with seek and readinto, so that no page of them stays mapped.
+"""Read and write safetensors files without a mapping, so that no page of them stays mapped.
 
 The `safetensors` library maps a file, and touched pages of a mapping count as resident memory; a
 conversion that streams 57 GB must not. Format: huggingface/safetensors, README, "Format".
 """
 
 import hashlib
-import io
 import json
 import os
 import reprlib
@@ -204,19 +203,22 @@ def make_header(
     so that every tensor is aligned to its item, and the data starts at a multiple of 64.
     """
     order = sorted(tensors, key=lambda name: (-BITS[tensors[name][0]], name))
-    fields, position = {}, 0
+    spans, position = {}, 0
     for name in order:
         dtype, shape = tensors[name]
-        end = position + prod(shape) * BITS[dtype] // 8
-        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
-        position = end
+        spans[name] = (position, position + prod(shape) * BITS[dtype] // 8)
+        position = spans[name][1]
+    fields = {
+        name: {"dtype": dtype, "shape": list(shape), "data_offsets": spans[name]}
+        for name, (dtype, shape) in tensors.items()
+    }
     text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)
     header = len(text).to_bytes(8, "little") + text
-    entries = {}
-    for name in order:
-        begin, end = fields[name]["data_offsets"]
-        entries[name] = TensorEntry(*tensors[name], len(header) + begin, end - begin)
+    entries = {
+        name: TensorEntry(*tensors[name], len(header) + begin, end - begin)
+        for name, (begin, end) in spans.items()
+    }
     return header, entries
 
 
@@ -232,23 +234,21 @@ def read_array(file: Path | int, entry: TensorEntry) -> np.ndarray:
                 f"{name} holds a {entry.dtype} tensor, which is not read: expected F32, BF16 or F16"
             )
         buffer = bytearray(entry.size)
-        with open(descriptor, "rb", buffering=0, closefd=False) as stream:
-            stream.seek(entry.offset)
-            if not read_fully(stream, memoryview(buffer)):
-                raise WanExportError(f"{name} ended while it was read: write it again")
-    array = np.frombuffer(buffer, bits).reshape(entry.shape)
+        if not read_at(descriptor, memoryview(buffer), entry.offset):
+            raise WanExportError(f"{name} ended while it was read: write it again")
+    array: np.ndarray = np.frombuffer(buffer, bits).reshape(entry.shape)
     if entry.dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array
 
 
-def read_fully(file: io.RawIOBase, view: memoryview) -> bool:
-    """Fill view from the file's position; False when the file ends before it is full."""
+def read_at(descriptor: int, view: memoryview, offset: int) -> bool:
+    """Fill view from an offset of an open file, whose position stays; False when it ends before."""
     while view:
-        count = file.readinto(view)
+        count = os.preadv(descriptor, [view], offset)
         if not count:
             return False
-        view = view[count:]
+        view, offset = view[count:], offset + count
     return True
 
 
