@@ -67,14 +67,13 @@ class BundleWriter:
                 f"name another folder with -o"
             )
         # Whose files may go, once neither manifest nor journal lists them.
-        known = (self.committed, self.journal, self._read_old(REPLACED))
-        self._named = {file.path for m in known if m for file in m.files()}
+        self._named = _paths(self.committed, self.journal, self._read_old(REPLACED) or empty)
+        self._noted = _paths(self.committed, self.journal)
         if _identity(self.journal) != _identity(empty):  # nothing of it was ever committed
             self.journal = empty
 
     def begin(self) -> None:
         """Clear up after earlier tries; from here a kill leaves a bundle to go on with."""
-        self.sweep()
         self._note()
 
     def _read(self, name: str) -> Manifest | None:
@@ -87,8 +86,12 @@ class BundleWriter:
             return None
 
     def _note(self) -> None:
+        """Write the journal; what it drops goes while the old one names it."""
+        self.sweep()
         write_manifest(self.path, self.journal, JOURNAL)
-        self._named |= {file.path for file in self.journal.files()}
+        self._noted = _paths(self.committed, self.journal)
+        self._named |= self._noted
+        self.sweep()
 
     def known_weights(self) -> dict[str, WeightsRecord]:
         """Every finished weights set by name, committed ones first."""
@@ -98,7 +101,6 @@ class BundleWriter:
         """Drop weights that an earlier try finished but none committed, and what they proved."""
         left = {key: record for key, record in self.journal.weights.items() if key != name}
         self.journal = replace(self.journal, weights=left, engines=())
-        self.sweep()
         self._note()
 
     def find_weights(self, name: str, header_sha256: str) -> WeightsRecord | None:
@@ -135,8 +137,8 @@ class BundleWriter:
 
     def free_folder(self, relative: Path) -> Path:
         """Make a folder for a build's files, numbered where its name is taken."""
-        manifests = (self.committed, self.journal, self.manifest)
-        used = {str(Path(file.path).parent) for m in manifests for file in m.files()}
+        listed = _paths(self.committed, self.journal, self.manifest)
+        used = {str(Path(file).parent) for file in listed}
         parent = self.path
         for part in relative.parent.parts:
             parent = own_folder(parent, part)
@@ -156,7 +158,7 @@ class BundleWriter:
         write_manifest(self.path, self.manifest)
         try:
             self.committed = self.journal = self.manifest
-            self._named |= {file.path for file in self.manifest.files()}
+            self._noted = _paths(self.manifest)
             self.sweep()
             (self.path / REPLACED).unlink(missing_ok=True)
             (self.path / JOURNAL).unlink()
@@ -169,9 +171,8 @@ class BundleWriter:
 
     def sweep(self) -> None:
         """Remove what builds left that neither the manifest nor the journal lists."""
-        committed = {file.path for file in self.committed.files()}
-        finished = {file.path for file in self.journal.files()} - committed
-        listing = Listing(committed, finished, self._named - committed - finished)
+        listed = _paths(self.committed, self.journal)
+        listing = Listing(listed, listed - self._noted, self._named - listed)
         self.left = [name for folder in ARTEFACTS for name in sweep(self.path, folder, listing)]
         remove_partials(self.path, lambda name: is_begun(name) or is_partial(name))
         for folder in (CACHE, REPORTS):
@@ -179,11 +180,13 @@ class BundleWriter:
 
     def abandon(self) -> None:
         """After a failure: keep what is finished for the next try, and leave nothing else."""
-        self.committed = self._read(MANIFEST) or replace(self.committed, weights={}, engines=())
+        nothing = replace(self.committed, weights={}, engines=())
+        self.committed = self._read(MANIFEST) or nothing
+        self.journal = self._read_old(JOURNAL) or nothing
+        self._noted = _paths(self.committed, self.journal)
         self.sweep()
-        committed = self.committed.files()
-        if all(file in committed for file in self.journal.files()):
-            self._leave(is_bundle=bool(committed))
+        if _paths(self.journal) <= _paths(self.committed):
+            self._leave(is_bundle=bool(self.committed.files()))
 
     def _leave(self, *, is_bundle: bool) -> None:
         """Remove what only a build needs, which has nothing finished that is not committed."""
@@ -196,6 +199,10 @@ class BundleWriter:
                 return  # without its journal it would be no bundle, and bar the next try
         for name in names:
             (self.path / name).unlink(missing_ok=True)
+
+
+def _paths(*manifests: Manifest) -> set[str]:
+    return {file.path for manifest in manifests for file in manifest.files()}
 
 
 def _identity(manifest: Manifest) -> tuple[Any, ...]:
@@ -231,7 +238,8 @@ def open_bundle(path: Path, empty: Manifest) -> Iterator[BundleWriter]:
     except BaseException as error:
         remove_empty(created)
         if isinstance(error, OSError):
-            raise WanExportError(explain(error)) from error
+            where = f"{path}: " if error.filename is None else ""
+            raise WanExportError(where + explain(error)) from error
         raise
     _tell_left(path, writer.left)
 

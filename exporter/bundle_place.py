@@ -84,13 +84,13 @@ def _check_bundle(path: Path) -> None:
         if not all(name.startswith(LOCK) or is_begun(name) for name in names):
             raise WanExportError(f"{path} exists and is no bundle: name another folder with -o")
     for name in (*_MANIFESTS, LOCK, SOFT_LOCK):
-        _check_entry(path, name, "file")
+        _check_entry(path, name, "regular file")
     for name in (*ARTEFACTS, CACHE, REPORTS):
         _check_entry(path, name, "folder")
     for file in _listed(path):
         for folder in PurePosixPath(file).parents[:-1]:  # the last is the bundle itself
             _check_entry(path, str(folder), "folder")
-        _check_entry(path, file, "file")
+        _check_entry(path, file, "regular file")
     _check_writable(path)
 
 
@@ -109,8 +109,8 @@ def _check_entry(bundle: Path, name: str, kind: str) -> None:
         mode = os.lstat(bundle / name).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return
-    is_kind = {"file": stat.S_ISREG, "folder": stat.S_ISDIR}[kind]
-    if stat.S_ISLNK(mode):
+    is_kind = {"regular file": stat.S_ISREG, "folder": stat.S_ISDIR}[kind]
+    if stat.S_ISLNK(mode) and not name.startswith(LOCK):
         raise WanExportError(
             f"{bundle / name} is a link, and a build writes no bundle that lies elsewhere too: "
             f"copy it with cp -rL and name the copy with -o; for another disk, make the whole "

@@ -2,7 +2,7 @@
 
 Ours is what a manifest or a journal named, what has the name of an unfinished file, and what lies
 in a folder with a mark: a build makes its folders new, marks them first, and takes the mark off
-when the manifest that lists their files is written. No link is followed, whatever may be swapped
+when the journal that lists their files is written. No link is followed, whatever may be swapped
 meanwhile: each folder is opened by its name in the one above.
 """
 
@@ -23,17 +23,17 @@ _DEEPEST = 16  # levels of folders that are entered; builds make 4
 class Listing:
     """Files of a bundle by their paths in it: what stays, and what may go.
 
-    committed are those that the manifest lists, finished are the journal's beside them, and
-    dropped are those that an older manifest or journal listed.
+    listed are those of the manifest and the journal, unnoted those of them that neither has on
+    disk yet, and dropped are those that an older manifest or journal listed.
     """
 
-    committed: Set[str]
-    finished: Set[str]
+    listed: Set[str]
+    unnoted: Set[str]
     dropped: Set[str]
 
 
 def mark(folder: Path) -> None:
-    """Say that all in a new folder is a build's own until it is committed."""
+    """Say that all in a new folder is a build's own, until the journal says what is."""
     (folder / MARK).touch(exist_ok=False)
     fsync_folder(folder)
 
@@ -68,7 +68,7 @@ def _sweep(folder: int, path: PurePosixPath, listing: Listing, *, ours: bool) ->
         except OSError:
             left.append(str(path / name))
     # The mark goes last: without it nothing tells what a kill leaves here from the user's own.
-    if marked and not left and not any(path in PurePosixPath(f).parents for f in listing.finished):
+    if marked and not left and not any(path in PurePosixPath(f).parents for f in listing.unnoted):
         os.unlink(MARK, dir_fd=folder)
     return left
 
@@ -83,7 +83,7 @@ def _sweep_entry(
         with suppress(OSError):  # it is not empty
             os.rmdir(name, dir_fd=folder)
         return left
-    if file in listing.committed | listing.finished:
+    if file in listing.listed:
         return []
     if stat.S_ISREG(mode) and is_partial(name):
         return [] if remove_if_abandoned(name, folder) else [file]

@@ -90,9 +90,11 @@ def test_a_full_disk_at_any_byte_is_one_line_and_loses_nothing(old: Path, free: 
             assert "\n" not in str(error)
         else:
             assert free > 70_000
-    seen = held(bundle)
-    if seen == before:  # what was finished stays for the next try, nothing half-written does
-        assert not [name for name in files_of(bundle) if name.endswith(".partial")]
+    if held(bundle) == before:  # what was finished stays for the next try, and nothing else
+        journal = bundle / "manifest.partial.json"
+        kept = read_manifest(bundle, journal.name).files() if journal.exists() else []
+        left = files_of(bundle) - files_of(old) - {file.path for file in kept}
+        assert left <= {journal.name, "manifest.replaced.json"}
     check_whole(bundle, stub_build(bundle, version="2"))
 
 
