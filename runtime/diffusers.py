@@ -23,7 +23,7 @@ from wanexport.runtime.drop_in import (
     open_experts,
     velocity_of_one,
 )
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, refuse_empty
 from wanexport.runtime.geometry import PATCH
 from wanexport.runtime.manifest import read_manifest
 
@@ -166,6 +166,7 @@ def transformer_config(bundle: str | Path) -> Mapping[str, Any]:
         raise WanExportError(
             "diffusers is not installed: pip install 'wanexport[diffusers]'"
         ) from error
+    refuse_empty(bundle=bundle)
     stated = read_manifest(Path(bundle)).config
     try:
         return FrozenDict(diffusers_names(stated))
