@@ -138,7 +138,7 @@ def run(
 ) -> None:
     """Make a video from a prompt, or from text embeddings; with an image where the model takes one.
 
-    OUTPUT.json beside it holds what repeats the run.
+    A record beside it, X.json or X.safetensors.json, holds what repeats the run.
     """
     settings = {name: options.pop(name) for name in ("steps", "shift", "solver")}
     settings["guidance"] = parse_guidance(guidance)

@@ -31,7 +31,7 @@ Show = Callable[[str, int, int], None]  # stage, how much of it is done, of how 
 
 
 def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Sample and write the output, and beside it `<output>.json`, the record that is returned.
+    """Sample and write the output, and beside it the record that is returned.
 
     show is given the progress; tell what became of an image, before the sampling, and after it
     whether the VAE was short of memory. When decoding or writing the video fails, the latent is

@@ -77,6 +77,7 @@ def prompt_options(command: _Command) -> _Command:
     file = click.Path(path_type=Path)
     for option in (
         click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise."),
+        click.option("--overwrite", is_flag=True, help="Replace OUTPUT and its record."),
         click.option("-o", "--output", required=True, type=file, help="X.mp4, or X.safetensors: "
                      "the latent."),
         click.option(

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from wanexport.runtime.errors import WanExportError
 
-# What a shell gives for a program that SIGPIPE ended, as `head` ends one; 1 would be a failed check.
+# What a shell gives for a program that SIGPIPE ended, as `head` ends one. 1 is a failed check.
 READER_GONE = 141
 
 

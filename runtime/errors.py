@@ -85,3 +85,13 @@ def explain(error: Exception) -> str:
     if error.errno in _FULL:
         line += ": free space on its disk, or write elsewhere with -o (reports: --report)"
     return line
+
+
+def refuse_empty(**names: str | Path | None) -> None:
+    """Raise WanExportError for a name or path that is an empty text, which would be `.` as a path.
+
+    It is what a script's variable has that was never set.
+    """
+    for what, name in names.items():
+        if isinstance(name, str) and not name.strip():
+            raise WanExportError(f"{what} is empty: name one, or leave it out")

@@ -10,7 +10,7 @@ from typing import Any
 from wanexport.runtime.check import check_content, check_weights
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import WanExportError, WanExportWarning, refuse_empty
 from wanexport.runtime.manifest import EngineRecord, Manifest, WeightsRecord, read_manifest
 from wanexport.runtime.onnx_engine import OnnxEngine
 from wanexport.runtime.tensorfile import header_sha256, read_header
@@ -53,6 +53,7 @@ def load(
     Raises WanExportError when nothing or more than one shape fits, when a file is missing or was
     altered, or when this machine cannot execute the engine.
     """
+    refuse_empty(bundle=bundle, weights=weights)
     bundle = Path(bundle)
     while True:
         manifest = read_manifest(bundle)

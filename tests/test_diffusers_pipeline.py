@@ -310,8 +310,12 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "encode prompts with max_sequence_length=512",
     ),
     "fewer texts than videos": (
-        {"hidden_states": torch.ones(2, 16, 3, 4, 6), "timestep": torch.tensor([1, 1])},
-        "encoder_hidden_states has 1 entries for 2 videos: pass one for each",
+        {
+            "hidden_states": torch.ones(3, 16, 3, 4, 6),
+            "timestep": torch.tensor([9, 9, 9]),
+            "encoder_hidden_states": torch.ones(2, 512, 4096),
+        },
+        "encoder_hidden_states has 2 entries for 3 videos: pass one for each, or one for all",
     ),
     "fewer timesteps than videos": (
         {"hidden_states": torch.ones(2, 16, 3, 4, 6)},

@@ -42,18 +42,19 @@ def test_an_empty_value_is_refused_by_name(
 
 def test_an_empty_negative_prompt_is_one() -> None:
     words = ["run", "nowhere", "--prompt", "x", "--negative", "", "-o", "x.mp4"]
-    with pytest.raises(WanExportError, match="nowhere is no bundle"):
+    with pytest.raises(WanExportError, match=r"nowhere is no bundle"):
         cli(words, standalone_mode=False)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize(
-    ("command", "parameter"), [(c, p) for c, p in VALUES if isinstance(p.type, click.types.FloatParamType)]
-)  # fmt: skip
+    ("command", "parameter"),
+    [(c, p) for c, p in VALUES if isinstance(p.type, click.types.FloatParamType)],
+)
 def test_a_number_that_is_none_is_refused_by_name(
     command: str, parameter: click.Parameter, value: str
 ) -> None:
-    with pytest.raises(click.BadParameter, match="finite number|not in the range"):
+    with pytest.raises(click.BadParameter, match=r"finite number|not in the range"):
         cli(with_value(command, parameter, value), standalone_mode=False)
 
 
@@ -80,16 +81,16 @@ def test_sizes_in_bytes() -> None:
     assert parse_size("--workspace", "1048576") == 2**20
     assert parse_size("--workspace", None) is None
     for text in ("0", "8", "-1GB", "1e3GB", "1.2.3GB", ".GB", "nan", "9" * 400, "9000PB", "GiB"):
-        with pytest.raises(WanExportError, match="--workspace .*: expected a size from 1MiB"):
+        with pytest.raises(WanExportError, match=r"--workspace .*: expected a size from 1MiB"):
             parse_size("--workspace", text)
 
 
 def test_pairs_of_a_key_and_a_value() -> None:
     assert parse_pairs("--o", ["a=1", " b = 2=3 ", "a=1"]) == {"a": "1", "b": "2=3"}
     for text in ("=", "a=", "=1", " = 1", "a", "a= "):
-        with pytest.raises(WanExportError, match="expected KEY=VALUE"):
+        with pytest.raises(WanExportError, match=r"expected KEY=VALUE"):
             parse_pairs("--o", [text])
-    with pytest.raises(WanExportError, match="--o names a twice: 1 and 2"):
+    with pytest.raises(WanExportError, match=r"--o names a twice: 1 and 2"):
         parse_pairs("--o", ["a=1", "a=2"])
 
 
@@ -97,12 +98,12 @@ def test_names_with_commas_between() -> None:
     assert parse_names("--target", " sm89, sm120") == ["sm89", "sm120"]
     assert parse_names("--target", None) is None
     for text in (",", "sm89,", "sm89,,sm120"):
-        with pytest.raises(WanExportError, match="--target .* has an empty name"):
+        with pytest.raises(WanExportError, match=r"--target .* has an empty name"):
             parse_names("--target", text)
 
 
 def test_numbers_with_commas_between() -> None:
     assert parse_numbers("--timesteps", "1000, 0.5") == [1000, 0.5]
     for text in ("", ",", "1,", "1;2", "1 2", "nan", "inf,1", "1e999"):
-        with pytest.raises(WanExportError, match="expected numbers, with commas between"):
+        with pytest.raises(WanExportError, match=r"expected numbers, with commas between"):
             parse_numbers("--timesteps", text)
