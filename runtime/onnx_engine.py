@@ -1,6 +1,7 @@
 """A weightless ONNX graph in ONNX Runtime on the CPU, its weights mapped from the bundle's file."""
 
 import ctypes
+import os
 import platform
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -141,6 +142,7 @@ def first_line(error: BaseException) -> str:
 
 def import_onnxruntime() -> Any:
     """The module. Raises WanExportError when it is not installed."""
+    disable_telemetry()
     try:
         import onnxruntime
     except ImportError as error:
@@ -148,3 +150,11 @@ def import_onnxruntime() -> Any:
             "ONNX Runtime is not installed: pip install 'wanexport[cpu]'"
         ) from error
     return onnxruntime
+
+
+def disable_telemetry() -> None:
+    """Have ONNX Runtime call nobody, here and in child processes, unless the user has decided.
+
+    From 1.29 on its import writes a device id below the home folder and looks a collector up.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
