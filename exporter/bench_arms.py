@@ -295,7 +295,7 @@ def _peer_arguments(job: Job, manifest: Manifest) -> tuple[Any, ...]:
     config = stated_config(manifest.config)
     (weights,) = manifest.weights_of(job.dtype)
     file = check_weights(Path(job.bundle), weights)
-    tensors = bundle_tensors(file, {name: name for name in parameter_shapes(config)})
+    tensors = bundle_tensors(file.path, {name: name for name in parameter_shapes(config)})
     return config, Geometry(**job.geometry), job.dtype, tensors
 
 
