@@ -177,7 +177,7 @@ def _read_files(bundle: Path, manifest: Manifest, record: EngineRecord) -> None:
     weights = [w.file for w in manifest.weights_of(record.dtype)]
     buffer = bytearray(_CHUNK)
     for file in (*weights, *record.files.values()):
-        with check_size(bundle, file).open("rb", buffering=0) as stream:
+        with check_size(bundle, file).path.open("rb", buffering=0) as stream:
             while stream.readinto(buffer):
                 pass
 

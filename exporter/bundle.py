@@ -209,7 +209,7 @@ def _identity(manifest: Manifest) -> tuple[Any, ...]:
     return manifest.config, manifest.experts
 
 
-def _is_whole(check: Callable[[Path, _Record], Path], bundle: Path, record: _Record) -> bool:
+def _is_whole(check: Callable[[Path, _Record], object], bundle: Path, record: _Record) -> bool:
     try:
         check(bundle, record)
     except WanExportError:

@@ -19,6 +19,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from wanexport.runtime.memory import available_bytes, limit_bytes
+from wanexport.runtime.onnx_engine import disable_telemetry
 from wanexport.runtime.tensorrt_library import FLAVOURS
 
 _TIMEOUT = 120  # seconds for one import
@@ -111,6 +112,7 @@ def _import_problem(name: str) -> str:
 
 def _problem(command: list[str]) -> str:
     """Why a process that imports something failed, or an empty string."""
+    disable_telemetry()
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:

@@ -118,7 +118,7 @@ def tensors_of_bundle(bundle: Path, manifest: Manifest, record: EngineRecord) ->
     """
     names = {name: name for name in parameter_shapes(stated_config(manifest.config))}
     return {
-        weights.expert: bundle_tensors(check_content(bundle, weights.file), names)
+        weights.expert: bundle_tensors(check_content(bundle, weights.file).path, names)
         for weights in manifest.weights_of(record.dtype)
     }
 
