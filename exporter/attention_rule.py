@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.operators import Kernel, open_kernel
+from wanexport.runtime.wan_config import WanConfig
 
 _ROUNDS, _WARM_UPS = 5, 2
 _MARGIN = 0.95  # of cuDNN's time: what must be beaten, so that noise does not choose

@@ -19,10 +19,10 @@ from wanexport.exporter.request import Backend, Progress, Request, TensorRtOptio
 from wanexport.exporter.tensorrt_backend import TensorRtBackend
 from wanexport.graphs import config as graph_config
 from wanexport.graphs import lint, model, rope, signature
-from wanexport.graphs.config import WanConfig, sampling_defaults
+from wanexport.graphs.config import sampling_defaults
 from wanexport.graphs.weights import DTYPES, weights_layout, write_weights
 from wanexport.runtime import geometry as geometry_module
-from wanexport.runtime import onnx_engine, operators
+from wanexport.runtime import onnx_engine, operators, wan_config
 from wanexport.runtime.choose import DEVICES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry, parse_resolution
@@ -38,6 +38,7 @@ from wanexport.runtime.manifest import (
 from wanexport.runtime.memory import peak_rss
 from wanexport.runtime.tensorfile import header_sha256
 from wanexport.runtime.tensorrt_library import FLAVOURS
+from wanexport.runtime.wan_config import WanConfig
 
 BACKENDS: dict[str, Backend] = {
     "onnx": onnx_backend,
@@ -47,6 +48,7 @@ BACKENDS: dict[str, Backend] = {
 }
 _GRAPH_CODE = (
     graph_config,
+    wan_config,
     model,
     rope,
     signature,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from wanexport.graphs.checkpoint import SourceTensor, official_name
-from wanexport.graphs.config import IMAGE_DIM, WanConfig
 from wanexport.graphs.model import parameter_dtype
 from wanexport.graphs.weights import DTYPES, read_tensor
 from wanexport.runtime.diffusers import diffusers_names
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.wan_config import IMAGE_DIM, WanConfig
 
 _CLIP_TOKENS = 257  # of one image
 

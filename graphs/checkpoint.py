@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanexport.graphs.config import EXPERTS, WanConfig
 from wanexport.graphs.signature import parameter_shapes
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.tensorfile import TensorEntry, read_header
+from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 HEAD_DIM = 128  # of every published Wan; used when a checkpoint comes without config.json
 MAX_TEXT_LEN = 8192

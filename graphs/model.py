@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanexport.graphs.config import IMAGE_DIM, WanConfig
 from wanexport.graphs.rope import apply_rope, axis_dims, axis_table, combine_axes
 from wanexport.runtime.geometry import PATCH, Geometry
 from wanexport.runtime.operators import attention
+from wanexport.runtime.wan_config import IMAGE_DIM, WanConfig
 
 _FP32_PARAMETERS = re.compile(
     r"time_embedding\.|time_projection\.|head\.|.*modulation$|.*norm|img_emb\.(proj\.[04]\.|emb_pos)"

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.model import Block, Conditioning, WanModel, parameter_dtype
 from wanexport.graphs.signature import input_shapes, parameter_shapes
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.manifest import BLOCK, REGIONS
+from wanexport.runtime.wan_config import WanConfig
 
 _FIRST_BLOCK = BLOCK.format(0)
 

@@ -6,9 +6,9 @@ from types import MappingProxyType
 
 import torch
 
-from wanexport.graphs.config import IMAGE_DIM, WanConfig
 from wanexport.graphs.model import WanModel
 from wanexport.runtime.geometry import PATCH, Geometry
+from wanexport.runtime.wan_config import IMAGE_DIM, WanConfig
 
 
 def input_shapes(config: WanConfig, geometry: Geometry) -> dict[str, tuple[int, ...]]:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from wanexport.graphs.checkpoint import SourceTensor
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.model import parameter_dtype
 from wanexport.graphs.signature import parameter_shapes
 from wanexport.runtime.durable import durable_file
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.tensorfile import TensorEntry, make_header, read_fully, read_header
+from wanexport.runtime.wan_config import WanConfig
 
 CHUNK = 1 << 23  # elements converted at a time: 32 MB of fp32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

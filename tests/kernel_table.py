@@ -17,12 +17,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from wanexport.exporter.parity import forward_inputs
-from wanexport.graphs.config import WanConfig, stated_config
+from wanexport.graphs.config import stated_config
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime import load
 from wanexport.runtime.aoti_engine import AotiEngine, to_device
 from wanexport.runtime.manifest import EngineRecord, read_manifest
 from wanexport.runtime.operators import attention_kernels
+from wanexport.runtime.wan_config import WanConfig
 
 CALLS = 9
 

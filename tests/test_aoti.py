@@ -32,12 +32,13 @@ from wanexport.exporter.inspection import inspect
 from wanexport.exporter.onnx_lint import lint
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.exporter.to_aoti import RegionJob, compile_region
-from wanexport.graphs.config import EXPERTS, PRESETS
+from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Geometry, WanExportError, load
 from wanexport.runtime.aoti_engine import AotiEngine
 from wanexport.runtime.errors import WanExportWarning
 from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.manifest import read_manifest
+from wanexport.runtime.wan_config import EXPERTS
 
 PRESET = "flf2v-14b"
 SERVE = """

@@ -41,7 +41,7 @@ from wanexport.exporter.bundle import file_record, write_manifest
 from wanexport.exporter.cli import cli
 from wanexport.exporter.diffusers_engine import DiffusersEngine
 from wanexport.exporter.parity import forward_inputs, relative_l2
-from wanexport.graphs.config import EXPERTS, stated_config
+from wanexport.graphs.config import stated_config
 from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load
@@ -49,6 +49,7 @@ from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import read_manifest
 from wanexport.runtime.tensorfile import header_sha256, load_arrays, save_arrays
+from wanexport.runtime.wan_config import EXPERTS
 
 FLOPS = 1_237_581_824  # of the tiny preset at 64x96x9, counted by hand below
 

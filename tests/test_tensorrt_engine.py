@@ -25,7 +25,6 @@ from wanexport.exporter.parity import seeded_inputs
 from wanexport.exporter.proof_process import PlanJob, _prove
 from wanexport.exporter.request import Request
 from wanexport.exporter.tensorrt_proof import prove_plan
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.model import WanModel
 from wanexport.graphs.signature import input_shapes
 from wanexport.graphs.weights import RandomWeights, write_weights
@@ -47,6 +46,7 @@ from wanexport.runtime.tensorfile import header_sha256, read_header
 from wanexport.runtime.tensorrt_engine import TensorRtEngine
 from wanexport.runtime.tensorrt_library import import_tensorrt
 from wanexport.runtime.tensorrt_plan import Plan
+from wanexport.runtime.wan_config import WanConfig
 
 FLAVOUR = "tensorrt" if find_spec("tensorrt") else "tensorrt-rtx"
 REAL = import_tensorrt(FLAVOUR)
