@@ -18,11 +18,12 @@ from wanexport.exporter.model_source import ModelSource, resolve
 from wanexport.exporter.request import Backend, Progress, Request, TensorRtOptions
 from wanexport.exporter.tensorrt_backend import TensorRtBackend
 from wanexport.graphs import config as graph_config
-from wanexport.graphs import lint, model, rope, signature
+from wanexport.graphs import lint, model, rope
 from wanexport.graphs.config import sampling_defaults
-from wanexport.graphs.weights import DTYPES, weights_layout, write_weights
+from wanexport.graphs.signature import forward_flops
+from wanexport.graphs.weights import DTYPES, write_weights
 from wanexport.runtime import geometry as geometry_module
-from wanexport.runtime import onnx_engine, operators, wan_config
+from wanexport.runtime import onnx_engine, operators, signature, wan_config
 from wanexport.runtime.choose import DEVICES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry, parse_resolution
@@ -36,6 +37,7 @@ from wanexport.runtime.manifest import (
     WeightsRecord,
 )
 from wanexport.runtime.memory import peak_rss
+from wanexport.runtime.signature import weights_layout
 from wanexport.runtime.tensorfile import header_sha256
 from wanexport.runtime.tensorrt_library import FLAVOURS
 from wanexport.runtime.wan_config import WanConfig
@@ -347,7 +349,7 @@ def compile_engine(writer: BundleWriter, request: Request, progress: Progress) -
         attention=compiled.attention,
         build={
             "seconds": round(time.monotonic() - started, 2),
-            "flops_per_forward": signature.forward_flops(config, geometry),
+            "flops_per_forward": forward_flops(config, geometry),
             **compiled.build,
             **backend.libraries(request),
         },

@@ -11,13 +11,13 @@ from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.model_source import resolve
 from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.graphs.config import PRESETS, stated_config
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
 from wanexport.runtime.check import check_content
 from wanexport.runtime.denoiser import Denoiser, Engine
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import EngineRecord, Manifest
 from wanexport.runtime.memory import free_bytes
+from wanexport.runtime.signature import parameter_shapes
 from wanexport.runtime.wan_config import WanConfig
 
 IMPLEMENTATIONS = ("graph", "diffusers")

@@ -28,7 +28,7 @@ from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.manifest import REGIONS
+from wanexport.runtime.signature import REGIONS
 from wanexport.runtime.wan_config import WanConfig
 
 _CONFIGS = {

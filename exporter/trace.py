@@ -6,8 +6,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from wanexport.graphs.model import WanModel
-from wanexport.graphs.signature import input_shapes
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.signature import input_shapes
 from wanexport.runtime.wan_config import WanConfig
 
 

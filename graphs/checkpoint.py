@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.signature import parameter_shapes
 from wanexport.runtime.tensorfile import TensorEntry, read_header
 from wanexport.runtime.wan_config import EXPERTS, WanConfig
 

@@ -14,12 +14,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.signature import REGIONS
 from wanexport.runtime.tensorrt_library import FLAVOURS
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-REGIONS = ("embed", "block", "head")  # that an AOTInductor engine is compiled in
-BLOCK = "blocks.{}."  # how the parameters of one block are named
 
 
 @dataclass(frozen=True)

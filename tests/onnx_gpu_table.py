@@ -23,11 +23,11 @@ import torch
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.exporter.to_onnx import lower, serialize
 from wanexport.graphs.config import stated_config
-from wanexport.graphs.weights import weights_layout
 from wanexport.runtime.aoti_engine import to_device
 from wanexport.runtime.device_weights import device_weights
 from wanexport.runtime.manifest import EngineRecord, read_manifest
 from wanexport.runtime.onnx_cuda_engine import OnnxSession, Provider
+from wanexport.runtime.signature import weights_layout
 
 ROUNDS, TIMEOUT = 5, 60
 VARIANTS = {  # attention of the graph, and ONNX Runtime's switches

@@ -42,12 +42,12 @@ from wanexport.exporter.cli import cli
 from wanexport.exporter.diffusers_engine import DiffusersEngine
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.graphs.config import stated_config
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import read_manifest
+from wanexport.runtime.signature import parameter_shapes
 from wanexport.runtime.tensorfile import header_sha256, load_arrays, save_arrays
 from wanexport.runtime.wan_config import EXPERTS
 

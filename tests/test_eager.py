@@ -10,8 +10,8 @@ from tests.wan_reference import VARIANTS, small_config, small_geometry
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.graphs.checkpoint import SourceTensor
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import RandomWeights, bundle_tensors, write_weights
+from wanexport.runtime.signature import parameter_shapes
 from wanexport.runtime.wan_config import WanConfig
 
 

@@ -18,8 +18,9 @@ from tests.wan_reference import (
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.model import TimeFeatures, WanModel, parameter_dtype
-from wanexport.graphs.signature import attention_count, forward_flops, parameter_shapes
+from wanexport.graphs.signature import attention_count, forward_flops
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.signature import parameter_shapes
 from wanexport.runtime.wan_config import WanConfig
 
 

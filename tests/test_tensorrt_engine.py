@@ -26,7 +26,6 @@ from wanexport.exporter.proof_process import PlanJob, _prove
 from wanexport.exporter.request import Request
 from wanexport.exporter.tensorrt_proof import prove_plan
 from wanexport.graphs.model import WanModel
-from wanexport.graphs.signature import input_shapes
 from wanexport.graphs.weights import RandomWeights, write_weights
 from wanexport.runtime import WanExportError, load, sample, tensorrt_target
 from wanexport.runtime.choose import choose_engine
@@ -42,6 +41,7 @@ from wanexport.runtime.manifest import (
     from_json,
     read_manifest,
 )
+from wanexport.runtime.signature import input_shapes
 from wanexport.runtime.tensorfile import header_sha256, read_header
 from wanexport.runtime.tensorrt_engine import TensorRtEngine
 from wanexport.runtime.tensorrt_library import import_tensorrt

@@ -15,9 +15,9 @@ from tests.wan_reference import (
     write_official,
 )
 from wanexport.graphs.checkpoint import open_checkpoint
-from wanexport.graphs.signature import parameter_shapes
-from wanexport.graphs.weights import CheckpointWeights, RandomWeights, weights_layout, write_weights
+from wanexport.graphs.weights import CheckpointWeights, RandomWeights, write_weights
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.signature import parameter_shapes, weights_layout
 from wanexport.runtime.wan_config import WanConfig
 
 

@@ -26,13 +26,13 @@ from tests.clip_reading import Reading, read
 from wanexport.exporter.build import build
 from wanexport.exporter.eager import EagerEngine
 from wanexport.graphs.config import stated_config
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import Denoiser, load, sample
 from wanexport.runtime.denoiser import pad_text
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.manifest import read_manifest
 from wanexport.runtime.sample import seeded_noise
+from wanexport.runtime.signature import parameter_shapes
 
 MODEL = Path(__file__).parent.parent / "samples" / "tiny_wan"
 SHAPE: dict[str, Any] = {"resolution": f"{SIDE}x{SIDE}", "frames": FRAMES}
