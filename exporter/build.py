@@ -212,7 +212,7 @@ def _summary(
 def _empty_manifest(source: ModelSource) -> Manifest:
     return Manifest(
         model=source.name,
-        config=asdict(source.config),
+        config=source.config,
         experts=source.experts,
         weights={},
         engines=(),
@@ -239,8 +239,7 @@ def add_weights(
                 origins = [known.source[k] for k in ("hub", "path", "preset") if k in known.source]
                 origin = origins[0] if origins else "another source"
                 raise WanExportError(
-                    f"{writer.path} holds other weights, of {origin}: "
-                    f"name another folder with -o, or delete it"
+                    f"{writer.path} holds other weights, of {origin}: name another folder with -o"
                 )
     header, _ = weights_layout(source.config, dtype)
     record = writer.find_weights(name, hashlib.sha256(header).hexdigest())

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,9 @@ from wanexport.runtime.manifest import (
     Manifest,
     WeightsRecord,
     read_manifest,
+    to_json,
 )
+from wanexport.runtime.usable import why_unusable
 
 JOURNAL = "manifest.partial.json"
 LOCK = ".lock"
@@ -85,7 +87,9 @@ class BundleWriter:
         """The finished engine of this key, if it is whole on disk."""
         for engine in (*self.committed.engines, *self.journal.engines):
             files = engine.files.values()
-            if engine.key == key and all(_is_whole(check_content, self.path, f) for f in files):
+            if engine.key != key or why_unusable(self.path, self.manifest, engine):
+                continue
+            if all(_is_whole(check_content, self.path, f) for f in files):
                 return engine
         return None
 
@@ -202,7 +206,7 @@ def open_bundle(path: Path, empty: Manifest) -> Iterator[BundleWriter]:
 
 def write_manifest(bundle: Path, manifest: Manifest, name: str = MANIFEST) -> None:
     """Replace the manifest in one step; what it lists must be on disk by then."""
-    write_durably(bundle / name, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    write_durably(bundle / name, (json.dumps(to_json(manifest), indent=1) + "\n").encode())
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """diffusers' own Wan transformer as an engine: a reference that shares no code with our graph."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -80,7 +79,7 @@ def _empty_model(config: WanConfig, device: str) -> Any:
     """The model with parameters on the meta device; its RoPE tables are real, on `device`."""
     from diffusers import WanTransformer3DModel
 
-    settings = diffusers_names(asdict(config))
+    settings = diffusers_names(config)
     with torch.device("meta"):
         model = WanTransformer3DModel(**settings)
     model.rope = type(model.rope)(config.head_dim, settings["patch_size"], 1024).to(device)

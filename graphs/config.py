@@ -3,23 +3,12 @@
 Figures: Wan-Video/Wan2.1 and Wan2.2, `wan/configs` and `generate.py`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.manifest import SamplingDefaults
 from wanexport.runtime.wan_config import EXPERTS, WanConfig
-
-
-def stated_config(stated: Mapping[str, Any]) -> WanConfig:
-    """The config that a manifest states. Raises WanExportError when it is none."""
-    kinds = {field.name: field.type for field in fields(WanConfig)}
-    if any(type(stated.get(name)) is not kind for name, kind in kinds.items()):
-        raise WanExportError(f"the manifest's config {dict(stated)} is no Wan: build again")
-    return WanConfig(**{name: stated[name] for name in kinds})
-
 
 _1_3B = WanConfig(1536, 8960, 12, 30, 16, 16, 0)
 _14B = WanConfig(5120, 13824, 40, 40, 16, 16, 0)

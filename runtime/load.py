@@ -15,6 +15,7 @@ from wanexport.runtime.manifest import EngineRecord, Manifest, WeightsRecord, re
 from wanexport.runtime.onnx_engine import OnnxEngine
 from wanexport.runtime.tensorfile import header_sha256, read_header
 from wanexport.runtime.tensorrt_library import FLAVOURS
+from wanexport.runtime.usable import check_usable
 
 WEIGHTS_FILE = "denoiser.safetensors"
 CACHE = "cache"  # folder of a bundle for what its engines can make again
@@ -101,6 +102,7 @@ def open_engine(
     An ONNX engine runs on the device that its target names, as `choose_engine` sets it.
     Raises WanExportError when a file is missing or was altered, or the backend refuses it.
     """
+    check_usable(bundle, manifest, engine)
     # Engines are code: their whole content is checked at every load.
     files = {role: check_content(bundle, file) for role, file in engine.files.items()}
     folders = weights_folders(bundle, manifest, engine, weights)
@@ -110,7 +112,7 @@ def open_engine(
         )
     if engine.backend == "aoti":
         paths = {expert: folder / WEIGHTS_FILE for expert, folder in folders.items()}
-        layers = int(manifest.config["num_layers"])
+        layers = manifest.config.num_layers
         return _open_aoti(
             engine,
             files,

@@ -1,6 +1,6 @@
 """What defines a Wan DiT: its sizes, and what follows from them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
@@ -9,6 +9,9 @@ CONDITION_CHANNELS = 20  # I2V: mask (4) + image latent (16)
 IMAGE_DIM = 1280  # width of CLIP ViT-H/14 features
 PER_FRAME_CHANNELS = 48  # the latent of Wan2.2's VAE: only the 5B has it
 EXPERTS = ("high_noise", "low_noise")
+_MAX_SIZE = 1 << 20  # of any, and _MAX_LAYERS: over ten times what any Wan has
+_MAX_LAYERS = 1024
+_UNBOUND = ("image_tokens", "eps")  # fields that are no size
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,19 @@ class WanConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        sizes = (self.dim, self.ffn_dim, self.num_heads, self.num_layers, self.in_channels)
-        if min(*sizes, self.out_channels) < 1:
-            raise WanExportError(f"a Wan has no size under 1, got {self}")
+        sizes = [getattr(self, f.name) for f in fields(self) if f.name not in _UNBOUND]
+        if any(type(size) is not int for size in (*sizes, self.image_tokens)):
+            raise WanExportError(f"the sizes of a Wan are whole numbers, got {sizes!r:.200}")
+        if min(sizes) < 1 or max(sizes) > _MAX_SIZE or self.num_layers > _MAX_LAYERS:
+            raise WanExportError(
+                f"a Wan has sizes from 1 to {_MAX_SIZE} and at most {_MAX_LAYERS} layers, "
+                f"got {self!r:.300}"
+            )
+        if self.freq_dim % 2 or not 0 < self.eps < 1:
+            raise WanExportError(
+                f"freq_dim {self.freq_dim}, eps {self.eps}: expected an even number, and one "
+                f"between 0 and 1"
+            )
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise WanExportError(
                 f"dim {self.dim} does not split into {self.num_heads} heads of even width over 4"

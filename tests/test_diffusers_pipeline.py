@@ -388,7 +388,7 @@ def test_the_options_of_load_are_passed_on(t2v: Family) -> None:
 def test_a_manifest_without_the_model_is_refused(t2v: Family, tmp_path: Path) -> None:
     manifest = (t2v.bundle / "manifest.json").read_text()
     (tmp_path / "manifest.json").write_text(manifest.replace('"ffn_dim"', '"size"'))
-    with pytest.raises(WanExportError, match=r"config has no 'ffn_dim': build again$"):
+    with pytest.raises(WanExportError, match=r"config has no ffn_dim.*build again"):
         CompiledWanTransformer(tmp_path)
 
 

@@ -41,7 +41,7 @@ from wanexport.runtime.manifest import (
     from_json,
     read_manifest,
 )
-from wanexport.runtime.signature import input_shapes
+from wanexport.runtime.signature import input_shapes, weights_header_sha256
 from wanexport.runtime.tensorfile import header_sha256, read_header
 from wanexport.runtime.tensorrt_engine import TensorRtEngine
 from wanexport.runtime.tensorrt_library import import_tensorrt
@@ -114,9 +114,7 @@ def make_bundle(
         target={"device": "cuda", "arch": "sm89", FLAVOUR: REAL.__version__},
         build=dict(build),
     )
-    write_manifest(
-        folder, Manifest("tiny", asdict(CONFIG), experts, records, (engine,), wanexport="0")
-    )
+    write_manifest(folder, Manifest("tiny", CONFIG, experts, records, (engine,), wanexport="0"))
     return folder
 
 
@@ -341,7 +339,14 @@ def test_the_plan_for_this_gpu_is_chosen_before_onnx_on_a_cpu(gpu: Gpu, bundle: 
     manifest = read_manifest(bundle)
     engine = manifest.engines[0]
     other = replace(engine, target={**engine.target, "arch": "sm120"})
-    onnx = replace(engine, backend="onnx", dtype="fp16", target={"device": "cpu"})
+    header = weights_header_sha256(CONFIG, "fp16")
+    onnx = replace(
+        engine,
+        backend="onnx",
+        dtype="fp16",
+        target={"device": "cpu"},
+        weights_header_sha256=header,
+    )
     several = replace(manifest, engines=(other, onnx, engine))
     assert choose_engine(bundle, several) == engine
     gpu.capability = (12, 0)
