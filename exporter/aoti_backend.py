@@ -18,6 +18,7 @@ from wanexport.runtime import aoti_engine
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.load import KERNELS
 from wanexport.runtime.manifest import EngineRecord
+from wanexport.runtime.signature import region_parameters
 
 ATTENTION = KERNELS
 BINDING = aoti_engine.BINDING
@@ -78,7 +79,7 @@ def compile_engine(
         files=files,
         lint=lint,
         build={"compile_seconds": seconds, "attention_seconds": measured, **notes},
-        parameters=regions.region_parameters(config),
+        parameters=region_parameters(config),
         attention=kernels,
     )
 

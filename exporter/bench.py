@@ -30,7 +30,6 @@ from wanexport.exporter.bench_process import PEAK
 from wanexport.exporter.bench_report import add_differences, row, save
 from wanexport.exporter.parity import forward_inputs
 from wanexport.exporter.request import Progress
-from wanexport.graphs.config import stated_config
 from wanexport.graphs.signature import forward_flops
 from wanexport.runtime.check import check_size
 from wanexport.runtime.choose import choose_engine
@@ -167,7 +166,7 @@ def _write_inputs(manifest: Manifest, record: EngineRecord, path: Path) -> dict[
     timestep = _TIMESTEP
     if record.sampling.boundary is not None:
         timestep = max(_HIGH_NOISE_TIMESTEP, record.sampling.boundary * NUM_TRAIN_TIMESTEPS)
-    config = stated_config(manifest.config)
+    config = manifest.config
     save_arrays(path, forward_inputs(config, record.geometry, timestep, _SEED))
     return {"timestep": timestep, "seed": _SEED}
 
@@ -190,7 +189,7 @@ def _describe(manifest: Manifest, record: EngineRecord, session: _Session) -> di
         raise WanExportError(
             f"a budget of {session.budget:g} s does not even do for the machine's peak: raise it"
         ) from error
-    flops = forward_flops(stated_config(manifest.config), record.geometry)
+    flops = forward_flops(manifest.config, record.geometry)
     return {
         "engine": record.name,
         "model": manifest.model,

@@ -288,11 +288,10 @@ def _open_diffusers(job: Job, manifest: Manifest) -> "DiffusersEngine":
 
 def _peer_arguments(job: Job, manifest: Manifest) -> tuple[Any, ...]:
     """Config, geometry, dtype and tensors of a peer, from a file checked as an engine checks it."""
-    from wanexport.graphs.config import stated_config
-    from wanexport.graphs.signature import parameter_shapes
     from wanexport.graphs.weights import bundle_tensors
+    from wanexport.runtime.signature import parameter_shapes
 
-    config = stated_config(manifest.config)
+    config = manifest.config
     (weights,) = manifest.weights_of(job.dtype)
     file = check_weights(Path(job.bundle), weights)
     tensors = bundle_tensors(file.path, {name: name for name in parameter_shapes(config)})

@@ -19,11 +19,12 @@ from wanexport.exporter.model_source import ModelSource, resolve
 from wanexport.exporter.request import Backend, Progress, Request, TensorRtOptions
 from wanexport.exporter.tensorrt_backend import TensorRtBackend
 from wanexport.graphs import config as graph_config
-from wanexport.graphs import lint, model, rope, signature
-from wanexport.graphs.config import WanConfig, sampling_defaults
-from wanexport.graphs.weights import DTYPES, weights_layout, write_weights
+from wanexport.graphs import lint, model, rope
+from wanexport.graphs.config import sampling_defaults
+from wanexport.graphs.signature import forward_flops
+from wanexport.graphs.weights import DTYPES, write_weights
 from wanexport.runtime import geometry as geometry_module
-from wanexport.runtime import onnx_engine, operators
+from wanexport.runtime import onnx_engine, operators, signature, wan_config
 from wanexport.runtime.choose import DEVICES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry, parse_resolution
@@ -37,9 +38,11 @@ from wanexport.runtime.manifest import (
     WeightsRecord,
 )
 from wanexport.runtime.memory import peak_rss
+from wanexport.runtime.signature import weights_layout
 from wanexport.runtime.temporary import check_temporary_folder
 from wanexport.runtime.tensorfile import header_sha256
 from wanexport.runtime.tensorrt_library import FLAVOURS
+from wanexport.runtime.wan_config import WanConfig
 
 BACKENDS: dict[str, Backend] = {
     "onnx": onnx_backend,
@@ -49,6 +52,7 @@ BACKENDS: dict[str, Backend] = {
 }
 _GRAPH_CODE = (
     graph_config,
+    wan_config,
     model,
     rope,
     signature,
@@ -220,7 +224,7 @@ def _summary(
 def _empty_manifest(source: ModelSource) -> Manifest:
     return Manifest(
         model=source.name,
-        config=asdict(source.config),
+        config=source.config,
         experts=source.experts,
         weights={},
         engines=(),
@@ -247,8 +251,7 @@ def add_weights(
                 origins = [known.source[k] for k in ("hub", "path", "preset") if k in known.source]
                 origin = origins[0] if origins else "another source"
                 raise WanExportError(
-                    f"{writer.path} holds other weights, of {origin}: "
-                    f"name another folder with -o, or delete it"
+                    f"{writer.path} holds other weights, of {origin}: name another folder with -o"
                 )
     header, _ = weights_layout(source.config, dtype)
     record = writer.find_weights(name, hashlib.sha256(header).hexdigest())
@@ -357,7 +360,7 @@ def compile_engine(writer: BundleWriter, request: Request, progress: Progress) -
         attention=compiled.attention,
         build={
             "seconds": round(time.monotonic() - started, 2),
-            "flops_per_forward": signature.forward_flops(config, geometry),
+            "flops_per_forward": forward_flops(config, geometry),
             **compiled.build,
             **backend.libraries(request),
         },

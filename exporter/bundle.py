@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +34,6 @@ from wanexport.runtime.durable import (
     write_durably,
 )
 from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
-from wanexport.runtime.load import CACHE
 from wanexport.runtime.manifest import (
     MANIFEST,
     EngineRecord,
@@ -42,7 +41,9 @@ from wanexport.runtime.manifest import (
     Manifest,
     WeightsRecord,
     read_manifest,
+    to_json,
 )
+from wanexport.runtime.usable import why_unusable
 
 _SHOWN = 5  # names of a list that may be long
 _Record = TypeVar("_Record")
@@ -114,7 +115,9 @@ class BundleWriter:
         """The finished engine of this key, if it is whole on disk."""
         for engine in (*self.committed.engines, *self.journal.engines):
             files = engine.files.values()
-            if engine.key == key and all(_is_whole(check_content, self.path, f) for f in files):
+            if engine.key != key or why_unusable(self.path, self.manifest, engine):
+                continue
+            if all(_is_whole(check_content, self.path, f) for f in files):
                 return engine
         return None
 
@@ -175,8 +178,7 @@ class BundleWriter:
         listing = Listing(listed, listed - self._noted, self._named - listed)
         self.left = [name for folder in ARTEFACTS for name in sweep(self.path, folder, listing)]
         remove_partials(self.path, lambda name: is_begun(name) or is_partial(name))
-        for folder in (CACHE, REPORTS):
-            remove_partials(self.path / folder)
+        remove_partials(self.path / REPORTS)
 
     def abandon(self) -> None:
         """After a failure: keep what is finished for the next try, and leave nothing else."""
@@ -258,7 +260,7 @@ def _tell_left(path: Path, left: list[str]) -> None:
 
 def write_manifest(bundle: Path, manifest: Manifest, name: str = MANIFEST) -> None:
     """Replace the manifest in one step; what it lists must be on disk by then."""
-    write_durably(bundle / name, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    write_durably(bundle / name, (json.dumps(to_json(manifest), indent=1) + "\n").encode())
 
 
 def file_record(bundle: Path, path: Path) -> FileRecord:

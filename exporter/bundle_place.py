@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from wanexport.exporter.bundle_lock import LOCK, SOFT_LOCK
 from wanexport.runtime.durable import fsync_folder, is_partial
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.load import CACHE
 from wanexport.runtime.manifest import MANIFEST, read_manifest
 
 JOURNAL = "manifest.partial.json"
@@ -85,7 +84,7 @@ def _check_bundle(path: Path) -> None:
             raise WanExportError(f"{path} exists and is no bundle: name another folder with -o")
     for name in (*_MANIFESTS, LOCK, SOFT_LOCK):
         _check_entry(path, name, "regular file")
-    for name in (*ARTEFACTS, CACHE, REPORTS):
+    for name in (*ARTEFACTS, REPORTS):
         _check_entry(path, name, "folder")
     for file in _listed(path):
         for folder in PurePosixPath(file).parents[:-1]:  # the last is the bundle itself

@@ -38,7 +38,6 @@ from wanexport.exporter.recorded import (
     read_velocities,
 )
 from wanexport.exporter.request import Progress
-from wanexport.graphs.config import stated_config
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.durable import own_folder, remove_partials, write_durably
@@ -98,7 +97,7 @@ def compare(
         dtype=dtype,
         provider=provider,
     )
-    seeded = seeded_inputs(stated_config(manifest.config), record.geometry, seed)
+    seeded = seeded_inputs(manifest.config, record.geometry, seed)
     given: Loop | Calls = Loop(seeded, steps)
     if inputs is None and outputs is not None:
         raise WanExportError("recorded outputs need the inputs of the same calls: pass both files")

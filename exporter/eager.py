@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from wanexport.graphs.checkpoint import SourceTensor
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.model import WanModel, parameter_dtype
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import DTYPES, read_tensor
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.signature import parameter_shapes
+from wanexport.runtime.wan_config import WanConfig
 
 
 class EagerEngine:

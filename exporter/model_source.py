@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.graphs.checkpoint import Checkpoint, open_checkpoint
-from wanexport.graphs.config import PRESETS, WanConfig, variant
+from wanexport.graphs.config import PRESETS, variant
 from wanexport.graphs.experts import FOLDERS, expert_of_name
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights
 from wanexport.runtime.errors import WanExportError, shown
 from wanexport.runtime.hub import EXAMPLE, download
+from wanexport.runtime.wan_config import WanConfig
 
 DEFAULT_MODEL = EXAMPLE
 DEFAULT_PRESET = "t2v-1.3b"

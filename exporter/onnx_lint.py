@@ -12,7 +12,6 @@ import onnx_ir as ir
 import torch
 
 from wanexport.exporter.tensorrt_lint import KIND, lint_tensorrt
-from wanexport.graphs.config import stated_config
 from wanexport.graphs.lint import Finding, count, lint_program
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.check import check_content
@@ -63,7 +62,7 @@ def _count(findings: list[Finding], target: str | None) -> dict[str, int]:
 def _lint_path(path: Path, target: str | None) -> Iterator[tuple[str, list[Finding]]]:
     if path.is_dir():
         manifest = read_manifest(path)
-        expected = attention_count(stated_config(manifest.config))
+        expected = attention_count(manifest.config)
         for engine in manifest.engines:
             if engine.backend == "onnx":
                 file = check_content(path, engine.files["denoiser"])

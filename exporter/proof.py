@@ -16,11 +16,11 @@ from wanexport.exporter import to_onnx
 from wanexport.exporter.child import run_process
 from wanexport.exporter.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.proof_process import OnnxJob, PlanJob, RegionsJob
-from wanexport.graphs.config import WanConfig
-from wanexport.graphs.weights import weights_layout
 from wanexport.runtime.choose import RUNNABLE_DTYPES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.signature import weights_layout
+from wanexport.runtime.wan_config import WanConfig
 
 MAX_TOKENS = 1000
 

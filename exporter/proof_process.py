@@ -15,13 +15,13 @@ import numpy as np
 from wanexport.exporter.child import main
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import forward_inputs, measure
-from wanexport.graphs.config import WanConfig
-from wanexport.graphs.signature import input_shapes, parameter_shapes
 from wanexport.graphs.weights import bundle_tensors, read_tensor
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.manifest import TensorSpec
 from wanexport.runtime.onnx_engine import OnnxEngine
+from wanexport.runtime.signature import input_shapes, parameter_shapes
+from wanexport.runtime.wan_config import WanConfig
 
 if TYPE_CHECKING:
     import torch

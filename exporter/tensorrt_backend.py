@@ -29,15 +29,15 @@ from wanexport.exporter.tensorrt_graph import separate_queries
 from wanexport.exporter.tensorrt_preflight import check_room
 from wanexport.exporter.tensorrt_targets import find_targets, gpu_arch
 from wanexport.exporter.to_tensorrt import PlanJob
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.signature import attention_count
-from wanexport.graphs.weights import weights_layout
 from wanexport.runtime.cache_folder import cache_folder
 from wanexport.runtime.choose import RUNNABLE_DTYPES
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.manifest import EngineRecord
+from wanexport.runtime.signature import weights_layout
 from wanexport.runtime.tensorrt_library import FLAVOURS
+from wanexport.runtime.wan_config import WanConfig
 
 
 class TensorRtBackend:

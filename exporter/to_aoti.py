@@ -20,7 +20,6 @@ from torch.export import ExportedProgram
 from wanexport.exporter.child import main, run_process
 from wanexport.exporter.quiet import quiet
 from wanexport.exporter.request import Progress
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.lint import count, lint_program
 from wanexport.graphs.model import Block
 from wanexport.graphs.regions import trace_regions
@@ -29,7 +28,8 @@ from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError, needing_package
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.manifest import REGIONS
+from wanexport.runtime.signature import REGIONS
+from wanexport.runtime.wan_config import WanConfig
 
 _CONFIGS = {
     # What the processor says it can do is taken as true: trying it imports PyTorch several times.

@@ -7,11 +7,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from wanexport.graphs.config import EXPERTS
 from wanexport.graphs.experts import expert_of_name
 from wanexport.graphs.foreign import find_unread_file
 from wanexport.graphs.json_file import read_object
 from wanexport.runtime.errors import WanExportError, shown
+from wanexport.runtime.wan_config import EXPERTS
 
 _NAMES = "diffusion_pytorch_model*.safetensors"
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"

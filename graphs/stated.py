@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wanexport.graphs.config import IMAGE_DIM, WanConfig
 from wanexport.graphs.json_file import brief, read_object
 from wanexport.runtime.errors import WanExportError, WanExportWarning, shown
+from wanexport.runtime.wan_config import IMAGE_DIM, WanConfig
 
 HEAD_DIM = 128  # of every published Wan; used when a checkpoint comes without a Wan's config.json
 MAX_TEXT_LEN = 8192

@@ -16,18 +16,16 @@ import torch
 from torch import Tensor
 
 from wanexport.graphs.checkpoint import SourceTensor
-from wanexport.graphs.config import WanConfig
-from wanexport.graphs.model import parameter_dtype
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.runtime.durable import durable_file
 from wanexport.runtime.errors import WanExportError, shown
 from wanexport.runtime.regular_file import open_regular
-from wanexport.runtime.tensorfile import TensorEntry, make_header, read_at, read_header
+from wanexport.runtime.signature import SAFETENSORS_DTYPES, parameter_shapes, weights_layout
+from wanexport.runtime.tensorfile import read_at, read_header
+from wanexport.runtime.wan_config import WanConfig
 
 CHUNK = 1 << 23  # elements converted at a time: 32 MB of fp32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_TORCH_DTYPES = {name: dtype for dtype, name in _SAFETENSORS_DTYPES.items()}
+_TORCH_DTYPES = {SAFETENSORS_DTYPES[name]: dtype for name, dtype in DTYPES.items()}
 
 
 class WeightSource(Protocol):
@@ -116,15 +114,6 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         is_norm = "norm" in name or re.match(r"img_emb\.proj\.[04]", name)
         return (1.0, 0.1) if is_norm and name.endswith("weight") else (0.0, 0.1)
     return 0.0, float(np.prod(shape[1:]) ** -0.5)
-
-
-def weights_layout(config: WanConfig, dtype: str) -> tuple[bytes, dict[str, TensorEntry]]:
-    """Header and entries of the weights file of this config in fp32, bf16 or fp16."""
-    tensors = {
-        name: (_SAFETENSORS_DTYPES[parameter_dtype(name, DTYPES[dtype])], shape)
-        for name, shape in parameter_shapes(config).items()
-    }
-    return make_header(tensors)
 
 
 def write_weights(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from wanexport.runtime.device_weights import DeviceWeights
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import BLOCK, REGIONS
 from wanexport.runtime.operators import Kernel, attention_kernels
 from wanexport.runtime.pinned_file import PinnedFile, pin
+from wanexport.runtime.signature import BLOCK, REGIONS
 
 # What compiled code depends on, of what `versions` says.
 BINDING = ("device", "arch", "instructions", "torch", "cuda")

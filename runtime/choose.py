@@ -12,6 +12,7 @@ from wanexport.runtime.geometry import parse_resolution
 from wanexport.runtime.manifest import EngineRecord, Manifest
 from wanexport.runtime.onnx_engine import PROVIDERS, gpu_obstacle
 from wanexport.runtime.tensorrt_library import FLAVOURS
+from wanexport.runtime.usable import why_unusable
 
 BACKENDS = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")
 DEVICES = ("cpu", "cuda")
@@ -68,7 +69,10 @@ def choose_engine(
         )
     if len({engine.geometry for engine in fitting}) > 1:
         raise WanExportError(f"{bundle} holds several shapes ({held}): name resolution and frames")
-    refusals = [_refusal(bundle, engine, provider or "cuda") for engine in fitting]
+    refusals = [
+        why_unusable(bundle, manifest, engine) or _refusal(bundle, engine, provider or "cuda")
+        for engine in fitting
+    ]
     runnable = [engine for engine, refusal in zip(fitting, refusals) if not refusal]
     if not runnable:
         raise WanExportError("; ".join(dict.fromkeys(refusals)))

@@ -27,6 +27,7 @@ from wanexport.runtime.drop_in import (
 from wanexport.runtime.errors import WanExportError, needing_extra, refuse_empty
 from wanexport.runtime.geometry import PATCH
 from wanexport.runtime.manifest import read_manifest
+from wanexport.runtime.wan_config import WanConfig
 
 _CLIP_TOKENS = 257  # of one image
 _IMAGE_DIM = 1280  # width of CLIP ViT-H/14 features
@@ -158,36 +159,32 @@ def compiled_experts(
 def transformer_config(bundle: str | Path) -> Mapping[str, Any]:
     """The config of a bundle's model as `WanTransformer3DModel` has it, with keys as attributes.
 
-    Raises WanExportError without diffusers, or when the manifest does not state the model.
+    Raises WanExportError without diffusers, and for a manifest that cannot be read.
     """
     with needing_extra("diffusers", "a transformer for diffusers"):
         from diffusers.configuration_utils import FrozenDict
     refuse_empty(bundle=bundle)
-    stated = read_manifest(Path(bundle)).config
-    try:
-        return FrozenDict(diffusers_names(stated))
-    except KeyError as error:
-        raise WanExportError(f"the manifest's config has no {error}: build again") from error
+    return FrozenDict(diffusers_names(read_manifest(Path(bundle)).config))
 
 
-def diffusers_names(stated: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `WanTransformer3DModel` for the config that a manifest states."""
-    image_tokens = stated["image_tokens"]
+def diffusers_names(config: WanConfig) -> dict[str, Any]:
+    """The settings of `WanTransformer3DModel` for a config."""
+    image_tokens = config.image_tokens
     return {
         "patch_size": (1, PATCH, PATCH),
-        "num_attention_heads": stated["num_heads"],
-        "attention_head_dim": stated["dim"] // stated["num_heads"],
-        "in_channels": stated["in_channels"],
-        "out_channels": stated["out_channels"],
-        "text_dim": stated["text_dim"],
-        "freq_dim": stated["freq_dim"],
-        "ffn_dim": stated["ffn_dim"],
-        "num_layers": stated["num_layers"],
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.num_layers,
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
-        "eps": stated["eps"],
+        "eps": config.eps,
         "image_dim": _IMAGE_DIM if image_tokens else None,
-        "added_kv_proj_dim": stated["dim"] if image_tokens else None,
+        "added_kv_proj_dim": config.dim if image_tokens else None,
         "rope_max_seq_len": 1024,
         "pos_embed_seq_len": image_tokens if image_tokens > _CLIP_TOKENS else None,
     }

@@ -17,6 +17,7 @@ from wanexport.runtime.onnx_engine import OnnxEngine
 from wanexport.runtime.pinned_file import PinnedFile, pin
 from wanexport.runtime.tensorfile import header_sha256, read_header
 from wanexport.runtime.tensorrt_library import FLAVOURS
+from wanexport.runtime.usable import check_usable
 
 WEIGHTS_FILE = "denoiser.safetensors"
 KERNELS = ("fa4", "cudnn", "sdpa")  # of attention in AOTInductor engines
@@ -103,6 +104,7 @@ def open_engine(
     An ONNX engine runs on the device that its target names, as `choose_engine` sets it.
     Raises WanExportError when a file is missing or was altered, or the backend refuses it.
     """
+    check_usable(bundle, manifest, engine)
     # Engines are code: their whole content is checked at every load.
     files = {role: check_content(bundle, file) for role, file in engine.files.items()}
     experts = [record.expert for record in manifest.weights_of(engine.dtype)]
@@ -115,7 +117,7 @@ def open_engine(
     if offload and len(experts) < 2 and (on_gpu or engine.backend != "onnx"):
         raise WanExportError("offload swaps two experts, this model has one: leave it out")
     if engine.backend == "aoti":
-        layers = int(manifest.config["num_layers"])
+        layers = manifest.config.num_layers
         return _open_aoti(
             engine,
             files,

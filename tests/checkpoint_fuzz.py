@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.graphs.checkpoint import open_checkpoint
-from wanexport.graphs.config import WanConfig
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.signature import parameter_shapes
 from wanexport.runtime.tensorfile import make_header
+from wanexport.runtime.wan_config import WanConfig
 
 CONFIG = WanConfig(16, 32, 2, 1, 16, 16, 0, text_dim=8, text_len=16, freq_dim=8)
 MODEL = "diffusion_pytorch_model.safetensors"

@@ -33,24 +33,24 @@ from wanexport.exporter.inspection import inspect
 from wanexport.exporter.onnx_lint import lint
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.exporter.to_aoti import RegionJob, compile_region
-from wanexport.graphs.config import EXPERTS, PRESETS
+from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Geometry, WanExportError, load
 from wanexport.runtime.aoti_engine import AotiEngine
 from wanexport.runtime.errors import WanExportWarning
 from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.manifest import read_manifest
+from wanexport.runtime.wan_config import EXPERTS
 
 PRESET = "flf2v-14b"
 SERVE = """
 import hashlib, json, sys
 from wanexport.exporter.parity import forward_inputs
-from wanexport.graphs.config import stated_config
 from wanexport.runtime import load
 from wanexport.runtime.manifest import read_manifest
 from pathlib import Path
 before = set(sys.modules)
 denoiser = load(sys.argv[1], backend="aoti")
-config = stated_config(read_manifest(Path(sys.argv[1])).config)
+config = read_manifest(Path(sys.argv[1])).config
 velocity = denoiser(**forward_inputs(config, denoiser.geometry, 812.0, 0))
 print(json.dumps({
     "md5": hashlib.md5(velocity.tobytes()).hexdigest(),
@@ -266,7 +266,7 @@ def test_a_package_that_is_none_is_one_line(copy: Path) -> None:
         ({"target": {}}, "is for no device"),
         (
             {"parameters": {"embed": ("x",), "block": (), "head": ()}},
-            "takes a parameter 'x' that its weights lack",
+            "its embed takes other parameters than the model has, x for one",
         ),
     ],
 )

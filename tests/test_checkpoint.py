@@ -23,9 +23,9 @@ from tests.wan_reference import (
     write_official,
 )
 from wanexport.graphs.checkpoint import official_name, open_checkpoint
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.weights import CheckpointWeights, write_weights
 from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.wan_config import WanConfig
 
 
 @pytest.mark.parametrize("preset", VARIANTS)

@@ -22,6 +22,7 @@ from wanexport.runtime.components import (
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import FileRecord, Manifest, WeightsRecord
 
+NO_HASH = "0" * 64
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 OFFICIAL = (T5, "google/umt5-xxl/tokenizer.json", "Wan2.1_VAE.pth", CLIP)
@@ -44,15 +45,27 @@ REPOSITORIES = {
 
 def bundle_of(folder: Path, preset: str, *sources: dict[str, Any]) -> Path:
     """A manifest of the preset's engine and of weights from each source."""
-    engine = replace(record(PRESETS[preset].config), target={"device": "cpu"})
+    config = PRESETS[preset].config
+    file = FileRecord("engines/denoiser.onnx", 0, NO_HASH)
+    engine = replace(
+        record(config),
+        target={"device": "cpu"},
+        files={"denoiser": file},
+        weights_header_sha256=NO_HASH,
+    )
     weights = {
         f"{dtype}": WeightsRecord(
-            dtype, "", FileRecord(f"weights/{dtype}/denoiser.safetensors", 0, ""), "", "", source
+            dtype,
+            "",
+            FileRecord(f"weights/{dtype}/denoiser.safetensors", 0, NO_HASH),
+            NO_HASH,
+            "",
+            source,
         )
         for dtype, source in zip(("fp32", "bf16"), sources)
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_manifest(folder, Manifest(preset, {}, (), weights, (engine,), "0.1.0"))
+    write_manifest(folder, Manifest(preset, config, (), weights, (engine,), "0.1.0"))
     return folder
 
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from wanexport.graphs.config import EXPERTS, PRESETS, WanConfig, sampling_defaults
-from wanexport.graphs.signature import input_shapes
+from wanexport.graphs.config import PRESETS, sampling_defaults
 from wanexport.runtime import memory
 from wanexport.runtime.denoiser import Denoiser, is_torch
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.manifest import EngineRecord, TensorSpec
+from wanexport.runtime.signature import input_shapes
+from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 
 def record(config: WanConfig, experts: tuple[str, ...] = ()) -> EngineRecord:

@@ -35,12 +35,13 @@ from tests.test_denoiser import EchoEngine, record
 from tests.wan_reference import diffusers_model, small_config, write_diffusers
 from wanexport.exporter import onnx_backend
 from wanexport.exporter.build import build
-from wanexport.graphs.config import PRESETS, WanConfig
+from wanexport.graphs.config import PRESETS
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.diffusers import CompiledWanTransformer, compiled_experts
 from wanexport.runtime.drop_in import per_frame
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.wan_config import WanConfig
 
 STEPS, BOUNDARY = 3, 0.9
 TOLERANCE = 1e-4
@@ -391,7 +392,7 @@ def test_the_options_of_load_are_passed_on(t2v: Family) -> None:
 def test_a_manifest_without_the_model_is_refused(t2v: Family, tmp_path: Path) -> None:
     manifest = (t2v.bundle / "manifest.json").read_text()
     (tmp_path / "manifest.json").write_text(manifest.replace('"ffn_dim"', '"size"'))
-    with pytest.raises(WanExportError, match=r"config has no 'ffn_dim': build again$"):
+    with pytest.raises(WanExportError, match=r"config has no ffn_dim.*build again"):
         CompiledWanTransformer(tmp_path)
 
 

@@ -11,10 +11,10 @@ from wanexport.exporter.diffusers_engine import DiffusersEngine
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.graphs.checkpoint import SourceTensor
-from wanexport.graphs.config import WanConfig
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import RandomWeights, bundle_tensors, write_weights
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.signature import parameter_shapes
+from wanexport.runtime.wan_config import WanConfig
 
 
 def tensors_of(config: WanConfig, folder: Path, dtype: str = "fp32") -> dict[str, SourceTensor]:

@@ -10,9 +10,9 @@ from tests.wan_reference import diffusers_model, official_state, small_config
 from wanexport.exporter.build import build
 from wanexport.exporter.model_source import resolve
 from wanexport.graphs.checkpoint import open_checkpoint
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.experts import expert_of_name
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.wan_config import WanConfig
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,6 @@ def test_a_damaged_manifest_is_refused(bundle: Path, content: str) -> None:
         ("engines.0.sampling.solver", []),
         ("engines.0.proof", []),
         ("engines.0.lint", {"host_sync": "none"}),
-        ("engines.0.unknown", 1),
     ],
 )
 def test_fields_of_another_form_are_refused(bundle: Path, place: str, value: object) -> None:

@@ -24,7 +24,7 @@ from wanexport.exporter.proof_process import OnnxJob, run_with_device_weights
 from wanexport.exporter.to_onnx import lower, serialize
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.signature import attention_count
-from wanexport.graphs.weights import RandomWeights, weights_layout, write_weights
+from wanexport.graphs.weights import RandomWeights, write_weights
 from wanexport.runtime import WanExportError, load
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.device_weights import DeviceWeights, device_weights
@@ -39,6 +39,7 @@ from wanexport.runtime.onnx_cuda_engine import (
     open_engines,
 )
 from wanexport.runtime.onnx_engine import RTX_PLUGIN, OnnxEngine
+from wanexport.runtime.signature import weights_layout
 
 CPU = torch.device("cpu")
 GRAPH, WEIGHTS = "engines/64x96x9/onnx-fp32/denoiser.onnx", "weights/fp32/denoiser.safetensors"

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from wanexport.exporter.attention_rule import _best, choose_kernels, key_lengths
+from wanexport.exporter.attention_rule import _best, choose_kernels
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Geometry, WanExportError
 from wanexport.runtime.operators import attention, attention_kernels, linear_gelu, open_kernel
+from wanexport.runtime.signature import key_lengths
 
 
 def qkv(keys: int) -> tuple[Tensor, Tensor, Tensor]:

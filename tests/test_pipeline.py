@@ -26,7 +26,7 @@ import torch
 
 from tests.test_denoiser import record
 from tests.test_imports import WITHOUT_TORCH
-from wanexport.graphs.config import EXPERTS, PRESETS
+from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Denoiser, Step, WanExportError, load, sample
 from wanexport.runtime import parts as parts_module
 from wanexport.runtime import pipeline as pipeline_module
@@ -36,6 +36,7 @@ from wanexport.runtime.jobs import JobQueue
 from wanexport.runtime.pipeline import Pipeline
 from wanexport.runtime.prompts import negative_prompt
 from wanexport.runtime.sample import seeded_noise
+from wanexport.runtime.wan_config import EXPERTS
 
 SECONDS = 3  # within which whatever is waited for comes, or the test fails
 Open = Callable[..., Pipeline]

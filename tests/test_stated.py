@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tests.wan_reference import diffusers_model, official_json, small_config, write_official
 from wanexport.graphs.checkpoint import open_checkpoint
-from wanexport.graphs.config import PRESETS, WanConfig
+from wanexport.graphs.config import PRESETS
 from wanexport.graphs.stated import check_config, read_config
 from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.wan_config import WanConfig
 
 UMT5 = {"architectures": ["UMT5EncoderModel"], "model_type": "umt5", "d_model": 4096,
         "num_heads": 8, "num_layers": 24}  # fmt: skip

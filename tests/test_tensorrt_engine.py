@@ -27,9 +27,7 @@ from wanexport.exporter.parity import seeded_inputs
 from wanexport.exporter.proof_process import PlanJob, _prove
 from wanexport.exporter.request import Request
 from wanexport.exporter.tensorrt_proof import prove_plan
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.model import WanModel
-from wanexport.graphs.signature import input_shapes
 from wanexport.graphs.weights import RandomWeights, write_weights
 from wanexport.runtime import WanExportError, load, sample, tensorrt_target
 from wanexport.runtime.choose import choose_engine
@@ -45,10 +43,12 @@ from wanexport.runtime.manifest import (
     from_json,
     read_manifest,
 )
+from wanexport.runtime.signature import input_shapes, weights_header_sha256
 from wanexport.runtime.tensorfile import header_sha256, read_header
 from wanexport.runtime.tensorrt_engine import TensorRtEngine
 from wanexport.runtime.tensorrt_library import import_tensorrt
 from wanexport.runtime.tensorrt_plan import Plan
+from wanexport.runtime.wan_config import WanConfig
 
 FLAVOUR = "tensorrt" if find_spec("tensorrt") else "tensorrt-rtx"
 REAL = import_tensorrt(FLAVOUR)
@@ -123,9 +123,7 @@ def make_bundle(
         target={"device": "cuda", "arch": "sm89", FLAVOUR: REAL.__version__},
         build=dict(build),
     )
-    write_manifest(
-        folder, Manifest("tiny", asdict(CONFIG), experts, records, (engine,), wanexport="0")
-    )
+    write_manifest(folder, Manifest("tiny", CONFIG, experts, records, (engine,), wanexport="0"))
     return folder
 
 
@@ -371,7 +369,14 @@ def test_the_plan_for_this_gpu_is_chosen_before_onnx_on_a_cpu(gpu: Gpu, bundle: 
     manifest = read_manifest(bundle)
     engine = manifest.engines[0]
     other = replace(engine, target={**engine.target, "arch": "sm120"})
-    onnx = replace(engine, backend="onnx", dtype="fp16", target={"device": "cpu"})
+    header = weights_header_sha256(CONFIG, "fp16")
+    onnx = replace(
+        engine,
+        backend="onnx",
+        dtype="fp16",
+        target={"device": "cpu"},
+        weights_header_sha256=header,
+    )
     several = replace(manifest, engines=(other, onnx, engine))
     assert choose_engine(bundle, several) == engine
     gpu.capability = (12, 0)

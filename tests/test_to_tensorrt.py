@@ -38,14 +38,15 @@ from wanexport.exporter.tensorrt_graph import separate_queries
 from wanexport.exporter.tensorrt_lint import lint_tensorrt
 from wanexport.exporter.to_onnx import lower, serialize
 from wanexport.exporter.to_tensorrt import PlanJob, build_plan, configure, parse
-from wanexport.graphs.config import EXPERTS, PRESETS, WanConfig, sampling_defaults
-from wanexport.graphs.signature import attention_count, input_shapes, parameter_shapes
-from wanexport.graphs.weights import weights_layout
+from wanexport.graphs.config import PRESETS, sampling_defaults
+from wanexport.graphs.signature import attention_count
 from wanexport.runtime import Geometry, WanExportError
 from wanexport.runtime.check import file_sha256
 from wanexport.runtime.errors import WanExportWarning
 from wanexport.runtime.manifest import read_manifest
+from wanexport.runtime.signature import input_shapes, parameter_shapes, weights_layout
 from wanexport.runtime.tensorrt_library import import_tensorrt, message_log
+from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 RTX = "tensorrt-rtx"
 TARGETS = ("sm86", "sm89", "sm120")

@@ -16,16 +16,10 @@ from tests.wan_reference import (
 )
 from wanexport.graphs import weights
 from wanexport.graphs.checkpoint import open_checkpoint
-from wanexport.graphs.config import WanConfig
-from wanexport.graphs.signature import parameter_shapes
-from wanexport.graphs.weights import (
-    CheckpointWeights,
-    RandomWeights,
-    read_tensor,
-    weights_layout,
-    write_weights,
-)
+from wanexport.graphs.weights import CheckpointWeights, RandomWeights, read_tensor, write_weights
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.signature import parameter_shapes, weights_layout
+from wanexport.runtime.wan_config import WanConfig
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
