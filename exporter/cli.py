@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from rich.markup import escape
 
 from wanexport.exporter.display import (
-    err,
-    progress_display,
     show_bench,
     show_build,
     show_compare,
@@ -47,9 +44,11 @@ from wanexport.exporter.options import (
     tensorrt_options,
 )
 from wanexport.exporter.run_request import RunRequest
+from wanexport.exporter.terminal import err, progress_display, write
 from wanexport.runtime.choose import BACKENDS, DEVICES
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.load import KERNELS
+from wanexport.runtime.printable import printable
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -148,7 +147,7 @@ def run(
 
 
 def _tell(note: str) -> None:
-    err.print("[yellow]note:[/]", escape(note))
+    write(err, ("note: ", "yellow"), printable(note))
 
 
 @cli.command()
@@ -199,7 +198,7 @@ def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **op
         result = run_compare(bundle, progress=show, **options)
     _report(result, as_json, show_compare)
     if result["warning"]:
-        err.print("[yellow]warning:[/]", escape(result["warning"]))
+        write(err, ("warning: ", "yellow"), printable(result["warning"]))
     if not result["passed"]:
         sys.exit(1)
 
@@ -242,7 +241,7 @@ def bench(
         result = run_bench(bundle, against=arms, progress=show, **options)
     _report(result, as_json, show_bench)
     if result["warning"]:
-        err.print("[yellow]warning:[/]", escape(result["warning"]))
+        write(err, ("warning: ", "yellow"), printable(result["warning"]))
     if result["failed"]:
         sys.exit(1)
 
@@ -329,18 +328,18 @@ def main() -> None:
         if not pressed:
             raise
         # Whatever became of the KeyboardInterrupt: torch raises errors of its own on the way out.
-        err.print("interrupted: run the same command again to go on")
+        write(err, "interrupted: run the same command again to go on")
         sys.exit(130)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """Ours in one line; what libraries warn of is not the user's."""
     if issubclass(category, WanExportWarning):
-        err.print("[yellow]warning:[/]", escape(str(message)))
+        write(err, ("warning: ", "yellow"), printable(message))
 
 
 def _fail(message: str) -> NoReturn:
-    err.print("[red]error:[/]", escape(" ".join(message.split())))
+    write(err, ("error: ", "red"), printable(" ".join(message.split())))
     sys.exit(2)
 
 
