@@ -92,6 +92,8 @@ def load_pretrained(model_class: Any, folder: Path, dtype: torch.dtype, **option
     # transformers 4.56 renamed the argument.
     renamed = Version(transformers.__version__) >= Version("4.56")
     options["dtype" if renamed else "torch_dtype"] = dtype
+    if any(folder.glob("*.safetensors*")):  # beside a pickle they are what is read
+        options["use_safetensors"] = True
     try:
         with _quiet_transformers():
             model, found = model_class.from_pretrained(
