@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from rich.markup import escape
 
 from wanexport.exporter.display import (
-    err,
-    progress_display,
     show_bench,
     show_build,
     show_compare,
@@ -49,9 +46,11 @@ from wanexport.exporter.options import (
 )
 from wanexport.exporter.run_request import RunRequest
 from wanexport.exporter.streams import minding_the_reader, prepare_streams, printing
+from wanexport.exporter.terminal import err, progress_display, write
 from wanexport.runtime.choose import BACKENDS, DEVICES
 from wanexport.runtime.errors import WanExportError, WanExportWarning, explain, needing_extra
 from wanexport.runtime.load import KERNELS
+from wanexport.runtime.printable import printable
 
 
 @click.group(cls=CheckedGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -152,7 +151,7 @@ def run(
 
 
 def _tell(note: str) -> None:
-    err.print("[yellow]note:[/]", escape(note))
+    write(err, ("note: ", "yellow"), printable(note))
 
 
 @cli.command()
@@ -203,7 +202,7 @@ def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **op
         result = run_compare(bundle, progress=show, **options)
     _report(result, as_json, show_compare)
     if result["warning"]:
-        err.print("[yellow]warning:[/]", escape(result["warning"]))
+        write(err, ("warning: ", "yellow"), printable(result["warning"]))
     if not result["passed"]:
         sys.exit(1)
 
@@ -246,7 +245,7 @@ def bench(
         result = run_bench(bundle, against=arms, progress=show, **options)
     _report(result, as_json, show_bench)
     if result["warning"]:
-        err.print("[yellow]warning:[/]", escape(result["warning"]))
+        write(err, ("warning: ", "yellow"), printable(result["warning"]))
     if result["failed"]:
         sys.exit(1)
 
@@ -329,14 +328,14 @@ def _run() -> NoReturn:
             raise
         # Whatever became of the KeyboardInterrupt: torch raises errors of its own on the way out.
         resumes = sys.argv[1:2] == ["build"]
-        err.print("interrupted" + (": run the same command again to go on" if resumes else ""))
+        write(err, "interrupted" + (": run the same command again to go on" if resumes else ""))
         sys.exit(130)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """Ours in one line; what libraries warn of is not the user's."""
     if issubclass(category, WanExportWarning):
-        err.print("[yellow]warning:[/]", escape(str(message)))
+        write(err, ("warning: ", "yellow"), printable(message))
 
 
 def _fail(message: str) -> NoReturn:
@@ -345,7 +344,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _say_error(message: str) -> None:
-    err.print("[red]error:[/]", escape(" ".join(message.split())))
+    write(err, ("error: ", "red"), printable(" ".join(message.split())))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ What needs PyTorch is imported where it is needed: text embeddings to a latent w
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from wanexport.exporter.recorded import read_sample_inputs
 from wanexport.exporter.run_record import RunResult, run_record
 from wanexport.exporter.run_request import LATENT, RunRequest, check_request, sidecar
 from wanexport.runtime.check import file_sha256
-from wanexport.runtime.components import PARTS, find_components
+from wanexport.runtime.components import PARTS, find_components, origin_note
 from wanexport.runtime.conditioning import fit_images
 from wanexport.runtime.denoiser import Denoiser, to_numpy
 from wanexport.runtime.durable import write_durably
@@ -46,7 +46,7 @@ def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict
     steps = _Steps(show, decodes=request.makes_video)
     with _saving_the_latent(request.output, steps, tell):
         if request.prompt is None:
-            result = _from_text(request, show, steps)
+            result = _from_text(request, show, tell, steps)
         else:
             result = _from_prompt(request, show, tell, steps)
         if result.video is not None:
@@ -115,7 +115,9 @@ def _saving_the_latent(output: Path, steps: _Steps, tell: Callable[[str], None])
         raise
 
 
-def _from_text(request: RunRequest, show: Show, steps: _Steps) -> RunResult:
+def _from_text(
+    request: RunRequest, show: Show, tell: Callable[[str], None], steps: _Steps
+) -> RunResult:
     assert request.text_file is not None
     started = time.monotonic()
     denoiser = load(request.bundle, **request.load_options)
@@ -123,7 +125,7 @@ def _from_text(request: RunRequest, show: Show, steps: _Steps) -> RunResult:
     inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, request.seed))
     inputs = {name: denoiser.array(value) for name, value in inputs.items()}
     plan = make_plan(denoiser.sampling, **request.settings)
-    decode, facts = _open_vae(request, denoiser) if request.makes_video else (None, {})
+    decode, facts = _open_vae(request, denoiser, tell) if request.makes_video else (None, {})
     load_seconds = time.monotonic() - started
     show("sampling", 0, len(plan))
     latent, pace = _sample(denoiser, inputs, request.settings, len(plan), steps)
@@ -144,12 +146,12 @@ def _from_text(request: RunRequest, show: Show, steps: _Steps) -> RunResult:
 
 
 def _open_vae(
-    request: RunRequest, denoiser: Denoiser
+    request: RunRequest, denoiser: Denoiser, tell: Callable[[str], None]
 ) -> tuple[Callable[[Any], np.ndarray], dict[str, Any]]:
     """What decodes a latent, and where it was found."""
     from wanexport.runtime.parts import Parts
 
-    facts = _component_facts(request, ("vae",))
+    facts = _component_facts(request, ("vae",), tell)
     device, record = denoiser.record.target["device"], denoiser.record
     return Parts(request.bundle, request.model, record, device, {}).vae().decode, facts
 
@@ -190,7 +192,7 @@ def _from_prompt(
         for note in told:
             tell(note)
         show("finding the encoders and the VAE", 0, 0)
-        components = _component_facts(request, _needs(request))
+        components = _component_facts(request, _needs(request), tell)
         given = "the prompt and image" if request.image else "the prompt"
         show(f"encoding {given}, then the first step", 0, 0)
         made = pipeline.generate(
@@ -232,9 +234,13 @@ def _needs(request: RunRequest) -> tuple[str, ...]:
     return PARTS if request.makes_video or request.image else ("text_encoder",)
 
 
-def _component_facts(request: RunRequest, needs: Iterable[str]) -> dict[str, Any]:
+def _component_facts(
+    request: RunRequest, needs: Sequence[str], tell: Callable[[str], None]
+) -> dict[str, Any]:
     """Where the parts come from. Raises WanExportError when one is missing."""
-    files = find_components(request.bundle, request.model, needs=tuple(needs))
+    if note := origin_note(request.bundle, request.model, needs=needs):
+        tell(note)  # before anything is downloaded
+    files = find_components(request.bundle, request.model, needs=needs)
     paths = {part: getattr(files, part) for part in PARTS if part in needs}
     return {
         "components": {

@@ -29,9 +29,9 @@ class Range:
 
 @dataclass(frozen=True)
 class Text:
-    """A pattern that a whole string has, and its longest length."""
+    """A pattern that a whole string has, None for any that can be printed; its longest length."""
 
-    pattern: str
+    pattern: str | None
     at_most: int
 
 
@@ -46,7 +46,7 @@ Size = Annotated[int, Range(0, 2**53 - 1)]  # what every reader of JSON holds ex
 Count = Annotated[int, Range(0, 2**100)]
 Figure = Annotated[float, Range(0, 1e30)]
 Name = Annotated[str, Text(r"[A-Za-z0-9][A-Za-z0-9._+-]*", 64)]
-Line = Annotated[str, Text(r"[^\x00-\x1f\x7f]*", 1000)]
+Line = Annotated[str, Text(None, 1000)]
 Sha256 = Annotated[str, Text(r"[0-9a-f]{64}", 64)]
 
 
@@ -155,10 +155,10 @@ def _check(bound: Any, value: Any, where: str) -> None:
     """Raise ValueError when a decoded value is outside its bound."""
     if isinstance(bound, Range) and not bound.least <= value <= bound.most:
         raise ValueError(f"{where} is {value}: expected {bound.least:g} to {bound.most:g}")
-    if isinstance(bound, Text) and (
-        len(value) > bound.at_most or not re.fullmatch(bound.pattern, value)
-    ):
-        raise ValueError(f"{where} is {reprlib.repr(value)}: expected another form")
+    if isinstance(bound, Text):
+        is_fit = re.fullmatch(bound.pattern, value) if bound.pattern else value.isprintable()
+        if not is_fit or len(value) > bound.at_most:
+            raise ValueError(f"{where} is {reprlib.repr(value)}: expected another form")
     if isinstance(bound, Known):
         for name in bound.hints.keys() & value.keys():
             decode(bound.hints[name], value[name], f"{where}.{name}")

@@ -50,6 +50,9 @@ def load(
     AOTInductor engines, attention is the kernel of self-attention (`fa4`, `cudnn` or `sdpa`) in
     place of the recorded one.
 
+    An engine is native code, and its hash is the bundle's own: open bundles of people you trust.
+    Nothing else that a bundle names is opened or downloaded.
+
     An ONNX engine runs on either device: provider is ONNX Runtime's, `cpu`, `cuda`, `tensorrt` or
     `tensorrt-rtx`, and provider_options are that provider's own. On a GPU it can offload too.
     Raises WanExportError when nothing or more than one shape fits, when a file is missing or was

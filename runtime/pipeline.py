@@ -28,13 +28,13 @@ class Pipeline:
     """A bundle's engine with its encoders and VAE, serving requests until it is closed.
 
     text_encoder, vae and image_encoder are parts of the caller's own; what is None is found in the
-    checkpoint that the bundle came from, or in `model` (a folder or hub id), when it is first
-    needed. prompt_cache is how many prompts' embeddings are kept. With keep_text_encoder=False the
-    text encoder that was found is freed after each encoding, before denoising, and opened again for
-    the next new prompt; one that was given is its giver's to free. vae_tiling True cuts pictures
-    into tiles for the VAE that was found, False never does, and None does where memory does not
-    suffice for the whole. While max_waiting requests wait, another one is refused. load_options
-    are those of `load`.
+    checkpoint that the bundle says it came from (a path here, or a hub id to download), or in
+    `model` (a folder or hub id), when it is first needed. prompt_cache is how many prompts'
+    embeddings are kept. With keep_text_encoder=False the text encoder that was found is freed after
+    each encoding, before denoising, and opened again for the next new prompt; one that was given is
+    its giver's to free. vae_tiling True cuts pictures into tiles for the VAE that was found, False
+    never does, and None does where memory does not suffice for the whole. While max_waiting
+    requests wait, another one is refused. load_options are those of `load`.
 
     A dropped pipeline closes itself once its jobs are done, and so does, after the step under way,
     one that is open when the interpreter exits. The engine's memory is freed with the object.

@@ -83,10 +83,16 @@ def _read_folder(model_class: Any, folder: Path) -> Any:
     import torch
 
     _check_class(folder)
+    # None lets diffusers take a pickle, of which it loads tensors alone.
+    use_safetensors = True if any(folder.glob("*.safetensors*")) else None
     try:
         with _quiet_diffusers():
             model, found = model_class.from_pretrained(
-                folder, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
+                folder,
+                local_files_only=True,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
+                use_safetensors=use_safetensors,
             )
     except Exception as error:  # of many kinds: config, index and every shard may be damaged
         raise WanExportError(

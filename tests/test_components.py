@@ -18,6 +18,7 @@ from wanexport.runtime.components import (
     check_text_encoder,
     check_vae,
     find_components,
+    origin_note,
 )
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import FileRecord, Manifest, WeightsRecord
@@ -189,6 +190,40 @@ def test_the_build_gets_the_transformer_of_the_same_hub(
         resolve("Wan-AI/some", None)
     ((_, _, arrived),) = hub.calls
     assert arrived == {n for n in hub.files if n.startswith(("transformer/", "model_index"))}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"hub": "https://example.com/x"}, {"hub": "../x"}, {"hub": "a/.."}, {"hub": "a/b..c"},
+        {"hub": "~/x"}, {"hub": "a/b/c"}, {"hub": "a"}, {"hub": "a/b\n"}, {"hub": "-a/b"},
+        {"hub": "a/b", "revision": "../../x"}, {"hub": "a/b", "revision": "refs/pr/1"},
+        {"path": "models"}, {"path": "~/models"}, {"path": "/tmp/../etc"}, {"path": "/a//b"},
+        {"path": "/tmp/\x1b[2J"}, {"path": ""}, {"path": "file:///etc"}, {"path": "/tmp/"},
+    ],
+)  # fmt: skip
+def test_a_source_that_no_build_writes_is_not_followed(
+    source: dict[str, Any], hub: SimpleNamespace, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path / "bundle", "t2v-1.3b", source)
+    message = message_of(bundle)
+    assert "as its checkpoint, which is no " in message and "name the checkpoint with -m" in message
+    assert message.isprintable() and not hub.calls
+    other = filled(tmp_path / "other", OFFICIAL)
+    assert find_components(bundle, str(other)).origin == str(other)
+
+
+def test_what_will_be_followed_is_said_and_nothing_is_followed_yet(
+    hub: SimpleNamespace, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path / "bundle", "i2v-14b", {"hub": "Wan-AI/some", "revision": "c"})
+    note = origin_note(bundle, None)
+    titles = "the text encoder and the VAE and the CLIP image encoder"
+    assert note.startswith(f"taking {titles} from Wan-AI/some, which the bundle names; -m names")
+    assert origin_note(bundle, None, needs=("vae",)).startswith("taking the VAE from")
+    assert origin_note(bundle, "x") == "" and not hub.calls
+    random = bundle_of(tmp_path / "random", "t2v-1.3b", {"random_seed": 0})
+    assert origin_note(random, None) == ""
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
