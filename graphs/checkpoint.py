@@ -142,8 +142,8 @@ def _open_model(path: Path, expert: str) -> tuple[WanConfig, str, dict[str, Sour
             name = stored.removeprefix(PREFIX)
             if name in tensors:
                 raise WanExportError(
-                    f"{printable(name)} is in {printable(tensors[name].file)} and in {printable(file)}: "
-                    f"pass -m one of the files, or a folder with one model"
+                    f"{printable(name)} is in {printable(tensors[name].file)} and in "
+                    f"{printable(file)}: pass -m one of the files, or a folder with one model"
                 )
             tensors[name] = SourceTensor(file, entry, stored)
         check_listed(listed, own, file)
@@ -202,8 +202,8 @@ def recognise(
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if name not in tensors or len(tensors[name].entry.shape) != rank:
             raise WanExportError(
-                f"{printable(path)} is no Wan diffusion transformer: it has no {name} of rank {rank}; "
-                f"expected the official or the diffusers layout"
+                f"{printable(path)} is no Wan diffusion transformer: it has no {name} of rank "
+                f"{rank}; expected the official or the diffusers layout"
             )
         return tensors[name].entry.shape
 
@@ -211,8 +211,8 @@ def recognise(
     out_channels = shape("head.head.weight", 2)[0] // 4
     if (in_channels, out_channels) == (48, 16):
         raise WanExportError(
-            f"{printable(path)} is of Wan-Fun-Control (48 channels in, 16 out), which is not read yet: "
-            f"take a plain Wan: T2V, I2V, FLF2V, TI2V or an A14B"
+            f"{printable(path)} is of Wan-Fun-Control (48 channels in, 16 out), which is not read "
+            f"yet: take a plain Wan: T2V, I2V, FLF2V, TI2V or an A14B"
         )
     matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors)
     blocks = {int(match[1]) for match in matches if match}
@@ -252,6 +252,6 @@ def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path:
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise WanExportError(
-            f"{printable(path)} does not fit a Wan of dim {config.dim} and {config.num_layers} blocks: "
-            f"{'; '.join(sorted(problems)[:8])}{more}"
+            f"{printable(path)} does not fit a Wan of dim {config.dim} and {config.num_layers} "
+            f"blocks: {'; '.join(sorted(problems)[:8])}{more}"
         )

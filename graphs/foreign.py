@@ -227,7 +227,7 @@ def _prefix_kind(entries: Mapping[str, TensorEntry]) -> str | None:
             prefix = name.removesuffix(sign)
             if prefix not in (name, "", PREFIX):
                 return (
-                    f"is a Wan whose tensors' names begin with {printable(prefix)}, which is not read "
-                    f"yet: take a file whose names begin with blocks. or {PREFIX}blocks."
+                    f"is a Wan whose tensors' names begin with {printable(prefix)}, which is not "
+                    f"read yet: take a file whose names begin with blocks. or {PREFIX}blocks."
                 )
     return None

@@ -34,7 +34,8 @@ def read_object(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(data, dict):
         raise WanExportError(
-            f"cannot read {printable(path)}: it is {_kind(data)}, expected an object: download it again"
+            f"cannot read {printable(path)}: it is {_kind(data)}, expected an object: download it "
+            "again"
         )
     return data
 

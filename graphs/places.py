@@ -140,7 +140,7 @@ def check_listed(listed: Mapping[str, str] | None, names: Collection[str], file:
         ({*names} - expected, "has what its index does not list"),
     ):
         if some:
-            few = _few(sorted(map(shown, some)))
+            few = _few(sorted(map(printable, some)))
             raise WanExportError(f"{printable(file)} {what} ({few}): download both again")
 
 

@@ -273,7 +273,7 @@ def boundary_of(index: Mapping[str, Any], folder: Path) -> float | None:
     boundary = index.get("boundary_ratio")
     if boundary is not None and not (isinstance(boundary, float) and 0 < boundary < 1):
         raise WanExportError(
-            f"{printable(folder)}/model_index.json has boundary_ratio {brief(boundary)}: expected one "
-            f"from 0 to 1, both excluded, or null for a model without experts"
+            f"{printable(folder)}/model_index.json has boundary_ratio {brief(boundary)}: expected "
+            f"one from 0 to 1, both excluded, or null for a model without experts"
         )
     return boundary

@@ -44,8 +44,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = _load(descriptor)
     except UnpicklingError as error:
         raise WanExportError(
-            f"{printable(path)} is damaged or holds more than tensors, which could run code, and is "
-            f"not read: download the official file again"
+            f"{printable(path)} is damaged or holds more than tensors, which could run code, and "
+            f"is not read: download the official file again"
         ) from error
     except Exception as error:  # of many kinds, for the places where a file may be damaged
         raise WanExportError(
@@ -55,8 +55,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise WanExportError(
-            f"{printable(path)} is no state dict: expected tensors by name, download the official file "
-            f"again"
+            f"{printable(path)} is no state dict: expected tensors by name, download the official "
+            f"file again"
         )
     return dict(state)
 
