@@ -55,7 +55,7 @@ def test_figures_are_in_bytes_and_in_order() -> None:
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_control_group_without_a_limit_changes_nothing(version: int, make: Make) -> None:
     own = memory.limit_bytes()
-    none: int | str = {1: 0x7FFFFFFFFFFFF000, 2: "max"}[version]
+    none = {1: str(0x7FFFFFFFFFFFF000), 2: "max"}[version]
     limit(make(version) / "slice" / "job", version, none, MIB)
     assert memory.limit_bytes() >= own
     assert memory.available_bytes() > 8 * MIB

@@ -226,6 +226,23 @@ class Opened:
         return self.encoders[-1]
 
 
+@pytest.mark.parametrize("tiling", [None, True, False])
+def test_how_the_vae_cuts_pictures_can_be_chosen(
+    tiling: bool | None, open_pipeline: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Opened(monkeypatch)
+    asked: list[Any] = []
+
+    def opened(files: ComponentFiles, device: str, *, tiling: bool | None) -> Codec:
+        asked.append(tiling)
+        return Codec()
+
+    monkeypatch.setitem(parts_module._OPENERS, "vae", opened)
+    options = {} if tiling is None else {"vae_tiling": tiling}
+    open_pipeline(Engine(), vae=None, **options).generate("one", steps=1)
+    assert asked == [tiling]
+
+
 def test_the_text_encoder_is_freed_before_denoising_and_opened_for_a_new_prompt(
     open_pipeline: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
