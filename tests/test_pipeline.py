@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import serving_soak
 from tests.test_denoiser import record
 from tests.test_imports import WITHOUT_TORCH
 from wanexport.graphs.config import EXPERTS, PRESETS
@@ -1057,6 +1058,12 @@ def test_100_requests_from_4_threads_are_all_answered_in_constant_memory(
     told = json.loads(child.stdout)
     assert told["answers"] == {"equal": 70, "cancelled": 15, "refused": 15}
     assert told["rss_after_100"] <= 1.05 * told["rss_after_10"]
+
+
+def test_eight_threads_are_served_while_parts_fail() -> None:
+    counts, history, threads_left = serving_soak.soak(5)
+    assert serving_soak.faults_of(counts, history, threads_left) == []
+    assert counts["bit-equal"] and counts["failed with its part"]
 
 
 EXIT = """
