@@ -7,9 +7,7 @@ so the picture is cut to the engine's shape unless that is what the original wou
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from errno import EISDIR
 from math import sqrt
-from os import strerror
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,10 +129,10 @@ def _open_picture(path: Path) -> "Image":
     """The picture in RGB, upright. Raises WanExportError when there is none in the file."""
     with needing_pipeline_extra("an image"):
         from PIL import Image, ImageOps, UnidentifiedImageError
-    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # a filter's to raise
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
     try:
         if path.is_dir():
-            raise IsADirectoryError(EISDIR, strerror(EISDIR))
+            raise ValueError("Is a directory")
         with open(open_regular(path), "rb") as stream, Image.open(stream) as file:
             if file.width * file.height > _MOST_PIXELS:
                 raise ValueError(f"it has {file.height}x{file.width} pixels: scale it down first")
