@@ -1077,6 +1077,15 @@ def test_100_requests_from_4_threads_are_all_answered_in_constant_memory(
     assert told["rss_after_100"] <= 1.05 * told["rss_after_10"]
 
 
+def test_eight_threads_are_served_while_parts_fail() -> None:
+    command = [sys.executable, "-m", "tests.serving_soak", "--minutes", "0.08"]
+    child = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert "threads left after close: 0" in child.stdout
+
+
 EXIT = """
 import threading
 from wanexport.runtime.pipeline import Pipeline
