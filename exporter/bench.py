@@ -36,6 +36,7 @@ from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import EngineRecord, Manifest, read_manifest
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
+from wanexport.runtime.temporary import check_temporary_folder
 from wanexport.runtime.tensorfile import load_arrays, save_arrays
 
 LEAST_ROUNDS = 5
@@ -106,6 +107,7 @@ def bench(
     started = time.monotonic()
     if rounds < LEAST_ROUNDS:
         raise WanExportError(f"{rounds} rounds make no median: expected {LEAST_ROUNDS} or more")
+    check_temporary_folder()
     bundle = Path(bundle).resolve()
     manifest = with_measured_expert(read_manifest(bundle))
     record = choose_engine(
@@ -125,6 +127,8 @@ def bench(
             provider_options=dict(provider_options or {}),
         )
         arms = choose_arms(manifest, record, job, against, backend)
+        if any(ARMS[arm].runs == "aoti" or ARMS[arm].compiles for arm in arms):
+            check_temporary_folder(runs_code=True)
         session = _Session(job, Path(name), started, budget)
         inputs = _write_inputs(manifest, record, Path(job.inputs))
         progress("reading the weights", 0, 0)
@@ -136,7 +140,8 @@ def bench(
     if not result["arms"]:
         reasons = result["failed"] | result["skipped"]
         raise WanExportError("; ".join(f"{arm}: {reason}" for arm, reason in reasons.items()))
-    result["warning"] = save(result, bundle / "reports" if report is None else Path(report))
+    folder = bundle / "reports" if report is None else Path(report)
+    result["warning"] = save(result, folder, is_own=report is None)
     return result
 
 
@@ -171,7 +176,7 @@ def _read_files(bundle: Path, manifest: Manifest, record: EngineRecord) -> None:
     weights = [w.file for w in manifest.weights_of(record.dtype)]
     buffer = bytearray(_CHUNK)
     for file in (*weights, *record.files.values()):
-        with check_size(bundle, file).open("rb", buffering=0) as stream:
+        with check_size(bundle, file).path.open("rb", buffering=0) as stream:
             while stream.readinto(buffer):
                 pass
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from wanexport.exporter import aoti_backend, onnx_backend
 from wanexport.exporter.bundle import BundleWriter, file_record, open_bundle
+from wanexport.exporter.bundle_place import check_place
 from wanexport.exporter.model_source import ModelSource, resolve
 from wanexport.exporter.request import Backend, Progress, Request, TensorRtOptions
 from wanexport.exporter.tensorrt_backend import TensorRtBackend
@@ -38,6 +39,7 @@ from wanexport.runtime.manifest import (
 )
 from wanexport.runtime.memory import peak_rss
 from wanexport.runtime.signature import weights_layout
+from wanexport.runtime.temporary import check_temporary_folder
 from wanexport.runtime.tensorfile import header_sha256
 from wanexport.runtime.tensorrt_library import FLAVOURS
 from wanexport.runtime.wan_config import WanConfig
@@ -78,6 +80,7 @@ def build(
     attention: str | None = None,
     tensorrt: TensorRtOptions | None = None,
     random_weights: int | None = None,
+    expert_alone: bool = False,
     verify: str = "ends",
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
@@ -90,7 +93,8 @@ def build(
     engines are bf16 everywhere. The device of an onnx engine is what proves it: by default a GPU
     where ONNX Runtime can use one. attention names the kernel of self-attention in an aoti engine,
     by default the fastest measured, and in the others whether it stays one operator, in onnx also
-    which (`native`, or on a GPU by default `mha`).
+    which (`native`, or on a GPU by default `mha`). expert_alone builds one expert of an A14B as a
+    model by itself, which is refused without.
     Raises WanExportError for whatever the caller can put right.
     """
     started = time.monotonic()
@@ -106,6 +110,9 @@ def build(
     options = tensorrt or TensorRtOptions()
     _check_has_tensorrt(backends, options)
     height, width = parse_resolution(resolution)
+    check_temporary_folder(runs_code="aoti" in backends)
+    if output is not None:  # before a checkpoint is downloaded for it
+        check_place(Path(output))
     # Fail before the work when an engine could not be made or proven here.
     targets = [
         (name, target)
@@ -113,7 +120,12 @@ def build(
         for target in BACKENDS[name].targets(devices[name], options)
     ]
     progress("checkpoint", 0, 0)
-    source = resolve(None if model is None else str(model), random_weights)
+    named = None if model is None else str(model)
+    source = resolve(named, random_weights, expert_alone=expert_alone)
+    if expert_alone and source.experts:
+        raise WanExportError(
+            f"{named} has both experts: leave out --expert-alone, or pass -m the folder of one"
+        )
     geometry = Geometry(height, width, frames, source.config.spatial_stride)
     bundle = Path(output) if output is not None else Path(source.name)
     sampling = _sampling(source, geometry)

@@ -40,8 +40,8 @@ class DiffusersEngine:
         state = {}
         for name in self.model.state_dict():
             official = official_name(name)
-            stored = read_tensor(tensors[official]).to(device)
-            tensor = stored.to(parameter_dtype(official, DTYPES[rounded]))
+            own = parameter_dtype(official, DTYPES[rounded])
+            tensor = read_tensor(tensors[official], fits=own).to(device).to(own)
             keep = kept & set(name.split("."))
             state[name] = tensor.to(torch.float32 if keep else self.dtype)
         self.model.load_state_dict(state, assign=True)

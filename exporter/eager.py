@@ -54,8 +54,8 @@ class EagerEngine:
         """Give the module its own parameters, not those of its children."""
         for name, _ in module.named_parameters(recurse=False):
             full = f"{prefix}.{name}" if prefix else name
-            stored = read_tensor(self.tensors[full]).to(self.device)
-            tensor = stored.to(parameter_dtype(full, self.rounded))
+            rounded = parameter_dtype(full, self.rounded)
+            tensor = read_tensor(self.tensors[full], fits=rounded).to(self.device).to(rounded)
             _set(module, name, tensor.to(parameter_dtype(full, self.dtype)))
 
     def __call__(self, inputs: Mapping[str, Any]) -> Any:

@@ -17,11 +17,11 @@ from wanexport.exporter.recorded import read_sample_inputs
 from wanexport.exporter.run_record import RunResult, run_record
 from wanexport.exporter.run_request import LATENT, RunRequest, check_request, sidecar
 from wanexport.runtime.check import file_sha256
-from wanexport.runtime.components import PARTS, find_components, needing_pipeline_extra, origin_note
+from wanexport.runtime.components import PARTS, find_components, origin_note
 from wanexport.runtime.conditioning import fit_images
 from wanexport.runtime.denoiser import Denoiser, to_numpy
 from wanexport.runtime.durable import write_durably
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, explain, needing_extra
 from wanexport.runtime.generator import check_step
 from wanexport.runtime.load import load
 from wanexport.runtime.sample import Step, make_plan, sample, seeded_noise
@@ -31,7 +31,7 @@ Show = Callable[[str, int, int], None]  # stage, how much of it is done, of how 
 
 
 def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Sample and write the output, and beside it `<output>.json`, the record that is returned.
+    """Sample and write the output, and beside it the record that is returned.
 
     show is given the progress; tell what became of an image, before the sampling, and after it
     whether the VAE was short of memory. When decoding or writing the video fails, the latent is
@@ -40,7 +40,7 @@ def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict
     """
     check_request(request)
     if request.makes_video:  # not after an hour of sampling
-        with needing_pipeline_extra("an .mp4 file"):
+        with needing_extra("pipeline", "an .mp4 file"):
             import av  # noqa: F401
     show("opening the engine", 0, 0)
     steps = _Steps(show, decodes=request.makes_video)
@@ -56,10 +56,16 @@ def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict
             write_video(request.output, result.video, result.denoiser.sampling.fps)
     if result.video is None:
         save_arrays(request.output, {"latent": result.latent})
-    record = run_record(request, result)
-    # The command in it is for copying: no character of a prompt is written as its number.
-    written = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    write_durably(sidecar(request.output), written.encode(errors="backslashreplace"))
+    try:
+        record = run_record(request, result)
+        # The command in it is for copying: no character of a prompt is written as its number.
+        written = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        write_durably(sidecar(request.output), written.encode(errors="backslashreplace"))
+    except (OSError, WanExportError) as error:
+        reason = explain(error) if isinstance(error, OSError) else error
+        raise WanExportError(
+            f"{request.output} is written, but not its record: {reason}"
+        ) from error
     return record
 
 
@@ -100,11 +106,11 @@ def _saving_the_latent(output: Path, steps: _Steps, tell: Callable[[str], None])
         path = next(name for name in names if not name.exists())
         try:
             save_arrays(path, {"latent": steps.latent})
-        except OSError:
+        except (OSError, WanExportError):
             raise error from None
         said = f"the latent is saved as {path}"
         if isinstance(error, WanExportError | OSError):
-            raise WanExportError(f"{error}; {said}") from error
+            raise WanExportError(f"{explain(error)}; {said}") from error
         tell(said)
         raise
 

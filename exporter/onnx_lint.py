@@ -66,7 +66,7 @@ def _lint_path(path: Path, target: str | None) -> Iterator[tuple[str, list[Findi
         for engine in manifest.engines:
             if engine.backend == "onnx":
                 file = check_content(path, engine.files["denoiser"])
-                yield engine.name, _lint_file(file, target, expected)
+                yield engine.name, _lint_file(file.path, target, expected)
             else:  # machine code: the graph that it was made of was linted by the build
                 yield engine.name, []
     elif not path.is_file():

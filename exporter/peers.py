@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from wanexport.graphs.config import PRESETS
 from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
 from wanexport.runtime.check import check_content
 from wanexport.runtime.denoiser import Denoiser, Engine
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_extra
 from wanexport.runtime.manifest import EngineRecord, Manifest
 from wanexport.runtime.memory import free_bytes
 from wanexport.runtime.signature import parameter_shapes
@@ -108,8 +107,9 @@ def check_implementation(name: str) -> None:
     if name not in IMPLEMENTATIONS:
         expected = ", ".join(IMPLEMENTATIONS)
         raise WanExportError(f"unknown reference {name!r}: expected one of {expected}")
-    if name == "diffusers" and find_spec("diffusers") is None:
-        raise WanExportError("diffusers is not installed: pip install 'wanexport[diffusers]'")
+    if name == "diffusers":
+        with needing_extra("diffusers", "this reference"):
+            from diffusers import WanTransformer3DModel  # noqa: F401
 
 
 def tensors_of_bundle(bundle: Path, manifest: Manifest, record: EngineRecord) -> Tensors:
@@ -119,7 +119,7 @@ def tensors_of_bundle(bundle: Path, manifest: Manifest, record: EngineRecord) ->
     """
     names = {name: name for name in parameter_shapes(manifest.config)}
     return {
-        weights.expert: bundle_tensors(check_content(bundle, weights.file), names)
+        weights.expert: bundle_tensors(check_content(bundle, weights.file).path, names)
         for weights in manifest.weights_of(record.dtype)
     }
 
@@ -132,7 +132,7 @@ def tensors_of_checkpoint(model: str | Path, manifest: Manifest) -> Tensors:
     model = str(model)
     if model.lower() in PRESETS and not Path(model).exists():
         raise WanExportError(f"{model} is a preset: pass -m a checkpoint's folder or hub id")
-    source = resolve(model, None)
+    source = resolve(model, None, expert_alone=not manifest.experts)
     if (source.config, source.experts) != (manifest.config, manifest.experts):
         raise WanExportError(
             f"{model} is another model ({source.name}) than the bundle's ({manifest.model}): "

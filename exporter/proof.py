@@ -68,7 +68,7 @@ def prove(
                 device=device,
                 dtype=dtype,
                 runs_here=runs_here,
-                weights=str(file.resolve().parent),
+                weights=str(file.resolve()),
                 cut=str(graph),
                 tensors=tensors,
                 config=asdict(cut),

@@ -30,10 +30,10 @@ from wanexport.exporter.tensorrt_preflight import check_room
 from wanexport.exporter.tensorrt_targets import find_targets, gpu_arch
 from wanexport.exporter.to_tensorrt import PlanJob
 from wanexport.graphs.signature import attention_count
+from wanexport.runtime.cache_folder import cache_folder
 from wanexport.runtime.choose import RUNNABLE_DTYPES
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.load import CACHE
 from wanexport.runtime.manifest import EngineRecord
 from wanexport.runtime.signature import weights_layout
 from wanexport.runtime.tensorrt_library import FLAVOURS
@@ -117,9 +117,9 @@ class TensorRtBackend:
         weights: Path | None,
     ) -> PlanJob:
         folder, arch = plan.parent.resolve(), request.target["arch"]
-        # engines/<geometry>/<label>: the bundle is three folders up. RTX has no timings to keep.
         name = f"{self.flavour}-{request.target[self.flavour]}-{arch}.timing"
-        cache = folder.parents[2] / CACHE / name if self.flavour == "tensorrt" else None
+        # RTX has no timings to keep.
+        cache = cache_folder() if self.flavour == "tensorrt" else None
         return PlanJob(
             flavour=self.flavour,
             graph=str(scratch / "denoiser.onnx"),
@@ -129,7 +129,7 @@ class TensorRtBackend:
             opens_here=is_here,
             plan=str(folder / plan.name),
             layers=str(folder / "layers.json"),
-            timing_cache=str(cache or ""),
+            timing_cache=str(cache / name) if cache else "",
             optimization_level=options.optimization_level,
             workspace=options.workspace,
             hardware_compatible=options.hardware_compatible,

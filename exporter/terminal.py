@@ -15,9 +15,16 @@ from rich.text import Text
 
 from wanexport.runtime.printable import printable
 
-out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `main`: rich would end the program with 1, which says that a check failed."""
+        raise  # the BrokenPipeError that rich is handling
+
+
+out = _Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 out.width = max(out.width, 120)  # a narrow terminal wraps a table; rich would cut its figures
-err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+err = _Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 _LONGEST_LINE = 20_000  # a command to copy holds whole paths
 _LONGEST_VALUE = 200  # of what a manifest says
 

@@ -26,7 +26,7 @@ from wanexport.graphs.regions import trace_regions
 from wanexport.graphs.signature import attention_count
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.durable import write_durably
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_package
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.signature import REGIONS
 from wanexport.runtime.wan_config import WanConfig
@@ -157,10 +157,8 @@ def check_compiler(device: str) -> None:
             f"AOTInductor needs one: install g++, or set CXX to one"
         ) from error
     if device == "cuda":
-        try:
+        with needing_package("triton", "AOTInductor on a GPU"):
             import triton  # noqa: F401
-        except ImportError as error:
-            raise WanExportError("Triton is not installed: pip install triton") from error
 
 
 def _check_linkage(package: Path) -> None:

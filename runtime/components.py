@@ -7,8 +7,7 @@ Wan-AI repositories without `-Diffusers`) in one file each. This file finds them
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -266,14 +265,3 @@ def check_vae(vae: VideoCodec, record: EngineRecord, origin: str) -> None:
             f"pixels; engine {record.name} takes {expected[0]} for {expected[1]}x{expected[1]}: "
             f"name the checkpoint of this model with -m"
         )
-
-
-@contextmanager
-def needing_pipeline_extra(what: str) -> Iterator[None]:
-    """Make of an ImportError the one line that says what to install for `what`."""
-    try:
-        yield
-    except ImportError as error:
-        raise WanExportError(
-            f"{what} needs {error.name}: pip install 'wanexport[pipeline]'"
-        ) from error

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wanexport.runtime.components import ImageEncoder, VideoCodec, needing_pipeline_extra
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.components import ImageEncoder, VideoCodec
+from wanexport.runtime.errors import WanExportError, needing_extra
 from wanexport.runtime.geometry import PATCH, TEMPORAL_STRIDE, Geometry
 from wanexport.runtime.manifest import EngineRecord
 
@@ -125,7 +125,7 @@ def fit_image(
 
 def _open_picture(path: Path) -> "Image":
     """The picture in RGB, upright. Raises WanExportError when there is none in the file."""
-    with needing_pipeline_extra("an image"):
+    with needing_extra("pipeline", "an image"):
         from PIL import Image, ImageOps, UnidentifiedImageError
     try:
         with Image.open(path) as file:
@@ -160,7 +160,7 @@ def _values(picture: "Image") -> np.ndarray:
 
 
 def _bicubic(shown: np.ndarray, geometry: Geometry) -> np.ndarray:
-    with needing_pipeline_extra("an image"):
+    with needing_extra("pipeline", "an image"):
         import torch
     scaled = torch.nn.functional.interpolate(
         torch.from_numpy(shown)[None], size=(geometry.height, geometry.width), mode="bicubic"

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wanexport.runtime.components import needing_pipeline_extra
 from wanexport.runtime.denoiser import count_not_finite, to_numpy
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_extra
 from wanexport.runtime.geometry import TEMPORAL_STRIDE
 from wanexport.runtime.memory import available_bytes, free_bytes, limit_bytes
 from wanexport.runtime.onnx_engine import first_line
@@ -46,7 +45,7 @@ def open_vae(weights: Path, *, device: str = "cpu", tiling: bool | None = None) 
     Raises WanExportError when a package is missing, when there is no such VAE or it is damaged, and
     when it does not fit in the GPU's memory.
     """
-    with needing_pipeline_extra("the VAE"):
+    with needing_extra("pipeline", "the VAE"):
         import torch
         from diffusers import AutoencoderKLWan
     read = _read_folder if weights.is_dir() else _read_official

@@ -544,7 +544,7 @@ def test_without_matplotlib_there_is_no_plot_but_a_warning(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     warning = save(measured[0], tmp_path)
-    assert warning == "no plot without matplotlib: pip install 'wanexport[bench]'"
+    assert warning == "the plot needs matplotlib; from a clone of wanexport: pip install '.[bench]'"
     assert [file.suffix for file in tmp_path.iterdir()] == [".json"]
 
 

@@ -311,8 +311,12 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "encode prompts with max_sequence_length=512",
     ),
     "fewer texts than videos": (
-        {"hidden_states": torch.ones(2, 16, 3, 4, 6), "timestep": torch.tensor([1, 1])},
-        "encoder_hidden_states has 1 entries for 2 videos: pass one for each",
+        {
+            "hidden_states": torch.ones(3, 16, 3, 4, 6),
+            "timestep": torch.tensor([9, 9, 9]),
+            "encoder_hidden_states": torch.ones(2, 512, 4096),
+        },
+        "encoder_hidden_states has 2 entries for 3 videos: pass one for each, or one for all",
     ),
     "fewer timesteps than videos": (
         {"hidden_states": torch.ones(2, 16, 3, 4, 6)},
@@ -426,6 +430,7 @@ def test_diffusers_is_not_imported_with_the_runtime() -> None:
 def test_without_diffusers_the_install_is_named(
     t2v: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "diffusers.configuration_utils", None)
-    with pytest.raises(WanExportError, match=r"pip install 'wanexport\[diffusers\]'$"):
+    monkeypatch.delitem(sys.modules, "diffusers.configuration_utils")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(WanExportError, match=r"needs diffusers; .*pip install '.\[diffusers\]'$"):
         CompiledWanTransformer(t2v.bundle)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from wanexport.exporter.bundle import bundle_lock, write_manifest
+from wanexport.exporter.bundle import write_manifest
+from wanexport.exporter.bundle_lock import bundle_lock
 from wanexport.runtime.check import check_content, check_weights
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import SCHEMA, read_manifest

@@ -22,6 +22,7 @@ def test_a_mutant_is_repeated_by_its_seed_and_differs(tmp_path: Path) -> None:
     assert len(set(texts)) > 45
 
 
+@pytest.mark.filterwarnings("ignore::wanexport.runtime.errors.WanExportWarning")
 def test_a_mutated_manifest_is_read_or_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

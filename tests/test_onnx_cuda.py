@@ -55,7 +55,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def expected(bundle: Path, weights: Path) -> torch.Tensor:
     """The velocity of a session that maps the file itself."""
-    return torch.from_numpy(OnnxEngine(bundle / GRAPH, weights.parent)(arrays()))
+    return torch.from_numpy(OnnxEngine(bundle / GRAPH, weights)(arrays()))
 
 
 @pytest.fixture(scope="module")
@@ -218,10 +218,10 @@ def test_a_gpu_that_the_plugin_is_not_for_is_refused_each_time(
             _add_rtx(onnxruntime, None, {}, torch.device("cuda", 0))
 
 
-def test_a_bundle_that_may_not_be_written_caches_nothing(bundle: Path) -> None:
-    (bundle / "cache").write_text("a file in the place of the folder: root may write anywhere")
+def test_a_folder_that_may_not_be_written_caches_nothing(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file in the place of the folder: root may write anywhere")
     for name, option in (("tensorrt", "cache"), ("tensorrt-rtx", "nv_runtime_cache_path")):
-        provider = Provider(name, cache=bundle / "cache")
+        provider = Provider(name, cache=tmp_path / "cache")
         with pytest.warns(WanExportWarning, match="the next load compiles anew"):
             settings = provider.settings(torch.device("cuda", 0), 0, bundle / WEIGHTS)
         assert settings["device_id"] == "0"
@@ -281,16 +281,23 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     yield seen
 
 
-def test_one_engine_serves_both_devices(tiny_bundle: Path, with_gpu: dict[str, Any]) -> None:
+def test_one_engine_serves_both_devices(
+    tiny_bundle: Path, with_gpu: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     denoiser = load(tiny_bundle, provider_options={"use_tf32": "1"})
     assert denoiser.record.dtype == "bf16" and denoiser.record.target["device"] == "cuda"
     assert with_gpu["device"] == torch.device("cuda", 0) and not with_gpu["offload"]
     provider = with_gpu["provider"]
     assert (provider.name, provider.options) == ("cuda", {"use_tf32": "1"})
-    assert provider.cache == tiny_bundle / "cache"
-    assert with_gpu["weights"] == {"": tiny_bundle / "weights/bf16/denoiser.safetensors"}
-    load(tiny_bundle, dtype="fp32", provider="tensorrt")
+    assert provider.cache is None
+    weights = {expert: file.path for expert, file in with_gpu["weights"].items()}
+    assert weights == {"": tiny_bundle / "weights/bf16/denoiser.safetensors"}
+    record = load(tiny_bundle, dtype="fp32", provider="tensorrt").record
     assert with_gpu["provider"].name == "tensorrt"
+    # The user's own, and of this graph alone.
+    graph = record.files["denoiser"].sha256
+    assert with_gpu["provider"].cache == tmp_path / "wanexport" / graph
     for options in ({"device": "cpu"}, {"provider": "cpu"}):
         record = load(tiny_bundle, **options).record  # type: ignore[arg-type]
         assert record.dtype == "fp32" and record.target["device"] == "cpu"
@@ -375,7 +382,7 @@ def test_onnx_runtimes_own_attention_is_the_same(preset: str, tmp_path: Path) ->
         )
         assert set(counts.values()) == {0}
         (tmp_path / "graph.onnx").write_bytes(serialize(graph))
-        engine = OnnxEngine(tmp_path / "graph.onnx", tmp_path)
+        engine = OnnxEngine(tmp_path / "graph.onnx", tmp_path / "denoiser.safetensors")
         velocities.append(engine(forward_inputs(config, geometry, 812.0, 0)))
     assert relative_l2(velocities[1], velocities[0]) <= 1e-6
     model = onnx.load(tmp_path / "graph.onnx", load_external_data=False)
@@ -406,7 +413,7 @@ def test_the_proof_runs_the_cut_on_the_engines_own_tensors(tiny_bundle: Path) ->
         device="cpu",
         dtype="fp32",
         runs_here=True,
-        weights=str((tiny_bundle / WEIGHTS).parent),
+        weights=str(tiny_bundle / WEIGHTS),
         cut=str(tiny_bundle / GRAPH),
         tensors={name: name for name in weights_layout(config, "fp32")[1]},
         config=asdict(config),

@@ -5,6 +5,8 @@ Where the bindings of TensorRT can be imported these are its classes, else Tenso
 
 import contextlib
 import json
+import os
+import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -53,6 +55,13 @@ REAL = import_tensorrt(FLAVOUR)
 CONFIG, GEOMETRY = WanConfig(128, 128, 1, 1, 16, 16, 0), Geometry(64, 96, 9)
 EXPERTS = ("high_noise", "low_noise")
 TENSORRT_DTYPES = {"F32": "FLOAT", "BF16": "BF16", "F16": "HALF"}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where this user's compiled kernels are kept; nothing is there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "wanexport"
 
 
 @pytest.fixture(params=[f"{FLAVOUR}-{REAL.__version__}"])
@@ -255,6 +264,27 @@ def test_each_expert_has_its_plan_where_weights_are_baked_in(
     for options in wrong:
         with pytest.raises(WanExportError, match=r"holds its weights inside .* --bake-weights"):
             load(bundle, **options)
+
+
+def test_baked_weights_need_no_file_beside_the_plan(
+    gpu: Gpu, weights: dict[str, Path], tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "baked", weights, baked=True)
+    shutil.rmtree(bundle / "weights")
+    given = inputs()
+    torch.testing.assert_close(load(bundle)(**given), expected(given, None))
+
+
+def test_weights_that_were_replaced_since_load_are_refused_at_the_switch(
+    gpu: Gpu, experts: Path, tmp_path: Path
+) -> None:
+    denoiser = load(experts, offload=True)
+    (file,) = (experts / "weights" / "high_noise-bf16").iterdir()
+    (tmp_path / "new").write_bytes(file.read_bytes())
+    (tmp_path / "new").replace(file)
+    with pytest.raises(WanExportError, match=f"^{file} was changed since it was checked"):
+        for timestep in (100.0, 950.0):
+            denoiser(**{**inputs(), "timestep": torch.tensor([timestep])})
 
 
 def test_other_weights_go_into_the_same_plan(
@@ -526,9 +556,9 @@ def test_options_that_do_not_apply_are_refused(gpu: Gpu, bundle: Path) -> None:
 
 
 @pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
-def test_compiled_kernels_are_kept_in_the_bundle(gpu: Gpu, bundle: Path) -> None:
+def test_compiled_kernels_are_kept_for_the_user(gpu: Gpu, bundle: Path, cache: Path) -> None:
     load(bundle)
-    (file,) = (bundle / "cache").iterdir()
+    (file,) = cache.iterdir()
     assert file.read_bytes() == b"kernels" and "sm89" in file.name
     assert not since(gpu.trt.calls, "deserialize")
     load(bundle)
@@ -544,33 +574,73 @@ def test_compiled_kernels_are_kept_in_the_bundle(gpu: Gpu, bundle: Path) -> None
 @pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
 @pytest.mark.parametrize("nothing", [None, b""])
 def test_where_nothing_was_compiled_nothing_is_kept(
-    nothing: bytes | None, gpu: Gpu, bundle: Path
+    nothing: bytes | None, gpu: Gpu, bundle: Path, cache: Path
 ) -> None:
     gpu.trt.cached = nothing
     load(bundle)
-    assert not (bundle / "cache").exists()
+    assert list(cache.iterdir()) == []
 
 
 @pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
-def test_a_bundle_that_may_not_be_written_serves(
-    gpu: Gpu, bundle: Path, weights: dict[str, Path]
+def test_kernels_that_a_bundle_brings_are_not_read(gpu: Gpu, bundle: Path, cache: Path) -> None:
+    load(bundle)
+    (file,) = cache.iterdir()
+    engine = read_manifest(bundle).engines[0]
+    (bundle / "cache").mkdir()
+    for name in (file.name, f"{engine.key[:16]}-sm89-denoiser"):
+        (bundle / "cache" / name).write_bytes(b"code of a stranger")
+    file.unlink()
+    load(bundle)
+    assert not since(gpu.trt.calls, "deserialize")
+
+
+@pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
+def test_each_plan_has_kernels_of_its_own(gpu: Gpu, bundle: Path, cache: Path) -> None:
+    load(bundle)
+    tensors = plan_tensors(next(bundle.glob("weights/*/*")))
+    alter_plan(bundle, json.dumps({"tensors": tensors, "activation_bytes": 1}))
+    load(bundle)
+    assert len(list(cache.iterdir())) == 2 and not since(gpu.trt.calls, "deserialize")
+
+
+@pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
+@pytest.mark.parametrize("obstacle", ["a file", "another user's", "others may write", "no home"])
+def test_a_cache_that_cannot_be_trusted_is_not_used(
+    obstacle: str,
+    gpu: Gpu,
+    bundle: Path,
+    weights: dict[str, Path],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (bundle / "cache").write_text("a file in the place of the folder: root may write anywhere")
-    with pytest.warns(WanExportWarning, match="the next load compiles anew"):
+    load(bundle)
+    (file,) = cache.iterdir()
+    if obstacle == "a file":  # in the place of the folder: root may write anywhere
+        file.unlink()
+        cache.rmdir()
+        cache.write_text("")
+    elif obstacle == "another user's":
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    elif obstacle == "others may write":
+        cache.chmod(0o777)
+    else:
+        monkeypatch.setattr("platformdirs.user_cache_path", lambda _: Path("~/.cache/wanexport"))
+    with pytest.warns(WanExportWarning, match="the next load compiles anew") as warned:
         denoiser = load(bundle)
+    assert len(warned) == 1 and not since(gpu.trt.calls, "deserialize")
     given = inputs()
     torch.testing.assert_close(denoiser(**given), expected(given, weights["low_noise"]))
 
 
 @pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
 def test_kernels_that_may_not_be_read_are_compiled_anew(
-    gpu: Gpu, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: Gpu, bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(bundle)
     read = Path.read_bytes
 
     def guarded(path: Path) -> bytes:
-        if path.parent.name == "cache":
+        if path.parent == cache:
             raise PermissionError(13, "Permission denied")
         return read(path)
 

@@ -384,7 +384,7 @@ def test_without_onnx_runtime_no_plan_for_elsewhere_is_begun(
     monkeypatch.setattr(tensorrt_targets, "gpu_arch", lambda: "sm89")
     backend = TensorRtBackend(RTX)
     assert backend.targets("cuda", TensorRtOptions())[0]["arch"] == "sm89"
-    with pytest.raises(WanExportError, match=r"^ONNX Runtime is not installed: pip install"):
+    with pytest.raises(WanExportError, match=r"needs onnxruntime; from a clone"):
         backend.targets("cuda", TensorRtOptions(targets=("sm89", "sm120")))
 
 
