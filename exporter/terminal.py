@@ -24,7 +24,7 @@ class _Console(Console):
 
 out = _Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 out.width = max(out.width, 120)  # a narrow terminal wraps a table; rich would cut its figures
-err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+err = _Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 _LONGEST_LINE = 20_000  # a command to copy holds whole paths
 _LONGEST_VALUE = 200  # of what a manifest says
 

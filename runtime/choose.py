@@ -133,7 +133,7 @@ def _preference(engine: EngineRecord) -> tuple[int, bool]:
 
 
 def _place(engine: EngineRecord) -> int:
-    kind = (engine.backend, engine.target["device"], engine.dtype)
+    kind = (engine.backend, engine.target.get("device"), engine.dtype)
     return _PREFERENCE.index(kind) if kind in _PREFERENCE else len(_PREFERENCE)
 
 

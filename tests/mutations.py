@@ -1,4 +1,4 @@
-"""Damage to a manifest: one thing changed at random, by a seed that repeats it.
+"""Damage to a manifest: one to three things changed at random, by a seed that repeats it.
 
     python -m tests.mutations 10000        a campaign on a bundle made by hand: prints what failed
 
@@ -32,31 +32,41 @@ HOSTILE: tuple[Any, ...] = (
 
 
 def mutant(data: Any, seed: int) -> str:
-    """The JSON text of data with one change; data itself stays as it is."""
+    """The JSON text of data with one to three changes; data itself stays as it is."""
     rng = random.Random(seed)
-    data = json.loads(json.dumps(data))
-    places = _places(data)
-    rng.choice(_CHANGES)(places, rng)
-    text = json.dumps(data, indent=1)
+    data = _copied(data)
+    try:
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            if places := _places(data):
+                rng.choice(_CHANGES)(places, rng)
+        text = json.dumps(data)
+    except RecursionError:  # something deep in something deep
+        text = '{"config": ' * 5000
     if rng.random() < 0.1:
         text = _spoiled(text, rng)
     return text
 
 
+def _copied(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
 def _places(data: Any) -> list[Place]:
     """Every place in the data that a change can fall on."""
     found: list[Place] = []
-    pairs = data.items() if isinstance(data, dict) else enumerate(data)
-    for key, value in list(pairs):
-        found.append((data, key))
-        if isinstance(value, dict | list):
-            found += _places(value)
+    owners = [data]
+    for owner in owners:
+        pairs = owner.items() if isinstance(owner, dict) else enumerate(owner)
+        for key, value in pairs:
+            found.append((owner, key))
+            if isinstance(value, dict | list):
+                owners.append(value)
     return found
 
 
 def _set(places: list[Place], rng: random.Random) -> None:
     owner, key = rng.choice(places)
-    owner[key] = rng.choice(HOSTILE)
+    owner[key] = _copied(rng.choice(HOSTILE))
 
 
 def _drop(places: list[Place], rng: random.Random) -> None:
@@ -68,15 +78,15 @@ def _add(places: list[Place], rng: random.Random) -> None:
     owner, _ = rng.choice(places)
     name = rng.choice(["later", "", "size", "unknown", "device", "a\nb", "\0", "[/x]", "x" * 300])
     if isinstance(owner, dict):
-        owner[name] = rng.choice(HOSTILE)
+        owner[name] = _copied(rng.choice(HOSTILE))
     else:
-        owner.append(rng.choice(HOSTILE))
+        owner.append(_copied(rng.choice(HOSTILE)))
 
 
 def _copy(places: list[Place], rng: random.Random) -> None:
     """A subtree in the place of another."""
     (owner, key), (other, name) = rng.choice(places), rng.choice(places)
-    owner[key] = json.loads(json.dumps(other[name]))
+    owner[key] = _copied(other[name])
 
 
 def _retype(places: list[Place], rng: random.Random) -> None:
@@ -89,13 +99,16 @@ def _retype(places: list[Place], rng: random.Random) -> None:
 def _repeat(places: list[Place], rng: random.Random) -> None:
     """One list made long."""
     lists = [owner[key] for owner, key in places if isinstance(owner[key], list) and owner[key]]
-    chosen = rng.choice(lists)
-    chosen *= rng.choice([2, 10, 2000])
+    if lists:
+        chosen = rng.choice(lists)
+        chosen *= rng.choice([2, 10, 2000])
 
 
 def _nudge(places: list[Place], rng: random.Random) -> None:
     """A number a little off."""
     numbers = [(o, k) for o, k in places if type(o[k]) in (int, float)]
+    if not numbers:
+        return
     owner, key = rng.choice(numbers)
     owner[key] = rng.choice([owner[key] + 1, owner[key] - 1, owner[key] * 2, -owner[key]])
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from wanexport.graphs.config import PRESETS
 from wanexport.runtime import WanExportError
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.errors import WanExportWarning
@@ -49,7 +50,7 @@ def gpu_devices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def choose(*engines: EngineRecord, **options: str) -> EngineRecord:
-    manifest = Manifest("tiny", {}, (), {}, engines, wanexport="0")
+    manifest = Manifest("tiny", PRESETS["tiny"].config, (), {}, engines, wanexport="0")
     return choose_engine(BUNDLE, manifest, **options)  # type: ignore[arg-type]
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from tests.mutations import failures, mutant, read_inspect_choose
 from tests.small_bundle import manifest_of, small_bundle
-from wanexport.exporter.bundle import JOURNAL, open_bundle
+from wanexport.exporter.bundle import open_bundle
+from wanexport.exporter.bundle_place import JOURNAL
 from wanexport.runtime.manifest import Manifest, read_manifest
 
 COUNT = 400  # a campaign: python -m tests.mutations 10000
@@ -22,6 +23,7 @@ def test_a_mutant_is_repeated_by_its_seed_and_differs(tmp_path: Path) -> None:
     assert len(set(texts)) > 45
 
 
+@pytest.mark.filterwarnings("ignore::wanexport.runtime.errors.WanExportWarning")
 def test_a_mutated_manifest_is_read_or_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
