@@ -12,7 +12,7 @@ from tests.disk_faults import full_after
 from wanexport.exporter import generate
 from wanexport.exporter.run_request import RunRequest, check_request
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.tensorfile import load_arrays
+from wanexport.runtime.tensorfile import load_arrays, save_arrays
 
 LATENT = np.arange(64, dtype=np.float32)
 
@@ -32,12 +32,12 @@ def run(request: RunRequest) -> None:
 
 
 def test_a_record_that_finds_no_room_does_not_hide_the_result(request_: RunRequest) -> None:
-    with full_after(340), pytest.raises(WanExportError) as caught:
+    save_arrays(request_.bundle / "same", {"latent": LATENT})
+    room = (request_.bundle / "same").stat().st_size
+    with full_after(room), pytest.raises(WanExportError) as caught:
         run(request_)
-    record = request_.output.with_suffix(".json")
-    assert str(caught.value).startswith(
-        f"{request_.output} is written, but not its record: {record}"
-    )
+    output, record = request_.output, request_.output.with_suffix(".json")
+    assert str(caught.value).startswith(f"{output} is written, but not its record: {record}")
     assert "No space left on device: free space" in str(caught.value)
     assert os.listdir(request_.output.parent) == ["x.safetensors"]
     assert (load_arrays(request_.output)["latent"] == LATENT).all()
