@@ -139,11 +139,6 @@ def _place(engine: EngineRecord) -> int:
 
 def _refusal(bundle: Path, engine: EngineRecord, provider: str) -> str:
     """Why this machine cannot execute the engine; empty when it can."""
-    if engine.dtype not in _DTYPES:
-        return (
-            f"engine {engine.name} is {engine.dtype}, which this wanexport does not know: "
-            f"install the one that wrote it"
-        )
     if engine.backend == "onnx" and engine.target["device"] == "cuda":
         obstacle = gpu_obstacle(provider)
         return obstacle and f"engine {engine.name} cannot run on a GPU: {obstacle}"
