@@ -16,7 +16,6 @@ from wanexport.runtime.usable import why_unusable
 
 BACKENDS = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")
 DEVICES = ("cpu", "cuda")
-_DTYPES = ("bf16", "fp16", "fp32")
 RUNNABLE_DTYPES = ("fp16", "fp32")  # what ONNX Runtime executes on a CPU
 # The fastest on a GPU, on a CPU the exact one, and of two exact ones the one that maps its weights.
 _PREFERENCE = [
