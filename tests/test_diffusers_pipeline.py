@@ -23,13 +23,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedTokenizerFast,
     UMT5Config,
     UMT5EncoderModel,
 )
+
+try:
+    from transformers import CLIPImageProcessorPil
+except ImportError:  # before transformers 5 it was the only one, without a suffix
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 from tests.test_denoiser import EchoEngine, record
 from tests.wan_reference import diffusers_model, small_config, write_diffusers
