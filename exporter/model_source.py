@@ -89,7 +89,7 @@ def _random(model: str, seed: int) -> ModelSource:
     preset = PRESETS.get(model.lower())
     if preset is None:
         raise WanExportError(
-            f"{shown(model)} is no preset: --random-weights takes {', '.join(PRESETS)}"
+            f"{shown(repr(model))} is no preset: --random-weights takes {', '.join(PRESETS)}"
         )
     experts = preset.experts or ("",)
     return ModelSource(
