@@ -91,7 +91,7 @@ def _random(model: str, seed: int) -> ModelSource:
     preset = PRESETS.get(model.lower())
     if preset is None:
         raise WanExportError(
-            f"{printable(model)} is no preset: --random-weights takes {', '.join(PRESETS)}"
+            f"{printable(repr(model))} is no preset: --random-weights takes {', '.join(PRESETS)}"
         )
     experts = preset.experts or ("",)
     return ModelSource(
