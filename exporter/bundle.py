@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from wanexport.exporter.bundle_lock import LOCK, bundle_lock
 from wanexport.exporter.bundle_place import (
     ARTEFACTS,
+    CACHE,
     JOURNAL,
     REPLACED,
     REPORTS,
@@ -178,7 +179,8 @@ class BundleWriter:
         listing = Listing(listed, listed - self._noted, self._named - listed)
         self.left = [name for folder in ARTEFACTS for name in sweep(self.path, folder, listing)]
         remove_partials(self.path, lambda name: is_begun(name) or is_partial(name))
-        remove_partials(self.path / REPORTS)
+        for folder in (CACHE, REPORTS):
+            remove_partials(self.path / folder)
 
     def abandon(self) -> None:
         """After a failure: keep what is finished for the next try, and leave nothing else."""

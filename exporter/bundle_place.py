@@ -19,6 +19,7 @@ JOURNAL = "manifest.partial.json"
 REPLACED = "manifest.replaced.json"  # the manifest before, until what only it lists is removed
 ARTEFACTS = ("weights", "engines")
 REPORTS = "reports"
+CACHE = "cache"  # which no engine reads
 _MANIFESTS = (MANIFEST, JOURNAL, REPLACED)
 
 
@@ -84,7 +85,7 @@ def _check_bundle(path: Path) -> None:
             raise WanExportError(f"{path} exists and is no bundle: name another folder with -o")
     for name in (*_MANIFESTS, LOCK, SOFT_LOCK):
         _check_entry(path, name, "regular file")
-    for name in (*ARTEFACTS, REPORTS):
+    for name in (*ARTEFACTS, CACHE, REPORTS):
         _check_entry(path, name, "folder")
     for file in _listed(path):
         for folder in PurePosixPath(file).parents[:-1]:  # the last is the bundle itself

@@ -34,7 +34,7 @@ def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict
     """Sample and write the output, and beside it the record that is returned.
 
     show is given the progress; tell what became of an image, before the sampling, and after it
-    whether the VAE was short of memory. When decoding or writing the video fails, the latent is
+    whether the VAE cut it into tiles. When decoding or writing the video fails, the latent is
     saved, and the error or tell says where.
     Raises WanExportError for what does not fit together, and as `load` and `sample` do.
     """

@@ -9,8 +9,9 @@ from wanexport.graphs.checkpoint import Checkpoint, open_checkpoint
 from wanexport.graphs.config import PRESETS, variant
 from wanexport.graphs.experts import FOLDERS, expert_of_name
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights
-from wanexport.runtime.errors import WanExportError, shown
+from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.hub import EXAMPLE, download
+from wanexport.runtime.printable import printable
 from wanexport.runtime.wan_config import WanConfig
 
 DEFAULT_MODEL = EXAMPLE
@@ -58,7 +59,7 @@ def resolve(
     path = Path(model)
     if os.path.lexists(path):  # unlike Path's, it is False for a name that is too long
         checkpoint = open_checkpoint(path)
-        _check_alone(checkpoint, shown(path), checkpoint.alone, expert_alone)
+        _check_alone(checkpoint, printable(path), checkpoint.alone, expert_alone)
         return _from_checkpoint(checkpoint, {"path": str(path.resolve())})
     if model.lower() in PRESETS:
         raise WanExportError(
@@ -90,7 +91,7 @@ def _random(model: str, seed: int) -> ModelSource:
     preset = PRESETS.get(model.lower())
     if preset is None:
         raise WanExportError(
-            f"{shown(model)} is no preset: --random-weights takes {', '.join(PRESETS)}"
+            f"{printable(model)} is no preset: --random-weights takes {', '.join(PRESETS)}"
         )
     experts = preset.experts or ("",)
     return ModelSource(

@@ -15,7 +15,8 @@ from wanexport.graphs.experts import expert_of_name, why_alone
 from wanexport.graphs.foreign import PREFIX, refuse_foreign_file, refuse_foreign_tensors
 from wanexport.graphs.places import check_listed, find_parts, weight_files
 from wanexport.graphs.stated import boundary_of, check_config, read_config, read_index, settings
-from wanexport.runtime.errors import WanExportError, WanExportWarning, shown
+from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.printable import printable
 from wanexport.runtime.signature import parameter_shapes
 from wanexport.runtime.tensorfile import TensorEntry, read_header, read_metadata
 from wanexport.runtime.wan_config import WanConfig
@@ -96,7 +97,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open(path)
     except OSError as error:
         place = path if error.filename is None else error.filename
-        raise WanExportError(f"cannot read {shown(place)}: {error.strerror}") from error
+        raise WanExportError(f"cannot read {printable(place)}: {error.strerror}") from error
 
 
 def _open(path: Path) -> Checkpoint:
@@ -107,12 +108,12 @@ def _open(path: Path) -> Checkpoint:
     configs = {config for config, _, _ in found.values()}
     if len(configs) > 1:
         raise WanExportError(
-            f"the two experts in {shown(path)} differ in size: expected one config for both"
+            f"the two experts in {printable(path)} differ in size: expected one config for both"
         )
     config = configs.pop()
     if len(parts) > 1 and "boundary_ratio" in index and boundary is None:
         warnings.warn(
-            f"{shown(path)}/model_index.json has no boundary_ratio for its two experts: the "
+            f"{printable(path)}/model_index.json has no boundary_ratio for its two experts: the "
             f"official one is taken",
             WanExportWarning,
             stacklevel=2,
@@ -141,8 +142,8 @@ def _open_model(path: Path, expert: str) -> tuple[WanConfig, str, dict[str, Sour
             name = stored.removeprefix(PREFIX)
             if name in tensors:
                 raise WanExportError(
-                    f"{shown(name)} is in {shown(tensors[name].file)} and in {shown(file)}: "
-                    f"pass -m one of the files, or a folder with one model"
+                    f"{printable(name)} is in {printable(tensors[name].file)} and in "
+                    f"{printable(file)}: pass -m one of the files, or a folder with one model"
                 )
             tensors[name] = SourceTensor(file, entry, stored)
         check_listed(listed, own, file)
@@ -167,12 +168,12 @@ def _read_file(file: Path, expert: str) -> dict[str, TensorEntry]:
     refuse_foreign_tensors(entries, file, partial=True)
     if "_quantization_metadata" in read_metadata(file):
         raise WanExportError(
-            f"{shown(file)} is quantised, as its header's _quantization_metadata says, which "
+            f"{printable(file)} is quantised, as its header's _quantization_metadata says, which "
             f"is not read yet: take the fp32, bf16 or fp16 file of the same model"
         )
     if expert and expert_of_name(file.name) not in ("", expert):
         raise WanExportError(
-            f"{shown(file)} lies where the {expert.replace('_', '-')} expert belongs, and is "
+            f"{printable(file)} lies where the {expert.replace('_', '-')} expert belongs, and is "
             f"named as the other: put each into its own folder"
         )
     return entries
@@ -201,8 +202,8 @@ def recognise(
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if name not in tensors or len(tensors[name].entry.shape) != rank:
             raise WanExportError(
-                f"{shown(path)} is no Wan diffusion transformer: it has no {name} of rank {rank}; "
-                f"expected the official or the diffusers layout"
+                f"{printable(path)} is no Wan diffusion transformer: it has no {name} of rank "
+                f"{rank}; expected the official or the diffusers layout"
             )
         return tensors[name].entry.shape
 
@@ -210,14 +211,14 @@ def recognise(
     out_channels = shape("head.head.weight", 2)[0] // 4
     if (in_channels, out_channels) == (48, 16):
         raise WanExportError(
-            f"{shown(path)} is of Wan-Fun-Control (48 channels in, 16 out), which is not read yet: "
-            f"take a plain Wan: T2V, I2V, FLF2V, TI2V or an A14B"
+            f"{printable(path)} is of Wan-Fun-Control (48 channels in, 16 out), which is not read "
+            f"yet: take a plain Wan: T2V, I2V, FLF2V, TI2V or an A14B"
         )
     matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors)
     blocks = {int(match[1]) for match in matches if match}
     if blocks != set(range(len(blocks))):
         raise WanExportError(
-            f"{shown(path)} has blocks up to {max(blocks)}, but not all: download again"
+            f"{printable(path)} has blocks up to {max(blocks)}, but not all: download again"
         )
     heads, text_len, eps = settings(stated, dim, config_file)
     image_tokens = 0
@@ -241,7 +242,7 @@ def recognise(
 def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path: Path) -> None:
     expected = parameter_shapes(config)
     problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected {shown(name)}" for name in tensors if name not in expected]
+    problems += [f"unexpected {printable(name)}" for name in tensors if name not in expected]
     for name in expected.keys() & tensors.keys():
         entry = tensors[name].entry
         if entry.shape != expected[name]:
@@ -251,6 +252,6 @@ def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path:
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise WanExportError(
-            f"{shown(path)} does not fit a Wan of dim {config.dim} and {config.num_layers} blocks: "
-            f"{'; '.join(sorted(problems)[:8])}{more}"
+            f"{printable(path)} does not fit a Wan of dim {config.dim} and {config.num_layers} "
+            f"blocks: {'; '.join(sorted(problems)[:8])}{more}"
         )

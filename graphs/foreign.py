@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from wanexport.runtime.errors import WanExportError, shown
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.printable import printable
 from wanexport.runtime.regular_file import open_regular
 from wanexport.runtime.tensorfile import TensorEntry
 
@@ -110,13 +111,13 @@ def refuse_foreign_file(path: Path) -> None:
     try:
         descriptor = open_regular(path)
     except OSError as error:
-        raise WanExportError(f"cannot read {shown(path)}: {error.strerror}") from error
+        raise WanExportError(f"cannot read {printable(path)}: {error.strerror}") from error
     try:
         head = os.read(descriptor, _HEAD)
     finally:
         os.close(descriptor)
     if what := _file_kind(head):
-        raise WanExportError(f"{shown(path)} {what}")
+        raise WanExportError(f"{printable(path)} {what}")
 
 
 def find_unread_file(files: Iterable[Path]) -> str | None:
@@ -148,7 +149,7 @@ def refuse_foreign_tensors(
     partial is for one file of several, which may lack what tells a Wan.
     """
     if what := _tensors_kind(entries, partial):
-        raise WanExportError(f"{shown(path)} {what}")
+        raise WanExportError(f"{printable(path)} {what}")
 
 
 def _tensors_kind(entries: Mapping[str, TensorEntry], partial: bool) -> str | None:
@@ -226,7 +227,7 @@ def _prefix_kind(entries: Mapping[str, TensorEntry]) -> str | None:
             prefix = name.removesuffix(sign)
             if prefix not in (name, "", PREFIX):
                 return (
-                    f"is a Wan whose tensors' names begin with {shown(prefix)}, which is not read "
-                    f"yet: take a file whose names begin with blocks. or {PREFIX}blocks."
+                    f"is a Wan whose tensors' names begin with {printable(prefix)}, which is not "
+                    f"read yet: take a file whose names begin with blocks. or {PREFIX}blocks."
                 )
     return None

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wanexport.runtime.errors import WanExportError, shown
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.printable import printable
 from wanexport.runtime.regular_file import read_regular
 
 _MAX_JSON = 8 << 20  # bytes: the index of a published 14B takes 0.1 MB
@@ -26,14 +27,15 @@ def read_object(path: Path) -> dict[str, Any]:
     except WanExportError:
         raise
     except OSError as error:
-        raise WanExportError(f"cannot read {shown(path)}: {error.strerror}") from error
+        raise WanExportError(f"cannot read {printable(path)}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise WanExportError(
-            f"cannot read {shown(path)} ({shown(error)}): download it again"
+            f"cannot read {printable(path)} ({printable(error)}): download it again"
         ) from error
     if not isinstance(data, dict):
         raise WanExportError(
-            f"cannot read {shown(path)}: it is {_kind(data)}, expected an object: download it again"
+            f"cannot read {printable(path)}: it is {_kind(data)}, expected an object: download it "
+            "again"
         )
     return data
 
@@ -51,4 +53,4 @@ def _kind(value: object) -> str:
 
 def brief(value: object) -> str:
     """A value of a JSON file, short and on one line."""
-    return shown(reprlib.repr(value), 60)
+    return printable(reprlib.repr(value), 60)

@@ -10,7 +10,8 @@ from typing import Any
 from wanexport.graphs.experts import expert_of_name
 from wanexport.graphs.foreign import find_unread_file
 from wanexport.graphs.json_file import read_object
-from wanexport.runtime.errors import WanExportError, shown
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.printable import printable
 from wanexport.runtime.wan_config import EXPERTS
 
 _NAMES = "diffusion_pytorch_model*.safetensors"
@@ -26,7 +27,7 @@ def find_parts(path: Path, index: Mapping[str, Any]) -> dict[str, Path]:
     """
     if not path.is_dir():
         return {"": path}
-    where = shown(path)
+    where = printable(path)
     present = {name for pair in _PAIRS for name in pair if (path / name).is_dir()}
     places = [pair for pair in _PAIRS if present & {*pair}]
     found = [pair[0] if pair[0] in present else pair[1] for pair in places]
@@ -56,8 +57,8 @@ def _check_index(path: Path, index: Mapping[str, Any], present: Collection[str])
         if name in index and (index[name] not in (None, [None, None])) != (name in present):
             if name in present:
                 raise WanExportError(
-                    f"{shown(path)} has {name}/, but its model_index.json says that there is "
-                    f"none: download it again, or pass -m {shown(path / name)}"
+                    f"{printable(path)} has {name}/, but its model_index.json says that there is "
+                    f"none: download it again, or pass -m {printable(path / name)}"
                 )
             raise WanExportError(_lacks(path, name, other, "model_index.json names it"))
     if index.get("boundary_ratio") is not None and "transformer_2" not in present:
@@ -67,8 +68,8 @@ def _check_index(path: Path, index: Mapping[str, Any], present: Collection[str])
 
 def _lacks(path: Path, name: str, other: str, reason: str) -> str:
     return (
-        f"{shown(path)} lacks {name}/ ({reason}): download it again, or to build one expert "
-        f"by itself pass -m {shown(path / other)} with --expert-alone"
+        f"{printable(path)} lacks {name}/ ({reason}): download it again, or to build one expert "
+        f"by itself pass -m {printable(path / other)} with --expert-alone"
     )
 
 
@@ -81,7 +82,7 @@ def weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
         shard = _SHARD.fullmatch(path.name)
         if shard and int(shard[3]) > 1:
             raise WanExportError(
-                f"{shown(path)} is one of {int(shard[3])} shards: pass -m its folder"
+                f"{printable(path)} is one of {int(shard[3])} shards: pass -m its folder"
             )
         return [path], None
     names = sorted(os.listdir(path))
@@ -92,7 +93,7 @@ def weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     if not chosen:
         foreign = find_unread_file(path / name for name in names if (path / name).is_file())
         raise WanExportError(
-            f"{shown(path)} is no Wan checkpoint: expected *.safetensors in it, in "
+            f"{printable(path)} is no Wan checkpoint: expected *.safetensors in it, in "
             f"high_noise_model/ and low_noise_model/, or in transformer/"
             + (f"; {foreign}" if foreign else "")
         )
@@ -105,21 +106,21 @@ def _listed_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     index = path / _INDEX
     listed = read_object(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise WanExportError(f"{shown(index)} has no weight_map: download it again")
+        raise WanExportError(f"{printable(index)} has no weight_map: download it again")
     values = list(listed.values())
     if not all(isinstance(value, str) and Path(value).name == value for value in values):
-        raise WanExportError(f"{shown(index)} names what are no files: download it again")
+        raise WanExportError(f"{printable(index)} names what are no files: download it again")
     names = sorted(set(values))
     there = os.listdir(path)
-    missing = [shown(name) for name in names if name not in there]
+    missing = [printable(name) for name in names if name not in there]
     if missing:
         raise WanExportError(
-            f"{shown(path)} lacks {_few(missing)}, which its index lists: download again"
+            f"{printable(path)} lacks {_few(missing)}, which its index lists: download again"
         )
-    strays = [shown(name) for name in there if fnmatch(name, _NAMES) and name not in names]
+    strays = [printable(name) for name in there if fnmatch(name, _NAMES) and name not in names]
     if strays:
         raise WanExportError(
-            f"{shown(path)} has {_few(sorted(strays))}, which its index does not list: move "
+            f"{printable(path)} has {_few(sorted(strays))}, which its index does not list: move "
             f"what is of another model to a folder of its own, or delete the index"
         )
     return [path / name for name in names], listed
@@ -139,13 +140,13 @@ def check_listed(listed: Mapping[str, str] | None, names: Collection[str], file:
         ({*names} - expected, "has what its index does not list"),
     ):
         if some:
-            few = _few(sorted(map(shown, some)))
-            raise WanExportError(f"{shown(file)} {what} ({few}): download both again")
+            few = _few(sorted(map(printable, some)))
+            raise WanExportError(f"{printable(file)} {what} ({few}): download both again")
 
 
 def _check_pair(path: Path, names: list[str]) -> None:
     """Refuse the two experts of an A14B as single files of one folder."""
-    files = {expert_of_name(name): shown(path / name) for name in names}
+    files = {expert_of_name(name): printable(path / name) for name in names}
     if {*EXPERTS} <= files.keys():
         raise WanExportError(
             f"the experts of an A14B are in {files['high_noise']} and in {files['low_noise']}: "
@@ -160,8 +161,8 @@ def _check_shards(path: Path, names: list[str]) -> None:
         if shard := _SHARD.fullmatch(name):
             stem, count = shard[1], int(shard[3])
             whole = (f"{stem}-{k:05}-of-{count:05}.safetensors" for k in range(1, count + 1))
-            missing = [shown(other) for other in whole if other not in names]
+            missing = [printable(other) for other in whole if other not in names]
             if missing:
                 raise WanExportError(
-                    f"{shown(path)} lacks {_few(missing)} of {count} shards: download again"
+                    f"{printable(path)} lacks {_few(missing)} of {count} shards: download again"
                 )

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.graphs.json_file import brief, read_object
-from wanexport.runtime.errors import WanExportError, WanExportWarning, shown
+from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.printable import printable
 from wanexport.runtime.wan_config import IMAGE_DIM, WanConfig
 
 HEAD_DIM = 128  # of every published Wan; used when a checkpoint comes without a Wan's config.json
@@ -76,11 +77,11 @@ def read_config(file: Path, *, owned: bool) -> dict[str, Any]:
         return stated
     if owned:
         raise WanExportError(
-            f"{shown(file)} is of {other}, but the tensors beside it are a Wan's: put the "
+            f"{printable(file)} is of {other}, but the tensors beside it are a Wan's: put the "
             f"Wan's own config.json there, or delete it"
         )
     warnings.warn(
-        f"{shown(file)} is of {other} and was not read: heads are taken to be {HEAD_DIM} wide",
+        f"{printable(file)} is of {other} and was not read: heads are taken to be {HEAD_DIM} wide",
         WanExportWarning,
         stacklevel=2,
     )
@@ -122,7 +123,7 @@ def refuse_relative(name: object, field: str, file: Path) -> None:
 
 def _unread(file: Path, statement: str, whose: str) -> str:
     return (
-        f"{shown(file)} has {statement}: that is {whose}, which is not read yet; take a plain "
+        f"{printable(file)} has {statement}: that is {whose}, which is not read yet; take a plain "
         f"Wan, or if the file is not of this model, delete it"
     )
 
@@ -138,13 +139,15 @@ def settings(stated: Mapping[str, Any], dim: int, file: Path) -> tuple[int, int,
     for field, value, largest in ((name, heads, dim), ("text_len", text_len, MAX_TEXT_LEN)):
         if type(value) is not int or not 1 <= value <= largest:
             raise WanExportError(
-                f"{shown(file)} has {field} {brief(value)}: expected from 1 to {largest}"
+                f"{printable(file)} has {field} {brief(value)}: expected from 1 to {largest}"
             )
     if not isinstance(eps, float) or not 0 < eps < 1:
-        raise WanExportError(f"{shown(file)} has eps {brief(eps)}: expected a number from 0 to 1")
+        raise WanExportError(
+            f"{printable(file)} has eps {brief(eps)}: expected a number from 0 to 1"
+        )
     if dim % heads:
         raise WanExportError(
-            f"{shown(file)} has {name} {heads}, but the tensors have dim {dim}, which that "
+            f"{printable(file)} has {name} {heads}, but the tensors have dim {dim}, which that "
             f"does not divide: put this model's own config.json there, or delete it"
         )
     return heads, text_len, eps
@@ -168,20 +171,20 @@ def check_config(stated: Mapping[str, Any], config: WanConfig, file: Path) -> No
         elif not any(type(value) is type(right) and value == right for right in allowed):
             right = " or ".join(map(brief, allowed))
             raise WanExportError(
-                f"{shown(file)} has {field} {brief(value)}, but the tensors are of a Wan with "
+                f"{printable(file)} has {field} {brief(value)}, but the tensors are of a Wan with "
                 f"{right}: put this model's own config.json there"
             )
     if config.head_dim != HEAD_DIM and not _is_a_wans(stated):
         raise WanExportError(
-            f"{shown(file)} has num_heads {config.num_heads}, which would make heads of "
+            f"{printable(file)} has num_heads {config.num_heads}, which would make heads of "
             f"{config.head_dim}, and does not say that it is a Wan's, whose heads are {HEAD_DIM} "
             f'wide: delete it, or add "_class_name": "WanModel" if it is'
         )
     if unknown:
-        names = ", ".join(shown(name, 40) for name in unknown[:6])
+        names = ", ".join(printable(name, 40) for name in unknown[:6])
         more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
         warnings.warn(
-            f"{shown(file)} states {names}{more}, which no Wan known here has: not used",
+            f"{printable(file)} states {names}{more}, which no Wan known here has: not used",
             WanExportWarning,
             stacklevel=2,
         )
@@ -247,7 +250,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             continue
         if not isinstance(value, list) or len(value) != 2:
             raise WanExportError(
-                f"{shown(file)} has {part} {brief(value)}: expected a library and a class"
+                f"{printable(file)} has {part} {brief(value)}: expected a library and a class"
             )
         _check_class(value[1], _WAN_CLASSES, part, file)
     return stated
@@ -258,7 +261,7 @@ def _check_class(name: object, expected: tuple[str, ...], field: str, file: Path
         return
     refuse_relative(name, field, file)
     raise WanExportError(
-        f"{shown(file)} has {field} {brief(name)}: expected {' or '.join(expected)}"
+        f"{printable(file)} has {field} {brief(name)}: expected {' or '.join(expected)}"
     )
 
 
@@ -270,7 +273,7 @@ def boundary_of(index: Mapping[str, Any], folder: Path) -> float | None:
     boundary = index.get("boundary_ratio")
     if boundary is not None and not (isinstance(boundary, float) and 0 < boundary < 1):
         raise WanExportError(
-            f"{shown(folder)}/model_index.json has boundary_ratio {brief(boundary)}: expected one "
-            f"from 0 to 1, both excluded, or null for a model without experts"
+            f"{printable(folder)}/model_index.json has boundary_ratio {brief(boundary)}: expected "
+            f"one from 0 to 1, both excluded, or null for a model without experts"
         )
     return boundary

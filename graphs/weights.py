@@ -17,7 +17,8 @@ from torch import Tensor
 
 from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.runtime.durable import durable_file
-from wanexport.runtime.errors import WanExportError, shown
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.printable import printable
 from wanexport.runtime.regular_file import open_regular
 from wanexport.runtime.signature import SAFETENSORS_DTYPES, parameter_shapes, weights_layout
 from wanexport.runtime.tensorfile import read_at, read_header
@@ -58,7 +59,7 @@ class CheckpointWeights:
                 view = memoryview(buffer)[: min(entry.size - done, len(buffer))]
                 if not read_at(stream.fileno(), view, entry.offset + done):
                     raise WanExportError(
-                        f"{shown(file)} ended while it was read: download it again"
+                        f"{printable(file)} ended while it was read: download it again"
                     )
                 digest.update(view)
                 done += len(view)
@@ -168,7 +169,7 @@ class _FiniteCheck:
 
     def refuse(self) -> None:
         """Raise WanExportError when there was any."""
-        name = shown(self.name)
+        name = printable(self.name)
         if self.nan or self.infinite:
             raise WanExportError(
                 f"{name} has {self.nan} NaN and {self.infinite} infinite of {self.total} values: "
@@ -195,7 +196,9 @@ def read_tensor(source: SourceTensor, *, fits: torch.dtype | None = None) -> Ten
     buffer = bytearray(entry.size)
     with open(open_regular(source.file), "rb") as stream:
         if not read_at(stream.fileno(), memoryview(buffer), entry.offset):
-            raise WanExportError(f"{shown(source.file)} ended while it was read: write it again")
+            raise WanExportError(
+                f"{printable(source.file)} ended while it was read: write it again"
+            )
     tensor = torch.frombuffer(buffer, dtype=_TORCH_DTYPES[entry.dtype])
     check = _FiniteCheck(source.name, fits or tensor.dtype)
     check.add(tensor)

@@ -124,7 +124,7 @@ class AotiEngine:
         *,
         cuda_graph: bool | None = None,
     ) -> None:
-        self.regions, self.weights, self.file = regions, weights, pin(file)
+        self.regions, self.weights, self.file = regions, weights, file
         self.names = tuple(shapes)
         self.device = regions.device
         self.bound = regions.bind(weights.tensors)

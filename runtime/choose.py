@@ -16,7 +16,6 @@ from wanexport.runtime.usable import why_unusable
 
 BACKENDS = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")
 DEVICES = ("cpu", "cuda")
-_DTYPES = ("bf16", "fp16", "fp32")
 RUNNABLE_DTYPES = ("fp16", "fp32")  # what ONNX Runtime executes on a CPU
 # The fastest on a GPU, on a CPU the exact one, and of two exact ones the one that maps its weights.
 _PREFERENCE = [
@@ -139,11 +138,6 @@ def _place(engine: EngineRecord) -> int:
 
 def _refusal(bundle: Path, engine: EngineRecord, provider: str) -> str:
     """Why this machine cannot execute the engine; empty when it can."""
-    if engine.dtype not in _DTYPES:
-        return (
-            f"engine {engine.name} is {engine.dtype}, which this wanexport does not know: "
-            f"install the one that wrote it"
-        )
     if engine.backend == "onnx" and engine.target["device"] == "cuda":
         obstacle = gpu_obstacle(provider)
         return obstacle and f"engine {engine.name} cannot run on a GPU: {obstacle}"

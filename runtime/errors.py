@@ -64,17 +64,6 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-def shown(text: object, limit: int = 120) -> str:
-    """A text that came from a file or a caller, fit for a message: escaped, and cut at the limit.
-
-    What is not printable (a newline, a control character) is written as in a Python string. A path
-    is shown whole.
-    """
-    whole = str(text)
-    cut = whole if len(whole) <= limit or isinstance(text, Path) else f"{whole[:limit]}..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
-
-
 def explain(error: Exception) -> str:
     """An error in one line; one of the system with its path, reason, and what helps a full disk."""
     if not isinstance(error, OSError):

@@ -290,7 +290,7 @@ def _tiling_note(vae: VideoCodec, done: str) -> tuple[str, ...]:
     """That the VAE's last call cut the picture into tiles, where it says so."""
     if not getattr(vae, "tiled", False):
         return ()
-    return (f"memory was short: the video was {done} in tiles, which shows a little",)
+    return (f"the video was {done} in tiles, which shows a little",)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from wanexport.runtime.errors import WanExportError, needing_package, shown
+from wanexport.runtime.errors import WanExportError, needing_package
+from wanexport.runtime.printable import printable
 
 EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
@@ -18,7 +19,7 @@ def download(hub_id: str, patterns: Iterable[str], *, revision: str | None = Non
     """
     if not _HUB_ID.fullmatch(hub_id):
         raise WanExportError(
-            f"{shown(hub_id) or 'an empty name'} does not exist: expected a checkpoint folder, "
+            f"{printable(hub_id) or 'an empty name'} does not exist: expected a checkpoint folder, "
             f"or a hub id such as {EXAMPLE}"
         )
     with needing_package("huggingface_hub", "a download from the hub"):
@@ -37,7 +38,7 @@ def download(hub_id: str, patterns: Iterable[str], *, revision: str | None = Non
             f"reached: check its spelling and the connection, or download it and pass -m FOLDER"
         ) from error
     except Exception as error:  # of the hub, the HTTP client or the disk: all end the command alike
-        reason = shown(" ".join(str(error).split()), 300)
+        reason = printable(" ".join(str(error).split()), 300)
         raise WanExportError(
             f"cannot get {hub_id} from the hub: {reason}; download it and pass -m FOLDER"
         ) from error

@@ -32,8 +32,9 @@ class Pipeline:
     `model` (a folder or hub id), when it is first needed. prompt_cache is how many prompts'
     embeddings are kept. With keep_text_encoder=False the text encoder that was found is freed after
     each encoding, before denoising, and opened again for the next new prompt; one that was given is
-    its giver's to free. While max_waiting requests wait, another one is refused. load_options are
-    those of `load`.
+    its giver's to free. vae_tiling True cuts pictures into tiles for the VAE that was found, False
+    never does, and None does where memory does not suffice for the whole. While max_waiting
+    requests wait, another one is refused. load_options are those of `load`.
 
     A dropped pipeline closes itself once its jobs are done, and so does, after the step under way,
     one that is open when the interpreter exits. The engine's memory is freed with the object.
@@ -50,6 +51,7 @@ class Pipeline:
         image_encoder: ImageEncoder | None = None,
         prompt_cache: int = 64,
         keep_text_encoder: bool = True,
+        vae_tiling: bool | None = None,
         max_waiting: int = MAX_WAITING,
         **load_options: Any,
     ) -> None:
@@ -63,6 +65,7 @@ class Pipeline:
             self.denoiser.record,
             device="cpu" if gpu is None else f"cuda:{gpu}",
             given={"text_encoder": text_encoder, "vae": vae, "image_encoder": image_encoder},
+            vae_tiling=vae_tiling,
         )
         self._generator = Generator(
             self.denoiser, self._parts, prompts, gpu=gpu, keep_text_encoder=keep_text_encoder

@@ -7,7 +7,8 @@ import os
 import stat
 from pathlib import Path
 
-from wanexport.runtime.errors import WanExportError, shown
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.printable import printable
 
 
 def open_regular(path: Path) -> int:
@@ -20,7 +21,7 @@ def open_regular(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise WanExportError(f"{shown(path)} is no regular file: put a file in its place")
+        raise WanExportError(f"{printable(path)} is no regular file: put a file in its place")
     return descriptor
 
 
@@ -34,6 +35,6 @@ def read_regular(path: Path, *, at_most: int) -> bytes:
         content = file.read(at_most + 1)
     if len(content) > at_most:
         raise WanExportError(
-            f"{shown(path)} is larger than {at_most} bytes, more than such a file takes"
+            f"{printable(path)} is larger than {at_most} bytes, more than such a file takes"
         )
     return content

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from wanexport.runtime.durable import durable_file
-from wanexport.runtime.errors import WanExportError, shown
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.printable import printable
 from wanexport.runtime.regular_file import open_regular
 
 BITS = {  # of one element, for every dtype that safetensors 0.8 writes
@@ -94,14 +95,14 @@ def read_metadata(file: Path | int) -> dict[str, Any]:
 def _opened(file: Path | int) -> Iterator[tuple[int, str]]:
     """A descriptor of the file, and its name for errors; closed again if it was opened here."""
     if isinstance(file, int):
-        yield file, shown(Path(os.readlink(f"/proc/self/fd/{file}")))
+        yield file, printable(Path(os.readlink(f"/proc/self/fd/{file}")))
         return
     try:
         descriptor = open_regular(file)
     except OSError as error:
-        raise WanExportError(f"cannot read {shown(file)}: {error.strerror}") from error
+        raise WanExportError(f"cannot read {printable(file)}: {error.strerror}") from error
     try:
-        yield descriptor, shown(file)
+        yield descriptor, printable(file)
     finally:
         os.close(descriptor)
 
@@ -141,7 +142,7 @@ def _parse(raw: bytes, name: str) -> tuple[dict[str, TensorEntry], dict[str, Any
             raise ValueError(f"it has {len(header)} tensors, more than {_MAX_TENSORS}")
         entries = {key: _entry(key, fields, len(raw)) for key, fields in header.items()}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = shown(error, 300)
+        reason = printable(error, 300)
         raise WanExportError(
             f"{name} has a damaged safetensors header ({reason}): download it again"
         ) from error
@@ -157,22 +158,22 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, fields: Mapping[str, Any], data_start: int) -> TensorEntry:
     if not isinstance(fields, dict) or len(name) > _MAX_NAME:
-        raise ValueError(f"{shown(name)} is no tensor")
+        raise ValueError(f"{printable(name)} is no tensor")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(
-            f"{shown(name)} has the dtype {reprlib.repr(dtype)}, which safetensors lacks"
+            f"{printable(name)} has the dtype {reprlib.repr(dtype)}, which safetensors lacks"
         )
     if not isinstance(shape, list) or len(shape) > _MAX_RANK:
         rank = f"has {len(shape)} dimensions" if isinstance(shape, list) else "has no shape"
-        raise ValueError(f"{shown(name)} {rank}, expected a list of up to {_MAX_RANK}")
+        raise ValueError(f"{printable(name)} {rank}, expected a list of up to {_MAX_RANK}")
     if not isinstance(offsets, list) or len(offsets) != 2:
-        raise ValueError(f"{shown(name)} has no two offsets")
+        raise ValueError(f"{printable(name)} has no two offsets")
     begin, end = offsets
     if any(type(n) is not int or not 0 <= n < _MAX_SIZE for n in (begin, end, *shape)):
-        raise ValueError(f"the offsets or the shape of {shown(name)} are no sizes")
+        raise ValueError(f"the offsets or the shape of {printable(name)} are no sizes")
     if end < begin or prod(shape) * BITS[dtype] != 8 * (end - begin):
-        raise ValueError(f"offsets {begin}..{end} do not hold {shown(name)}, {dtype} {shape}")
+        raise ValueError(f"offsets {begin}..{end} do not hold {printable(name)}, {dtype} {shape}")
     return TensorEntry(dtype, tuple(shape), data_start + begin, end - begin)
 
 
@@ -184,7 +185,7 @@ def _check_layout(
     for tensor, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
         if entry.offset != end:
             raise WanExportError(
-                f"{name} has a damaged safetensors header ({shown(tensor)} begins at byte "
+                f"{name} has a damaged safetensors header ({printable(tensor)} begins at byte "
                 f"{entry.offset}, what lies before it ends at {end}): download it again"
             )
         end = entry.offset + entry.size

@@ -134,7 +134,7 @@ class TensorRtEngine:
         return {"activations": self.buffers.activations.nbytes, "weights": weights}
 
     def _execute(self) -> None:
-        self.plan.log.errors.clear()
+        self.plan.log.clear()
         with self.buffers.stream() as handle:
             if not self.context.execute_async_v3(handle):
                 raise self.plan.failure("execute")

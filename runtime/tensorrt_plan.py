@@ -55,7 +55,7 @@ class Plan:
         self.config.set_execution_context_allocation_strategy(strategy)
 
     def _deserialize(self, trt: Any, file: PinnedFile, version_compatible: bool) -> Any:
-        self.log.errors.clear()
+        self.log.clear()
         try:
             runtime = trt.Runtime(self.log)
         except TypeError as error:  # what the bindings make of a null pointer
@@ -104,7 +104,7 @@ class Plan:
 
         Raises WanExportError when TensorRT refuses one.
         """
-        self.log.errors.clear()
+        self.log.clear()
         context = self.engine.create_execution_context(self.config)
         if context is None:
             raise self.failure("make a context for")

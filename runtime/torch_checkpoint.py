@@ -17,7 +17,8 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from wanexport.runtime.errors import WanExportError, shown
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.printable import printable
 from wanexport.runtime.regular_file import open_regular
 
 _SHOWN = 4  # of the tensors that do not fit, in an error
@@ -37,25 +38,25 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         descriptor = open_regular(path)
     except OSError as error:
         raise WanExportError(
-            f"cannot read {shown(path)}: {error.strerror}: pass a checkpoint that has it"
+            f"cannot read {printable(path)}: {error.strerror}: pass a checkpoint that has it"
         ) from error
     try:
         state = _load(descriptor)
     except UnpicklingError as error:
         raise WanExportError(
-            f"{shown(path)} is damaged or holds more than tensors, which could run code, and is "
-            f"not read: download the official file again"
+            f"{printable(path)} is damaged or holds more than tensors, which could run code, and "
+            f"is not read: download the official file again"
         ) from error
     except Exception as error:  # of many kinds, for the places where a file may be damaged
         raise WanExportError(
-            f"{shown(path)} is no file of torch.save, or is cut short: download it again"
+            f"{printable(path)} is no file of torch.save, or is cut short: download it again"
         ) from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise WanExportError(
-            f"{shown(path)} is no state dict: expected tensors by name, download the official file "
-            f"again"
+            f"{printable(path)} is no state dict: expected tensors by name, download the official "
+            f"file again"
         )
     return dict(state)
 
@@ -84,7 +85,9 @@ def load_converted(model: Model, tensors: Mapping[str, Tensor], path: Path) -> M
     """
     expected = model.state_dict()
     problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
-    problems += [f"unexpected {shown(name)}" for name in sorted(tensors.keys() - expected.keys())]
+    problems += [
+        f"unexpected {printable(name)}" for name in sorted(tensors.keys() - expected.keys())
+    ]
     for name in sorted(expected.keys() & tensors.keys()):
         shape, dtype = list(tensors[name].shape), tensors[name].dtype
         if shape != list(expected[name].shape):
@@ -121,7 +124,7 @@ def load_pretrained(model_class: Any, folder: Path, dtype: torch.dtype, **option
                 **options,
             )
     except Exception as error:  # of many kinds: config, index and every shard may be damaged
-        reason = shown(str(error).strip().partition("\n")[0], 300)
+        reason = printable(str(error).strip().partition("\n")[0], 300)
         raise WanExportError(f"cannot read {folder} ({reason}): download it again") from error
     problems = [f"missing {name}" for name in sorted(found["missing_keys"])]
     for entry in sorted(found["mismatched_keys"]):  # names, or with both shapes since version 5
@@ -142,7 +145,7 @@ def _refuse(problems: Sequence[str], model_class: type, path: Path) -> None:
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise WanExportError(
-            f"{shown(path)} does not fit {model_class.__name__}: {'; '.join(problems[:_SHOWN])}"
+            f"{printable(path)} does not fit {model_class.__name__}: {'; '.join(problems[:_SHOWN])}"
             f"{more}: download it again"
         )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from wanexport.graphs.config import PRESETS
 from wanexport.runtime import WanExportError
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.errors import WanExportWarning
@@ -43,13 +44,14 @@ def gpu_devices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The GPU's device files, of which there are none until a test adds one."""
     found: list[str] = []
     monkeypatch.setattr("wanexport.runtime.choose.gpu_obstacle", lambda _: "no provider here")
+    monkeypatch.setattr("wanexport.runtime.usable.mismatch", lambda *_: "")
     monkeypatch.setattr("os.path.exists", lambda path: path in found)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return found
 
 
 def choose(*engines: EngineRecord, **options: str) -> EngineRecord:
-    manifest = Manifest("tiny", {}, (), {}, engines, wanexport="0")
+    manifest = Manifest("tiny", PRESETS["tiny"].config, (), {}, engines, wanexport="0")
     return choose_engine(BUNDLE, manifest, **options)  # type: ignore[arg-type]
 
 
@@ -137,5 +139,7 @@ def test_when_none_runs_every_refusal_is_told() -> None:
 def test_an_engine_of_a_newer_dtype_is_refused_by_name() -> None:
     newer = [replace(engine, dtype="fp8") for engine in (ONNX, AOTI_CPU, AOTI_GPU, PLAN)]
     assert choose(*newer, ONNX) == ONNX
-    with pytest.raises(WanExportError, match="aoti-fp8-z is fp8, which this wanexport does not"):
+    with pytest.raises(
+        WanExportError, match="aoti-fp8-z has dtype fp8, which this wanexport does not"
+    ):
         choose(*newer)

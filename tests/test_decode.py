@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from tests.small_bundle import change, manifest_of, put, small_bundle
-from wanexport.exporter.bundle import JOURNAL, LOCK, write_manifest
+from wanexport.exporter.bundle import write_manifest
+from wanexport.exporter.bundle_lock import LOCK
+from wanexport.exporter.bundle_place import JOURNAL
 from wanexport.runtime.bundle_path import RESERVED
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.errors import WanExportError

@@ -78,11 +78,12 @@ def test_texts_that_videos_cannot_share_are_refused(open_drop_in: Open) -> None:
 
 
 def test_what_makes_a_model_ready_finds_it_ready(model: EngineModule) -> None:
-    for call in (
+    calls: tuple[Callable[[], object], ...] = (
         lambda: model.eval().train(False).requires_grad_(False),
         lambda: model.to("cuda").to(torch.bfloat16).to(device="cpu", dtype=torch.float16),
         lambda: model.cuda().cpu().half().bfloat16().float(),
-    ):
+    )
+    for call in calls:
         assert call() is model
     assert not model.training
     for tensor in (next(model.parameters()), dict(model.named_parameters())["engine"]):
@@ -122,14 +123,15 @@ def test_what_an_engine_has_not_is_one_line(name: str, model: EngineModule) -> N
 def test_a_pipeline_is_moved_and_offloaded_around_the_engine(open_drop_in: Open) -> None:
     ours, family = open_drop_in("t2v-1.3b")
     expected = run(family.pipeline(transformer=ours), family)[-1]
-    for prepare in (
+    prepares: tuple[Callable[[Any], object], ...] = (
         lambda pipe: pipe.to("cpu"),
         lambda pipe: pipe.to(torch.float32),
         lambda pipe: pipe.enable_attention_slicing(),
         lambda pipe: pipe.enable_vae_tiling() if hasattr(pipe, "enable_vae_tiling") else None,
         lambda pipe: pipe.maybe_free_model_hooks(),
         lambda pipe: pipe.remove_all_hooks(),
-    ):
+    )
+    for prepare in prepares:
         pipeline = family.pipeline(transformer=ours)
         prepare(pipeline)
         assert torch.equal(run(pipeline, family)[-1], expected)
@@ -142,6 +144,7 @@ def call(model: EngineModule, time: Any) -> Tensor:
     if isinstance(model, CompiledWanModel):
         return model([latent], t=times, context=[torch.ones(7, 4096)], seq_len=72)[0]
     text = torch.ones(1, 512, 4096)
+    assert isinstance(model, CompiledWanTransformer)
     velocity: Tensor = model(latent[None], times, text, return_dict=False)[0]
     return velocity
 

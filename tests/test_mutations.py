@@ -9,7 +9,8 @@ import pytest
 
 from tests.mutations import failures, mutant, read_inspect_choose
 from tests.small_bundle import manifest_of, small_bundle
-from wanexport.exporter.bundle import JOURNAL, open_bundle
+from wanexport.exporter.bundle import open_bundle
+from wanexport.exporter.bundle_place import JOURNAL
 from wanexport.runtime.manifest import Manifest, read_manifest
 
 COUNT = 400  # a campaign: python -m tests.mutations 10000

@@ -116,6 +116,19 @@ def test_swapped_experts_give_what_resident_ones_do(
     assert swapped["low_noise"].session is swapped["high_noise"].session
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_session_that_copies_the_weights_offloads_none(
+    times: int, tiny_bundle: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, it may be a neighbour on the GPU that took the memory."""
+    free = iter([8 << 30, 5 << 30] * times + [8 << 30] * 2)
+    monkeypatch.setattr("wanexport.runtime.onnx_cuda_engine._free_bytes", lambda _: next(free))
+    files = {"high_noise": tiny_bundle / WEIGHTS, "low_noise": other}
+    refusal = pytest.raises(WanExportError, match=r"copies the weights, which --offload")
+    with refusal if times == 2 else nullcontext():
+        open_engines(tiny_bundle / GRAPH, files, CPU, Provider("cpu"), offload=True)
+
+
 def test_threads_that_swap_do_not_disturb_each_other(
     tiny_bundle: Path, other: Path, swapped: dict[str, OnnxCudaEngine]
 ) -> None:

@@ -226,6 +226,23 @@ class Opened:
         return self.encoders[-1]
 
 
+@pytest.mark.parametrize("tiling", [None, True, False])
+def test_how_the_vae_cuts_pictures_can_be_chosen(
+    tiling: bool | None, open_pipeline: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Opened(monkeypatch)
+    asked: list[Any] = []
+
+    def opened(files: ComponentFiles, device: str, *, tiling: bool | None) -> Codec:
+        asked.append(tiling)
+        return Codec()
+
+    monkeypatch.setitem(parts_module._OPENERS, "vae", opened)
+    options = {} if tiling is None else {"vae_tiling": tiling}
+    open_pipeline(Engine(), vae=None, **options).generate("one", steps=1)
+    assert asked == [tiling]
+
+
 def test_the_text_encoder_is_freed_before_denoising_and_opened_for_a_new_prompt(
     open_pipeline: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1058,6 +1075,15 @@ def test_100_requests_from_4_threads_are_all_answered_in_constant_memory(
     told = json.loads(child.stdout)
     assert told["answers"] == {"equal": 70, "cancelled": 15, "refused": 15}
     assert told["rss_after_100"] <= 1.05 * told["rss_after_10"]
+
+
+def test_eight_threads_are_served_while_parts_fail() -> None:
+    command = [sys.executable, "-m", "tests.serving_soak", "--minutes", "0.08"]
+    child = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert "threads left after close: 0" in child.stdout
 
 
 EXIT = """

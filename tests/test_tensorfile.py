@@ -132,8 +132,10 @@ def test_tensors_lie_one_after_the_other_and_fill_the_file(
     assert set(read_header(path)) == {"x", "y", "z"}
 
 
-LIBRARY = torch.float8_e4m3fn, torch.float8_e5m2, torch.bool, torch.uint16, torch.uint32
-LIBRARY = (*LIBRARY, torch.uint64, torch.int16, torch.complex64, torch.float8_e8m0fnu)
+LIBRARY = (
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.bool, torch.uint16, torch.uint32),
+    *(torch.uint64, torch.int16, torch.complex64, torch.float8_e8m0fnu),
+)
 
 
 @pytest.mark.parametrize("dtype", LIBRARY)

@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +47,7 @@ from wanexport.runtime.manifest import (
 from wanexport.runtime.signature import input_shapes, weights_header_sha256
 from wanexport.runtime.tensorfile import header_sha256, read_header
 from wanexport.runtime.tensorrt_engine import TensorRtEngine
-from wanexport.runtime.tensorrt_library import import_tensorrt
+from wanexport.runtime.tensorrt_library import import_tensorrt, message_log
 from wanexport.runtime.tensorrt_plan import Plan
 from wanexport.runtime.wan_config import WanConfig
 
@@ -763,3 +764,28 @@ def test_a_record_that_lacks_what_running_takes_is_damaged(
     data["engines"][0] |= change
     with pytest.raises(ValueError, match=message):
         from_json(data)
+
+
+def test_a_threads_errors_are_its_own(gpu: Gpu, bundle: Path) -> None:
+    """Two threads that fail at once: neither clears nor tells the other's reason."""
+    log = message_log(REAL)
+    error = REAL.ILogger.Severity.ERROR
+    log.clear()
+    log.log(error, "of this thread")
+
+    def other() -> None:
+        log.clear()
+        log.log(error, "of the other")
+        assert log.reason() == "of the other"
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(other).result()
+        assert log.reason() == "of this thread"
+        log.clear()
+        assert log.errors == ["of the other"]
+    log.clear()  # the thread has ended
+    assert log.reason() == "it gave no reason"
+    for number in range(1000):
+        log.log(error, str(number))
+    assert len(log.errors) == 100
+    log.clear()

@@ -182,10 +182,11 @@ def test_attention_without_a_fused_kernel_is_refused(tmp_path: Path) -> None:
 def test_a_failed_build_is_not_put_down_to_a_timing_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = message_log(import_tensorrt(RTX))
+    trt = import_tensorrt(RTX)
+    log = message_log(trt)
 
     def refuse(config: Any, path: str) -> bool:
-        log.errors.append("the cache is damaged")
+        log.log(trt.ILogger.Severity.ERROR, "the cache is damaged")
         return False
 
     monkeypatch.setattr(to_tensorrt, "_use_timing_cache", refuse)

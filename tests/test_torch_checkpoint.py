@@ -13,6 +13,7 @@ from torch import nn
 
 from wanexport.runtime import torch_checkpoint
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.regular_file import open_regular
 from wanexport.runtime.torch_checkpoint import load_converted, load_pretrained, read_state_dict
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
@@ -101,7 +102,7 @@ def test_the_file_that_was_opened_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "model.pth"
     torch.save(TENSORS, path)
     torch.save({"other": torch.ones(1)}, tmp_path / "y")
-    opened = torch_checkpoint.open_regular
+    opened = open_regular
 
     def replaced_after(path: Path) -> int:
         descriptor = opened(path)
