@@ -19,6 +19,16 @@ _MAX_ITEMS = 1000  # of a list or an object: ten times what any bundle has
 _MAX_TEXT = 4096  # characters: Linux's longest path
 
 
+_WORDS = {
+    int: "a whole number from 0",
+    float: "a number",
+    bool: "true or false",
+    str: f"a text of at most {_MAX_TEXT} characters",
+    dict: f"an object of at most {_MAX_ITEMS} fields",
+    tuple: f"a list of its length, or of at most {_MAX_ITEMS}",
+}
+
+
 @dataclass(frozen=True)
 class Range:
     """Bounds of a number, both included."""
@@ -122,8 +132,7 @@ def decode(hint: Any, data: Any, where: str) -> Any:
         return data
     if hint is str and type(data) is str and len(data) <= _MAX_TEXT:
         return data
-    expected = getattr(origin or hint, "__name__", str(hint))
-    raise TypeError(f"{where} is {reprlib.repr(data)}: expected another {expected}")
+    raise TypeError(f"{where} is {reprlib.repr(data)}: expected {_WORDS[origin or hint]}")
 
 
 def _decode_record(hint: type, data: Any, where: str) -> Any:
