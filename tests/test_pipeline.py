@@ -233,9 +233,13 @@ def test_how_the_vae_cuts_pictures_can_be_chosen(
     Opened(monkeypatch)
     asked: list[Any] = []
 
+    class Closing(Codec):
+        def close(self) -> None:
+            pass
+
     def opened(files: ComponentFiles, device: str, *, tiling: bool | None) -> Codec:
         asked.append(tiling)
-        return Codec()
+        return Closing()
 
     monkeypatch.setitem(parts_module._OPENERS, "vae", opened)
     options = {} if tiling is None else {"vae_tiling": tiling}
