@@ -211,7 +211,8 @@ def like(array: Array, model: Array) -> Array:
 def check_rows(**texts: Array | None) -> None:
     """Raise WanExportError, naming them, for text embeddings [n, D] or [1, n, D] with n = 0."""
     for name, text in texts.items():
-        if len(shape := getattr(text, "shape", ())) > 1 and shape[-2] == 0:
+        shape: tuple[int, ...] = tuple(getattr(text, "shape", ()))
+        if len(shape) > 1 and shape[-2] == 0:
             raise WanExportError(
                 f"{name} has shape {list(shape)}, no row: expected one for each token of a prompt, "
                 f"an empty prompt has one too"
