@@ -17,11 +17,11 @@ from tests.test_official import open_denoiser
 from tests.wan_reference import small_config, small_geometry
 from wanexport.runtime import diffusers as module
 from wanexport.runtime.diffusers import CompiledWanTransformer
-from wanexport.runtime.drop_in import EngineModule
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.official import CompiledWanModel
 
 Open = Callable[[str], tuple[CompiledWanTransformer, Family]]
+Model = CompiledWanTransformer | CompiledWanModel
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def open_drop_in(monkeypatch: pytest.MonkeyPatch) -> Open:
 
 
 @pytest.fixture(params=["diffusers", "official"])
-def model(request: pytest.FixtureRequest, open_drop_in: Open) -> EngineModule:
+def model(request: pytest.FixtureRequest, open_drop_in: Open) -> Model:
     if request.param == "official":
         return CompiledWanModel(open_denoiser("t2v-1.3b")[0])
     return open_drop_in("t2v-1.3b")[0]
@@ -77,14 +77,10 @@ def test_texts_that_videos_cannot_share_are_refused(open_drop_in: Open) -> None:
         run(family.pipeline(transformer=ours), family, **options, num_videos_per_prompt=2)
 
 
-def test_what_makes_a_model_ready_finds_it_ready(model: EngineModule) -> None:
-    calls: tuple[Callable[[], object], ...] = (
-        lambda: model.eval().train(False).requires_grad_(False),
-        lambda: model.to("cuda").to(torch.bfloat16).to(device="cpu", dtype=torch.float16),
-        lambda: model.cuda().cpu().half().bfloat16().float(),
-    )
-    for call in calls:
-        assert call() is model
+def test_what_makes_a_model_ready_finds_it_ready(model: Model) -> None:
+    assert model.eval().train(False).requires_grad_(False) is model
+    assert model.to("cuda").to(torch.bfloat16).to(device="cpu", dtype=torch.float16) is model
+    assert model.cuda().cpu().half().bfloat16().float() is model
     assert not model.training
     for tensor in (next(model.parameters()), dict(model.named_parameters())["engine"]):
         assert (tensor.dtype, tensor.device) == (model.dtype, model.device)
@@ -93,7 +89,7 @@ def test_what_makes_a_model_ready_finds_it_ready(model: EngineModule) -> None:
 
 
 @pytest.mark.parametrize("train", ["train", "requires_grad_"])
-def test_an_engine_cannot_be_trained(train: str, model: EngineModule) -> None:
+def test_an_engine_cannot_be_trained(train: str, model: Model) -> None:
     with pytest.raises(WanExportError, match=r"no gradients and cannot be trained: train the"):
         getattr(model, train)()
 
@@ -112,7 +108,7 @@ def test_an_engine_cannot_be_trained(train: str, model: EngineModule) -> None:
         "blocks",
     ],
 )
-def test_what_an_engine_has_not_is_one_line(name: str, model: EngineModule) -> None:
+def test_what_an_engine_has_not_is_one_line(name: str, model: Model) -> None:
     with pytest.raises(AttributeError) as refusal:
         getattr(model, name)
     assert "\n" not in str(refusal.value)
@@ -123,33 +119,30 @@ def test_what_an_engine_has_not_is_one_line(name: str, model: EngineModule) -> N
 def test_a_pipeline_is_moved_and_offloaded_around_the_engine(open_drop_in: Open) -> None:
     ours, family = open_drop_in("t2v-1.3b")
     expected = run(family.pipeline(transformer=ours), family)[-1]
-    prepares: tuple[Callable[[Any], object], ...] = (
-        lambda pipe: pipe.to("cpu"),
-        lambda pipe: pipe.to(torch.float32),
-        lambda pipe: pipe.enable_attention_slicing(),
-        lambda pipe: pipe.enable_vae_tiling() if hasattr(pipe, "enable_vae_tiling") else None,
-        lambda pipe: pipe.maybe_free_model_hooks(),
-        lambda pipe: pipe.remove_all_hooks(),
-    )
-    for prepare in prepares:
+    for prepare, given in (
+        ("to", ("cpu",)),
+        ("to", (torch.float32,)),
+        ("enable_attention_slicing", ()),
+        ("maybe_free_model_hooks", ()),
+        ("remove_all_hooks", ()),
+    ):
         pipeline = family.pipeline(transformer=ours)
-        prepare(pipeline)
+        getattr(pipeline, prepare)(*given)
         assert torch.equal(run(pipeline, family)[-1], expected)
         assert pipeline.transformer is ours and not isinstance(ours, nn.Module)
 
 
-def call(model: EngineModule, time: Any) -> Tensor:
+def call(model: Model, time: Any) -> Tensor:
     """One call in the form of either pipeline."""
     times, latent = torch.as_tensor(time).reshape(1), torch.ones(16, 3, 8, 12)
     if isinstance(model, CompiledWanModel):
         return model([latent], t=times, context=[torch.ones(7, 4096)], seq_len=72)[0]
     text = torch.ones(1, 512, 4096)
-    assert isinstance(model, CompiledWanTransformer)
     velocity: Tensor = model(latent[None], times, text, return_dict=False)[0]
     return velocity
 
 
-def test_sigmas_in_the_place_of_timesteps_are_refused(model: EngineModule) -> None:
+def test_sigmas_in_the_place_of_timesteps_are_refused(model: Model) -> None:
     for sigma in (1.0, 0.9375):
         with pytest.raises(
             WanExportError, match=f"is {sigma:g}: this is a sigma .*: {1000 * sigma:g}$"
@@ -162,5 +155,5 @@ def test_sigmas_in_the_place_of_timesteps_are_refused(model: EngineModule) -> No
         call(model, 0.9375)
 
 
-def test_a_timestep_of_zero_is_one(model: EngineModule) -> None:
+def test_a_timestep_of_zero_is_one(model: Model) -> None:
     assert torch.isfinite(call(model, 0)).all()
