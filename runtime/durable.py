@@ -154,6 +154,8 @@ def remove_if_abandoned(name: str, folder: int) -> bool:
 
 def _create(path: Path) -> tuple[Path, BinaryIO]:
     """A new file beside path, open and locked for writing."""
+    with suppress(FileNotFoundError):
+        os.lstat(path)  # refuses a name that is too long, which the new file's would hide
     while True:
         tail = f".{secrets.token_hex(4)}.partial"
         stem = os.fsencode(path.name)[: _LONGEST_NAME - len(tail)].decode(errors="ignore")

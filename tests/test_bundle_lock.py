@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def test_what_is_no_regular_file_is_refused_and_left(
     precious, lock = tmp_path / "precious", tmp_path / "bundle" / name
     precious.write_bytes(b"precious")
     lock.parent.mkdir()
-    make = {
+    make: dict[str, Callable[[], object]] = {
         "link": lambda: lock.symlink_to(precious),
         "dangling": lambda: lock.symlink_to(tmp_path / "none"),
         "pipe": lambda: os.mkfifo(lock),

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,11 @@ def test_a_full_disk_costs_the_report_and_says_which(bundle: Path, free: int) ->
 
 def test_leftovers_of_killed_reports_go(bundle: Path) -> None:
     (bundle / "reports").mkdir()
-    for save in (lambda: keep(bundle), lambda: bench(bundle / "reports", is_own=True)):
+    saves: list[Callable[[], object]] = [
+        lambda: keep(bundle),
+        lambda: bench(bundle / "reports", is_own=True),
+    ]
+    for save in saves:
         (bundle / "reports" / "x.json.0123abcd.partial").write_bytes(b"half")
         save()
         assert not [name for name in files_of(bundle) if name.endswith(".partial")]

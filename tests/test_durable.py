@@ -109,7 +109,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> 
 def test_a_folder_that_cannot_be_synced_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
 ) -> None:
-    monkeypatch.setattr(durable.os, call, failing(number))
+    monkeypatch.setattr(os, call, failing(number))
     fsync_folder(tmp_path)
 
 
