@@ -9,8 +9,10 @@ from typing import Any
 
 from wanexport.runtime.durable import check_writable
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.regular_file import read_regular
 
 VIDEO, LATENT = ".mp4", ".safetensors"
+_LARGEST_RECORD = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,6 @@ def sidecar(output: Path) -> Path:
 
 def _is_record(path: Path) -> bool:
     try:
-        return "command" in json.loads(path.read_text())
+        return "command" in json.loads(read_regular(path, at_most=_LARGEST_RECORD))
     except (OSError, ValueError, TypeError, RecursionError):
         return False
