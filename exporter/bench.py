@@ -128,7 +128,7 @@ def bench(
         )
         arms = choose_arms(manifest, record, job, against, backend)
         if any(ARMS[arm].runs == "aoti" or ARMS[arm].compiles for arm in arms):
-            check_temporary_folder(runs_code=True)
+            check_temporary_folder(compiles=True)
         session = _Session(job, Path(name), started, budget)
         inputs = _write_inputs(manifest, record, Path(job.inputs))
         progress("reading the weights", 0, 0)

@@ -110,7 +110,7 @@ def build(
     options = tensorrt or TensorRtOptions()
     _check_has_tensorrt(backends, options)
     height, width = parse_resolution(resolution)
-    check_temporary_folder(runs_code="aoti" in backends)
+    check_temporary_folder(compiles="aoti" in backends)
     if output is not None:  # before a checkpoint is downloaded for it
         check_place(Path(output))
     # Fail before the work when an engine could not be made or proven here.

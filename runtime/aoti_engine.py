@@ -20,6 +20,7 @@ from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.operators import Kernel, attention_kernels
 from wanexport.runtime.pinned_file import PinnedFile, pin
 from wanexport.runtime.signature import BLOCK, REGIONS
+from wanexport.runtime.temporary import check_temporary_folder
 
 # What compiled code depends on, of what `versions` says.
 BINDING = ("device", "arch", "instructions", "torch", "cuda")
@@ -44,6 +45,7 @@ class Regions:
     ) -> None:
         self.num_layers, self.kernels, self.device = num_layers, kernels, device
         self.parameters = parameters
+        check_temporary_folder(runs_code=True)
         self.runners = {name: _open(files[name], device) for name in REGIONS}
         self.lock = threading.Lock()  # a runner serves one caller at a time
 

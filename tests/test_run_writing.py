@@ -10,7 +10,7 @@ import pytest
 
 from tests.disk_faults import full_after
 from wanexport.exporter import generate
-from wanexport.exporter.run_request import RunRequest, check_request
+from wanexport.exporter.run_request import RunRequest, check_request, sidecar
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.tensorfile import load_arrays, save_arrays
 
@@ -70,3 +70,9 @@ def test_an_output_of_the_longest_name_is_taken(request_: RunRequest) -> None:
     with pytest.raises(WanExportError, match=r"cannot write .*File name too long"):
         check_request(RunRequest(request_.bundle, output.with_name("x" * 244 + ".safetensors"),
                                  text_file=request_.text_file))  # fmt: skip
+
+
+def test_a_pipe_where_the_record_goes_is_refused_and_not_waited_for(request_: RunRequest) -> None:
+    os.mkfifo(sidecar(request_.output))
+    with pytest.raises(WanExportError, match="is no record of a run: name another -o"):
+        check_request(request_)

@@ -48,10 +48,12 @@ def test_one_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "statvfs", statvfs(free=1 << 19))
     with pytest.raises(WanExportError, match=r"full: 1 MB are needed, 0\.5 MB are free: set TMPD"):
         check_temporary_folder()
-    monkeypatch.setattr(os, "statvfs", statvfs(free=64 << 20))
+    monkeypatch.setattr(os, "statvfs", statvfs(free=2 << 20))
     check_temporary_folder()
-    with pytest.raises(WanExportError, match="full: 128 MB are needed"):
+    with pytest.raises(WanExportError, match="full: 16 MB are needed"):
         check_temporary_folder(runs_code=True)
+    with pytest.raises(WanExportError, match="full: 128 MB are needed"):
+        check_temporary_folder(compiles=True)
 
 
 def test_one_that_runs_no_code_is_refused_where_code_is_compiled(
@@ -60,8 +62,9 @@ def test_one_that_runs_no_code_is_refused_where_code_is_compiled(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(os, "statvfs", statvfs(flags=os.ST_NOEXEC))
     check_temporary_folder()
-    with pytest.raises(WanExportError, match=r"noexec: .*set TMPDIR to a folder that may run prog"):
-        check_temporary_folder(runs_code=True)
+    for asked in ({"runs_code": True}, {"compiles": True}):
+        with pytest.raises(WanExportError, match=r"noexec: .*set TMPDIR to a folder that may run"):
+            check_temporary_folder(**asked)
 
 
 def test_a_build_asks_before_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +72,19 @@ def test_a_build_asks_before_its_work(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(WanExportError, match="which does not exist"):
         build("tiny", random_weights=0, resolution="64x96", frames=9, output=tmp_path / "b")
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "aoti"])
+def test_only_a_build_of_compiled_code_needs_a_folder_that_runs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr(os, "statvfs", statvfs(flags=os.ST_NOEXEC))
+    expected = "noexec" if backend == "aoti" else "is no preset"
+    with pytest.raises(WanExportError, match=expected):
+        build(
+            "no preset", random_weights=0, resolution="64x96", frames=9, output=tmp_path / "b",
+            backends=[backend], device="cpu",
+        )  # fmt: skip
 
 
 def test_what_killed_processes_left_a_day_ago_is_removed(
