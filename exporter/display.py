@@ -170,6 +170,8 @@ def show_lint(result: dict[str, Any]) -> None:
     for name, graph in result["graphs"].items():
         kinds = {kind: number for kind, number in graph["counts"].items() if number}
         verdict = "[red]not clean[/]" if kinds else "[green]clean[/]"
+        if graph["recorded"]:  # machine code, which nothing reads
+            verdict += " by the record of its build" if graph["counts"] else " by no record"
         absent = ", ".join(kind for kind, number in graph["counts"].items() if not number)
         out.print(f"[bold]{escape(name)}[/]: {verdict}; no {absent}")
         for kind, number in kinds.items():
