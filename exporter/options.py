@@ -9,7 +9,7 @@ import click
 
 from wanexport.runtime.choose import BACKENDS, DEVICES
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.load import KERNELS
+from wanexport.runtime.kernels import KERNELS
 from wanexport.runtime.onnx_engine import PROVIDERS
 from wanexport.runtime.solvers import SOLVERS
 

@@ -11,6 +11,7 @@ from wanexport.runtime.check import check_content, check_weights
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.kernels import check_kernel
 from wanexport.runtime.manifest import EngineRecord, Manifest, WeightsRecord, read_manifest
 from wanexport.runtime.onnx_engine import OnnxEngine
 from wanexport.runtime.tensorfile import header_sha256, read_header
@@ -18,7 +19,6 @@ from wanexport.runtime.tensorrt_library import FLAVOURS
 
 WEIGHTS_FILE = "denoiser.safetensors"
 CACHE = "cache"  # folder of a bundle for what its engines can make again
-KERNELS = ("fa4", "cudnn", "sdpa")  # of attention in AOTInductor engines
 
 
 def load(
@@ -204,8 +204,7 @@ def _open_aoti(
 
     if offload:
         _check_offload(weights)
-    if attention not in (None, *KERNELS):
-        raise WanExportError(f"unknown kernel {attention!r}: expected one of {', '.join(KERNELS)}")
+    check_kernel(attention, engine.target, engine.dtype)
     device = torch.device("cpu")
     if engine.target["device"] == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
