@@ -5,6 +5,7 @@ What needs PyTorch is imported inside the command that needs it: `wanexport run`
 
 import io
 import json
+import os
 import signal
 import sys
 import warnings
@@ -46,10 +47,11 @@ from wanexport.exporter.options import (
     sampling_options,
     tensorrt_options,
 )
+from wanexport.exporter.process import missing_name
 from wanexport.exporter.run_request import RunRequest
 from wanexport.runtime.choose import BACKENDS, DEVICES
 from wanexport.runtime.errors import WanExportError, WanExportWarning
-from wanexport.runtime.load import KERNELS
+from wanexport.runtime.kernels import KERNELS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -315,6 +317,7 @@ def main() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
+    os.environ.update(missing_name())
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         sys.exit(cli(standalone_mode=False))

@@ -79,10 +79,11 @@ def prove(
     return {**worst, "verify": verify, "seconds": round(time.monotonic() - started, 2)}
 
 
-def run_in_fresh_process(job: OnnxJob | PlanJob | RegionsJob, folder: Path) -> dict[str, Any]:
-    """Run the proof; raises WanExportError with the child's last words when it fails or dies."""
+def run_in_fresh_process(
+    job: OnnxJob | PlanJob | RegionsJob, folder: Path | None = None
+) -> dict[str, Any]:
+    """Run the proof; folder is temporary. Raises WanExportError when it fails or dies."""
     try:
         return run_process("proof_process", job, folder)
-    except (WanExportError, RuntimeError) as error:
-        words = str(error).strip().splitlines()[-1]
-        raise WanExportError(f"the built engine failed its proof: {words}") from error
+    except WanExportError as error:
+        raise WanExportError(f"the built engine failed its proof: {error}") from error
