@@ -1,17 +1,22 @@
 # Two commands do everything on a machine with Python 3.11+ and pip: make demo, make test.
 PYTHON ?= python3
 BIN := .venv/bin
+# Of one machine: gpu takes the place of cpu, and tensorrt is NVIDIA's to install.
+EXTRAS := cpu,build,bench,aoti,diffusers,pipeline,tensorrt-rtx
 # Whose real Python bindings tests/test_tensorrt_contract.py checks; one environment holds one.
-TENSORRT := 10.16.1.11 11.4.0.106
+TENSORRT := 10.14.1.48.post1 10.16.1.11 11.4.0.106
+# Test files that build for long, which test-oldest leaves out.
+LONG := readme install packaging build compare to_tensorrt tiny_wan run samples bench pipeline official
 
-.PHONY: setup demo test check lint types clean
+.PHONY: setup demo test test-oldest check lint types clean
 
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,build,bench,aoti,tensorrt-rtx]' --group dev
+	$(BIN)/python -m pip install --quiet $(if $(TORCH),--extra-index-url '$(TORCH)') \
+		-c constraints.txt -e '.[$(EXTRAS)]' --group dev
 	for version in $(TENSORRT); do \
 		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/contract/$$version \
 			tensorrt-cu13-bindings==$$version || exit; \
@@ -28,6 +33,16 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu'
 	$(BIN)/python -m pytest -m gpu
+
+# The quick tests with the oldest versions that pyproject.toml allows, in an environment of its own.
+test-oldest: .venv/oldest/.ready
+	.venv/oldest/bin/python -m pytest -n 2 --dist loadfile -m 'not gpu' $(LONG:%=--ignore tests/test_%.py)
+
+.venv/oldest/.ready: .venv/.ready
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv/oldest
+	$(BIN)/uv pip install --quiet --no-config --python .venv/oldest --resolution lowest-direct \
+		-e '.[$(EXTRAS)]' --group test
+	touch $@
 
 check: lint types test
 

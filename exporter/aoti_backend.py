@@ -20,6 +20,7 @@ from wanexport.runtime import aoti_engine, processor
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.kernels import KERNELS, check_kernel, kernel_obstacle
 from wanexport.runtime.manifest import EngineRecord
+from wanexport.runtime.signature import region_parameters
 
 ATTENTION = KERNELS
 BINDING = aoti_engine.BINDING
@@ -92,7 +93,7 @@ def compile_engine(
         files=files,
         lint=lint,
         build={"compile_seconds": seconds, "attention_seconds": measured, **notes},
-        parameters=regions.region_parameters(config),
+        parameters=region_parameters(config),
         attention=kernels,
         is_whole="flash_attention" not in notes,
     )

@@ -6,24 +6,19 @@ from pathlib import Path
 
 import torch
 
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.kernels import kernel_obstacle
 from wanexport.runtime.operators import Kernel, open_kernel
+from wanexport.runtime.signature import key_lengths
+from wanexport.runtime.wan_config import WanConfig
 
 _CANDIDATES = ("cudnn", "sdpa", "fa4")
 _ROUNDS, _WARM_UPS = 5, 2
 _MARGIN = 0.95  # of cuDNN's time: what must be beaten, so that noise does not choose
 
 Seconds = dict[str, dict[str, float]]
-
-
-def key_lengths(config: WanConfig, geometry: Geometry) -> list[int]:
-    """Numbers of keys that the model's attention operators have: tokens, text, image tokens."""
-    lengths = [geometry.num_tokens, config.text_len, config.image_tokens]
-    return [length for length in dict.fromkeys(lengths) if length]
 
 
 def choose_kernels(

@@ -25,13 +25,13 @@ from wanexport.exporter.bench_report import add_differences, row, save
 from wanexport.exporter.child import run_process
 from wanexport.exporter.parity import forward_inputs
 from wanexport.exporter.request import Progress
-from wanexport.graphs.config import stated_config
 from wanexport.graphs.signature import forward_flops
 from wanexport.runtime.check import check_size
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import EngineRecord, Manifest, read_manifest
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
+from wanexport.runtime.temporary import check_temporary_folder
 from wanexport.runtime.tensorfile import load_arrays, save_arrays
 
 LEAST_ROUNDS = 5
@@ -103,6 +103,7 @@ def bench(
     started = time.monotonic()
     if rounds < LEAST_ROUNDS:
         raise WanExportError(f"{rounds} rounds make no median: expected {LEAST_ROUNDS} or more")
+    check_temporary_folder()
     bundle = Path(bundle).resolve()
     manifest = with_measured_expert(read_manifest(bundle))
     record = choose_engine(
@@ -122,6 +123,8 @@ def bench(
             provider_options=dict(provider_options or {}),
         )
         arms = choose_arms(manifest, record, job, against, backend)
+        if any(ARMS[arm].runs == "aoti" or ARMS[arm].compiles for arm in arms):
+            check_temporary_folder(runs_code=True)
         session = _Session(job, Path(name), started, budget)
         inputs = _write_inputs(manifest, record, Path(job.inputs))
         progress("reading the weights", 0, 0)
@@ -133,7 +136,8 @@ def bench(
     if not result["arms"]:
         reasons = result["failed"] | result["skipped"]
         raise WanExportError("; ".join(f"{arm}: {reason}" for arm, reason in reasons.items()))
-    result["warning"] = save(result, bundle / "reports" if report is None else Path(report))
+    folder = bundle / "reports" if report is None else Path(report)
+    result["warning"] = save(result, folder, is_own=report is None)
     return result
 
 
@@ -158,7 +162,7 @@ def _write_inputs(manifest: Manifest, record: EngineRecord, path: Path) -> dict[
     timestep = _TIMESTEP
     if record.sampling.boundary is not None:
         timestep = max(_HIGH_NOISE_TIMESTEP, record.sampling.boundary * NUM_TRAIN_TIMESTEPS)
-    config = stated_config(manifest.config)
+    config = manifest.config
     save_arrays(path, forward_inputs(config, record.geometry, timestep, _SEED))
     return {"timestep": timestep, "seed": _SEED}
 
@@ -168,7 +172,7 @@ def _read_files(bundle: Path, manifest: Manifest, record: EngineRecord) -> None:
     weights = [w.file for w in manifest.weights_of(record.dtype)]
     buffer = bytearray(_CHUNK)
     for file in (*weights, *record.files.values()):
-        with check_size(bundle, file).open("rb", buffering=0) as stream:
+        with check_size(bundle, file).path.open("rb", buffering=0) as stream:
             while stream.readinto(buffer):
                 pass
 
@@ -181,7 +185,7 @@ def _describe(manifest: Manifest, record: EngineRecord, session: _Session) -> di
         raise WanExportError(
             f"a budget of {session.budget:g} s does not even do for the machine's peak: raise it"
         ) from error
-    flops = forward_flops(stated_config(manifest.config), record.geometry)
+    flops = forward_flops(manifest.config, record.geometry)
     return {
         "engine": record.name,
         "model": manifest.model,

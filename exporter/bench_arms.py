@@ -16,6 +16,7 @@ from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.load import open_engine
 from wanexport.runtime.manifest import EngineRecord, Manifest, read_manifest
+from wanexport.runtime.onnx_engine import import_onnxruntime
 from wanexport.runtime.tensorfile import load_arrays
 from wanexport.runtime.tensorrt_library import FLAVOURS, import_tensorrt
 
@@ -176,7 +177,7 @@ def import_libraries(job: Job) -> None:
     if job.device == "cuda":  # whose memory is PyTorch's, in every arm
         import torch  # noqa: F401
     if runs == "onnx":
-        import onnxruntime  # noqa: F401
+        import_onnxruntime()
     elif runs in FLAVOURS:
         import_tensorrt(runs)
     elif runs == "aoti":
@@ -287,14 +288,13 @@ def _open_diffusers(job: Job, manifest: Manifest) -> "DiffusersEngine":
 
 def _peer_arguments(job: Job, manifest: Manifest) -> tuple[Any, ...]:
     """Config, geometry, dtype and tensors of a peer, from a file checked as an engine checks it."""
-    from wanexport.graphs.config import stated_config
-    from wanexport.graphs.signature import parameter_shapes
     from wanexport.graphs.weights import bundle_tensors
+    from wanexport.runtime.signature import parameter_shapes
 
-    config = stated_config(manifest.config)
+    config = manifest.config
     (weights,) = manifest.weights_of(job.dtype)
     file = check_weights(Path(job.bundle), weights)
-    tensors = bundle_tensors(file, {name: name for name in parameter_shapes(config)})
+    tensors = bundle_tensors(file.path, {name: name for name in parameter_shapes(config)})
     return config, Geometry(**job.geometry), job.dtype, tensors
 
 

@@ -26,6 +26,7 @@ from wanexport.exporter.bench_arms import (
 from wanexport.exporter.child import main
 from wanexport.runtime.denoiser import to_numpy
 from wanexport.runtime.memory import peak_gpu_bytes, peak_rss
+from wanexport.runtime.onnx_engine import import_onnxruntime
 from wanexport.runtime.tensorfile import save_arrays
 from wanexport.runtime.tensorrt_library import FLAVOURS
 
@@ -234,7 +235,7 @@ def _read_libraries(device: str) -> None:
     if find_spec("diffusers"):
         from diffusers import WanTransformer3DModel  # noqa: F401
     if find_spec("onnxruntime"):
-        import onnxruntime  # noqa: F401
+        import_onnxruntime()
     if device == "cuda":  # cuDNN is opened by its first use
         video = torch.zeros(4, 4, 4, 4, 4, device=device, dtype=torch.bfloat16)
         torch.nn.functional.conv3d(video, video)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from wanexport.exporter.parity import relative_l2
-from wanexport.runtime.durable import write_durably
+from wanexport.runtime.durable import durable_file, own_folder, remove_partials, write_durably
+from wanexport.runtime.errors import WanExportError, explain, needing_extra
 
 _REFERENCE = "graph"  # the arm that the others' velocities are compared with, where it ran
 _OURS = ("wanexport", "onnx")
@@ -45,30 +46,35 @@ def add_differences(result: dict[str, Any], velocities: Mapping[str, np.ndarray]
         line["difference"] = relative_l2(velocities[line["arm"]], velocities[reference])
 
 
-def save(result: dict[str, Any], folder: Path) -> str | None:
-    """Write the result and its plot; what could not be written is returned, in one line."""
+def save(result: dict[str, Any], folder: Path, *, is_own: bool = False) -> str | None:
+    """Write the result and its plot; what could not be written is returned, in one line.
+
+    is_own says that the folder is the bundle's, which may be no link.
+    """
     name = f"bench-{result['engine'].replace('/', '-')}"
     try:
+        if is_own:
+            own_folder(folder.parent, folder.name)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_partials(folder)
         write_durably(folder / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
-    except OSError as error:  # the figures stand without their file
-        return f"the report was not saved: {error}"
+    except (OSError, WanExportError) as error:  # the figures stand without their file
+        return f"the report was not saved: {explain(error)}"
     try:
         draw(result, folder / f"{name}.png")
-    except ImportError as error:
-        return f"no plot without {error.name}: pip install 'wanexport[bench]'"
-    except OSError as error:
-        return f"the plot was not saved: {error}"
+    except (OSError, WanExportError) as error:
+        return f"the plot was not saved: {explain(error)}"
     return None
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Write a bar for each arm: its median forward, from least to most, beside the floor.
 
-    Raises ImportError without Matplotlib, and OSError when the file cannot be written.
+    Raises WanExportError without Matplotlib, and OSError when the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needing_extra("bench", "the plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     arms = result["arms"][::-1]  # bars are drawn upwards
     medians = [1e3 * line["median"] for line in arms]
@@ -88,4 +94,5 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.axvline(1e3 * result["floor_seconds"], color="black", linestyle="--")
     axes.set_xlabel("ms a forward: median, least, most, and % of the floor, which is dashed")
     axes.set_title(f"{result['model']}, {result['engine']}, {result['machine']}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    with durable_file(path) as file:
+        figure.savefig(file, dpi=150, format="png")

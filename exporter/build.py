@@ -15,16 +15,18 @@ from typing import Any
 
 from wanexport.exporter import aoti_backend, onnx_backend
 from wanexport.exporter.bundle import BundleWriter, file_record, open_bundle
+from wanexport.exporter.bundle_place import check_place
 from wanexport.exporter.model_source import ModelSource, resolve
 from wanexport.exporter.process import missing_name
 from wanexport.exporter.request import Backend, Progress, Request, TensorRtOptions
 from wanexport.exporter.tensorrt_backend import TensorRtBackend
 from wanexport.graphs import config as graph_config
-from wanexport.graphs import lint, model, rope, signature
-from wanexport.graphs.config import WanConfig, sampling_defaults
-from wanexport.graphs.weights import DTYPES, weights_layout, write_weights
+from wanexport.graphs import lint, model, rope
+from wanexport.graphs.config import sampling_defaults
+from wanexport.graphs.signature import forward_flops
+from wanexport.graphs.weights import DTYPES, write_weights
 from wanexport.runtime import geometry as geometry_module
-from wanexport.runtime import onnx_engine, operators
+from wanexport.runtime import onnx_engine, operators, signature, wan_config
 from wanexport.runtime.choose import DEVICES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry, parse_resolution
@@ -38,8 +40,11 @@ from wanexport.runtime.manifest import (
     WeightsRecord,
 )
 from wanexport.runtime.memory import peak_rss
+from wanexport.runtime.signature import weights_layout
+from wanexport.runtime.temporary import check_temporary_folder
 from wanexport.runtime.tensorfile import header_sha256
 from wanexport.runtime.tensorrt_library import FLAVOURS
+from wanexport.runtime.wan_config import WanConfig
 
 BACKENDS: dict[str, Backend] = {
     "onnx": onnx_backend,
@@ -49,6 +54,7 @@ BACKENDS: dict[str, Backend] = {
 }
 _GRAPH_CODE = (
     graph_config,
+    wan_config,
     model,
     rope,
     signature,
@@ -77,6 +83,7 @@ def build(
     attention: str | None = None,
     tensorrt: TensorRtOptions | None = None,
     random_weights: int | None = None,
+    expert_alone: bool = False,
     verify: str = "ends",
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
@@ -89,7 +96,8 @@ def build(
     engines are bf16 everywhere. The device of an onnx engine is what proves it: by default a GPU
     where ONNX Runtime can use one. attention names the kernel of self-attention in an aoti engine,
     by default the fastest measured, and in the others whether it stays one operator, in onnx also
-    which (`native`, or on a GPU by default `mha`).
+    which (`native`, or on a GPU by default `mha`). expert_alone builds one expert of an A14B as a
+    model by itself, which is refused without.
     Raises WanExportError for whatever the caller can put right.
     """
     started = time.monotonic()
@@ -106,6 +114,9 @@ def build(
     options = tensorrt or TensorRtOptions()
     _check_has_tensorrt(backends, options)
     height, width = parse_resolution(resolution)
+    check_temporary_folder(runs_code="aoti" in backends)
+    if output is not None:  # before a checkpoint is downloaded for it
+        check_place(Path(output))
     # Fail before the work when an engine could not be made or proven here.
     targets = [
         (name, target)
@@ -115,7 +126,12 @@ def build(
     for name, target in targets:
         BACKENDS[name].check_attention(attention, dtype, target)
     progress("checkpoint", 0, 0)
-    source = resolve(None if model is None else str(model), random_weights)
+    named = None if model is None else str(model)
+    source = resolve(named, random_weights, expert_alone=expert_alone)
+    if expert_alone and source.experts:
+        raise WanExportError(
+            f"{named} has both experts: leave out --expert-alone, or pass -m the folder of one"
+        )
     geometry = Geometry(height, width, frames, source.config.spatial_stride)
     bundle = Path(output) if output is not None else Path(source.name)
     sampling = _sampling(source, geometry)
@@ -214,7 +230,7 @@ def _summary(
 def _empty_manifest(source: ModelSource) -> Manifest:
     return Manifest(
         model=source.name,
-        config=asdict(source.config),
+        config=source.config,
         experts=source.experts,
         weights={},
         engines=(),
@@ -241,8 +257,7 @@ def add_weights(
                 origins = [known.source[k] for k in ("hub", "path", "preset") if k in known.source]
                 origin = origins[0] if origins else "another source"
                 raise WanExportError(
-                    f"{writer.path} holds other weights, of {origin}: "
-                    f"name another folder with -o, or delete it"
+                    f"{writer.path} holds other weights, of {origin}: name another folder with -o"
                 )
     header, _ = weights_layout(source.config, dtype)
     record = writer.find_weights(name, hashlib.sha256(header).hexdigest())
@@ -351,7 +366,7 @@ def compile_engine(writer: BundleWriter, request: Request, progress: Progress) -
         attention=compiled.attention,
         build={
             "seconds": round(time.monotonic() - started, 2),
-            "flops_per_forward": signature.forward_flops(config, geometry),
+            "flops_per_forward": forward_flops(config, geometry),
             **compiled.build,
             **backend.libraries(request),
         },

@@ -1,22 +1,40 @@
 """Writing a bundle so that it is whole at every instant.
 
 Nothing counts until the manifest lists it. What is finished before that is noted in a journal of
-the manifest's own form, so that a build that was killed resumes with the finished parts; what
-neither lists is swept away.
+the manifest's own form, so that a build that was killed resumes with the finished parts. What a
+build began and did not finish, or replaced, is swept away.
 """
 
-import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from wanexport.exporter.bundle_lock import LOCK, bundle_lock
+from wanexport.exporter.bundle_place import (
+    ARTEFACTS,
+    CACHE,
+    JOURNAL,
+    REPLACED,
+    REPORTS,
+    is_begun,
+    make_place,
+    remove_empty,
+)
+from wanexport.exporter.sweep import Listing, mark, sweep
 from wanexport.runtime.check import check_content, check_weights, file_sha256
-from wanexport.runtime.durable import fsync_folder, write_durably
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.durable import (
+    fsync_folder,
+    is_partial,
+    own_folder,
+    remove_partials,
+    write_durably,
+)
+from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
 from wanexport.runtime.manifest import (
     MANIFEST,
     EngineRecord,
@@ -24,11 +42,11 @@ from wanexport.runtime.manifest import (
     Manifest,
     WeightsRecord,
     read_manifest,
+    to_json,
 )
+from wanexport.runtime.usable import why_unusable
 
-JOURNAL = "manifest.partial.json"
-LOCK = ".lock"
-_ARTEFACTS = ("weights", "engines")
+_SHOWN = 5  # names of a list that may be long
 _Record = TypeVar("_Record")
 
 
@@ -36,32 +54,46 @@ class BundleWriter:
     """A bundle being added to.
 
     `committed` is the manifest on disk, `manifest` as it will be, and `journal` lists what any try
-    has finished, this one included. `created` are the folders made for it, innermost first.
+    has finished, this one included. `left` are the files that no build made, which stay.
     """
 
-    def __init__(self, path: Path, empty: Manifest, created: Sequence[Path]) -> None:
-        self.path, self.created = path, created
+    def __init__(self, path: Path, empty: Manifest) -> None:
+        self.path = path
         self.committed = self._read(MANIFEST) or empty
         self.manifest = replace(self.committed, wanexport=empty.wanexport)
-        self.journal = self._read_journal() or empty
+        self.journal = self._read_old(JOURNAL) or empty
+        self.left: list[str] = []
         if _identity(self.committed) != _identity(empty):
             raise WanExportError(
                 f"{path} holds {self.committed.model}, of another config than this {empty.model}: "
                 f"name another folder with -o"
             )
+        # Whose files may go, once neither manifest nor journal lists them.
+        self._named = _paths(self.committed, self.journal, self._read_old(REPLACED) or empty)
+        self._noted = _paths(self.committed, self.journal)
         if _identity(self.journal) != _identity(empty):  # nothing of it was ever committed
             self.journal = empty
-        write_manifest(path, self.journal, JOURNAL)
-        self.sweep()
+
+    def begin(self) -> None:
+        """Clear up after earlier tries; from here a kill leaves a bundle to go on with."""
+        self._note()
 
     def _read(self, name: str) -> Manifest | None:
         return read_manifest(self.path, name) if (self.path / name).exists() else None
 
-    def _read_journal(self) -> Manifest | None:
+    def _read_old(self, name: str) -> Manifest | None:
         try:
-            return self._read(JOURNAL)
+            return self._read(name)
         except WanExportError:  # of another version, say: it only saves work
             return None
+
+    def _note(self) -> None:
+        """Write the journal; what it drops goes while the old one names it."""
+        self.sweep()
+        write_manifest(self.path, self.journal, JOURNAL)
+        self._noted = _paths(self.committed, self.journal)
+        self._named |= self._noted
+        self.sweep()
 
     def known_weights(self) -> dict[str, WeightsRecord]:
         """Every finished weights set by name, committed ones first."""
@@ -71,8 +103,7 @@ class BundleWriter:
         """Drop weights that an earlier try finished but none committed, and what they proved."""
         left = {key: record for key, record in self.journal.weights.items() if key != name}
         self.journal = replace(self.journal, weights=left, engines=())
-        write_manifest(self.path, self.journal, JOURNAL)
-        self.sweep()
+        self._note()
 
     def find_weights(self, name: str, header_sha256: str) -> WeightsRecord | None:
         """The finished weights set of this name and layout, if it is whole on disk."""
@@ -85,7 +116,9 @@ class BundleWriter:
         """The finished engine of this key, if it is whole on disk."""
         for engine in (*self.committed.engines, *self.journal.engines):
             files = engine.files.values()
-            if engine.key == key and all(_is_whole(check_content, self.path, f) for f in files):
+            if engine.key != key or why_unusable(self.path, self.manifest, engine):
+                continue
+            if all(_is_whole(check_content, self.path, f) for f in files):
                 return engine
         return None
 
@@ -94,7 +127,7 @@ class BundleWriter:
         self.manifest, self.journal = (
             replace(m, weights={**m.weights, name: record}) for m in (self.manifest, self.journal)
         )
-        write_manifest(self.path, self.journal, JOURNAL)
+        self._note()
 
     def put_engine(self, record: EngineRecord) -> None:
         """List a finished engine, in the place of one of the same name."""
@@ -104,56 +137,83 @@ class BundleWriter:
             )
             for m in (self.manifest, self.journal)
         )
-        write_manifest(self.path, self.journal, JOURNAL)
+        self._note()
 
     def free_folder(self, relative: Path) -> Path:
-        """Create the folder, numbered where a listed file already lives in one of that name."""
-        manifests = (self.committed, self.journal, self.manifest)
-        used = {str(Path(file.path).parent) for m in manifests for file in m.files()}
-        candidate, number = relative, 2
-        while str(candidate) in used:
-            candidate, number = relative.with_name(f"{relative.name}.{number}"), number + 1
-        folder = self.path / candidate
-        folder.mkdir(parents=True, exist_ok=True)
-        for parent in folder.parents[: len(candidate.parts)]:
-            fsync_folder(parent)
-        return folder
+        """Make a folder for a build's files, numbered where its name is taken."""
+        listed = _paths(self.committed, self.journal, self.manifest)
+        used = {str(Path(file).parent) for file in listed}
+        parent = self.path
+        for part in relative.parent.parts:
+            parent = own_folder(parent, part)
+        name, number = relative.name, 2
+        while str(relative.with_name(name)) in used or os.path.lexists(parent / name):
+            name, number = f"{relative.name}.{number}", number + 1
+        (parent / name).mkdir()
+        mark(parent / name)
+        for folder in (parent, *parent.parents[: len(relative.parts) - 1]):
+            fsync_folder(folder)
+        return parent / name
 
     def commit(self) -> None:
         """Make the new manifest the bundle's, and remove what it does not list."""
+        if self.committed.files() and self.committed != self.manifest:
+            write_manifest(self.path, self.committed, REPLACED)
         write_manifest(self.path, self.manifest)
-        self.committed = self.journal = self.manifest
-        (self.path / JOURNAL).unlink()
-        self.sweep()
+        try:
+            self.committed = self.journal = self.manifest
+            self._noted = _paths(self.manifest)
+            self.sweep()
+            (self.path / REPLACED).unlink(missing_ok=True)
+            (self.path / JOURNAL).unlink()
+            fsync_folder(self.path)
+        except OSError as error:
+            raise WanExportError(
+                f"{self.path} is written and holds what was built, but clearing up failed: "
+                f"{explain(error)}; run the same command again"
+            ) from error
 
     def sweep(self) -> None:
-        """Remove artefacts that neither the manifest nor the journal lists."""
-        listed = {file.path for m in (self.committed, self.journal) for file in m.files()}
-        for partial in self.path.glob("*.partial"):
-            partial.unlink()
-        for folder in _ARTEFACTS:
-            for path in sorted((self.path / folder).rglob("*"), reverse=True):
-                if path.is_dir():
-                    _remove_if_empty(path)
-                elif path.relative_to(self.path).as_posix() not in listed:
-                    path.unlink()
+        """Remove what builds left that neither the manifest nor the journal lists."""
+        listed = _paths(self.committed, self.journal)
+        listing = Listing(listed, listed - self._noted, self._named - listed)
+        self.left = [name for folder in ARTEFACTS for name in sweep(self.path, folder, listing)]
+        remove_partials(self.path, lambda name: is_begun(name) or is_partial(name))
+        for folder in (CACHE, REPORTS):
+            remove_partials(self.path / folder)
 
     def abandon(self) -> None:
         """After a failure: keep what is finished for the next try, and leave nothing else."""
-        self.committed = self._read(MANIFEST) or replace(self.committed, weights={}, engines=())
+        nothing = replace(self.committed, weights={}, engines=())
+        self.committed = self._read(MANIFEST) or nothing
+        self.journal = self._read_old(JOURNAL) or nothing
+        self._noted = _paths(self.committed, self.journal)
         self.sweep()
-        if not self.committed.files() and not self.journal.files():
-            (self.path / JOURNAL).unlink(missing_ok=True)
-            (self.path / LOCK).unlink(missing_ok=True)
-            for folder in (*(self.path / name for name in _ARTEFACTS), *self.created):
-                _remove_if_empty(folder)
+        if _paths(self.journal) <= _paths(self.committed):
+            self._leave(is_bundle=bool(self.committed.files()))
+
+    def _leave(self, *, is_bundle: bool) -> None:
+        """Remove what only a build needs, which has nothing finished that is not committed."""
+        if is_bundle:
+            names: tuple[str, ...] = (REPLACED, JOURNAL)
+        else:
+            remove_empty([self.path / name for name in ARTEFACTS])
+            names = (REPLACED, JOURNAL, LOCK)
+            if any(os.path.lexists(self.path / name) for name in ARTEFACTS):
+                return  # without its journal it would be no bundle, and bar the next try
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+
+def _paths(*manifests: Manifest) -> set[str]:
+    return {file.path for manifest in manifests for file in manifest.files()}
 
 
 def _identity(manifest: Manifest) -> tuple[Any, ...]:
     return manifest.config, manifest.experts
 
 
-def _is_whole(check: Callable[[Path, _Record], Path], bundle: Path, record: _Record) -> bool:
+def _is_whole(check: Callable[[Path, _Record], object], bundle: Path, record: _Record) -> bool:
     try:
         check(bundle, record)
     except WanExportError:
@@ -161,63 +221,48 @@ def _is_whole(check: Callable[[Path, _Record], Path], bundle: Path, record: _Rec
     return True
 
 
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _prepare(path: Path) -> list[Path]:
-    """Make the bundle's folder and return the folders that this took, innermost first."""
-    if path.exists() and not path.is_dir():
-        raise WanExportError(f"{path} is a file: name a folder with -o")
-    if path.exists() and not (path / MANIFEST).exists() and not (path / JOURNAL).exists():
-        if any(entry.name != LOCK for entry in path.iterdir()):
-            raise WanExportError(f"{path} exists and is no bundle: name another folder with -o")
-    created = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    return created
-
-
 @contextmanager
 def open_bundle(path: Path, empty: Manifest) -> Iterator[BundleWriter]:
     """Lock a new or existing bundle for writing; `empty` is the manifest of a new one.
 
-    Raises WanExportError when the path is something else than a bundle, holds another model, or is
-    being written by another process.
+    Raises WanExportError when the path is something else than a bundle, holds another model, is
+    being written by another process, or cannot be written, and in the place of an OSError inside.
     """
+    created = make_place(path)
     try:
-        created = _prepare(path)
-    except OSError as error:
-        raise WanExportError(
-            f"cannot make {path} ({error.strerror}): name another folder with -o"
-        ) from error
-    with bundle_lock(path):
-        writer = BundleWriter(path, empty, created)
-        try:
-            yield writer
-        except BaseException:
-            writer.abandon()
-            raise
+        with bundle_lock(path):
+            writer = BundleWriter(path, empty)
+            try:
+                writer.begin()
+                yield writer
+            except BaseException:
+                with suppress(OSError, WanExportError):  # the first error is the one to tell
+                    writer.abandon()
+                raise
+    except BaseException as error:
+        remove_empty(created)
+        if isinstance(error, OSError):
+            where = f"{path}: " if error.filename is None else ""
+            raise WanExportError(where + explain(error)) from error
+        raise
+    _tell_left(path, writer.left)
+
+
+def _tell_left(path: Path, left: list[str]) -> None:
+    """Name what a sweep did not touch."""
+    if left:
+        shown = [name if name.isprintable() else ascii(name) for name in left[:_SHOWN]]
+        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+        warnings.warn(
+            f"left alone in {path}, as no build made it or may remove it: {', '.join(shown)}{more}",
+            WanExportWarning,
+            stacklevel=4,
+        )
 
 
 def write_manifest(bundle: Path, manifest: Manifest, name: str = MANIFEST) -> None:
     """Replace the manifest in one step; what it lists must be on disk by then."""
-    write_durably(bundle / name, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
-
-
-@contextmanager
-def bundle_lock(bundle: Path) -> Iterator[None]:
-    """Hold the bundle against other writers. Raises WanExportError when one is at work."""
-    path = bundle / LOCK
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_current = os.fstat(file.fileno()).st_ino == path.stat().st_ino
-        except (BlockingIOError, FileNotFoundError):
-            is_current = False
-        if not is_current:  # held by another, or removed by one that gave up
-            raise WanExportError(f"another wanexport is writing {bundle}: wait for it to end")
-        yield
+    write_durably(bundle / name, (json.dumps(to_json(manifest), indent=1) + "\n").encode())
 
 
 def file_record(bundle: Path, path: Path) -> FileRecord:

@@ -26,11 +26,11 @@ from wanexport.exporter.process import (
     run_command,
 )
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.temporary import PREFIX
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_PREFIX = "wanexport-"  # of temporary files and folders
 _USERS = 2  # exit code of a child that failed for a reason its user can put right
 _OURS = "wanexport says "  # how a line begins that is for the parent
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -94,7 +94,7 @@ def temporary_folder() -> Iterator[Path]:
     Raises WanExportError when nothing can be written there.
     """
     try:
-        folder = TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
+        folder = TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
     except OSError as error:  # with no file's name where no folder at all would do
         place = f"{Path(error.filename).parent}: " if error.filename else ""
         raise WanExportError(
@@ -114,7 +114,7 @@ def _write_job(path: Path, job: "DataclassInstance") -> None:
 
 def _cannot_write(path: Path, error: OSError) -> str:
     # The folder of one process is gone by the time that this is read: the one that it lay in stays.
-    own = (folder for folder in (path, *path.parents) if folder.name.startswith(_PREFIX))
+    own = (folder for folder in (path, *path.parents) if folder.name.startswith(PREFIX))
     place = next((folder.parent for folder in own), path)
     return (
         f"{place} takes no more ({error.strerror}): free some space there, or set TMPDIR to "
@@ -131,7 +131,7 @@ def _reason(module: str, said: Mapping[str, Any], ended: Ended, advice: str) -> 
     if ended.code < 0:
         return f"{module}: {last_words(ended.code, '')}; {advice}"
     words = said.get("error") or last_words(ended.code, ended.errors)
-    log = _keep(f"{ended.errors}\n{said.get('traceback', '')}", f"{_PREFIX}{module}-")
+    log = _keep(f"{ended.errors}\n{said.get('traceback', '')}", f"{PREFIX}{module}-")
     return f"{module} failed ({words}): this is a fault of wanexport or of a library; report {log}"
 
 

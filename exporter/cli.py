@@ -3,25 +3,20 @@
 What needs PyTorch is imported inside the command that needs it: `wanexport run` works without.
 """
 
-import io
 import json
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from rich.markup import escape
 
 from wanexport.exporter.display import (
-    err,
-    progress_display,
     show_bench,
     show_build,
     show_compare,
@@ -34,11 +29,14 @@ from wanexport.exporter.generate import run as run_request
 from wanexport.exporter.options import (
     COUNT,
     DTYPES,
+    POSITIVE,
     SEED,
+    CheckedGroup,
     aoti_options,
     as_json,
     engine_options,
     parse_guidance,
+    parse_names,
     parse_numbers,
     parse_pairs,
     parse_size,
@@ -49,12 +47,15 @@ from wanexport.exporter.options import (
 )
 from wanexport.exporter.process import missing_name
 from wanexport.exporter.run_request import RunRequest
+from wanexport.exporter.streams import minding_the_reader, prepare_streams, printing
+from wanexport.exporter.terminal import err, progress_display, write
 from wanexport.runtime.choose import BACKENDS, DEVICES
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import WanExportError, WanExportWarning, explain, needing_extra
 from wanexport.runtime.kernels import KERNELS
+from wanexport.runtime.printable import printable
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CheckedGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("wanexport"), prog_name="wanexport")
 def cli() -> None:
     """Compile Wan video models ahead of time, and run them in the original sampling loop."""
@@ -83,6 +84,7 @@ def cli() -> None:
     "operator (native; mha is ONNX Runtime's own) or several.",
 )  # fmt: skip
 @click.option("--random-weights", type=SEED, metavar="SEED", help="Seeded weights of a preset.")
+@click.option("--expert-alone", is_flag=True, help="Build one expert of an A14B by itself.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle; default ./MODEL.")
 @click.option(
     "--verify", type=click.Choice(["ends", "full"]), default="ends", show_default=True,
@@ -95,13 +97,13 @@ def build(as_json: bool, target: str | None, workspace: str | None, **options: A
 
     Ends with a proof: a fresh process opens the engine and compares it with eager PyTorch.
     """
-    with _needing_the_build_extra():
+    with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.build import build as run_build
         from wanexport.exporter.request import TensorRtOptions
 
     names = {field.name for field in fields(TensorRtOptions)}
     options["tensorrt"] = TensorRtOptions(
-        targets=tuple(part.strip() for part in target.split(",")) if target else (),
+        targets=tuple(parse_names("--target", target) or ()),
         workspace=parse_size("--workspace", workspace),
         **{name: options.pop(name) for name in names & options.keys()},
     )
@@ -112,10 +114,11 @@ def build(as_json: bool, target: str | None, workspace: str | None, **options: A
 
 
 def _report(record: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
-    if as_json:
-        click.echo(json.dumps(record))
-    else:
-        show(record)
+    with printing():
+        if as_json:
+            click.echo(json.dumps(record))
+        else:
+            show(record)
 
 
 @cli.command()
@@ -136,7 +139,7 @@ def run(
 ) -> None:
     """Make a video from a prompt, or from text embeddings; with an image where the model takes one.
 
-    OUTPUT.json beside it holds what repeats the run.
+    A record beside it, X.json or X.safetensors.json, holds what repeats the run.
     """
     settings = {name: options.pop(name) for name in ("steps", "shift", "solver")}
     settings["guidance"] = parse_guidance(guidance)
@@ -150,7 +153,7 @@ def run(
 
 
 def _tell(note: str) -> None:
-    err.print("[yellow]note:[/]", escape(note))
+    write(err, ("note: ", "yellow"), printable(note))
 
 
 @cli.command()
@@ -193,7 +196,7 @@ def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **op
     error is relative L2, floor the error of eager PyTorch in the engine's precision; drift is that
     of the latent in a loop of the engine's own.
     """
-    with _needing_the_build_extra():
+    with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.compare import compare as run_compare
 
     options["provider_options"] = parse_pairs("--provider-option", provider_options)
@@ -201,7 +204,7 @@ def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **op
         result = run_compare(bundle, progress=show, **options)
     _report(result, as_json, show_compare)
     if result["warning"]:
-        err.print("[yellow]warning:[/]", escape(result["warning"]))
+        write(err, ("warning: ", "yellow"), printable(result["warning"]))
     if not result["passed"]:
         sys.exit(1)
 
@@ -215,7 +218,7 @@ def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **op
 )  # fmt: skip
 @click.option("--rounds", type=COUNT, default=5, show_default=True, help="Forwards timed of each.")
 @click.option(
-    "--budget", type=float, default=540.0, show_default=True,
+    "--budget", type=POSITIVE, default=540.0, show_default=True,
     help="Seconds for the whole command; what does not fit is skipped.",
 )  # fmt: skip
 @click.option("--profile", is_flag=True, help="Count host waits, and the GPU's busy share.")
@@ -235,16 +238,16 @@ def bench(
     Each runs in a fresh process. The floor is the time that the forward's FLOPs take at the rate
     of this machine's best matrix product.
     """
-    with _needing_the_build_extra():
+    with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.bench import bench as run_bench
 
     options["provider_options"] = parse_pairs("--provider-option", provider_options)
-    arms = None if against is None else [name.strip() for name in against.split(",")]
+    arms = parse_names("--against", against)
     with progress_display() as show:
         result = run_bench(bundle, against=arms, progress=show, **options)
     _report(result, as_json, show_bench)
     if result["warning"]:
-        err.print("[yellow]warning:[/]", escape(result["warning"]))
+        write(err, ("warning: ", "yellow"), printable(result["warning"]))
     if result["failed"]:
         sys.exit(1)
 
@@ -260,7 +263,7 @@ def lint(path: Path, target: str | None, as_json: bool) -> None:
 
     PATH is a bundle, an .onnx file, or a .pt2 of torch.export.save, which is loaded whole.
     """
-    with _needing_the_build_extra():
+    with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.onnx_lint import lint as run_lint
 
     result = run_lint(path, target)
@@ -274,13 +277,15 @@ def lint(path: Path, target: str | None, as_json: bool) -> None:
 @click.option("--verify", is_flag=True, help="Hash every file, the weights too.")
 @as_json
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Say what a bundle holds; exit code 2 when a file is missing or altered."""
+    """Say what a bundle holds; exit code 1 when a file is missing or altered."""
     from wanexport.exporter.inspection import inspect as run_inspect
 
     record = run_inspect(bundle, verify=verify)
     _report(record, as_json, show_inspect)
+    for problem in record["problems"]:
+        _say_error(problem)
     if record["problems"]:
-        raise WanExportError("; ".join(record["problems"]))
+        sys.exit(1)
 
 
 @cli.command()
@@ -295,21 +300,13 @@ def doctor(as_json: bool) -> None:
         sys.exit(1)
 
 
-@contextmanager
-def _needing_the_build_extra() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise WanExportError(
-            f"this command needs {error.name}: pip install 'wanexport[build,cpu]'"
-        ) from error
-
-
 def main() -> None:
     """Entry point: what the user can put right is one line and exit code 2, the rest is traced."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path may hold what its encoding lacks
-            stream.reconfigure(errors="backslashreplace")
+    with minding_the_reader():
+        _run()
+
+
+def _run() -> NoReturn:
     pressed = []
 
     def interrupt(number: int, _: object) -> None:
@@ -320,6 +317,7 @@ def main() -> None:
     os.environ.update(missing_name())
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
+        prepare_streams()
         sys.exit(cli(standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -327,24 +325,29 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message())
     except (WanExportError, OSError) as error:
-        _fail(str(error))
+        _fail(explain(error))
     except BaseException:
         if not pressed:
             raise
         # Whatever became of the KeyboardInterrupt: torch raises errors of its own on the way out.
-        err.print("interrupted: run the same command again to go on")
+        resumes = sys.argv[1:2] == ["build"]
+        write(err, "interrupted" + (": run the same command again to go on" if resumes else ""))
         sys.exit(130)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """Ours in one line; what libraries warn of is not the user's."""
     if issubclass(category, WanExportWarning):
-        err.print("[yellow]warning:[/]", escape(str(message)))
+        write(err, ("warning: ", "yellow"), printable(message))
 
 
 def _fail(message: str) -> NoReturn:
-    err.print("[red]error:[/]", escape(" ".join(message.split())))
+    _say_error(message)
     sys.exit(2)
+
+
+def _say_error(message: str) -> None:
+    write(err, ("error: ", "red"), printable(" ".join(message.split())))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from wanexport.exporter.bundle import bundle_lock, write_manifest
+from wanexport.exporter.bundle import write_manifest
+from wanexport.exporter.bundle_lock import bundle_lock
+from wanexport.exporter.bundle_place import REPORTS, check_place
 from wanexport.exporter.comparison import ComparedCall, Comparison, Recorder, Row
 from wanexport.exporter.parity import seeded_inputs
 from wanexport.exporter.peers import (
@@ -36,11 +38,10 @@ from wanexport.exporter.recorded import (
     read_velocities,
 )
 from wanexport.exporter.request import Progress
-from wanexport.graphs.config import stated_config
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.choose import choose_engine
-from wanexport.runtime.durable import write_durably
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.durable import own_folder, remove_partials, write_durably
+from wanexport.runtime.errors import WanExportError, explain
 from wanexport.runtime.load import open_engine
 from wanexport.runtime.manifest import EngineRecord, Manifest, read_manifest
 from wanexport.runtime.memory import peak_rss
@@ -96,7 +97,7 @@ def compare(
         dtype=dtype,
         provider=provider,
     )
-    seeded = seeded_inputs(stated_config(manifest.config), record.geometry, seed)
+    seeded = seeded_inputs(manifest.config, record.geometry, seed)
     given: Loop | Calls = Loop(seeded, steps)
     if inputs is None and outputs is not None:
         raise WanExportError("recorded outputs need the inputs of the same calls: pass both files")
@@ -137,10 +138,7 @@ def compare(
             denoiser=engine.denoiser,
             reference=result["reference"],
         )
-    try:
-        _save(bundle, record, given, result, report)
-    except (OSError, WanExportError) as error:  # the verdict stands without its file
-        result["warning"] = f"the report was not saved: {error}"
+    result["warning"] = _keep(bundle, record, given, result, report)
     return result
 
 
@@ -193,23 +191,43 @@ def _median(seconds: Sequence[float]) -> float | None:
     return round(statistics.median(seconds), 4) if seconds else None
 
 
-def _save(
+def _keep(
     bundle: Path,
     engine: EngineRecord,
     given: Loop | Calls,
     result: Mapping[str, Any],
     report: str | Path | None,
+) -> str | None:
+    """Write the report, and beside the bundle's own one the note in the manifest.
+
+    The verdict stands without either; what could not be written is returned, in one line.
+    """
+    lost = "the report was not saved"
+    try:
+        if report is None:
+            lost = f"{lost}, nor the parity noted in the manifest"
+            check_place(bundle)
+            _save(own_folder(bundle, REPORTS), engine, given, result)
+            lost = "the report is saved, but the parity was not noted in the manifest"
+            _note_parity(bundle, engine, result)
+        else:
+            Path(report).mkdir(parents=True, exist_ok=True)
+            _save(Path(report), engine, given, result)
+    except (OSError, WanExportError) as error:
+        return f"{lost}: {explain(error)}"
+    return None
+
+
+def _save(
+    folder: Path, engine: EngineRecord, given: Loop | Calls, result: Mapping[str, Any]
 ) -> None:
-    """Write the report, and in the bundle's own note the summary in the manifest."""
-    folder = bundle / "reports" if report is None else Path(report)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the report, and the inputs of a loop that can be repeated with them."""
+    remove_partials(folder)
     suffix = "" if result["reference"] == "graph" else f"-{result['reference'].split()[0]}"
     name = f"compare-{engine.name.replace('/', '-')}{suffix}"
     if isinstance(given, Loop):
         save_arrays(folder / f"{name}-inputs.safetensors", given.inputs)
     write_durably(folder / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
-    if report is None:
-        _note_parity(bundle, engine, result)
 
 
 def _note_parity(bundle: Path, engine: EngineRecord, result: Mapping[str, Any]) -> None:
@@ -218,7 +236,7 @@ def _note_parity(bundle: Path, engine: EngineRecord, result: Mapping[str, Any]) 
     names = ("error", "floor", "gate", "solver", "drift", "passed")
     parity = {name: worst[name] for name in names}
     parity |= {name: result[name] for name in ("reference", "model", "inputs")}
-    with bundle_lock(bundle):
+    with bundle_lock(bundle, waits=True):
         manifest = read_manifest(bundle)
         engines = tuple(
             replace(e, parity=parity) if (e.key, e.files) == (engine.key, engine.files) else e

@@ -1,18 +1,17 @@
 """diffusers' own Wan transformer as an engine: a reference that shares no code with our graph."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wanexport.graphs.checkpoint import SourceTensor, official_name
-from wanexport.graphs.config import IMAGE_DIM, WanConfig
 from wanexport.graphs.model import parameter_dtype
 from wanexport.graphs.weights import DTYPES, read_tensor
 from wanexport.runtime.diffusers import diffusers_names
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.wan_config import IMAGE_DIM, WanConfig
 
 _CLIP_TOKENS = 257  # of one image
 
@@ -41,8 +40,8 @@ class DiffusersEngine:
         state = {}
         for name in self.model.state_dict():
             official = official_name(name)
-            stored = read_tensor(tensors[official]).to(device)
-            tensor = stored.to(parameter_dtype(official, DTYPES[rounded]))
+            own = parameter_dtype(official, DTYPES[rounded])
+            tensor = read_tensor(tensors[official], fits=own).to(device).to(own)
             keep = kept & set(name.split("."))
             state[name] = tensor.to(torch.float32 if keep else self.dtype)
         self.model.load_state_dict(state, assign=True)
@@ -80,7 +79,7 @@ def _empty_model(config: WanConfig, device: str) -> Any:
     """The model with parameters on the meta device; its RoPE tables are real, on `device`."""
     from diffusers import WanTransformer3DModel
 
-    settings = diffusers_names(asdict(config))
+    settings = diffusers_names(config)
     with torch.device("meta"):
         model = WanTransformer3DModel(**settings)
     model.rope = type(model.rope)(config.head_dim, settings["patch_size"], 1024).to(device)

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from wanexport.exporter.child import temporary_folder
 from wanexport.exporter.process import environment_of, run_command
 from wanexport.runtime.memory import available_bytes, limit_bytes
+from wanexport.runtime.onnx_engine import disable_telemetry
 from wanexport.runtime.tensorrt_library import FLAVOURS
 
 _TIMEOUT = 120  # seconds for one import
@@ -46,6 +47,7 @@ _TASKS = {  # what a user wants -> the extras of wanexport that it needs besides
     "compare with diffusers": ("cpu", "build", "diffusers"),
 }
 _GPU_TASKS = {"run ONNX engines on a GPU": ("gpu",)}
+_RUNNING = ("run on a CPU", "run AOTInductor engines", *_GPU_TASKS)  # any one runs some bundle
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Library:
 
 
 def doctor() -> dict[str, Any]:
-    """Examine this environment; `usable` says whether bundles can run in it."""
+    """Examine this environment; `usable` says whether it runs the bundles of some backend."""
     stated = [Requirement(text) for text in requires("wanexport") or ()]
     names = {requirement.name for requirement in stated if _version(requirement.name)}
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -68,13 +70,16 @@ def doctor() -> dict[str, Any]:
     machine = _machine()
     wanted = _TASKS | (_GPU_TASKS if machine["gpus"] else {})
     tasks = {name: _task(libraries, {"", *extras}) for name, extras in wanted.items()}
-    tasks |= {f"{kind.title} engines": _tensorrt(name) for name, kind in FLAVOURS.items()}
+    plans = {f"{kind.title} engines": _tensorrt(name) for name, kind in FLAVOURS.items()}
+    extras = {library.extra for library in libraries}  # a task that needs nothing proves nothing
+    running = [tasks[n] for n, needs in wanted.items() if n in _RUNNING and extras >= {*needs}]
+    running += plans.values() if machine["gpus"] else []
     return {
         "wanexport": version("wanexport"),
         "machine": machine,
         "libraries": [asdict(library) for library in libraries],
-        "tasks": tasks,
-        "usable": tasks["run on a CPU"]["usable"],
+        "tasks": tasks | plans,
+        "usable": any(task["usable"] for task in running),
     }
 
 
@@ -108,6 +113,7 @@ def _import_problem(name: str) -> str:
 
 def _problem(command: list[str]) -> str:
     """Why a process that imports something failed, or an empty string."""
+    disable_telemetry()
     try:
         with temporary_folder() as scratch:
             environment = environment_of(scratch)

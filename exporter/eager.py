@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from wanexport.graphs.checkpoint import SourceTensor
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.model import WanModel, parameter_dtype
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import DTYPES, read_tensor
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.signature import parameter_shapes
+from wanexport.runtime.wan_config import WanConfig
 
 
 class EagerEngine:
@@ -54,8 +54,8 @@ class EagerEngine:
         """Give the module its own parameters, not those of its children."""
         for name, _ in module.named_parameters(recurse=False):
             full = f"{prefix}.{name}" if prefix else name
-            stored = read_tensor(self.tensors[full]).to(self.device)
-            tensor = stored.to(parameter_dtype(full, self.rounded))
+            rounded = parameter_dtype(full, self.rounded)
+            tensor = read_tensor(self.tensors[full], fits=rounded).to(self.device).to(rounded)
             _set(module, name, tensor.to(parameter_dtype(full, self.dtype)))
 
     def __call__(self, inputs: Mapping[str, Any]) -> Any:

@@ -6,7 +6,7 @@ What needs PyTorch is imported where it is needed: text embeddings to a latent w
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from wanexport.exporter.recorded import read_sample_inputs
 from wanexport.exporter.run_record import RunResult, run_record
 from wanexport.exporter.run_request import LATENT, RunRequest, check_request, sidecar
 from wanexport.runtime.check import file_sha256
-from wanexport.runtime.components import PARTS, find_components, needing_pipeline_extra
+from wanexport.runtime.components import PARTS, find_components, origin_note
 from wanexport.runtime.conditioning import fit_images
 from wanexport.runtime.denoiser import Denoiser, to_numpy
 from wanexport.runtime.durable import write_durably
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, explain, needing_extra
 from wanexport.runtime.generator import check_step
 from wanexport.runtime.load import load
 from wanexport.runtime.sample import Step, make_plan, sample, seeded_noise
@@ -31,22 +31,22 @@ Show = Callable[[str, int, int], None]  # stage, how much of it is done, of how 
 
 
 def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Sample and write the output, and beside it `<output>.json`, the record that is returned.
+    """Sample and write the output, and beside it the record that is returned.
 
     show is given the progress; tell what became of an image, before the sampling, and after it
-    whether the VAE was short of memory. When decoding or writing the video fails, the latent is
+    whether the VAE cut it into tiles. When decoding or writing the video fails, the latent is
     saved, and the error or tell says where.
     Raises WanExportError for what does not fit together, and as `load` and `sample` do.
     """
     check_request(request)
     if request.makes_video:  # not after an hour of sampling
-        with needing_pipeline_extra("an .mp4 file"):
+        with needing_extra("pipeline", "an .mp4 file"):
             import av  # noqa: F401
     show("opening the engine", 0, 0)
     steps = _Steps(show, decodes=request.makes_video)
     with _saving_the_latent(request.output, steps, tell):
         if request.prompt is None:
-            result = _from_text(request, show, steps)
+            result = _from_text(request, show, tell, steps)
         else:
             result = _from_prompt(request, show, tell, steps)
         if result.video is not None:
@@ -56,10 +56,16 @@ def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict
             write_video(request.output, result.video, result.denoiser.sampling.fps)
     if result.video is None:
         save_arrays(request.output, {"latent": result.latent})
-    record = run_record(request, result)
-    # The command in it is for copying: no character of a prompt is written as its number.
-    written = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    write_durably(sidecar(request.output), written.encode(errors="backslashreplace"))
+    try:
+        record = run_record(request, result)
+        # The command in it is for copying: no character of a prompt is written as its number.
+        written = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        write_durably(sidecar(request.output), written.encode(errors="backslashreplace"))
+    except (OSError, WanExportError) as error:
+        reason = explain(error) if isinstance(error, OSError) else error
+        raise WanExportError(
+            f"{request.output} is written, but not its record: {reason}"
+        ) from error
     return record
 
 
@@ -100,16 +106,18 @@ def _saving_the_latent(output: Path, steps: _Steps, tell: Callable[[str], None])
         path = next(name for name in names if not name.exists())
         try:
             save_arrays(path, {"latent": steps.latent})
-        except OSError:
+        except (OSError, WanExportError):
             raise error from None
         said = f"the latent is saved as {path}"
         if isinstance(error, WanExportError | OSError):
-            raise WanExportError(f"{error}; {said}") from error
+            raise WanExportError(f"{explain(error)}; {said}") from error
         tell(said)
         raise
 
 
-def _from_text(request: RunRequest, show: Show, steps: _Steps) -> RunResult:
+def _from_text(
+    request: RunRequest, show: Show, tell: Callable[[str], None], steps: _Steps
+) -> RunResult:
     assert request.text_file is not None
     started = time.monotonic()
     denoiser = load(request.bundle, **request.load_options)
@@ -117,7 +125,7 @@ def _from_text(request: RunRequest, show: Show, steps: _Steps) -> RunResult:
     inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, request.seed))
     inputs = {name: denoiser.array(value) for name, value in inputs.items()}
     plan = make_plan(denoiser.sampling, **request.settings)
-    decode, facts = _open_vae(request, denoiser) if request.makes_video else (None, {})
+    decode, facts = _open_vae(request, denoiser, tell) if request.makes_video else (None, {})
     load_seconds = time.monotonic() - started
     show("sampling", 0, len(plan))
     latent, pace = _sample(denoiser, inputs, request.settings, len(plan), steps)
@@ -138,12 +146,12 @@ def _from_text(request: RunRequest, show: Show, steps: _Steps) -> RunResult:
 
 
 def _open_vae(
-    request: RunRequest, denoiser: Denoiser
+    request: RunRequest, denoiser: Denoiser, tell: Callable[[str], None]
 ) -> tuple[Callable[[Any], np.ndarray], dict[str, Any]]:
     """What decodes a latent, and where it was found."""
     from wanexport.runtime.parts import Parts
 
-    facts = _component_facts(request, ("vae",))
+    facts = _component_facts(request, ("vae",), tell)
     device, record = denoiser.record.target["device"], denoiser.record
     return Parts(request.bundle, request.model, record, device, {}).vae().decode, facts
 
@@ -184,7 +192,7 @@ def _from_prompt(
         for note in told:
             tell(note)
         show("finding the encoders and the VAE", 0, 0)
-        components = _component_facts(request, _needs(request))
+        components = _component_facts(request, _needs(request), tell)
         given = "the prompt and image" if request.image else "the prompt"
         show(f"encoding {given}, then the first step", 0, 0)
         made = pipeline.generate(
@@ -226,9 +234,13 @@ def _needs(request: RunRequest) -> tuple[str, ...]:
     return PARTS if request.makes_video or request.image else ("text_encoder",)
 
 
-def _component_facts(request: RunRequest, needs: Iterable[str]) -> dict[str, Any]:
+def _component_facts(
+    request: RunRequest, needs: Sequence[str], tell: Callable[[str], None]
+) -> dict[str, Any]:
     """Where the parts come from. Raises WanExportError when one is missing."""
-    files = find_components(request.bundle, request.model, needs=tuple(needs))
+    if note := origin_note(request.bundle, request.model, needs=needs):
+        tell(note)  # before anything is downloaded
+    files = find_components(request.bundle, request.model, needs=needs)
     paths = {part: getattr(files, part) for part in PARTS if part in needs}
     return {
         "components": {

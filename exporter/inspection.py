@@ -10,12 +10,14 @@ from wanexport.runtime.check import check_content, check_weights
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import EngineRecord, Manifest, read_manifest
 from wanexport.runtime.tensorfile import read_header
+from wanexport.runtime.usable import why_unusable
 
 
 def inspect(bundle: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """Describe a bundle; `problems` says what is wrong with its files, nothing when it is empty.
 
-    Sizes, weights' headers and engines are checked, and with verify the hash of every file.
+    Sizes, weights' headers and engines are checked, and with verify the hash of every file. What a
+    later version made is no problem while there is an engine beside it that can be used.
     Raises WanExportError when the folder is no bundle, or its manifest cannot be read.
     """
     bundle = Path(bundle)
@@ -26,18 +28,19 @@ def inspect(bundle: str | Path, *, verify: bool = False) -> dict[str, Any]:
         **asdict(manifest),
         "parameters": None if problems else _parameters(bundle, manifest),
         "bytes": sum(file.size for file in manifest.files()),
-        "engines": [_describe(engine) for engine in manifest.engines],
+        "engines": [_describe(bundle, manifest, engine) for engine in manifest.engines],
         "verified": verify,
         "problems": problems,
     }
 
 
-def _describe(engine: EngineRecord) -> dict[str, Any]:
+def _describe(bundle: Path, manifest: Manifest, engine: EngineRecord) -> dict[str, Any]:
     """The engine's record with what follows from it."""
     return {
         "name": engine.name,
         "tokens": engine.geometry.num_tokens,
         "bytes": sum(file.size for file in engine.files.values()),
+        "unusable": why_unusable(bundle, manifest, engine),
         **asdict(engine),
     }
 
@@ -58,9 +61,14 @@ def _problems(bundle: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
                 check_content(bundle, record.file)
         except WanExportError as error:
             yield str(error)
-    for engine in manifest.engines:
+    reasons = [why_unusable(bundle, manifest, engine) for engine in manifest.engines]
+    for engine, reason in zip(manifest.engines, reasons):
+        if reason and (all(reasons) or not engine.unfamiliar):
+            yield reason
         for file in engine.files.values():
             try:
                 check_content(bundle, file)
             except WanExportError as error:
                 yield str(error)
+    if not reasons:
+        yield f"{bundle} has no engine: add one with wanexport build -o {bundle}"

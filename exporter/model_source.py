@@ -6,21 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.graphs.checkpoint import Checkpoint, open_checkpoint
-from wanexport.graphs.config import PRESETS, WanConfig, variant
+from wanexport.graphs.config import PRESETS, variant
+from wanexport.graphs.experts import FOLDERS, expert_of_name
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.hub import EXAMPLE, download
+from wanexport.runtime.printable import printable
+from wanexport.runtime.wan_config import WanConfig
 
 DEFAULT_MODEL = EXAMPLE
 DEFAULT_PRESET = "t2v-1.3b"
-_DIT_FILES = (
+_MODEL_FILES = (
     "config.json",
+    "diffusion_pytorch_model*.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
+_DIT_FILES = (
     "model_index.json",
-    "diffusion_pytorch_model*",
-    "high_noise_model/*",
-    "low_noise_model/*",
-    "transformer/*",
-    "transformer_2/*",
+    *_MODEL_FILES,
+    *(f"{folder}/{name}" for folder in FOLDERS for name in _MODEL_FILES),
 )
 
 
@@ -40,27 +44,55 @@ class ModelSource:
         return tuple(expert for expert in self.weights if expert)
 
 
-def resolve(model: str | None, random_weights: int | None) -> ModelSource:
-    """Find the model. Raises WanExportError when it does not exist or is no Wan checkpoint."""
+def resolve(
+    model: str | None, random_weights: int | None, *, expert_alone: bool = False
+) -> ModelSource:
+    """Find the model; expert_alone allows one expert of an A14B without the other.
+
+    Raises WanExportError when it does not exist, is no Wan checkpoint, or is one expert alone.
+    """
+    if model is not None and not model.strip():
+        raise WanExportError(f"-m is empty: name a folder or a hub id, as {EXAMPLE}")
     if random_weights is not None:
         return _random(model or DEFAULT_PRESET, random_weights)
     model = model or DEFAULT_MODEL
     path = Path(model)
-    if os.path.exists(path):  # unlike Path's, it is False for a name that is too long
-        return _from_checkpoint(open_checkpoint(path), {"path": str(path.resolve())})
+    if os.path.lexists(path):  # unlike Path's, it is False for a name that is too long
+        checkpoint = open_checkpoint(path)
+        _check_alone(checkpoint, printable(path), checkpoint.alone, expert_alone)
+        return _from_checkpoint(checkpoint, {"path": str(path.resolve())})
     if model.lower() in PRESETS:
         raise WanExportError(
             f"{model} is a preset, not a checkpoint: add --random-weights SEED, "
             f"or name a folder or hub id"
         )
     path = download(model, _DIT_FILES)
-    return _from_checkpoint(open_checkpoint(path), {"hub": model, "revision": path.name})
+    if not any(file.suffix == ".safetensors" for file in path.rglob("*")):
+        raise WanExportError(
+            f"{model} has no {_MODEL_FILES[1]} where a Wan has them: download the file that you "
+            f"mean and pass -m FILE"
+        )
+    checkpoint = open_checkpoint(path)
+    named = f"{model} is named so" if expert_of_name(model.rpartition("/")[2]) else ""
+    _check_alone(checkpoint, model, checkpoint.alone or named, expert_alone)
+    return _from_checkpoint(checkpoint, {"hub": model, "revision": path.name})
+
+
+def _check_alone(checkpoint: Checkpoint, name: str, reason: str, allowed: bool) -> None:
+    """Refuse one expert of an A14B by itself, unless it was asked for."""
+    if reason and not allowed and not checkpoint.experts:
+        raise WanExportError(
+            f"{name} is one expert of an A14B ({reason}): pass -m a folder with both, in "
+            f"high_noise_model/ and low_noise_model/, or --expert-alone to build this one by itself"
+        )
 
 
 def _random(model: str, seed: int) -> ModelSource:
     preset = PRESETS.get(model.lower())
     if preset is None:
-        raise WanExportError(f"{model!r} is no preset: --random-weights takes {', '.join(PRESETS)}")
+        raise WanExportError(
+            f"{printable(model)} is no preset: --random-weights takes {', '.join(PRESETS)}"
+        )
     experts = preset.experts or ("",)
     return ModelSource(
         name=model.lower(),

@@ -11,10 +11,10 @@ from wanexport.exporter import onnx_lint, to_onnx, trace
 from wanexport.exporter.proof import prove as prove_onnx
 from wanexport.exporter.request import Compiled, Progress, Request, TensorRtOptions
 from wanexport.graphs.signature import attention_score_bytes
-from wanexport.graphs.weights import weights_layout
 from wanexport.runtime import onnx_engine
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.manifest import EngineRecord
+from wanexport.runtime.signature import weights_layout
 
 ATTENTION = ("native", "mha")
 BINDING: tuple[str, ...] = ()  # an ONNX file is bound to no machine

@@ -12,7 +12,6 @@ import onnx_ir as ir
 from wanexport.exporter.onnx_expansion import check_expansion
 from wanexport.exporter.program_lint import lint_program_file
 from wanexport.exporter.tensorrt_lint import KIND, lint_tensorrt
-from wanexport.graphs.config import stated_config
 from wanexport.graphs.lint import Finding, count
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.check import check_content
@@ -64,11 +63,11 @@ def _graph(findings: list[Finding], target: str | None = None) -> dict[str, Any]
 def _lint_path(path: Path, target: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.is_dir():
         manifest = read_manifest(path)
-        expected = attention_count(stated_config(manifest.config))
+        expected = attention_count(manifest.config)
         for engine in manifest.engines:
             if engine.backend == "onnx":
                 file = check_content(path, engine.files["denoiser"])
-                yield engine.name, _graph(_lint_file(file, target, expected), target)
+                yield engine.name, _graph(_lint_file(file.path, target, expected), target)
             else:
                 counts = dict(engine.lint)
                 yield engine.name, {"counts": counts, "findings": [], "recorded": True}

@@ -1,5 +1,6 @@
 """Options that commands share, and the parsing of what click has no type for."""
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from wanexport.exporter.streams import minding_the_reader, printing
 from wanexport.runtime.choose import BACKENDS, DEVICES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.kernels import KERNELS
@@ -15,7 +17,57 @@ from wanexport.runtime.solvers import SOLVERS
 
 DTYPES = ("fp32", "bf16", "fp16")
 SEED, COUNT = click.IntRange(min=0), click.IntRange(min=1)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+_SIZES = (2**20, 2**50)  # of a --workspace: a plain 8 is not meant, nor is a petabyte
+_MAY_BE_EMPTY = ("negative",)  # an empty prompt is one
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class CheckedCommand(click.Command):
+    """A command that refuses, by the option's name, what nobody means: nothing, NaN and infinity.
+
+    An empty value is what a script's variable has that was never set; as a path it would name the
+    folder that the script runs in.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments. Raises BadParameter for an empty text, or a number that is none."""
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in self.get_params(ctx):
+            if parameter.name not in _MAY_BE_EMPTY and _has_blank(given.get(parameter.name or "")):
+                leave = "" if parameter.required else ", or leave it out"
+                reason = f"it is empty, as a variable that was never set: give a value{leave}"
+                raise click.BadParameter(reason, ctx, parameter)
+        with printing():  # the help, where that is asked for
+            rest = super().parse_args(ctx, args)
+        for parameter in self.get_params(ctx):
+            value = ctx.params.get(parameter.name or "")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise click.BadParameter(f"{value} is no finite number", ctx, parameter)
+        return rest
+
+
+def _has_blank(given: Any) -> bool:
+    values = given if isinstance(given, list | tuple) else [given]
+    return any(isinstance(value, str) and not value.strip() for value in values)
+
+
+class CheckedGroup(click.Group):
+    """Makes every command of it a CheckedCommand."""
+
+    command_class = CheckedCommand
+
+    # Inside click, which gives a pipe that broke the exit code of a failed check.
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, and print the help where that is asked for."""
+        with minding_the_reader(), printing():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with minding_the_reader():
+            return super().invoke(ctx)
+
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
@@ -25,6 +77,7 @@ def prompt_options(command: _Command) -> _Command:
     file = click.Path(path_type=Path)
     for option in (
         click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise."),
+        click.option("--overwrite", is_flag=True, help="Replace OUTPUT and its record."),
         click.option("-o", "--output", required=True, type=file, help="X.mp4, or X.safetensors: "
                      "the latent."),
         click.option(
@@ -109,14 +162,23 @@ def provider_options(command: _Command) -> _Command:
 
 
 def parse_pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
-    """KEY=VALUE, several times. Raises WanExportError for anything else."""
-    pairs = {}
+    """KEY=VALUE, several times. Raises WanExportError for anything else, and for a key twice."""
+    pairs: dict[str, str] = {}
     for text in texts:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
+        key, _, value = (part.strip() for part in text.partition("="))
+        if not key or not value:
             raise WanExportError(f"{option} {text!r}: expected KEY=VALUE")
-        pairs[key.strip()] = value.strip()
+        if pairs.setdefault(key, value) != value:
+            raise WanExportError(f"{option} names {key} twice: {pairs[key]} and {value}")
     return pairs
+
+
+def parse_names(option: str, text: str | None) -> list[str] | None:
+    """Names with commas between. Raises WanExportError when one of them is empty."""
+    names = None if text is None else [name.strip() for name in text.split(",")]
+    if names is not None and not all(names):
+        raise WanExportError(f"{option} {text!r} has an empty name: expected names, commas between")
+    return names
 
 
 def tensorrt_options(command: _Command) -> _Command:
@@ -148,15 +210,14 @@ def parse_size(option: str, text: str | None) -> int | None:
     """Bytes of `8GiB`, `500MB` or a plain number. Raises WanExportError for anything else."""
     if text is None:
         return None
-    match = re.fullmatch(r"([0-9.]+) *([kmgt]?)(i?)b?", text.strip(), re.IGNORECASE)
-    try:
-        number = float(match[1]) if match else 0.0
-    except ValueError:
-        number = 0.0
-    if match is None or number <= 0:
-        raise WanExportError(f"{option} {text!r}: expected a size, as 8GiB or 500MB")
-    base = 1024 if match[3] else 1000
-    return int(number * base ** " kmgt".index(match[2].lower() or " "))
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) *([kmgt]?)(i?)b?", text.strip(), re.IGNORECASE)
+    size = 0.0
+    if match is not None:
+        base = 1024 if match[3] else 1000
+        size = float(match[1]) * base ** " kmgt".index(match[2].lower() or " ")
+    if not _SIZES[0] <= size <= _SIZES[1]:
+        raise WanExportError(f"{option} {text!r}: expected a size from 1MiB, as 8GiB or 500MB")
+    return int(size)
 
 
 def parse_guidance(text: str | None) -> float | tuple[float, float] | None:
@@ -170,8 +231,11 @@ def parse_guidance(text: str | None) -> float | tuple[float, float] | None:
 
 
 def parse_numbers(option: str, text: str | None) -> list[float] | None:
-    """Numbers with commas between. Raises WanExportError for anything else."""
+    """Finite numbers with commas between. Raises WanExportError for anything else."""
     try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise WanExportError(f"{option} {text!r}: expected numbers, with commas between") from error
+        numbers = None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [math.nan]
+    if numbers is not None and not all(map(math.isfinite, numbers)):
+        raise WanExportError(f"{option} {text!r:.80}: expected numbers, with commas between")
+    return numbers

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.graphs.config import WanConfig
-from wanexport.graphs.signature import input_shapes
 from wanexport.runtime.denoiser import pad_text
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.sample import seeded_noise
+from wanexport.runtime.signature import input_shapes
+from wanexport.runtime.wan_config import WanConfig
 
 FP32_GATE = 1e-5
 FLOOR_FACTOR = 1.25

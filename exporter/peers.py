@@ -1,8 +1,7 @@
 """What `compare` holds an engine against: the same model, eager, from other tensors or code."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -10,14 +9,15 @@ from wanexport.exporter.diffusers_engine import DiffusersEngine
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.model_source import resolve
 from wanexport.graphs.checkpoint import SourceTensor
-from wanexport.graphs.config import PRESETS, WanConfig, stated_config
-from wanexport.graphs.signature import parameter_shapes
+from wanexport.graphs.config import PRESETS
 from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
 from wanexport.runtime.check import check_content
 from wanexport.runtime.denoiser import Denoiser, Engine
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_extra
 from wanexport.runtime.manifest import EngineRecord, Manifest
 from wanexport.runtime.memory import free_bytes
+from wanexport.runtime.signature import parameter_shapes
+from wanexport.runtime.wan_config import WanConfig
 
 IMPLEMENTATIONS = ("graph", "diffusers")
 
@@ -61,7 +61,7 @@ def open_peers(
 
     Raises WanExportError when diffusers' models do not fit in memory.
     """
-    config = stated_config(manifest.config)
+    config = manifest.config
     wanted = [*keys, *([(unrounded, "fp32")] if unrounded else [])]
     device = record.target["device"]
     needed, free = _bytes(config, wanted, len(tensors)), free_bytes(device)
@@ -107,8 +107,9 @@ def check_implementation(name: str) -> None:
     if name not in IMPLEMENTATIONS:
         expected = ", ".join(IMPLEMENTATIONS)
         raise WanExportError(f"unknown reference {name!r}: expected one of {expected}")
-    if name == "diffusers" and find_spec("diffusers") is None:
-        raise WanExportError("diffusers is not installed: pip install 'wanexport[diffusers]'")
+    if name == "diffusers":
+        with needing_extra("diffusers", "this reference"):
+            from diffusers import WanTransformer3DModel  # noqa: F401
 
 
 def tensors_of_bundle(bundle: Path, manifest: Manifest, record: EngineRecord) -> Tensors:
@@ -116,9 +117,9 @@ def tensors_of_bundle(bundle: Path, manifest: Manifest, record: EngineRecord) ->
 
     Raises WanExportError when a file is missing or was altered.
     """
-    names = {name: name for name in parameter_shapes(stated_config(manifest.config))}
+    names = {name: name for name in parameter_shapes(manifest.config)}
     return {
-        weights.expert: bundle_tensors(check_content(bundle, weights.file), names)
+        weights.expert: bundle_tensors(check_content(bundle, weights.file).path, names)
         for weights in manifest.weights_of(record.dtype)
     }
 
@@ -131,8 +132,8 @@ def tensors_of_checkpoint(model: str | Path, manifest: Manifest) -> Tensors:
     model = str(model)
     if model.lower() in PRESETS and not Path(model).exists():
         raise WanExportError(f"{model} is a preset: pass -m a checkpoint's folder or hub id")
-    source = resolve(model, None)
-    if (asdict(source.config), source.experts) != (manifest.config, manifest.experts):
+    source = resolve(model, None, expert_alone=not manifest.experts)
+    if (source.config, source.experts) != (manifest.config, manifest.experts):
         raise WanExportError(
             f"{model} is another model ({source.name}) than the bundle's ({manifest.model}): "
             f"pass -m the checkpoint that it was built from"

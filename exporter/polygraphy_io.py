@@ -3,11 +3,12 @@
 The formats are polygraphy's own and written by itself, imported where it is needed.
 """
 
+import io
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import numpy as np
 
 from wanexport.exporter.comparison import ComparedCall
 from wanexport.runtime.denoiser import Denoiser, pad_text, to_numpy
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.durable import durable_file
+from wanexport.runtime.errors import WanExportError, needing_package
 from wanexport.runtime.manifest import EngineRecord, Manifest, TensorSpec
 from wanexport.runtime.tensorrt_engine import plan_role
 from wanexport.runtime.tensorrt_library import FLAVOURS
@@ -55,8 +57,10 @@ def check_files(files: SavedFiles) -> None:
             raise WanExportError(f"{path}: polygraphy reads JSON, name a .json file")
         if not os.access(path.parent, os.W_OK):
             raise WanExportError(f"cannot write in {path.parent}: name an existing folder")
-    if files.paths() and find_spec("polygraphy") is None:
-        raise WanExportError("polygraphy is not installed: pip install polygraphy")
+    if files.paths():
+        with needing_package("polygraphy", "saving for polygraphy"):
+            import polygraphy.comparator
+            import polygraphy.json  # noqa: F401
 
 
 def save_calls(
@@ -105,13 +109,23 @@ def _write(
 
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # it logs to standard output, where JSON may go
         if files.inputs:
-            save_json([feed(call.inputs, record.inputs) for call in calls], str(files.inputs))
+            with _text_file(files.inputs) as file:
+                save_json([feed(call.inputs, record.inputs) for call in calls], file)
         if files.outputs:
             # It compares each runner with the next, and the one that it runs comes first.
             results = RunResults()
             results.add([{_OUTPUT: call.reference} for call in calls], runner_name=reference)
             results.add([{_OUTPUT: call.velocity} for call in calls], runner_name=record.name)
-            results.save(str(files.outputs))
+            with _text_file(files.outputs) as file:
+                results.save(file)
+
+
+@contextmanager
+def _text_file(path: Path) -> Iterator[io.TextIOWrapper]:
+    with durable_file(path) as file:
+        text = io.TextIOWrapper(file, "utf-8")
+        yield text
+        text.detach()
 
 
 def feed(inputs: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:

@@ -5,7 +5,6 @@ more blocks and tokens than that is compared itself. An engine that this machine
 proven through its fp32 twin: the same cut in fp32, which widens the engine's own weights.
 """
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.exporter import to_onnx
-from wanexport.exporter.child import run_process
+from wanexport.exporter.child import run_process, temporary_folder
 from wanexport.exporter.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.proof_process import OnnxJob, PlanJob, RegionsJob
-from wanexport.graphs.config import WanConfig
-from wanexport.graphs.weights import weights_layout
 from wanexport.runtime.choose import RUNNABLE_DTYPES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.signature import weights_layout
+from wanexport.runtime.wan_config import WanConfig
 
 MAX_TOKENS = 1000
 
@@ -51,9 +50,7 @@ def prove(
     runs_here = device == "cuda" or dtype in RUNNABLE_DTYPES
     layout = {name: entries[tensor] for name, tensor in tensors.items()}
     figures = []
-    # Beside the engine, where a sweep finds it after a kill.
-    with tempfile.TemporaryDirectory(prefix="proof-", dir=engine.parent) as name:
-        scratch = Path(name).resolve()
+    with temporary_folder() as scratch:
         graph = engine.resolve()
         if not runs_here or (cut, small) != (config, geometry):
             own = dtype if runs_here else "fp32"
@@ -68,7 +65,7 @@ def prove(
                 device=device,
                 dtype=dtype,
                 runs_here=runs_here,
-                weights=str(file.resolve().parent),
+                weights=str(file.resolve()),
                 cut=str(graph),
                 tensors=tensors,
                 config=asdict(cut),

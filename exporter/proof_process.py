@@ -15,14 +15,13 @@ import numpy as np
 from wanexport.exporter.child import main
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import forward_inputs, measure
-from wanexport.graphs.config import WanConfig
-from wanexport.graphs.signature import input_shapes, parameter_shapes
 from wanexport.graphs.weights import bundle_tensors, read_tensor
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.manifest import TensorSpec
 from wanexport.runtime.onnx_engine import OnnxEngine
+from wanexport.runtime.signature import input_shapes, parameter_shapes
+from wanexport.runtime.wan_config import WanConfig
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +40,7 @@ class OnnxJob:
     device: str  # `cpu` or `cuda`
     dtype: str
     runs_here: bool
-    weights: str  # folder of the engine's weights
+    weights: str  # file
     cut: str
     tensors: dict[str, str]  # names of the cut's parameters -> names in `weights`
     config: dict[str, Any]  # of the cut
@@ -85,7 +84,7 @@ def prove_onnx(job: OnnxJob) -> dict[str, Any]:
     """
     config, geometry = WanConfig(**job.config), Geometry(**job.geometry)
     inputs = forward_inputs(config, geometry, TIMESTEP, SEED)
-    tensors = bundle_tensors(Path(job.weights) / WEIGHTS_FILE, job.tensors)
+    tensors = bundle_tensors(Path(job.weights), job.tensors)
 
     def eager(dtype: str) -> np.ndarray:
         model = EagerEngine(config, geometry, dtype, tensors, resident=False, device=job.device)
@@ -128,7 +127,7 @@ def run_with_device_weights(
     from wanexport.runtime.device_weights import device_weights
     from wanexport.runtime.onnx_cuda_engine import OnnxSession
 
-    file = Path(job.weights) / WEIGHTS_FILE
+    file = Path(job.weights)
     weights = device_weights(file, device)
     OnnxSession(Path(job.engine), file, weights.tensors, device, provider)
     tensors = {name: weights.tensors[stored] for name, stored in job.tensors.items()}

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from wanexport.graphs.config import WanConfig
-from wanexport.graphs.weights import weights_layout
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.manifest import EngineRecord, SamplingDefaults, engine_label
+from wanexport.runtime.signature import weights_layout
+from wanexport.runtime.wan_config import WanConfig
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (0 when the length is unknown)
 

@@ -97,7 +97,8 @@ def _command(request: RunRequest, result: RunResult) -> list[str]:
     words = ["wanexport", "run", str(request.bundle.resolve())]
     for name, value in options.items():
         words += [] if value is None else [name, str(value)]
-    return words + _flags(request.load_options)
+    # A command that repeats a run meets what that run wrote.
+    return [*words, "--overwrite", *_flags(request.load_options)]
 
 
 def _sampling_options(request: RunRequest, result: RunResult) -> dict[str, Any]:

@@ -5,19 +5,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
+from wanexport.runtime.durable import check_writable
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.regular_file import read_regular
 
 VIDEO, LATENT = ".mp4", ".safetensors"
+_MOST_BYTES = 2**24  # of a record
 
 
 @dataclass(frozen=True)
 class RunRequest:
     """What `run` is asked for. Exactly one of prompt and text_file is given.
 
-    settings are those of `sample`, load_options those of `load`.
+    overwrite: whether an output that is there, and its record, may be replaced. settings are those
+    of `sample`, load_options those of `load`.
     """
 
     bundle: Path
@@ -29,6 +32,7 @@ class RunRequest:
     last_image: Path | None = None
     model: str | None = None
     seed: int = 0
+    overwrite: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     load_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -58,6 +62,10 @@ def check_request(request: RunRequest) -> None:
         if path is not None and path.exists() and request.output.exists():
             if path.samefile(request.output):
                 raise WanExportError(f"{path} is read by this run: name another -o")
+    if not request.overwrite:
+        for path in (request.output, sidecar(request.output)):
+            if os.path.lexists(path):
+                raise WanExportError(f"{path} exists: name another -o, or add --overwrite")
 
 
 def _check_output(output: Path) -> None:
@@ -67,25 +75,28 @@ def _check_output(output: Path) -> None:
             f"{output}: a video goes to an .mp4 file, latents to a .safetensors file: "
             f"name one with -o"
         )
-    try:  # under a name that is as long as that of the unfinished file will be
-        NamedTemporaryFile(dir=output.parent, prefix=output.name, suffix=".partial").close()
+    try:
+        check_writable(output)
     except OSError as error:
         raise WanExportError(
             f"cannot write {output} ({error.strerror}): name a file in an existing folder with -o"
         ) from error
-    if sidecar(output).exists() and not _is_record(sidecar(output)):
-        raise WanExportError(
-            f"{sidecar(output)}, where the record goes, is no record of a run: name another -o"
-        )
+    record = sidecar(output)
+    if os.path.lexists(record) and (recorded := _recorded_output(record)) != output.name:
+        held = f"is the record of {recorded}" if recorded else "is no record of a run"
+        raise WanExportError(f"{record}, where the record goes, {held}: name another -o")
 
 
 def sidecar(output: Path) -> Path:
-    """Where the record of an output goes."""
-    return output.with_suffix(".json")
+    """Where the record of an output goes: clip.json of clip.mp4, x.safetensors.json of a latent."""
+    is_video = output.suffix.lower() == VIDEO
+    return output.with_suffix(".json") if is_video else output.with_name(output.name + ".json")
 
 
-def _is_record(path: Path) -> bool:
+def _recorded_output(path: Path) -> str:
+    """The name of the file whose record this is; empty when it is the record of no run."""
     try:
-        return "command" in json.loads(path.read_text())
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
+        record = json.loads(read_regular(path, at_most=_MOST_BYTES))
+        return Path(record["output"]).name if "command" in record else ""
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ""

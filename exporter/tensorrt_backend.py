@@ -22,23 +22,23 @@ from wanexport.exporter import (
     to_tensorrt,
     trace,
 )
-from wanexport.exporter.child import run_process
+from wanexport.exporter.child import run_process, temporary_folder
 from wanexport.exporter.proof import prove as prove_onnx
 from wanexport.exporter.request import Compiled, Progress, Request, TensorRtOptions
 from wanexport.exporter.tensorrt_graph import separate_queries
 from wanexport.exporter.tensorrt_preflight import check_room
 from wanexport.exporter.tensorrt_targets import find_targets, gpu_arch
 from wanexport.exporter.to_tensorrt import PlanJob
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.signature import attention_count
-from wanexport.graphs.weights import weights_layout
+from wanexport.runtime.cache_folder import cache_folder
 from wanexport.runtime.choose import RUNNABLE_DTYPES
 from wanexport.runtime.durable import fsync_folder
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.load import CACHE
 from wanexport.runtime.manifest import EngineRecord
+from wanexport.runtime.signature import weights_layout
 from wanexport.runtime.tensorrt_library import FLAVOURS
+from wanexport.runtime.wan_config import WanConfig
 
 
 class TensorRtBackend:
@@ -121,10 +121,10 @@ class TensorRtBackend:
         plan: Path,
         weights: Path | None,
     ) -> PlanJob:
-        folder, arch = plan.parent.resolve(), request.target["arch"]
-        # engines/<geometry>/<label>: the bundle is three folders up. RTX has no timings to keep.
+        arch = request.target["arch"]
         name = f"{self.flavour}-{request.target[self.flavour]}-{arch}.timing"
-        cache = folder.parents[2] / CACHE / name if self.flavour == "tensorrt" else None
+        # RTX has no timings to keep.
+        cache = cache_folder() if self.flavour == "tensorrt" else None
         return PlanJob(
             flavour=self.flavour,
             graph=str(scratch / "denoiser.onnx"),
@@ -134,7 +134,7 @@ class TensorRtBackend:
             opens_here=is_here,
             plan=str(scratch / plan.name),
             layers=str(scratch / "layers.json"),
-            timing_cache=str(cache or ""),
+            timing_cache=str(cache / name) if cache else "",
             new_timing_cache=str(scratch / name) if cache else "",
             optimization_level=options.optimization_level,
             workspace=options.workspace,
@@ -176,9 +176,8 @@ class TensorRtBackend:
         """Prove, by ONNX Runtime, the graph that the plan was built of."""
         config, geometry, dtype = request.config, request.geometry, request.dtype
         attention = request.attention or self.ATTENTION[0]
-        folder = (bundle / next(iter(engine.files.values())).path).parent
-        with TemporaryDirectory(prefix="graph-", dir=folder) as name:
-            path = Path(name) / "denoiser.onnx"
+        with temporary_folder() as scratch:
+            path = scratch / "denoiser.onnx"
             if dtype in RUNNABLE_DTYPES:  # of others only a cut is lowered, in fp32
                 path.write_bytes(_lowered(config, geometry, dtype, attention, False)[0])
             figures = prove_onnx(

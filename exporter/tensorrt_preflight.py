@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from wanexport.exporter.request import Request
-from wanexport.graphs.weights import weights_layout
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.memory import available_bytes
+from wanexport.runtime.signature import weights_layout
 
 _ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _HOST_BASE, _HOST_PER_BLOCK = 400_000_000, 25_000_000

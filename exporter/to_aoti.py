@@ -22,17 +22,17 @@ from wanexport.exporter.compiler import compiler, compiler_version, restrict_ind
 from wanexport.exporter.process import Lifeline
 from wanexport.exporter.quiet import quiet
 from wanexport.exporter.request import Progress
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.lint import count, lint_program
 from wanexport.graphs.model import Block
 from wanexport.graphs.regions import trace_regions
 from wanexport.graphs.signature import attention_count
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.durable import write_durably
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_package
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.manifest import REGIONS
 from wanexport.runtime.processor import level_for
+from wanexport.runtime.signature import REGIONS
+from wanexport.runtime.wan_config import WanConfig
 
 _ADVICE = "try another C++ compiler with CXX, else report this"
 _CONFIGS = {
@@ -158,10 +158,8 @@ def check_compiler(device: str) -> None:
     """Raise WanExportError when there is no C++ compiler, or no Triton where it is needed."""
     compiler_version()
     if device == "cuda":
-        try:
+        with needing_package("triton", "AOTInductor on a GPU"):
             import triton  # noqa: F401
-        except ImportError as error:
-            raise WanExportError("Triton is not installed: pip install triton") from error
 
 
 def _check_linkage(package: Path) -> None:

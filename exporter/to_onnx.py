@@ -27,13 +27,13 @@ from torch.export import ExportedProgram
 from wanexport.exporter.onnx_lint import lint_onnx
 from wanexport.exporter.quiet import quiet
 from wanexport.exporter.trace import trace
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.lint import count, lint_program
 from wanexport.graphs.signature import attention_count
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.tensorfile import TensorEntry
+from wanexport.runtime.wan_config import WanConfig
 
 OPSET = 23
 _IR_DTYPES = {

@@ -58,7 +58,7 @@ def build_plan(job: PlanJob, progress: Callable[[str, int, int], None]) -> dict[
     """
     trt = import_tensorrt(job.flavour)
     log = message_log(trt)
-    log.errors.clear()
+    log.clear()
     builder = _made(trt.Builder, job, log)
     network = parse(trt, builder, log, Path(job.graph).read_bytes(), job.weights)
     layers: Any = network_layers(network)
@@ -66,7 +66,7 @@ def build_plan(job: PlanJob, progress: Callable[[str, int, int], None]) -> dict[
     config = configure(trt, builder, job)
     kept_timings = _use_timing_cache(config, job.timing_cache)
     config.progress_monitor = monitor = _monitor(trt, progress)
-    log.errors.clear()  # of a timing cache that was refused
+    log.clear()  # of a timing cache that was refused
     started = time.monotonic()
     plan = builder.build_serialized_network(network, config)
     if plan is None:

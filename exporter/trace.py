@@ -5,10 +5,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.model import WanModel
-from wanexport.graphs.signature import input_shapes
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.signature import input_shapes
+from wanexport.runtime.wan_config import WanConfig
 
 
 def trace(config: WanConfig, geometry: Geometry, dtype: torch.dtype) -> ExportedProgram:

@@ -4,28 +4,24 @@ Layouts: the official one (Wan-Video) and diffusers', as single files or shards 
 fp32, bf16 or fp16. One key table maps diffusers' names to the official ones.
 """
 
-import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanexport.graphs.config import EXPERTS, WanConfig
-from wanexport.graphs.signature import parameter_shapes
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.tensorfile import TensorEntry, read_header
+from wanexport.graphs.experts import expert_of_name, why_alone
+from wanexport.graphs.foreign import PREFIX, refuse_foreign_file, refuse_foreign_tensors
+from wanexport.graphs.places import check_listed, find_parts, weight_files
+from wanexport.graphs.stated import boundary_of, check_config, read_config, read_index, settings
+from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.printable import printable
+from wanexport.runtime.signature import parameter_shapes
+from wanexport.runtime.tensorfile import TensorEntry, read_header, read_metadata
+from wanexport.runtime.wan_config import WanConfig
 
-HEAD_DIM = 128  # of every published Wan; used when a checkpoint comes without config.json
-MAX_TEXT_LEN = 8192
 STORED_DTYPES = ("F32", "BF16", "F16")
-_PREFIX = "model.diffusion_model."
-_INDEX = "diffusion_pytorch_model.safetensors.index.json"
-_SUBFOLDERS = {  # of the two experts, or of diffusers' one model
-    ("high_noise_model", "low_noise_model"): EXPERTS,
-    ("transformer", "transformer_2"): EXPERTS,
-    ("transformer",): ("",),
-}
 
 # diffusers name -> official name; {} is the block's number, * is weight or bias.
 _KEY_TABLE = {
@@ -71,6 +67,7 @@ class SourceTensor:
 
     file: Path
     entry: TensorEntry
+    name: str  # as the file has it
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,7 @@ class Checkpoint:
     config: WanConfig
     tensors: dict[str, dict[str, SourceTensor]]
     boundary: float | None  # where the checkpoint itself states one
+    alone: str = ""  # what says that this is one expert of an A14B without the other
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -92,90 +90,93 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Recognise a folder (or one safetensors file) as a Wan checkpoint.
 
-    Raises WanExportError when there is none, a shard is missing, tensors are missing, unexpected or
-    wrongly shaped, or the two experts differ in size.
+    Raises WanExportError when there is none, an expert, a shard or a tensor is missing, tensors are
+    unexpected or wrongly shaped, the files contradict each other, or the experts differ in size.
     """
-    names, experts = next(
-        (item for item in _SUBFOLDERS.items() if all((path / name).is_dir() for name in item[0])),
-        ((".",), ("",)),
-    )
-    found = {expert: _open_model(path / name) for name, expert in zip(names, experts, strict=True)}
+    try:
+        return _open(path)
+    except OSError as error:
+        place = path if error.filename is None else error.filename
+        raise WanExportError(f"cannot read {printable(place)}: {error.strerror}") from error
+
+
+def _open(path: Path) -> Checkpoint:
+    index = read_index(path) if path.is_dir() else {}
+    boundary = boundary_of(index, path)
+    parts = find_parts(path, index)
+    found = {expert: _open_model(part, expert) for expert, part in parts.items()}
     configs = {config for config, _, _ in found.values()}
     if len(configs) > 1:
         raise WanExportError(
-            f"the two experts in {path} differ in size: expected one config for both"
+            f"the two experts in {printable(path)} differ in size: expected one config for both"
         )
-    boundary = _read_json(path / "model_index.json").get("boundary_ratio")
-    if boundary is not None and not (isinstance(boundary, float) and 0 < boundary < 1):
-        raise WanExportError(
-            f"{path}/model_index.json has boundary_ratio {boundary!r}: expected one from 0 to 1"
+    config = configs.pop()
+    if len(parts) > 1 and "boundary_ratio" in index and boundary is None:
+        warnings.warn(
+            f"{printable(path)}/model_index.json has no boundary_ratio for its two experts: the "
+            f"official one is taken",
+            WanExportWarning,
+            stacklevel=2,
         )
+    alone = ""
+    if len(parts) == 1 and not config.image_tokens and not config.per_frame_timestep:
+        ((_, _, tensors),) = found.values()
+        alone = why_alone(path, {tensor.file for tensor in tensors.values()})
     return Checkpoint(
         path=path,
         layout=next(iter(found.values()))[1],
-        config=configs.pop(),
+        config=config,
         tensors={expert: tensors for expert, (_, _, tensors) in found.items()},
         boundary=boundary,
+        alone=alone,
     )
 
 
-def _open_model(path: Path) -> tuple[WanConfig, str, dict[str, SourceTensor]]:
+def _open_model(path: Path, expert: str) -> tuple[WanConfig, str, dict[str, SourceTensor]]:
     tensors: dict[str, SourceTensor] = {}
-    for file in _weight_files(path):
-        for stored, entry in read_header(file).items():
-            name = stored.removeprefix(_PREFIX)
+    entries: dict[str, TensorEntry] = {}  # by the names that the files have
+    files, listed = weight_files(path)
+    for file in files:
+        own = _read_file(file, expert)
+        for stored, entry in own.items():
+            name = stored.removeprefix(PREFIX)
             if name in tensors:
                 raise WanExportError(
-                    f"{name} is in {tensors[name].file} and in {file}: "
-                    f"pass -m one of the files, or a folder with one model"
+                    f"{printable(name)} is in {printable(tensors[name].file)} and in "
+                    f"{printable(file)}: pass -m one of the files, or a folder with one model"
                 )
-            tensors[name] = SourceTensor(file, entry)
+            tensors[name] = SourceTensor(file, entry, stored)
+        check_listed(listed, own, file)
+        entries |= own
+    refuse_foreign_tensors(entries, path)
     layout = "diffusers" if "condition_embedder.time_proj.weight" in tensors else "official"
     if layout == "diffusers":
         tensors = {official_name(k): t for k, t in tensors.items() if not _UNUSED.fullmatch(k)}
-    folder = path.parent if path.is_file() else path
-    config = recognise(tensors, _read_json(folder / "config.json"), path)
+    config_file = files[0].parent / "config.json"
+    owned = any(file.name.startswith("diffusion_pytorch_model") for file in files)
+    stated = read_config(config_file, owned=owned)
+    config = recognise(tensors, stated, path, config_file)
+    check_config(stated, config, config_file)
     _check_tensors(tensors, config, path)
     return config, layout, tensors
 
 
-def _weight_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    index = path / _INDEX
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise WanExportError(f"{index} has no weight_map: download it again")
-        values = list(weight_map.values())
-        if not all(isinstance(value, str) and Path(value).name == value for value in values):
-            raise WanExportError(f"{index} names what are no files: download it again")
-        names = sorted(set(values))
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise WanExportError(
-                f"{path} lacks {', '.join(missing)}, which its index lists: download again"
-            )
-        return [path / name for name in names]
-    files = sorted(path.glob("diffusion_pytorch_model*.safetensors"))
-    files = files or sorted(path.glob("*.safetensors"))
-    if not files:
+def _read_file(file: Path, expert: str) -> dict[str, TensorEntry]:
+    """The entries of one file, which is of a Wan and not of the other expert."""
+    refuse_foreign_file(file)
+    entries = read_header(file)
+    refuse_foreign_tensors(entries, file, partial=True)
+    if "_quantization_metadata" in read_metadata(file):
         raise WanExportError(
-            f"{path} is no Wan checkpoint: expected *.safetensors in it, in high_noise_model/ and "
-            f"low_noise_model/, or in transformer/"
+            f"{printable(file)} is quantised, as its header's _quantization_metadata says, which "
+            f"is not read yet: take the fp32, bf16 or fp16 file of the same model"
         )
-    return files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty when there is no such file. Raises WanExportError when it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise WanExportError(f"cannot read {path} ({error}): download it again") from error
-    return data if isinstance(data, dict) else {}
+    if expert and expert_of_name(file.name) not in ("", expert):
+        raise WanExportError(
+            f"{printable(file)} lies where the {expert.replace('_', '-')} expert belongs, and is "
+            f"named as the other: put each into its own folder"
+        )
+    return entries
 
 
 def official_name(name: str) -> str:
@@ -191,7 +192,7 @@ def official_name(name: str) -> str:
 
 
 def recognise(
-    tensors: Mapping[str, SourceTensor], stated: Mapping[str, Any], path: Path
+    tensors: Mapping[str, SourceTensor], stated: Mapping[str, Any], path: Path, config_file: Path
 ) -> WanConfig:
     """The config that follows from the tensors; config.json adds only heads, text_len and eps.
 
@@ -201,17 +202,25 @@ def recognise(
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if name not in tensors or len(tensors[name].entry.shape) != rank:
             raise WanExportError(
-                f"{path} is no Wan diffusion transformer: it has no {name} of rank {rank}; "
-                f"expected the official or the diffusers layout"
+                f"{printable(path)} is no Wan diffusion transformer: it has no {name} of rank "
+                f"{rank}; expected the official or the diffusers layout"
             )
         return tensors[name].entry.shape
 
     dim, in_channels = shape("patch_embedding.weight", 5)[:2]
+    out_channels = shape("head.head.weight", 2)[0] // 4
+    if (in_channels, out_channels) == (48, 16):
+        raise WanExportError(
+            f"{printable(path)} is of Wan-Fun-Control (48 channels in, 16 out), which is not read "
+            f"yet: take a plain Wan: T2V, I2V, FLF2V, TI2V or an A14B"
+        )
     matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors)
     blocks = {int(match[1]) for match in matches if match}
     if blocks != set(range(len(blocks))):
-        raise WanExportError(f"{path} has blocks up to {max(blocks)}, but not all: download again")
-    heads, text_len, eps = _settings(stated, dim, path)
+        raise WanExportError(
+            f"{printable(path)} has blocks up to {max(blocks)}, but not all: download again"
+        )
+    heads, text_len, eps = settings(stated, dim, config_file)
     image_tokens = 0
     if "img_emb.proj.0.weight" in tensors:
         image_tokens = 514 if "img_emb.emb_pos" in tensors else 257
@@ -221,7 +230,7 @@ def recognise(
         num_heads=heads,
         num_layers=len(blocks),
         in_channels=in_channels,
-        out_channels=shape("head.head.weight", 2)[0] // 4,
+        out_channels=out_channels,
         image_tokens=image_tokens,
         text_dim=shape("text_embedding.0.weight", 2)[1],
         text_len=text_len,
@@ -230,26 +239,10 @@ def recognise(
     )
 
 
-def _settings(stated: Mapping[str, Any], dim: int, path: Path) -> tuple[int, int, float]:
-    """num_heads, text_len and eps, which no tensor tells, from config.json or their defaults."""
-    heads = stated.get("num_heads", stated.get("num_attention_heads", max(1, dim // HEAD_DIM)))
-    text_len, eps = stated.get("text_len", 512), stated.get("eps", 1e-6)
-    for name, value, largest in (("num_heads", heads, dim), ("text_len", text_len, MAX_TEXT_LEN)):
-        if type(value) is not int or not 1 <= value <= largest:
-            raise WanExportError(
-                f"config.json of {path} has {name} {value!r:.40}: expected from 1 to {largest}"
-            )
-    if not isinstance(eps, float) or not 0 < eps < 1:
-        raise WanExportError(
-            f"config.json of {path} has eps {eps!r:.40}: expected a number from 0 to 1"
-        )
-    return heads, text_len, eps
-
-
 def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path: Path) -> None:
     expected = parameter_shapes(config)
     problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    problems += [f"unexpected {printable(name)}" for name in tensors if name not in expected]
     for name in expected.keys() & tensors.keys():
         entry = tensors[name].entry
         if entry.shape != expected[name]:
@@ -259,6 +252,6 @@ def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path:
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise WanExportError(
-            f"{path} does not fit a Wan of dim {config.dim} and {config.num_layers} blocks: "
-            f"{'; '.join(sorted(problems)[:8])}{more}"
+            f"{printable(path)} does not fit a Wan of dim {config.dim} and {config.num_layers} "
+            f"blocks: {'; '.join(sorted(problems)[:8])}{more}"
         )

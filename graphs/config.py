@@ -1,86 +1,14 @@
-"""What defines a Wan DiT, the presets, and each family's official sampling defaults.
+"""The published Wan models: presets, and each family's official sampling defaults.
 
 Figures: Wan-Video/Wan2.1 and Wan2.2, `wan/configs` and `generate.py`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.manifest import SamplingDefaults
-
-CONDITION_CHANNELS = 20  # I2V: mask (4) + image latent (16)
-IMAGE_DIM = 1280  # width of CLIP ViT-H/14 features
-PER_FRAME_CHANNELS = 48  # the latent of Wan2.2's VAE: only the 5B has it
-EXPERTS = ("high_noise", "low_noise")
-
-
-@dataclass(frozen=True)
-class WanConfig:
-    """The sizes of a Wan DiT. Raises WanExportError when they do not fit together."""
-
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    in_channels: int  # of the patch embedding: latent plus condition
-    out_channels: int
-    image_tokens: int  # CLIP tokens: 0, 257 (I2V) or 514 (first and last frame)
-    text_dim: int = 4096
-    text_len: int = 512
-    freq_dim: int = 256
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        sizes = (self.dim, self.ffn_dim, self.num_heads, self.num_layers, self.in_channels)
-        if min(*sizes, self.out_channels) < 1:
-            raise WanExportError(f"a Wan has no size under 1, got {self}")
-        if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
-            raise WanExportError(
-                f"dim {self.dim} does not split into {self.num_heads} heads of even width over 4"
-            )
-        if self.condition_channels not in (0, CONDITION_CHANNELS):
-            raise WanExportError(
-                f"no Wan has {self.in_channels} input and {self.out_channels} output channels: "
-                f"expected equal counts (T2V, TI2V) or {CONDITION_CHANNELS} more inputs (I2V)"
-            )
-        if self.image_tokens not in (0, 257, 514):
-            raise WanExportError(f"{self.image_tokens} image tokens: expected 0, 257 or 514")
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.num_heads
-
-    @property
-    def condition_channels(self) -> int:
-        """Channels of the `condition` input; 0 where there is none."""
-        return self.in_channels - self.out_channels
-
-    @property
-    def per_frame_timestep(self) -> bool:
-        """Whether the timestep input has one value per latent frame (TI2V)."""
-        return self.out_channels == PER_FRAME_CHANNELS
-
-    @property
-    def spatial_stride(self) -> int:
-        """Pixels per latent pixel of this model's VAE."""
-        return 16 if self.out_channels == PER_FRAME_CHANNELS else 8
-
-    def num_timesteps(self, geometry: Geometry) -> int:
-        """Length of the timestep input."""
-        return geometry.latent[0] if self.per_frame_timestep else 1
-
-
-def stated_config(stated: Mapping[str, Any]) -> WanConfig:
-    """The config that a manifest states. Raises WanExportError when it is none."""
-    kinds = {field.name: field.type for field in fields(WanConfig)}
-    if any(type(stated.get(name)) is not kind for name, kind in kinds.items()):
-        raise WanExportError(f"the manifest's config {dict(stated)} is no Wan: build again")
-    return WanConfig(**{name: stated[name] for name in kinds})
-
+from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 _1_3B = WanConfig(1536, 8960, 12, 30, 16, 16, 0)
 _14B = WanConfig(5120, 13824, 40, 40, 16, 16, 0)

@@ -9,7 +9,6 @@ its weight, so `parameter_dtype` is the whole policy for the weights.
 Not here: sampling, checkpoints, and which kernel attention uses.
 """
 
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,19 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanexport.graphs.config import IMAGE_DIM, WanConfig
 from wanexport.graphs.rope import apply_rope, axis_dims, axis_table, combine_axes
 from wanexport.runtime.geometry import PATCH, Geometry
 from wanexport.runtime.operators import attention
-
-_FP32_PARAMETERS = re.compile(
-    r"time_embedding\.|time_projection\.|head\.|.*modulation$|.*norm|img_emb\.(proj\.[04]\.|emb_pos)"
-)
+from wanexport.runtime.signature import stays_fp32
+from wanexport.runtime.wan_config import IMAGE_DIM, WanConfig
 
 
 def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the official code uses this parameter when it computes in `dtype`."""
-    return torch.float32 if _FP32_PARAMETERS.match(name) else dtype
+    return torch.float32 if stays_fp32(name) else dtype
 
 
 class Linear(nn.Linear):

@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.model import Block, Conditioning, WanModel, parameter_dtype
-from wanexport.graphs.signature import input_shapes, parameter_shapes
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.manifest import BLOCK, REGIONS
-
-_FIRST_BLOCK = BLOCK.format(0)
+from wanexport.runtime.signature import REGIONS, input_shapes, parameter_shapes, region_parameters
+from wanexport.runtime.wan_config import WanConfig
 
 
 class _Embed(nn.Module):
@@ -64,22 +61,6 @@ class _ParametersAsInputs(nn.Module):
     def forward(self, parameters: list[Tensor], inputs: list[Tensor]) -> Any:
         named = dict(zip(self.names, parameters, strict=True))
         return torch.func.functional_call(self.__dict__["region"], named, tuple(inputs))
-
-
-def region_parameters(config: WanConfig) -> dict[str, tuple[str, ...]]:
-    """The official names of each region's parameters, in the order it takes them.
-
-    Those of the block are named as the first block's.
-    """
-    names: dict[str, list[str]] = {region: [] for region in REGIONS}
-    for name in parameter_shapes(config):
-        if name.startswith("head."):
-            names["head"].append(name)
-        elif not name.startswith("blocks."):
-            names["embed"].append(name)
-        elif name.startswith(_FIRST_BLOCK):
-            names["block"].append(name)
-    return {region: tuple(own) for region, own in names.items()}
 
 
 def trace_regions(

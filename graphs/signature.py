@@ -1,38 +1,7 @@
-"""What goes into the graph and what it holds: input and parameter shapes, and counts."""
+"""What a forward costs: attention operators, operations, and the scores of a layer."""
 
-from collections.abc import Mapping
-from functools import cache
-from types import MappingProxyType
-
-import torch
-
-from wanexport.graphs.config import IMAGE_DIM, WanConfig
-from wanexport.graphs.model import WanModel
-from wanexport.runtime.geometry import PATCH, Geometry
-
-
-def input_shapes(config: WanConfig, geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """Shape of every graph input, in the order of `WanModel.forward`; all are fp32."""
-    latent = geometry.latent
-    shapes: dict[str, tuple[int, ...]] = {
-        "latent": (1, config.out_channels, *latent),
-        "timestep": (config.num_timesteps(geometry),),
-        "text": (1, config.text_len, config.text_dim),
-    }
-    if config.condition_channels:
-        shapes["condition"] = (1, config.condition_channels, *latent)
-    if config.image_tokens:
-        shapes["image"] = (1, config.image_tokens, IMAGE_DIM)
-    return shapes
-
-
-@cache
-def parameter_shapes(config: WanConfig) -> Mapping[str, tuple[int, ...]]:
-    """Shape of every parameter by its official name, without allocating any."""
-    side = PATCH * config.spatial_stride
-    with torch.device("meta"):
-        model = WanModel(config, Geometry(side, side, 1, config.spatial_stride), torch.float32)
-    return MappingProxyType({name: tuple(p.shape) for name, p in model.named_parameters()})
+from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.wan_config import WanConfig
 
 
 def attention_count(config: WanConfig) -> int:

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from wanexport.graphs.checkpoint import SourceTensor
-from wanexport.graphs.config import WanConfig
-from wanexport.graphs.model import parameter_dtype
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.runtime.durable import durable_file
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.tensorfile import TensorEntry, make_header, read_fully, read_header
+from wanexport.runtime.printable import printable
+from wanexport.runtime.regular_file import open_regular
+from wanexport.runtime.signature import SAFETENSORS_DTYPES, parameter_shapes, weights_layout
+from wanexport.runtime.tensorfile import read_at, read_header
+from wanexport.runtime.wan_config import WanConfig
 
 CHUNK = 1 << 23  # elements converted at a time: 32 MB of fp32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_TORCH_DTYPES = {name: dtype for dtype, name in _SAFETENSORS_DTYPES.items()}
+_TORCH_DTYPES = {SAFETENSORS_DTYPES[name]: dtype for name, dtype in DTYPES.items()}
 
 
 class WeightSource(Protocol):
@@ -53,15 +53,16 @@ class CheckpointWeights:
         file, entry = self.tensors[name].file, self.tensors[name].entry
         dtype = _TORCH_DTYPES[entry.dtype]
         buffer = bytearray(min(entry.size, CHUNK * dtype.itemsize))
-        digest, left = hashlib.sha256(), entry.size
-        with file.open("rb", buffering=0) as stream:
-            stream.seek(entry.offset)
-            while left:
-                view = memoryview(buffer)[: min(left, len(buffer))]
-                if not read_fully(stream, view):
-                    raise WanExportError(f"{file} ended while {name} was read: download it again")
+        digest, done = hashlib.sha256(), 0
+        with open(open_regular(file), "rb") as stream:
+            while done < entry.size:
+                view = memoryview(buffer)[: min(entry.size - done, len(buffer))]
+                if not read_at(stream.fileno(), view, entry.offset + done):
+                    raise WanExportError(
+                        f"{printable(file)} ended while it was read: download it again"
+                    )
                 digest.update(view)
-                left -= len(view)
+                done += len(view)
                 yield torch.frombuffer(view, dtype=dtype)
         self._hashes[name] = digest.hexdigest()
 
@@ -116,15 +117,6 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, float(np.prod(shape[1:]) ** -0.5)
 
 
-def weights_layout(config: WanConfig, dtype: str) -> tuple[bytes, dict[str, TensorEntry]]:
-    """Header and entries of the weights file of this config in fp32, bf16 or fp16."""
-    tensors = {
-        name: (_SAFETENSORS_DTYPES[parameter_dtype(name, DTYPES[dtype])], shape)
-        for name, shape in parameter_shapes(config).items()
-    }
-    return make_header(tensors)
-
-
 def write_weights(
     path: Path,
     config: WanConfig,
@@ -135,7 +127,8 @@ def write_weights(
     """Stream a source into a weights file, casting each tensor once; return the file's SHA-256.
 
     The file appears under its name only when it is whole and on disk. progress is called with bytes
-    done and in all. Raises WanExportError when a value does not fit fp16.
+    done and in all. Raises WanExportError, naming the tensor, when values are NaN or infinite, or
+    do not fit the dtype.
     """
     header, entries = weights_layout(config, dtype)
     total = sum(entry.size for entry in entries.values())
@@ -143,37 +136,77 @@ def write_weights(
     with durable_file(path) as file:
         file.write(header)
         for name, entry in entries.items():
+            stored = _TORCH_DTYPES[entry.dtype]
+            check = _FiniteCheck(name, stored)
             for chunk in source.chunks(name):
-                cast = _cast(chunk, _TORCH_DTYPES[entry.dtype], name)
+                check.add(chunk)
+                cast = chunk.to(stored).view(torch.uint8).numpy().data
                 file.write(cast)
                 digest.update(cast)
                 done += len(cast)
                 progress(done, total)
+            check.refuse()
     return digest.hexdigest()
 
 
-def _cast(chunk: Tensor, dtype: torch.dtype, name: str) -> memoryview:
-    cast = chunk.to(dtype)
-    if dtype == torch.float16 and not cast.isfinite().all():
-        raise WanExportError(
-            f"{name} has values beyond fp16's 65504: build with --dtype bf16 or fp32"
-        )
-    data: memoryview = cast.view(torch.uint8).numpy().data
-    return data
+class _FiniteCheck:
+    """Counts in the chunks of a tensor what is NaN or infinite, or would be in another dtype."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name, self.dtype = name, dtype
+        self.nan = self.infinite = self.beyond = self.total = 0
+
+    def add(self, chunk: Tensor) -> None:
+        """Count in one more chunk."""
+        self.total += chunk.numel()
+        # The extremes are NaN where a value is; they take a tenth of the time of looking at each.
+        if not chunk.numel() or torch.stack(chunk.aminmax()).to(self.dtype).isfinite().all():
+            return
+        nan, infinite = int(chunk.isnan().sum()), int(chunk.isinf().sum())
+        self.nan += nan
+        self.infinite += infinite
+        self.beyond += int((~chunk.to(self.dtype).isfinite()).sum()) - nan - infinite
+
+    def refuse(self) -> None:
+        """Raise WanExportError when there was any."""
+        name = printable(self.name)
+        if self.nan or self.infinite:
+            raise WanExportError(
+                f"{name} has {self.nan} NaN and {self.infinite} infinite of {self.total} values: "
+                f"the checkpoint is damaged, download it again or take an earlier one"
+            )
+        if self.beyond:
+            dtype, others = _TOO_NARROW[self.dtype]
+            raise WanExportError(
+                f"{name} has values beyond {dtype}'s {torch.finfo(self.dtype).max:.6g} "
+                f"({self.beyond} of {self.total}): build with --dtype {others}"
+            )
 
 
-def read_tensor(source: SourceTensor) -> Tensor:
-    """One tensor in its stored dtype. Raises WanExportError when its file ends early."""
+_TOO_NARROW = {torch.float16: ("fp16", "bf16 or fp32"), torch.bfloat16: ("bf16", "fp32")}
+
+
+def read_tensor(source: SourceTensor, *, fits: torch.dtype | None = None) -> Tensor:
+    """One tensor in its stored dtype.
+
+    Raises WanExportError when its file ends early, or a value is not finite, or would not be in the
+    dtype that it must fit.
+    """
     entry = source.entry
     buffer = bytearray(entry.size)
-    with source.file.open("rb", buffering=0) as stream:
-        stream.seek(entry.offset)
-        if not read_fully(stream, memoryview(buffer)):
-            raise WanExportError(f"{source.file} ended while it was read: write it again")
-    return torch.frombuffer(buffer, dtype=_TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+    with open(open_regular(source.file), "rb") as stream:
+        if not read_at(stream.fileno(), memoryview(buffer), entry.offset):
+            raise WanExportError(
+                f"{printable(source.file)} ended while it was read: write it again"
+            )
+    tensor = torch.frombuffer(buffer, dtype=_TORCH_DTYPES[entry.dtype])
+    check = _FiniteCheck(source.name, fits or tensor.dtype)
+    check.add(tensor)
+    check.refuse()
+    return tensor.reshape(entry.shape)
 
 
 def bundle_tensors(file: Path, names: Mapping[str, str]) -> dict[str, SourceTensor]:
     """Where a weights file holds each parameter; names maps parameters to tensors of the file."""
     entries = read_header(file)
-    return {parameter: SourceTensor(file, entries[name]) for parameter, name in names.items()}
+    return {parameter: SourceTensor(file, entries[name], name) for parameter, name in names.items()}

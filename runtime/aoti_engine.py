@@ -17,9 +17,10 @@ from torch import Tensor
 
 from wanexport.runtime.device_weights import DeviceWeights
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import BLOCK, REGIONS
 from wanexport.runtime.operators import Kernel, attention_kernels
+from wanexport.runtime.pinned_file import PinnedFile, pin
 from wanexport.runtime.processor import level_for, level_here, runs_here
+from wanexport.runtime.signature import BLOCK, REGIONS
 
 # What compiled code depends on, of what `versions` says.
 BINDING = ("device", "arch", "march", "instructions", "torch", "cuda")
@@ -31,12 +32,12 @@ class Regions:
     """The opened packages of one engine: code, without weights.
 
     `parameters` names each region's parameters in the order of its inputs, the block's as the first
-    block's. Raises WanExportError when a package cannot be opened.
+    block's. Raises WanExportError when a package cannot be opened, or is not what was pinned.
     """
 
     def __init__(
         self,
-        files: Mapping[str, Path],
+        files: Mapping[str, Path | PinnedFile],
         parameters: Mapping[str, Sequence[str]],
         num_layers: int,
         kernels: Mapping[int, Kernel],
@@ -89,15 +90,16 @@ class BoundRegions:
         """Run every kernel once or more, and return a block's launch and GPU time in seconds.
 
         The first call of a kernel loads it and sets libraries up, which would fall on a first step.
+        On a CPU there is nothing to set up, and what it would take is as long as a step.
         """
+        if self.regions.device.type != "cuda":
+            return 0.0, 0.0
         run, parameters = self.regions.runners, self.blocks[0]
         with attention_kernels(self.regions.kernels), torch.no_grad():
             x, time_embedding, *conditioning = run["embed"].run([*self.embed, *inputs])
             for _ in range(_WARM_UPS):
                 (x,) = run["block"].run([*parameters, x, *conditioning])
             run["head"].run([*self.head, x, time_embedding])
-            if self.regions.device.type != "cuda":
-                return 0.0, 0.0
             torch.cuda.synchronize(self.regions.device)
             started = time.perf_counter()
             for _ in range(_TIMED):
@@ -118,7 +120,7 @@ class AotiEngine:
         self,
         regions: Regions,
         weights: DeviceWeights,
-        file: Path,
+        file: Path | PinnedFile,
         shapes: Mapping[str, tuple[int, ...]],
         *,
         cuda_graph: bool | None = None,
@@ -198,15 +200,19 @@ def _on(device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _open(path: Path, device: torch.device) -> Any:
+def _open(file: Path | PinnedFile, device: torch.device) -> Any:
     # Straight from libtorch: torch._inductor.aoti_load_package imports the compiler, and may run
     # the host's g++ to learn what the processor can do.
     index = device.index if device.type == "cuda" else -1
-    try:
-        return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WanExportError(f"libtorch cannot open {path}: {reason}") from error
+    file = pin(file)
+    with file.opened() as descriptor:
+        # The very file, whatever its name leads to by then.
+        path = f"/proc/self/fd/{descriptor}"
+        try:
+            return torch._C._aoti.AOTIModelPackageLoader(path, "model", True, 1, index)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise WanExportError(f"libtorch cannot open {file.path}: {reason}") from error
 
 
 def versions(device: str) -> dict[str, str]:

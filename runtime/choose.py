@@ -1,14 +1,18 @@
 """Which engine of a bundle runs here, and runs best."""
 
 import importlib.util
+import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.geometry import parse_resolution
 from wanexport.runtime.manifest import EngineRecord, Manifest
 from wanexport.runtime.onnx_engine import PROVIDERS, gpu_obstacle
 from wanexport.runtime.tensorrt_library import FLAVOURS
+from wanexport.runtime.usable import why_unusable
 
 BACKENDS = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")
 DEVICES = ("cpu", "cuda")
@@ -37,7 +41,8 @@ def choose_engine(
 ) -> EngineRecord:
     """The engine that fits and runs here; the target of an ONNX engine names the device.
 
-    Raises WanExportError when there is none, or when engines of several shapes fit.
+    Warns when one that would come first cannot run here. Raises WanExportError when none fits or
+    none can run, and when engines of several shapes fit, whether they can run here or not.
     """
     if provider is not None:
         backend, device = _of_provider(provider, backend, device)
@@ -61,13 +66,40 @@ def choose_engine(
             f"{bundle} has no such engine; it holds {held}: "
             f"choose one, or add yours with wanexport build"
         )
-    refusals = [_refusal(bundle, engine, provider or "cuda") for engine in fitting]
+    if len({engine.geometry for engine in fitting}) > 1:
+        raise WanExportError(f"{bundle} holds several shapes ({held}): name resolution and frames")
+    refusals = [
+        why_unusable(bundle, manifest, engine) or _refusal(bundle, engine, provider or "cuda")
+        for engine in fitting
+    ]
     runnable = [engine for engine, refusal in zip(fitting, refusals) if not refusal]
     if not runnable:
-        raise WanExportError(refusals[0])
-    if len({engine.geometry for engine in runnable}) > 1:
-        raise WanExportError(f"{bundle} holds several shapes ({held}): name resolution and frames")
-    return min(runnable, key=_preference)
+        raise WanExportError("; ".join(dict.fromkeys(refusals)))
+    chosen = min(runnable, key=_preference)
+    _tell_of_better(chosen, dict(zip(refusals, fitting)))
+    return chosen
+
+
+def _tell_of_better(chosen: EngineRecord, refused: Mapping[str, EngineRecord]) -> None:
+    """Warn of engines that would run in the chosen one's place, by the reason why they cannot."""
+    reasons = [
+        reason
+        for reason, engine in refused.items()
+        if reason and _place(engine) < _place(chosen) and (engine.backend != "onnx" or _has_gpu())
+    ]
+    if reasons:
+        warnings.warn(
+            f"{'; '.join(reasons)}: engine {chosen.name} runs on {chosen.target['device']} instead",
+            WanExportWarning,
+            stacklevel=3,
+        )
+
+
+def _has_gpu() -> bool:
+    """Whether this machine has a GPU that the user has not hidden: without one, a CPU is what an
+    ONNX engine, which is bound to no device, is meant to run on."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))
 
 
 def _of_provider(provider: str, backend: str | None, device: str | None) -> tuple[str, str]:
@@ -95,15 +127,20 @@ def _on_devices(engine: EngineRecord, device: str | None) -> list[EngineRecord]:
 
 def _preference(engine: EngineRecord) -> tuple[int, bool]:
     """What sorts first runs best; a TensorRT plan that serves more GPUs or versions is slower."""
-    place = _PREFERENCE.index((engine.backend, engine.target["device"], engine.dtype))
     names = ("hardware_compatible", "version_compatible")
-    return place, any(engine.build.get(name) for name in names)
+    return _place(engine), any(engine.build.get(name) for name in names)
+
+
+def _place(engine: EngineRecord) -> int:
+    kind = (engine.backend, engine.target.get("device"), engine.dtype)
+    return _PREFERENCE.index(kind) if kind in _PREFERENCE else len(_PREFERENCE)
 
 
 def _refusal(bundle: Path, engine: EngineRecord, provider: str) -> str:
     """Why this machine cannot execute the engine; empty when it can."""
     if engine.backend == "onnx" and engine.target["device"] == "cuda":
-        return gpu_obstacle(provider)
+        obstacle = gpu_obstacle(provider)
+        return obstacle and f"engine {engine.name} cannot run on a GPU: {obstacle}"
     if engine.backend == "onnx":
         if engine.dtype in RUNNABLE_DTYPES:
             return ""

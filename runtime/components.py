@@ -6,8 +6,8 @@ Wan-AI repositories without `-Diffusers`) in one file each. This file finds them
 """
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,9 +17,12 @@ import numpy as np
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.hub import download, is_offline
 from wanexport.runtime.manifest import EngineRecord, Manifest, read_manifest
+from wanexport.runtime.printable import printable
 
 Array = Any  # a numpy array or a torch tensor
 PARTS = ("text_encoder", "vae", "image_encoder")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _WAN22_CHANNELS = 48  # of the latent of Wan2.2's own VAE; all others have Wan2.1's 16
 
 # layout -> part -> its folder or file in the checkpoint
@@ -87,8 +90,11 @@ def find_components(
     """Find the parts in the checkpoint the bundle came from, or in `model`, a folder or hub id.
 
     Only the parts in `needs` are downloaded and looked for: the paths of the others may not exist.
+    What a bundle names may be a stranger's choice: only who wants its parts calls this, and
+    `origin_note` says beforehand what will be followed.
     Raises WanExportError, naming what is missing and where to get it, when the bundle came from
-    random weights, the checkpoint has moved, or it lacks a part.
+    random weights, the checkpoint has moved, or it lacks a part, and when the bundle names what no
+    build would have written.
     """
     manifest = read_manifest(bundle)
     names = _names_of(manifest)
@@ -116,6 +122,21 @@ def find_components(
         vae=paths["vae"],
         image_encoder=paths.get("image_encoder"),
     )
+
+
+def origin_note(bundle: Path, model: str | None, *, needs: Collection[str] = PARTS) -> str:
+    """Which source that the bundle names will be followed for these parts; empty for none.
+
+    Nothing is followed yet. Raises WanExportError when it names what no build would have written.
+    """
+    manifest = read_manifest(bundle)
+    source = _followed(bundle, manifest) if model is None else None
+    if source is None:
+        return ""
+    names = _names_of(manifest)["official"]
+    titles = " and ".join(_TITLES[part] for part in PARTS if part in needs and part in names)
+    origin = printable(source.get("hub") or source["path"], 300)
+    return f"taking {titles} from {origin}, which the bundle names; -m names another checkpoint"
 
 
 def _owner(part: str) -> str:
@@ -157,14 +178,14 @@ def _recorded(
     bundle: Path, manifest: Manifest, wanted: Sequence[str]
 ) -> tuple[str, list[Path]]:  # fmt: skip
     """The checkpoint that the bundle's weights came from, and the folders that may hold parts."""
+    source = _followed(bundle, manifest)
+    if source is not None and "hub" in source:
+        patterns = _patterns(_names_of(manifest), wanted)
+        folder = download(source["hub"], patterns, revision=source.get("revision"))
+        return source["hub"], [folder]
+    if source is not None:
+        return source["path"], _folders(Path(source["path"]))
     sources = [record.source for record in manifest.weights.values()]
-    for source in sources:
-        if "hub" in source:
-            patterns = _patterns(_names_of(manifest), wanted)
-            folder = download(source["hub"], patterns, revision=source.get("revision"))
-            return source["hub"], [folder]
-        if "path" in source and os.path.exists(source["path"]):
-            return source["path"], _folders(Path(source["path"]))
     titles = " and ".join(_TITLES[part] for part in wanted)
     hint = f"name a checkpoint that has {titles} with -m, as {_hub_id(manifest)}"
     moved = [source["path"] for source in sources if "path" in source]
@@ -172,6 +193,32 @@ def _recorded(
         raise WanExportError(f"{moved[0]}, the checkpoint that {bundle} came from, is gone: {hint}")
     text = ", or give text embeddings with --text" if "text_encoder" in wanted else ""
     raise WanExportError(f"{bundle} came from random weights alone: {hint}{text}")
+
+
+def _followed(bundle: Path, manifest: Manifest) -> Mapping[str, Any] | None:
+    """The first recorded source that can be followed: of the hub, or a path that exists here."""
+    for record in manifest.weights.values():
+        source = record.source
+        if "hub" in source:
+            named = (source["hub"], source.get("revision") or "main")
+            fit = (_HUB_ID.fullmatch(named[0]), _REVISION.fullmatch(named[1]))
+            if not all(fit) or ".." in "".join(named):
+                raise _odd_source(bundle, " at ".join(named), "no hub id and revision")
+            return source
+        if "path" in source:
+            path = source["path"]
+            if not path.isprintable() or not os.path.isabs(path) or os.path.normpath(path) != path:
+                raise _odd_source(bundle, path, "no absolute path")
+            if os.path.exists(path):
+                return source
+    return None
+
+
+def _odd_source(bundle: Path, named: str, what: str) -> WanExportError:
+    return WanExportError(
+        f"{bundle} names {printable(named, 200)} as its checkpoint, which is {what} that a build "
+        f"writes: name the checkpoint with -m"
+    )
 
 
 def _folders(path: Path) -> list[Path]:
@@ -218,14 +265,3 @@ def check_vae(vae: VideoCodec, record: EngineRecord, origin: str) -> None:
             f"pixels; engine {record.name} takes {expected[0]} for {expected[1]}x{expected[1]}: "
             f"name the checkpoint of this model with -m"
         )
-
-
-@contextmanager
-def needing_pipeline_extra(what: str) -> Iterator[None]:
-    """Make of an ImportError the one line that says what to install for `what`."""
-    try:
-        yield
-    except ImportError as error:
-        raise WanExportError(
-            f"{what} needs {error.name}: pip install 'wanexport[pipeline]'"
-        ) from error

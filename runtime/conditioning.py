@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wanexport.runtime.components import ImageEncoder, VideoCodec, needing_pipeline_extra
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.components import ImageEncoder, VideoCodec
+from wanexport.runtime.errors import WanExportError, needing_extra
 from wanexport.runtime.geometry import PATCH, TEMPORAL_STRIDE, Geometry
 from wanexport.runtime.manifest import EngineRecord
+from wanexport.runtime.regular_file import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _TWO_IMAGES = 514  # CLIP tokens of a first and a last image
+_MOST_PIXELS = 89_478_485  # of which Pillow warns; a file of kilobytes can claim more
 _WHITE_16 = 257  # what a 16-bit value is divided by to be an 8-bit one
 # Areas of the official --size, by resampling: image-to-video's and TI2V's.
 _OFFICIAL_AREAS = {"bicubic": (480 * 832, 720 * 1280), "lanczos": (704 * 1280,)}
@@ -125,10 +127,15 @@ def fit_image(
 
 def _open_picture(path: Path) -> "Image":
     """The picture in RGB, upright. Raises WanExportError when there is none in the file."""
-    with needing_pipeline_extra("an image"):
+    with needing_extra("pipeline", "an image"):
         from PIL import Image, ImageOps, UnidentifiedImageError
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
     try:
-        with Image.open(path) as file:
+        if path.is_dir():
+            raise ValueError("Is a directory")
+        with open(open_regular(path), "rb") as stream, Image.open(stream) as file:
+            if file.width * file.height > _MOST_PIXELS:
+                raise ValueError(f"it has {file.height}x{file.width} pixels: scale it down first")
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith("I;16"):  # which convert() would clip
                 grey = np.asarray(picture).astype(np.uint16) // _WHITE_16
@@ -136,7 +143,7 @@ def _open_picture(path: Path) -> "Image":
             elif picture.mode in ("I", "F"):
                 raise ValueError("its pixels have no fixed white")
             return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, *bombs) as error:
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnidentifiedImageError):
             reason = "it is none"
@@ -155,12 +162,16 @@ def _middle(height: int, width: int, geometry: Geometry) -> tuple[int, int, int,
 
 def _values(picture: "Image") -> np.ndarray:
     """The picture as [3, H, W] in fp32, from -1 to 1."""
-    unit = np.asarray(picture, np.float32).transpose(2, 0, 1) / np.float32(255)
-    return np.ascontiguousarray((unit - np.float32(0.5)) / np.float32(0.5))
+    values = np.empty((3, picture.height, picture.width), np.float32)
+    values[:] = np.asarray(picture).transpose(2, 0, 1)
+    values /= np.float32(255)  # in place: a large picture's copies would take gigabytes
+    values -= np.float32(0.5)
+    values /= np.float32(0.5)
+    return values
 
 
 def _bicubic(shown: np.ndarray, geometry: Geometry) -> np.ndarray:
-    with needing_pipeline_extra("an image"):
+    with needing_extra("pipeline", "an image"):
         import torch
     scaled = torch.nn.functional.interpolate(
         torch.from_numpy(shown)[None], size=(geometry.height, geometry.width), mode="bicubic"

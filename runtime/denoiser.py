@@ -1,5 +1,6 @@
 """The callable that a sampling loop sees: checks its inputs, picks the expert, runs the engine."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from typing import Any
@@ -62,8 +63,9 @@ class Denoiser:
         latent [1, C, F, h, w]; timestep a number or [1], for TI2V also [F]; text [n, 4096] or
         [1, n, 4096] with n <= 512, zero-padded to 512 here; condition and image as in `inputs`.
         Raises WanExportError, a ValueError, for a missing, unexpected or wrongly shaped input, for
-        one with NaN or Inf, and when the engine needs more memory than there can be. Tensors on a
-        GPU are not searched for NaN, and nothing waits for them; a timestep there is waited for.
+        one with NaN or Inf, for a timestep outside 0 to 1000, and when the engine needs more memory
+        than there can be. Tensors on a GPU are not searched for NaN, and nothing waits for them; a
+        timestep there is waited for.
         """
         self._check_memory()
         given = {"latent": latent, "text": text, "condition": condition, "image": image}
@@ -72,6 +74,11 @@ class Denoiser:
         if "text" in arrays:
             arrays["text"] = pad_text(arrays["text"], self.inputs["text"].shape)
         self._check({**arrays, "timestep": times})
+        if not ((times >= 0) & (times <= NUM_TRAIN_TIMESTEPS)).all():
+            raise WanExportError(
+                f"timestep is from {times.min():g} to {times.max():g}: expected from 0 to "
+                f"{NUM_TRAIN_TIMESTEPS}, a sigma times {NUM_TRAIN_TIMESTEPS}"
+            )
         on_device = {name: self.array(value) for name, value in arrays.items()}
         on_device["timestep"] = self.array(times)
         velocity = self.engines[self.expert(float(times.max()))](on_device)
@@ -150,8 +157,9 @@ class Denoiser:
 
 
 def is_torch(value: Any) -> bool:
-    """Whether value is a torch tensor, without importing torch."""
-    return type(value).__module__.partition(".")[0] == "torch"
+    """Whether value is a torch tensor, of a subclass too, without importing torch."""
+    # Nothing is one before somebody imported it; while somebody does, it has no Tensor yet.
+    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
 def to_numpy(value: Array) -> np.ndarray:
@@ -200,11 +208,23 @@ def like(array: Array, model: Array) -> Array:
     return tensor.to(model.device)
 
 
+def check_rows(**texts: Array | None) -> None:
+    """Raise WanExportError, naming them, for text embeddings [n, D] or [1, n, D] with n = 0."""
+    for name, text in texts.items():
+        shape: tuple[int, ...] = tuple(getattr(text, "shape", ()))
+        if len(shape) > 1 and shape[-2] == 0:
+            raise WanExportError(
+                f"{name} has shape {list(shape)}, no row: expected one for each token of a prompt, "
+                f"an empty prompt has one too"
+            )
+
+
 def pad_text(text: Array, shape: tuple[int, ...]) -> Array:
     """Zero-pad text embeddings [n, D] or [1, n, D] to [1, 512, D]: Wan attends to the zero rows.
 
-    Raises WanExportError when there are more rows than the model takes.
+    Raises WanExportError when there are no rows, or more than the model takes.
     """
+    check_rows(text=text)
     text = text[None] if text.ndim == 2 else text
     if text.ndim == 3 and text.shape[1] > shape[1]:
         raise WanExportError(

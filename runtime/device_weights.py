@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.tensorfile import TensorEntry, read_header
+from wanexport.runtime.pinned_file import PinnedFile, pin
+from wanexport.runtime.tensorfile import TensorEntry, header_sha256, read_header
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _ALIGNMENT = 256  # bytes: what compiled kernels expect, and the caching allocator gives
 _PIECE = 16 << 20  # bytes read at a time, by each thread
+_TIMED = 1000  # of the last switches
 _THREADS = 8
 
 _resident: WeakValueDictionary[tuple[object, ...], "DeviceWeights"] = WeakValueDictionary()
@@ -36,20 +39,25 @@ class DeviceWeights:
     """The tensors of a weights file on a device, by name.
 
     Files of one layout share a buffer by turns: `use` replaces its content, and the tensors, being
-    views of it, stay valid. `switches` has the seconds of each replacement. What is shared keeps
-    the first file's content.
-    Raises WanExportError when the file cannot be read or the device has too little memory.
+    views of it, stay valid. `switches` has the seconds of each replacement, the last 1000. What is
+    shared keeps the first file's content.
+    Raises WanExportError when the file cannot be read or is not what was pinned, and when the
+    device has too little memory.
     """
 
-    def __init__(self, file: Path, device: torch.device, *, shared: bool = False) -> None:
+    def __init__(
+        self, file: Path | PinnedFile, device: torch.device, *, shared: bool = False
+    ) -> None:
+        file = pin(file)
         self.device, self.shared = device, shared
-        self.file: Path | None = file  # None while its content is neither
-        self.switches: list[float] = []
-        self._entries = read_header(file)
+        self.file: PinnedFile | None = file  # None while its content is neither
+        self.switches: deque[float] = deque(maxlen=_TIMED)
+        with file.opened():
+            self._entries, self._header = read_header(file.path), header_sha256(file.path)
         offsets, total = _offsets(self._entries)
         if device.type == "cuda":
             advice = "use --offload where the model has two experts"
-            check_room(total, device, str(file), advice)
+            check_room(total, device, str(file.path), advice)
         # Of a caller in inference mode, other threads and calls could not write it.
         with torch.inference_mode(False):
             self.buffer = torch.empty(total, dtype=torch.uint8, device=device)
@@ -63,12 +71,17 @@ class DeviceWeights:
         ]
         self._fill(file)
 
-    def use(self, file: Path) -> None:
+    def use(self, file: Path | PinnedFile) -> None:
         """Hold the tensors of this file, whose header is that of the first.
 
         Shared weights hold them already, whatever name the file was opened by.
+        Raises WanExportError when the file cannot be read, is not what was pinned, or is laid out
+        otherwise; what is held then is neither, until the next call.
         """
-        if file != self.file and not self.shared:
+        if self.shared:
+            return
+        file = pin(file)
+        if file != self.file:
             started, self.file = time.perf_counter(), None
             self._fill(file)
             self.file = file
@@ -78,17 +91,19 @@ class DeviceWeights:
         raw = self.buffer[offset : offset + entry.size]
         return raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
-    def _fill(self, file: Path) -> None:
+    def _fill(self, file: PinnedFile) -> None:
         """Read with several threads; through pinned memory where the buffer is on a GPU."""
-        handle = os.open(file, os.O_RDONLY)
-        try:
+        with file.opened() as handle:
+            if header_sha256(file.path) != self._header:
+                raise WanExportError(
+                    f"{file.path} is laid out otherwise than the weights in whose place it is to "
+                    f"go: run wanexport build again"
+                )
             if self.device.type == "cuda":  # what still reads the old content must end first
                 torch.cuda.synchronize(self.device)
             with ThreadPoolExecutor(_THREADS) as pool:
                 shares = [self._pieces[i::_THREADS] for i in range(_THREADS)]
-                list(pool.map(partial(self._read, handle, file), shares))
-        finally:
-            os.close(handle)
+                list(pool.map(partial(self._read, handle, file.path), shares))
 
     def _read(self, handle: int, file: Path, pieces: list[_Piece]) -> None:
         if self.device.type != "cuda":
@@ -112,13 +127,15 @@ class DeviceWeights:
                 event.synchronize()
 
 
-def device_weights(file: Path, device: torch.device, *, private: bool = False) -> DeviceWeights:
+def device_weights(
+    file: Path | PinnedFile, device: torch.device, *, private: bool = False
+) -> DeviceWeights:
     """The weights of a file on a device: those already there, if any engine of this process holds
     them, or read anew. private ones are never shared: their content will be replaced."""
     if private:
         return DeviceWeights(file, device)
-    stat = file.stat()
-    key = (str(device), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    file = pin(file)
+    key = (str(device), file.identity)
     with _lock:
         weights = _resident.get(key)
         if weights is None:

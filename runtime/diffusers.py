@@ -17,21 +17,23 @@ from wanexport.runtime.denoiser import Denoiser, to_numpy
 from wanexport.runtime.drop_in import (
     HIGH_NOISE,
     LOW_NOISE,
+    EngineModule,
     check_count,
-    engine_device,
     images_by_video,
+    one_for_each,
     open_experts,
     velocity_of_one,
 )
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_extra, refuse_empty
 from wanexport.runtime.geometry import PATCH
 from wanexport.runtime.manifest import read_manifest
+from wanexport.runtime.wan_config import WanConfig
 
 _CLIP_TOKENS = 257  # of one image
 _IMAGE_DIM = 1280  # width of CLIP ViT-H/14 features
 
 
-class CompiledWanTransformer:
+class CompiledWanTransformer(EngineModule):
     """The engine of a bundle as `pipe.transformer` of WanPipeline or WanImageToVideoPipeline.
 
     load_options are those of `load`. The engine of one expert of two is passed as `denoiser`: see
@@ -48,9 +50,7 @@ class CompiledWanTransformer:
                 f"this engine is open already: pass {', '.join(load_options)} where you open it"
             )
         self.config = transformer_config(bundle)
-        self.denoiser = denoiser or _only_model(bundle, load_options)
-        self.dtype = torch.float32
-        self.device = engine_device(self.denoiser)
+        super().__init__(denoiser or _only_model(bundle, load_options))
 
     def __call__(
         self,
@@ -66,9 +66,10 @@ class CompiledWanTransformer:
 
         hidden_states is [B, C, F, h, w], for image-to-video latent and condition [B, 16 + 20, ...];
         timestep [B], or [B, L] with one value for all tokens of a frame; encoder_hidden_states
-        [B, 512, 4096]; encoder_hidden_states_image [B or 2 B, 257, 1280]. The videos of a batch
-        run one after the other. Raises WanExportError for shapes that the engine does not take and
-        for options that it cannot honour.
+        [B, 512, 4096]; encoder_hidden_states_image [B or 2 B, 257, 1280]. Text and images of one
+        video serve all of a batch, whose videos run one after the other. Raises WanExportError for
+        shapes that the engine does not take, for sigmas in the place of timesteps, and for options
+        that it cannot honour.
         """
         _refuse_options(attention_kwargs, options)
         latent, condition = self._split(hidden_states)
@@ -76,15 +77,16 @@ class CompiledWanTransformer:
         batch, image = latent.shape[0], encoder_hidden_states_image
         times = np.atleast_1d(to_numpy(timestep))
         check_count("timestep", times.shape[0], batch)
-        check_count("encoder_hidden_states", encoder_hidden_states.shape[0], batch)
+        text = one_for_each("encoder_hidden_states", encoder_hidden_states, batch)
         if image is not None:
-            image = images_by_video("encoder_hidden_states_image", image, batch)
+            image = self._images(image, batch)
+        self.check_times("timestep", times)
         velocities = [
             velocity_of_one(
                 self.denoiser,
                 latent=latent[i : i + 1],
                 timestep=times[i],
-                text=encoder_hidden_states[i],
+                text=text[i],
                 condition=None if condition is None else condition[i : i + 1],
                 image=None if image is None else image[i : i + 1],
             )
@@ -97,19 +99,18 @@ class CompiledWanTransformer:
 
         return Transformer2DModelOutput(sample=velocity)
 
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"a compiled transformer has no {name!r}: what changes the model, as a LoRA, comes "
-            f"before wanexport build; for the rest use diffusers' own transformer"
-        )
-
     def cache_context(self, name: str, **step: Any) -> AbstractContextManager[None]:
         """Where a pipeline tells its caches about the call: an engine has none."""
         return nullcontext()
 
-    def to(self, *place: Any, **options: Any) -> "CompiledWanTransformer":
-        """Stay: an engine has the device and precision that it was built and opened for."""
-        return self
+    def _images(self, image: Tensor, batch: int) -> Tensor:
+        """CLIP features [n, 257, 1280] as [batch, tokens of a video, 1280]."""
+        name, spec = "encoder_hidden_states_image", self.denoiser.inputs.get("image")
+        images = image.shape[0] * image.shape[1] if image.ndim == 3 else 0
+        videos = batch if spec is None else images // spec.shape[1]
+        if videos != 1:
+            return images_by_video(name, image, batch)
+        return one_for_each(name, images_by_video(name, image, 1), batch)
 
     def _split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Latent and condition, which diffusers concatenates in this order."""
@@ -158,39 +159,32 @@ def compiled_experts(
 def transformer_config(bundle: str | Path) -> Mapping[str, Any]:
     """The config of a bundle's model as `WanTransformer3DModel` has it, with keys as attributes.
 
-    Raises WanExportError without diffusers, or when the manifest does not state the model.
+    Raises WanExportError without diffusers, and for a manifest that cannot be read.
     """
-    try:
+    with needing_extra("diffusers", "a transformer for diffusers"):
         from diffusers.configuration_utils import FrozenDict
-    except ImportError as error:
-        raise WanExportError(
-            "diffusers is not installed: pip install 'wanexport[diffusers]'"
-        ) from error
-    stated = read_manifest(Path(bundle)).config
-    try:
-        return FrozenDict(diffusers_names(stated))
-    except KeyError as error:
-        raise WanExportError(f"the manifest's config has no {error}: build again") from error
+    refuse_empty(bundle=bundle)
+    return FrozenDict(diffusers_names(read_manifest(Path(bundle)).config))
 
 
-def diffusers_names(stated: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `WanTransformer3DModel` for the config that a manifest states."""
-    image_tokens = stated["image_tokens"]
+def diffusers_names(config: WanConfig) -> dict[str, Any]:
+    """The settings of `WanTransformer3DModel` for a config."""
+    image_tokens = config.image_tokens
     return {
         "patch_size": (1, PATCH, PATCH),
-        "num_attention_heads": stated["num_heads"],
-        "attention_head_dim": stated["dim"] // stated["num_heads"],
-        "in_channels": stated["in_channels"],
-        "out_channels": stated["out_channels"],
-        "text_dim": stated["text_dim"],
-        "freq_dim": stated["freq_dim"],
-        "ffn_dim": stated["ffn_dim"],
-        "num_layers": stated["num_layers"],
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "ffn_dim": config.ffn_dim,
+        "num_layers": config.num_layers,
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
-        "eps": stated["eps"],
+        "eps": config.eps,
         "image_dim": _IMAGE_DIM if image_tokens else None,
-        "added_kv_proj_dim": stated["dim"] if image_tokens else None,
+        "added_kv_proj_dim": config.dim if image_tokens else None,
         "rope_max_seq_len": 1024,
         "pos_embed_seq_len": image_tokens if image_tokens > _CLIP_TOKENS else None,
     }

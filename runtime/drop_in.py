@@ -3,9 +3,10 @@
 An engine takes one video a call; the pipelines' models take several.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,8 +16,78 @@ from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.load import load
+from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
 
 HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
+
+
+class EngineModule:
+    """An engine asked as scripts ask a pipeline's model, a torch.nn.Module.
+
+    What places a model, or makes it ready to run, finds it placed and ready; what it has not raises
+    an AttributeError of one line. Inputs and outputs are fp32, whatever the engine's precision.
+    """
+
+    training = False
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self.dtype = torch.float32
+        self.device = engine_device(denoiser)
+        self._last_time = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"a compiled model has no {name!r}: what changes the model, as a LoRA, comes before "
+            f"wanexport build; for the rest use the pipeline's own model"
+        )
+
+    def to(self, *place: Any, **options: Any) -> Self:
+        """Stay: an engine has the device and precision that it was built and opened for."""
+        return self
+
+    cuda = cpu = float = half = bfloat16 = to
+
+    def eval(self) -> Self:
+        """An engine is always in evaluation mode."""
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Raise WanExportError unless mode is False."""
+        return self._without_training(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Raise WanExportError unless requires_grad is False."""
+        return self._without_training(requires_grad)
+
+    def _without_training(self, asked: bool) -> Self:
+        if asked:
+            raise WanExportError(
+                "an engine has no gradients and cannot be trained: train the pipeline's own model"
+            )
+        return self
+
+    def parameters(self, recurse: bool = True) -> Iterator[Tensor]:
+        """One empty tensor where the engine runs, which is what pipelines look for."""
+        yield torch.empty(0, dtype=self.dtype, device=self.device)
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[Any]:
+        """That tensor, with a name."""
+        for tensor in self.parameters():
+            yield "engine", tensor
+
+    def check_times(self, name: str, times: np.ndarray) -> None:
+        """Refuse sigmas, from 0 to 1, in the place of timesteps, from 0 to 1000.
+
+        A run may end with one timestep below 1, to which it falls from a higher one.
+        """
+        time = times.max(initial=0)
+        if 0 < time <= 1 and not (self._last_time > 1 or self._last_time == time):
+            raise WanExportError(
+                f"{name} is {time:g}: this is a sigma from 0 to 1; as timestep: "
+                f"{NUM_TRAIN_TIMESTEPS * time:g}"
+            )
+        self._last_time = time
 
 
 def open_experts(bundle: str | Path, **load_options: Any) -> dict[str, Denoiser]:
@@ -82,6 +153,21 @@ def images_by_video(name: str, images: Tensor, videos: int) -> Tensor:
             f"expected [n * {videos}, tokens, width], as many images for each"
         )
     return images.reshape(videos, -1, images.shape[2])
+
+
+def one_for_each(name: str, given: Tensor, videos: int) -> Tensor:
+    """The given entries, of which one alone serves every video.
+
+    Raises WanExportError when there is another number of them.
+    """
+    if given.shape[0] == 1 < videos:
+        return given.expand(videos, *given.shape[1:])
+    if given.shape[0] != videos or videos == 0:
+        raise WanExportError(
+            f"{name} has {given.shape[0]} entries for {videos} videos: pass one for each, or one "
+            f"for all"
+        )
+    return given
 
 
 def check_count(name: str, given: int, videos: int) -> None:

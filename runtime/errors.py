@@ -1,4 +1,12 @@
-"""The one exception type for what a user can put right, and the warning beside it."""
+"""The one exception type for what a user can put right, the warning beside it, and their words."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class WanExportError(ValueError):
@@ -7,3 +15,72 @@ class WanExportError(ValueError):
 
 class WanExportWarning(UserWarning):
     """Something works, but not as well as it could; the message is one line, as an error's."""
+
+
+def needing_extra(extra: str, what: str) -> AbstractContextManager[None]:
+    """Around imports that `what` needs of an extra of wanexport (`build,cpu`: of several).
+
+    Makes of their failure a WanExportError, in one line: a package that is not there is named with
+    what installs it, one that is there and does not import gives its own error.
+    """
+    # wanexport is on no registry.
+    return _needing(what, f"from a clone of wanexport: pip install '.[{extra}]'")
+
+
+def needing_package(package: str, what: str) -> AbstractContextManager[None]:
+    """The same around the import of one package, which is in no extra."""
+    return _needing(what, f"pip install {package}")
+
+
+@contextmanager
+def _needing(what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError) as error:  # torch and diffusers raise the latter
+        cause = _first(error)
+        if name := _missing(cause):
+            fault = f"needs {name}; {remedy}"
+        else:
+            reason = " ".join(str(cause).split())
+            fault = (
+                f"needs a package that is installed but does not import ({reason}); "
+                f"wanexport doctor says which, and what to install"
+            )
+        raise WanExportError(f"{what} {fault}") from error
+
+
+def _missing(error: BaseException) -> str:
+    """The package that an error says is not there; empty when it is, or lacks a part of itself."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return ""
+    package, _, part = error.name.partition(".")
+    return "" if part and find_spec(package) else package
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong first: transformers and diffusers wrap it in errors of their own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def explain(error: Exception) -> str:
+    """An error in one line; one of the system with its path, reason, and what helps a full disk."""
+    if not isinstance(error, OSError):
+        return str(error)
+    line = error.strerror or str(error) or type(error).__name__
+    if error.filename is not None:
+        line = f"{error.filename}: {line}"
+    if error.errno in _FULL:
+        line += ": free space on its disk, or write elsewhere with -o (reports: --report)"
+    return line
+
+
+def refuse_empty(**names: str | Path | None) -> None:
+    """Raise WanExportError for a name or path that is an empty text, which would be `.` as a path.
+
+    It is what a script's variable has that was never set.
+    """
+    for what, name in names.items():
+        if isinstance(name, str) and not name.strip():
+            raise WanExportError(f"{what} is empty: name one, or leave it out")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, refuse_empty
 from wanexport.runtime.sample import Step
 
 STAGES = ("text", "image", "sampling", "decode")
@@ -21,9 +21,10 @@ class Generation:
     """What one request and seed gave.
 
     latent [1, C, f, h, w] is fp32, before the VAE; video [F, H, W, 3] is uint8, None where it was
-    not decoded. negative is None where no step was guided. seconds are of each stage; those that
-    several seeds share are the first one's. prompt_cached: whether the text encoder was spared the
-    prompt. notes are for the user: what was done to an image.
+    not decoded, for fps frames a second, the model's own rate. negative is None where no step was
+    guided. seconds are of each stage; those that several seeds share are the first one's.
+    prompt_cached: whether the text encoder was spared the prompt. notes are for the user: what was
+    done to an image.
     """
 
     prompt: str
@@ -31,6 +32,7 @@ class Generation:
     seed: int
     latent: np.ndarray
     video: np.ndarray | None
+    fps: int
     solver: str
     timesteps: tuple[float, ...]
     guidance: tuple[float, ...]  # of each step
@@ -80,6 +82,7 @@ def check_request(request: Request) -> None:
         if not isinstance(value, kind):
             expected = "a path" if kind is path else "text"
             raise WanExportError(f"{name} is {value!r:.40}: expected {expected}")
+    refuse_empty(image=request.image, last_image=request.last_image)
     for seed in request.seeds:
         if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
             raise WanExportError(f"seed is {seed!r:.40}: expected a whole number of 0 or more")

@@ -91,6 +91,8 @@ class Generator:
             official = negative_prompt(self.denoiser.record)
             prompts["negative"] = official if request.negative is None else request.negative
         texts = {name: clean_prompt(prompt) for name, prompt in prompts.items()}
+        if not texts["text"]:
+            raise WanExportError("the prompt is empty: say what the video shows")
         with _timed(seconds, "image"):
             paths = (None if p is None else Path(p) for p in (request.image, request.last_image))
             images = fit_images(self.denoiser.record, *paths)
@@ -184,6 +186,7 @@ class Generator:
             seed=seed,
             latent=kept,
             video=video,
+            fps=self.denoiser.sampling.fps,
             solver=plan.solver,
             timesteps=plan.schedule.timesteps,
             guidance=plan.guidance,
@@ -287,7 +290,7 @@ def _tiling_note(vae: VideoCodec, done: str) -> tuple[str, ...]:
     """That the VAE's last call cut the picture into tiles, where it says so."""
     if not getattr(vae, "tiled", False):
         return ()
-    return (f"memory was short: the video was {done} in tiles, which shows a little",)
+    return (f"the video was {done} in tiles, which shows a little",)
 
 
 @contextmanager

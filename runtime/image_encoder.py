@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.components import needing_pipeline_extra
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_extra
 from wanexport.runtime.memory import free_bytes
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green and blue in [0, 1]
@@ -51,7 +50,7 @@ def open_image_encoder(weights: Path, *, device: str = "cpu") -> "CLIPImageEncod
     fp16. Raises WanExportError without the packages, when a file is missing, damaged or holds
     another model, and when it does not fit in the GPU's memory.
     """
-    with needing_pipeline_extra("the image encoder"):
+    with needing_extra("pipeline", "the image encoder"):
         import torch
         import transformers  # noqa: F401
 

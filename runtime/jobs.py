@@ -4,11 +4,13 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from wanexport.runtime.errors import WanExportError
 
+MAX_WAITING = 64
 T = TypeVar("T")
 Outcome = TypeVar("Outcome")
 Check = Callable[[], None]  # raises CancelledError when the job was cancelled
@@ -59,11 +61,19 @@ class Job(Generic[T]):
         try:
             result = work(self._check)
         except BaseException as error:
-            _drop_locals(error)
+            with suppress(BaseException):  # lest the error be lost for the memory that it holds
+                _drop_locals(error)
             self._settle(self._future.set_exception, error)
             del self, work  # the error keeps this frame, and must not keep what they hold
         else:
             self._settle(self._future.set_result, result)
+
+    def abandon(self) -> None:
+        """End a job that would have no outcome, with an error, so that nobody waits for ever."""
+        with suppress(InvalidStateError):  # of a job that has ended
+            self._future.set_exception(
+                WanExportError("the request was lost when its pipeline failed: put it again")
+            )
 
     def _check(self) -> None:
         if self._stopped:
@@ -88,12 +98,20 @@ def _drop_locals(error: BaseException) -> None:
             done.add(id(one))
             traceback.clear_frames(one.__traceback__)
             errors += [one.__cause__, one.__context__]
+            errors += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
 
 
 class JobQueue:
-    """One thread that runs what is submitted, in order, until the queue is closed."""
+    """One thread that runs what is submitted, in order, until the queue is closed.
 
-    def __init__(self, name: str) -> None:
+    At most max_waiting jobs wait; a job that was cancelled does not count.
+    Raises WanExportError when that is no whole number of 1 or more.
+    """
+
+    def __init__(self, name: str, max_waiting: int = MAX_WAITING) -> None:
+        if isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or max_waiting < 1:
+            raise WanExportError(f"max_waiting is {max_waiting!r}: expected 1 or more")
+        self._max_waiting = max_waiting
         self._waiting: deque[tuple[Job[Any], Callable[[Check], Any]]] = deque()
         self._running: Job[Any] | None = None
         self._closed = False
@@ -105,15 +123,32 @@ class JobQueue:
     def submit(self, work: Callable[[Check], T]) -> Job[T]:
         """Queue the work, which is called with the function that it should check now and then.
 
-        Raises WanExportError when the queue is closed.
+        Raises WanExportError when the queue is closed or full, and in a process that was forked.
         """
         job: Job[T] = Job(self.is_current)
         with self._changed:
             if self._closed:
                 raise WanExportError("the pipeline is closed: open another one")
+            if not self._thread.is_alive():
+                raise WanExportError(
+                    "the pipeline's thread is not in this process, which was forked: open a "
+                    "pipeline where it is used"
+                )
+            self._check_room()
             self._waiting.append((job, work))
             self._changed.notify()
         return job
+
+    def _check_room(self) -> None:
+        """Raise WanExportError when as many jobs wait as may."""
+        if len(self._waiting) < self._max_waiting:
+            return
+        self._waiting = deque(pair for pair in self._waiting if not pair[0].done())
+        if len(self._waiting) >= self._max_waiting:
+            raise WanExportError(
+                f"{self._max_waiting} requests wait already: try again when one is done (a server "
+                f"answers 503), or open the pipeline with a larger max_waiting"
+            )
 
     def is_current(self) -> bool:
         """Whether the caller runs in the queue's thread, where waiting for a job never ends."""
@@ -137,8 +172,16 @@ class JobQueue:
             self._thread.join()
 
     def _run(self) -> None:
-        while self._run_next():
-            pass
+        try:
+            while self._run_next():
+                pass
+        finally:  # of a thread that fails, too: whoever waits is told
+            with self._changed:
+                self._closed = True
+                lost = [job for job, _ in self._waiting]
+                self._waiting.clear()
+            for job in lost:
+                job.abandon()
 
     def _run_next(self) -> bool:
         """Run one job; in a frame of its own, so that waiting keeps nothing of the last one."""
@@ -149,8 +192,13 @@ class JobQueue:
                 return False
             self._running, work = self._waiting.popleft()
             job = self._running
-        job.run(work)
-        del job, work  # an error keeps this frame too, which called where it was raised
+        try:
+            job.run(work)
+        except BaseException:  # of keeping the outcome, as want of memory: the queue goes on
+            pass
+        finally:
+            job.abandon()
+            del job, work  # an error keeps this frame too, which called where it was raised
         with self._changed:
             self._running = None
         return True

@@ -2,23 +2,25 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from wanexport.runtime.cache_folder import cache_folder
 from wanexport.runtime.check import check_content, check_weights
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import WanExportError, WanExportWarning, refuse_empty
 from wanexport.runtime.kernels import check_kernel
 from wanexport.runtime.manifest import EngineRecord, Manifest, WeightsRecord, read_manifest
 from wanexport.runtime.onnx_engine import OnnxEngine
+from wanexport.runtime.pinned_file import PinnedFile, pin
 from wanexport.runtime.tensorfile import header_sha256, read_header
 from wanexport.runtime.tensorrt_library import FLAVOURS
+from wanexport.runtime.usable import check_usable
 
 WEIGHTS_FILE = "denoiser.safetensors"
-CACHE = "cache"  # folder of a bundle for what its engines can make again
 
 
 def load(
@@ -38,9 +40,9 @@ def load(
 ) -> Denoiser:
     """Open the engine of a bundle that fits; what is None is free.
 
-    resolution is `480x832` or `832*480`; device is `cpu` or `cuda`; weights is a folder with other
-    weights of the same layout (a fine-tune or merged LoRA): `denoiser.safetensors`, or one in each
-    of `high_noise/` and `low_noise/` where the model has two experts.
+    resolution is `480x832` or `832*480`; device is `cpu` or `cuda`; weights is other weights of the
+    same layout (a fine-tune or merged LoRA): a file, or a folder with `denoiser.safetensors`, or
+    with one in each of `high_noise/` and `low_noise/` where the model has two experts.
 
     For AOTInductor and TensorRT engines: offload keeps one of two experts on the device and
     replaces its weights at the switch; cuda_graph is whether to replay a captured graph, by default
@@ -48,11 +50,15 @@ def load(
     AOTInductor engines, attention is the kernel of self-attention (`fa4`, `cudnn` or `sdpa`) in
     place of the recorded one.
 
+    An engine is native code, and its hash is the bundle's own: open bundles of people you trust.
+    Nothing else that a bundle names is opened or downloaded.
+
     An ONNX engine runs on either device: provider is ONNX Runtime's, `cpu`, `cuda`, `tensorrt` or
     `tensorrt-rtx`, and provider_options are that provider's own. On a GPU it can offload too.
     Raises WanExportError when nothing or more than one shape fits, when a file is missing or was
     altered, or when this machine cannot execute the engine.
     """
+    refuse_empty(bundle=bundle, weights=weights)
     bundle = Path(bundle)
     while True:
         manifest = read_manifest(bundle)
@@ -101,20 +107,24 @@ def open_engine(
     An ONNX engine runs on the device that its target names, as `choose_engine` sets it.
     Raises WanExportError when a file is missing or was altered, or the backend refuses it.
     """
+    check_usable(bundle, manifest, engine)
     # Engines are code: their whole content is checked at every load.
     files = {role: check_content(bundle, file) for role, file in engine.files.items()}
-    folders = weights_folders(bundle, manifest, engine, weights)
+    experts = [record.expert for record in manifest.weights_of(engine.dtype)]
     if engine.backend != "onnx" and (provider or provider_options):
         raise WanExportError(
             f"engine {engine.name} has no provider of ONNX Runtime: choose one with --backend onnx"
         )
+    chosen = partial(weights_files, bundle, manifest, engine, weights)
+    on_gpu = engine.target["device"] == "cuda"
+    if offload and len(experts) < 2 and (on_gpu or engine.backend != "onnx"):
+        raise WanExportError("offload swaps two experts, this model has one: leave it out")
     if engine.backend == "aoti":
-        paths = {expert: folder / WEIGHTS_FILE for expert, folder in folders.items()}
-        layers = int(manifest.config["num_layers"])
+        layers = manifest.config.num_layers
         return _open_aoti(
             engine,
             files,
-            paths,
+            chosen(),
             layers,
             attention=attention,
             offload=offload,
@@ -126,28 +136,30 @@ def open_engine(
                 f"engine {engine.name} has the attention it was built with: leave {attention} out, "
                 f"or build one with --attention"
             )
-        paths = {expert: folder / WEIGHTS_FILE for expert, folder in folders.items()}
-        return _open_tensorrt(
+        from wanexport.runtime import aoti_engine, tensorrt_engine
+
+        plans = tensorrt_engine.open_engines(
             engine,
             files,
-            paths,
+            experts,
+            chosen,
             own_weights=weights is None,
-            kernels=bundle / CACHE,
             offload=offload,
             cuda_graph=cuda_graph,
         )
+        to_device = partial(aoti_engine.to_device, device=tensorrt_engine.gpu())
+        return Denoiser(engine, plans, to_device)
     if attention or cuda_graph is not None:
         raise WanExportError(
             f"engine {engine.name} chooses no attention kernel and has no CUDA graph: leave these "
             f"options out, or choose an engine of another --backend"
         )
     graph = files["denoiser"]
-    if engine.target["device"] == "cuda":
+    if on_gpu:
         return _open_onnx_on_gpu(
             engine,
             graph,
-            folders,
-            cache=bundle / CACHE,
+            chosen(),
             provider=provider or "cuda",
             options=provider_options or {},
             offload=offload,
@@ -157,15 +169,14 @@ def open_engine(
             f"engine {engine.name} on a CPU offloads nothing and has no provider options: these "
             f"are for --device cuda"
         )
-    return Denoiser(engine, {expert: OnnxEngine(graph, f) for expert, f in folders.items()})
+    return Denoiser(engine, {e: OnnxEngine(graph, file) for e, file in chosen().items()})
 
 
 def _open_onnx_on_gpu(
     engine: EngineRecord,
-    graph: Path,
-    folders: Mapping[str, Path],
+    graph: PinnedFile,
+    weights: Mapping[str, PinnedFile],
     *,
-    cache: Path,
     provider: str,
     options: Mapping[str, str],
     offload: bool,
@@ -174,14 +185,14 @@ def _open_onnx_on_gpu(
 
     from wanexport.runtime import aoti_engine, onnx_cuda_engine
 
-    if offload:
-        _check_offload(folders)
     device = torch.device("cuda", torch.cuda.current_device())
+    # Of this very graph: what another left there would be code of unknown origin.
+    cache = cache_folder() if provider.startswith("tensorrt") else None
     engines = onnx_cuda_engine.open_engines(
         graph,
-        {expert: folder / WEIGHTS_FILE for expert, folder in folders.items()},
+        weights,
         device,
-        onnx_cuda_engine.Provider(provider, options, cache),
+        onnx_cuda_engine.Provider(provider, options, cache and cache / graph.sha256),
         offload=offload,
     )
     return Denoiser(engine, engines, partial(aoti_engine.to_device, device=device))
@@ -189,8 +200,8 @@ def _open_onnx_on_gpu(
 
 def _open_aoti(
     engine: EngineRecord,
-    files: Mapping[str, Path],
-    weights: Mapping[str, Path],
+    files: Mapping[str, PinnedFile],
+    weights: Mapping[str, PinnedFile],
     num_layers: int,
     *,
     attention: str | None,
@@ -202,8 +213,6 @@ def _open_aoti(
     from wanexport.runtime import aoti_engine
     from wanexport.runtime.device_weights import device_weights
 
-    if offload:
-        _check_offload(weights)
     check_kernel(attention, engine.target, engine.dtype)
     device = torch.device("cpu")
     if engine.target["device"] == "cuda":
@@ -212,31 +221,15 @@ def _open_aoti(
     regions = aoti_engine.Regions(files, engine.parameters, num_layers, kernels, device)
     shapes = {name: spec.shape for name, spec in engine.inputs.items()}
     first, engines = None, {}
-    for expert, path in weights.items():
-        held = first if first and offload else device_weights(path, device, private=offload)
+    for expert, file in weights.items():
+        held = first if first and offload else device_weights(file, device, private=offload)
         first = first or held
-        engines[expert] = aoti_engine.AotiEngine(regions, held, path, shapes, cuda_graph=cuda_graph)
+        engines[expert] = aoti_engine.AotiEngine(regions, held, file, shapes, cuda_graph=cuda_graph)
     return Denoiser(engine, engines, partial(aoti_engine.to_device, device=device))
 
 
-def _open_tensorrt(
-    engine: EngineRecord, files: Mapping[str, Path], weights: Mapping[str, Path], **options: Any
-) -> Denoiser:
-    from wanexport.runtime import aoti_engine, tensorrt_engine
-
-    if options["offload"]:
-        _check_offload(weights)
-    engines = tensorrt_engine.open_engines(engine, files, weights, **options)
-    return Denoiser(engine, engines, partial(aoti_engine.to_device, device=tensorrt_engine.gpu()))
-
-
-def _check_offload(weights: Mapping[str, Path]) -> None:
-    if len(weights) < 2:
-        raise WanExportError("offload swaps two experts, this model has one: leave it out")
-
-
 def _attention_kernels(
-    engine: EngineRecord, files: Mapping[str, Path], chosen: str | None
+    engine: EngineRecord, files: Mapping[str, PinnedFile], chosen: str | None
 ) -> dict[int, Any]:
     """The kernel for each number of keys; one that cannot be had here is replaced aloud."""
     from wanexport.runtime.operators import open_kernel
@@ -261,32 +254,51 @@ def _attention_kernels(
     return kernels
 
 
-def weights_folders(
+def weights_files(
     bundle: Path, manifest: Manifest, engine: EngineRecord, weights: str | Path | None
-) -> dict[str, Path]:
-    """Folder of the weights for each expert, checked against the engine.
+) -> dict[str, PinnedFile]:
+    """File of the weights for each expert, checked against the engine: the bundle's, or others.
 
     Raises WanExportError when they are missing or laid out for another engine.
     """
     sets = manifest.weights_of(engine.dtype)
     if weights is None:
-        return {record.expert: _folder(bundle, record, engine) for record in sets}
-    folders = {record.expert: Path(weights) / record.expert for record in sets}
-    for folder in folders.values():
-        path = folder / WEIGHTS_FILE
-        if not os.path.isfile(path):  # unlike Path's, it is False for a name that is too long
+        return {record.expert: _own(bundle, record, engine) for record in sets}
+    paths = _named(Path(weights), [record.expert for record in sets])
+    return {expert: _other(path, engine) for expert, path in paths.items()}
+
+
+def _named(weights: Path, experts: Sequence[str]) -> dict[str, Path]:
+    """The file for each expert that a user's file or folder holds."""
+    if os.path.isfile(weights):  # unlike Path's, it is False for a name that is too long
+        if len(experts) > 1:
             raise WanExportError(
-                f"weights folder {folder} has no {WEIGHTS_FILE}: name one that has"
+                f"{weights} is one file, the model has two experts: name a folder with "
+                f"{WEIGHTS_FILE} in each of {', '.join(f'{expert}/' for expert in experts)}"
             )
+        return {experts[0]: weights}
+    paths = {expert: weights / expert / WEIGHTS_FILE for expert in experts}
+    for path in paths.values():
+        if not os.path.isfile(path):
+            raise WanExportError(
+                f"weights folder {path.parent} has no {WEIGHTS_FILE}: name one that has"
+            )
+    return paths
+
+
+def _other(path: Path, engine: EngineRecord) -> PinnedFile:
+    file = pin(path)
+    with file.opened():
         read_header(path)  # refuses a file that was cut short
-        _check_header(path, header_sha256(path), engine)
-    return folders
+        found = header_sha256(path)
+    _check_header(path, found, engine)
+    return file
 
 
-def _folder(bundle: Path, record: WeightsRecord, engine: EngineRecord) -> Path:
-    path = check_weights(bundle, record)
-    _check_header(path, record.header_sha256, engine)
-    return path.parent
+def _own(bundle: Path, record: WeightsRecord, engine: EngineRecord) -> PinnedFile:
+    file = check_weights(bundle, record)
+    _check_header(file.path, record.header_sha256, engine)
+    return file
 
 
 def _check_header(path: Path, found: str, engine: EngineRecord) -> None:

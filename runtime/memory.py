@@ -2,10 +2,9 @@
 
 import resource
 import sys
-from functools import cache
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
+from wanexport.runtime.control_groups import control_groups, memory_limit, memory_used
 
 
 def peak_rss() -> int:
@@ -36,36 +35,31 @@ def free_bytes(device: str) -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping, in this machine and its control groups."""
+    """Memory that can be had without swapping, in this machine and its control groups.
+
+    What only caches files counts as free, in both.
+    """
     left = [_meminfo()["MemAvailable"]]
-    for group in _control_groups():
-        limit, used = _number(group / "memory.max"), _number(group / "memory.current")
-        if limit is not None and used is not None:
-            left.append(limit - used)
+    for group in control_groups():
+        limit = memory_limit(group)
+        if limit is not None:
+            left.append(limit - memory_used(group))
     return max(0, min(left))
 
 
 def limit_bytes() -> int:
     """The most this process could ever have: memory and swap, or what a control group may use."""
-    info = _meminfo()
-    limits = [_number(group / "memory.max") for group in _control_groups()]
-    return min([info["MemTotal"] + info["SwapTotal"], *(n for n in limits if n is not None)])
+    return _limited(_meminfo()["MemTotal"] + _meminfo()["SwapTotal"])
 
 
-@cache
-def _control_groups() -> tuple[Path, ...]:
-    """The folders of this process's control group (version 2) and of those it lies in."""
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
-    own = next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
-    path = _CGROUPS / own
-    return tuple(p for p in (path, *path.parents) if p.is_relative_to(_CGROUPS) and p.is_dir())
+def physical_bytes() -> int:
+    """Memory of a machine with nothing else in it, without swap: the same at all times."""
+    return _limited(_meminfo()["MemTotal"])
 
 
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # there is no such file, or it says max
-        return None
+def _limited(size: int) -> int:
+    limits = [memory_limit(group) for group in control_groups()]
+    return min([size, *(n for n in limits if n is not None)])
 
 
 def _meminfo() -> dict[str, int]:

@@ -4,7 +4,7 @@ These are the classes WanT2V, WanI2V, WanFLF2V and WanTI2V of Wan-Video/Wan2.1 a
 of them is imported: what matters is which attributes hold their models, and how they call them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanexport.runtime.denoiser import Denoiser, to_numpy
+from wanexport.runtime.denoiser import to_numpy
 from wanexport.runtime.drop_in import (
     HIGH_NOISE,
     LOW_NOISE,
+    EngineModule,
     check_count,
-    engine_device,
     images_by_video,
     open_experts,
     velocity_of_one,
@@ -58,12 +58,8 @@ def patch(wan_pipeline: _Pipeline, bundle: str | Path, **load_options: Any) -> _
     return wan_pipeline
 
 
-class CompiledWanModel:
+class CompiledWanModel(EngineModule):
     """One expert of an engine, called and moved about as the official pipelines do `WanModel`."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
-        self.device = engine_device(denoiser)
 
     def __call__(
         self,
@@ -81,7 +77,8 @@ class CompiledWanModel:
         For N videos, which run one after the other: x is N latents [C, F, h, w]; t [N], or
         [N, seq_len] with one value for all tokens of a frame; context N times [n, 4096] with
         n <= 512; y N conditions [20, F, h, w]; clip_fea [N or 2 N, 257, 1280].
-        Raises WanExportError for what the engine does not take, and for a padded sequence.
+        Raises WanExportError for what the engine does not take, for a padded sequence, and for
+        sigmas in the place of timesteps.
         """
         if options:
             raise WanExportError(f"the engine takes no {', '.join(options)}: leave it out")
@@ -89,6 +86,7 @@ class CompiledWanModel:
         for name, given in (("t", times), ("context", context), ("y", x if y is None else y)):
             check_count(name, len(given), count)
         self._check_length(x[0], seq_len)
+        self.check_times("t", times)
         images = None if clip_fea is None else images_by_video("clip_fea", clip_fea, count)
         return [
             velocity_of_one(
@@ -110,23 +108,3 @@ class CompiledWanModel:
                 f"seq_len is {seq_len}, engine {self.denoiser.record.name} has {tokens} tokens: "
                 f"run without sequence parallelism, which pads them"
             )
-
-    def parameters(self) -> Iterator[Tensor]:
-        """One empty tensor where the engine runs, which is what the pipelines look for."""
-        yield torch.empty(0, device=self.device)
-
-    def to(self, *place: Any, **options: Any) -> "CompiledWanModel":
-        """Stay: an engine has the device and precision that it was built and opened for."""
-        return self
-
-    def cpu(self) -> "CompiledWanModel":
-        """Stay, when a pipeline offloads its models."""
-        return self
-
-    def eval(self) -> "CompiledWanModel":
-        """An engine is always in evaluation mode."""
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> "CompiledWanModel":
-        """An engine has no gradients, whatever is asked."""
-        return self

@@ -1,7 +1,7 @@
 """A weightless ONNX graph in ONNX Runtime on a GPU: its weights stay where other engines have them.
 
 With the CUDA provider a session reads the tensors of `DeviceWeights` in place. TensorRT's providers
-compile the weights into an engine of their own, which they keep in the bundle's cache.
+compile the weights into an engine of their own, which they keep in the user's cache folder.
 """
 
 import ctypes
@@ -23,14 +23,16 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.device_weights import DeviceWeights, device_weights
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
 from wanexport.runtime.onnx_engine import (
     PROVIDERS,
     RTX_PLUGIN,
     first_line,
     gpu_obstacle,
     import_onnxruntime,
+    reading_weights,
 )
+from wanexport.runtime.pinned_file import PinnedFile, pin
 from wanexport.runtime.tensorfile import read_header
 
 # What takes the time of a forward: none of it may land on the CPU.
@@ -72,10 +74,13 @@ class Provider:
         """Whether it makes an engine with the weights inside."""
         return self.name.startswith("tensorrt")
 
-    def settings(self, device: torch.device, stream: int, weights: Path) -> dict[str, str]:
+    def settings(
+        self, device: torch.device, stream: int, weights: Path | PinnedFile
+    ) -> dict[str, str]:
         """All options, on the stream with this handle; `weights` is the file compiled in."""
         if self.name == "cpu":
             return dict(self.options)
+        weights = pin(weights)
         own = {
             "device_id": str(device.index),
             "has_user_compute_stream": "1",
@@ -87,16 +92,16 @@ class Provider:
         if self.compiles and self.cache is not None:
             own |= self._caches(self.cache / f"onnx-{self.name}-{_identity(weights)}")
         if self.name == "tensorrt":  # without, it would compute in fp32
-            stored = {entry.dtype for entry in read_header(weights).values()}
+            stored = {entry.dtype for entry in read_header(weights.path).values()}
             own |= {option: "1" for dtype, option in _TRT_DTYPES.items() if dtype in stored}
         return {**own, **self.options}
 
     def _caches(self, folder: Path) -> dict[str, str]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:  # a bundle that may not be written serves all the same
+        except OSError as error:  # without it, the engine serves all the same
             warnings.warn(
-                f"cannot write {folder} ({error.strerror}): the next load compiles anew",
+                f"the next load compiles anew: cannot write {explain(error)}",
                 WanExportWarning,
                 stacklevel=2,
             )
@@ -111,10 +116,9 @@ class Provider:
         }
 
 
-def _identity(weights: Path) -> str:
+def _identity(weights: PinnedFile) -> str:
     """Which content a weights file has: TensorRT's cache tells graphs apart, not their weights."""
-    stat = weights.stat()
-    text = f"{weights.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    text = f"{weights.path.resolve()} {weights.identity.size} {weights.identity.modified}"
     return sha256(text.encode()).hexdigest()[:16]
 
 
@@ -125,13 +129,14 @@ class OnnxSession:
     parameters. `assigned` counts the nodes by ONNX Runtime's provider and operator;
     `grown` is how much GPU memory opening took, in bytes.
     Raises WanExportError when ONNX Runtime lacks the provider, refuses the graph, or leaves a
-    product, an attention or a norm to the CPU; it warns when it leaves other nodes there.
+    product, an attention or a norm to the CPU, and when a file is not what was pinned; it warns
+    when it leaves other nodes there.
     """
 
     def __init__(
         self,
-        graph: Path,
-        weights: Path,
+        graph: Path | PinnedFile,
+        weights: Path | PinnedFile,
         tensors: Mapping[str, Tensor],
         device: torch.device,
         provider: Provider,
@@ -141,15 +146,17 @@ class OnnxSession:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # ONNX Runtime holds their addresses as long as the session lives.
         self.values = {} if provider.compiles else _values(tensors)
-        before = _free_bytes(device)
-        try:
-            self.session = self._open(graph, weights)
-        except WanExportError:
-            raise
-        except Exception as error:  # ONNX Runtime's own exceptions have no base but this
-            raise WanExportError(
-                f"ONNX Runtime cannot load {graph}: {first_line(error)}"
-            ) from error
+        graph, weights = pin(graph), pin(weights)
+        before, content = _free_bytes(device), graph.read()
+        with weights.opened():
+            try:
+                self.session = self._open(content, weights)
+            except WanExportError:
+                raise
+            except Exception as error:  # ONNX Runtime's own exceptions have no base but this
+                raise WanExportError(
+                    f"ONNX Runtime cannot load {graph.path}: {first_line(error)}"
+                ) from error
         self.grown = before - _free_bytes(device)
         self.names = tuple(value.name for value in self.session.get_inputs())
         (output,) = self.session.get_outputs()
@@ -158,9 +165,9 @@ class OnnxSession:
         self.run_options.log_severity_level = 4  # what goes wrong is raised
         self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.assigned = _assigned(self.session)
-        self._check_assignment(graph)
+        self._check_assignment(graph.path)
 
-    def _open(self, graph: Path, weights: Path) -> Any:
+    def _open(self, graph: bytes, weights: PinnedFile) -> Any:
         onnxruntime = import_onnxruntime()
         if self.device.type == "cuda":
             _load_curand()
@@ -170,9 +177,6 @@ class OnnxSession:
         options.enable_mem_pattern = False
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(weights.parent.resolve())
-        )
         for name, value in self.values.items():
             options.add_initializer(name, value)
         stream = self.stream.cuda_stream if self.stream is not None else 0
@@ -191,7 +195,7 @@ class OnnxSession:
         onnxruntime.set_default_logger_severity(3)
         try:
             session = onnxruntime.InferenceSession(
-                graph.read_bytes(),
+                reading_weights(graph, weights, options),
                 options,
                 # Folded, a parameter would be a copy that no swap of the weights reaches.
                 disabled_optimizers=["ConstantFolding"],
@@ -220,7 +224,7 @@ class OnnxSession:
         if _HEAVY & on_host.keys():
             raise WanExportError(
                 f"ONNX Runtime's {PROVIDERS[self.provider.name]} leaves {counts} of {graph} to the "
-                f"CPU: install onnxruntime-gpu 1.27 or newer, or build with another --dtype"
+                f"CPU: install onnxruntime-gpu 1.31 or newer, or build with another --dtype"
             )
         warnings.warn(
             f"ONNX Runtime runs {counts} on the CPU, which the GPU waits for",
@@ -276,7 +280,9 @@ class OnnxCudaEngine:
     `weights` is None where the session has its own copy.
     """
 
-    def __init__(self, session: OnnxSession, weights: DeviceWeights | None, file: Path) -> None:
+    def __init__(
+        self, session: OnnxSession, weights: DeviceWeights | None, file: Path | PinnedFile
+    ) -> None:
         self.session, self.weights, self.file = session, weights, file
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -291,8 +297,8 @@ class OnnxCudaEngine:
 
 
 def open_engines(
-    graph: Path,
-    weights: Mapping[str, Path],
+    graph: Path | PinnedFile,
+    weights: Mapping[str, Path | PinnedFile],
     device: torch.device,
     provider: Provider,
     *,
@@ -300,7 +306,8 @@ def open_engines(
 ) -> dict[str, OnnxCudaEngine]:
     """The engine of each expert; weights are files by expert.
 
-    With offload the experts share one session, whose weights are replaced at the switch.
+    A path is taken as its file is now. With offload the experts share one session, whose weights
+    are replaced at the switch.
     Raises WanExportError when the provider is missing, refuses the graph, or copies the weights
     that offload would replace.
     """
@@ -317,14 +324,19 @@ def open_engines(
             for expert, file in weights.items()
         }
     engines: dict[str, OnnxCudaEngine] = {}
-    for expert, file in weights.items():
+    for expert, file in {expert: pin(file) for expert, file in weights.items()}.items():
         if engines and offload:
             first = next(iter(engines.values()))
             engines[expert] = OnnxCudaEngine(first.session, first.weights, file)
             continue
         held = device_weights(file, device, private=offload)
         session = OnnxSession(graph, file, held.tensors, device, provider)
-        if offload and session.grown > max(held.buffer.numel(), _OVERHEAD):
+        most = max(held.buffer.numel(), _OVERHEAD)
+        if offload and session.grown > most:
+            # What a neighbour on the GPU took meanwhile counts as grown: it will not do so twice.
+            del session
+            session = OnnxSession(graph, file, held.tensors, device, provider)
+        if offload and session.grown > most:
             raise WanExportError(
                 f"ONNX Runtime {import_onnxruntime().__version__} copies the weights, which "
                 f"--offload would replace: leave it out"

@@ -1,7 +1,9 @@
 """A weightless ONNX graph in ONNX Runtime on the CPU, its weights mapped from the bundle's file."""
 
 import ctypes
+import os
 import platform
+import weakref
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, needing_extra
+from wanexport.runtime.onnx_location import with_location
+from wanexport.runtime.pinned_file import PinnedFile, pin
 
 PROVIDERS = {  # our name -> ONNX Runtime's
     "cpu": "CPUExecutionProvider",
@@ -21,44 +25,50 @@ RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 
 
 class OnnxEngine:
-    """Calls one `denoiser.onnx` with the weights in `weights_folder`; fp32 arrays in and out.
+    """Calls one `denoiser.onnx` with the weights in a file; fp32 arrays in and out.
 
     Prepacking is off so that fp32 weights stay a mapping of the file: no copy, shared by processes.
     fp16 weights ONNX Runtime widens to fp32 in memory, having few fp16 kernels for a CPU.
     `keep_casts` is for a graph that widens its own weights: it does so at every call, in the memory
     of one weight, instead of once for all when the session is created.
-    Raises WanExportError when ONNX Runtime is missing or refuses the graph.
+    Raises WanExportError when ONNX Runtime is missing or refuses the graph, and when a file is not
+    what was pinned.
     """
 
-    def __init__(self, graph: Path, weights_folder: Path, *, keep_casts: bool = False) -> None:
+    def __init__(
+        self, graph: Path | PinnedFile, weights: Path | PinnedFile, *, keep_casts: bool = False
+    ) -> None:
+        graph, self._weights = pin(graph), pin(weights)
         onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised; it need not be printed too
         options.add_session_config_entry("session.disable_prepacking", "1")
         skipped = ["ConstantFolding"] if keep_casts else []
         options.enable_cpu_mem_arena = not keep_casts  # it keeps what the largest weight took
-        # From bytes: a path would make ONNX Runtime look for the weights beside the graph.
-        try:
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path",
-                str(weights_folder.resolve()),
-            )
-            self.session = onnxruntime.InferenceSession(
-                graph.read_bytes(),
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=skipped,
-            )
-        except Exception as error:  # ONNX Runtime's own exceptions have no base but this
-            raise WanExportError(
-                f"ONNX Runtime cannot load {graph}: {first_line(error)}"
-            ) from error
+        content = graph.read()
+        with self._weights.opened() as descriptor:
+            try:
+                self.session = onnxruntime.InferenceSession(
+                    reading_weights(content, self._weights, options),
+                    options,
+                    providers=["CPUExecutionProvider"],
+                    disabled_optimizers=skipped,
+                )
+            except Exception as error:  # ONNX Runtime's own exceptions have no base but this
+                raise WanExportError(
+                    f"ONNX Runtime cannot load {graph.path}: {first_line(error)}"
+                ) from error
+            # Of what is mapped, whatever file has its name by then.
+            self._mapped = os.dup(descriptor)
+        weakref.finalize(self, os.close, self._mapped)
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Run the graph and return its one output.
 
-        Raises WanExportError when ONNX Runtime cannot, for want of memory most likely.
+        Raises WanExportError when ONNX Runtime cannot, for want of memory most likely, and when the
+        weights were written to since they were opened.
         """
+        self._weights.check(self._mapped)
         try:
             output: np.ndarray = self.session.run(None, dict(inputs))[0]
         except Exception as error:
@@ -66,6 +76,20 @@ class OnnxEngine:
                 f"ONNX Runtime cannot run the engine: {first_line(error)}"
             ) from error
         return output
+
+
+def reading_weights(graph: bytes, weights: PinnedFile, options: Any) -> bytes:
+    """The graph for a session with these options, which reads its weights from this very file.
+
+    Graph and options name the real file: ONNX Runtime refuses one that a link leads out of the
+    folder. From a path, in place of bytes, it would look for the weights beside the graph.
+    Raises ValueError when the bytes are no graph, or its weights lie in several files.
+    """
+    real = weights.path.resolve()
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(real.parent)
+    )
+    return with_location(graph, real.name)
 
 
 def versions(device: str = "cpu") -> dict[str, str]:
@@ -140,11 +164,16 @@ def first_line(error: BaseException) -> str:
 
 
 def import_onnxruntime() -> Any:
-    """The module. Raises WanExportError when it is not installed."""
-    try:
+    """The module. Raises WanExportError when it is not installed, or does not import."""
+    disable_telemetry()
+    with needing_extra("cpu", "an ONNX engine"):
         import onnxruntime
-    except ImportError as error:
-        raise WanExportError(
-            "ONNX Runtime is not installed: pip install 'wanexport[cpu]'"
-        ) from error
     return onnxruntime
+
+
+def disable_telemetry() -> None:
+    """Have ONNX Runtime call nobody, here and in child processes, unless the user has decided.
+
+    From 1.29 on its import writes a device id below the home folder and looks a collector up.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

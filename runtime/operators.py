@@ -15,6 +15,7 @@ from torch import Tensor
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.flash_attention import FlashAttention
 from wanexport.runtime.kernels import KERNELS
+from wanexport.runtime.pinned_file import PinnedFile
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k and v [B, T, H, D]
 
@@ -112,7 +113,7 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2).contiguous()
 
 
-def open_kernel(name: str, flash_library: Path | None) -> Kernel:
+def open_kernel(name: str, flash_library: Path | PinnedFile | None) -> Kernel:
     """The kernel `fa4`, `cudnn` or `sdpa`; flash_library is the bundle's compiled FlashAttention-4.
 
     Raises WanExportError when the kernel is unknown or cannot be had.

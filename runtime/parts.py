@@ -20,8 +20,8 @@ from wanexport.runtime.manifest import EngineRecord
 class Parts:
     """The parts that `given` holds, and the others of the bundle's checkpoint or of `model`'s.
 
-    `device` is PyTorch's name of where they are opened. What was given belongs to its giver, and is
-    never closed here.
+    `device` is PyTorch's name of where they are opened; `vae_tiling` is as in `open_vae`. What was
+    given belongs to its giver, and is never closed here.
     """
 
     def __init__(
@@ -31,7 +31,10 @@ class Parts:
         record: EngineRecord,
         device: str,
         given: Mapping[str, Any],
+        *,
+        vae_tiling: bool | None = None,
     ) -> None:
+        self._options = {"vae": {"tiling": vae_tiling}}
         self.bundle, self.model, self.record, self.device = bundle, model, record, device
         self._given = {part: value for part, value in given.items() if value is not None}
         self._files: dict[str, ComponentFiles] = {}
@@ -74,7 +77,9 @@ class Parts:
             return self._given[part]
         if part not in self._opened:
             self.find([part])
-            self._opened[part] = _OPENERS[part](self._files[part], self.device)
+            self._opened[part] = _OPENERS[part](
+                self._files[part], self.device, **self._options.get(part, {})
+            )
             self._check(part)
         return self._opened[part]
 
@@ -94,10 +99,10 @@ def _open_text_encoder(files: ComponentFiles, device: str) -> Any:
     return open_text_encoder(files.text_encoder, files.tokenizer, device=device)
 
 
-def _open_vae(files: ComponentFiles, device: str) -> Any:
+def _open_vae(files: ComponentFiles, device: str, *, tiling: bool | None) -> Any:
     from wanexport.runtime.vae import open_vae
 
-    return open_vae(files.vae, device=device)
+    return open_vae(files.vae, device=device, tiling=tiling)
 
 
 def _open_image_encoder(files: ComponentFiles, device: str) -> Any:
@@ -108,7 +113,7 @@ def _open_image_encoder(files: ComponentFiles, device: str) -> Any:
     return open_image_encoder(files.image_encoder, device=device)
 
 
-_OPENERS = {
+_OPENERS: dict[str, Callable[..., Any]] = {
     "text_encoder": _open_text_encoder,
     "vae": _open_vae,
     "image_encoder": _open_image_encoder,

@@ -11,9 +11,10 @@ from typing import Any, Self, TypeVar
 
 from wanexport.runtime.components import ImageEncoder, TextEncoder, VideoCodec
 from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.errors import WanExportError, refuse_empty
 from wanexport.runtime.generation import Generation, OnStep, Request
 from wanexport.runtime.generator import Generator
-from wanexport.runtime.jobs import Check, Job, JobQueue
+from wanexport.runtime.jobs import MAX_WAITING, Check, Job, JobQueue
 from wanexport.runtime.load import load
 from wanexport.runtime.parts import Parts
 from wanexport.runtime.prompt_cache import PromptCache
@@ -27,15 +28,17 @@ class Pipeline:
     """A bundle's engine with its encoders and VAE, serving requests until it is closed.
 
     text_encoder, vae and image_encoder are parts of the caller's own; what is None is found in the
-    checkpoint that the bundle came from, or in `model` (a folder or hub id), when it is first
-    needed. prompt_cache is how many prompts' embeddings are kept. With keep_text_encoder=False the
-    text encoder that was found is freed after each encoding, before denoising, and opened again for
-    the next new prompt; one that was given is its giver's to free. load_options are those of
-    `load`.
+    checkpoint that the bundle says it came from (a path here, or a hub id to download), or in
+    `model` (a folder or hub id), when it is first needed. prompt_cache is how many prompts'
+    embeddings are kept. With keep_text_encoder=False the text encoder that was found is freed after
+    each encoding, before denoising, and opened again for the next new prompt; one that was given is
+    its giver's to free. vae_tiling True cuts pictures into tiles for the VAE that was found, False
+    never does, and None does where memory does not suffice for the whole. While max_waiting
+    requests wait, another one is refused. load_options are those of `load`.
 
     A dropped pipeline closes itself once its jobs are done, and so does, after the step under way,
     one that is open when the interpreter exits. The engine's memory is freed with the object.
-    Raises WanExportError as `load` does, and for a prompt_cache that is no number.
+    Raises WanExportError as `load` does, and for a prompt_cache or max_waiting that is no number.
     """
 
     def __init__(
@@ -48,8 +51,11 @@ class Pipeline:
         image_encoder: ImageEncoder | None = None,
         prompt_cache: int = 64,
         keep_text_encoder: bool = True,
+        vae_tiling: bool | None = None,
+        max_waiting: int = MAX_WAITING,
         **load_options: Any,
     ) -> None:
+        refuse_empty(model=model)
         prompts = PromptCache(prompt_cache)
         self.denoiser: Denoiser = load(bundle, **load_options)
         gpu = _current_gpu(self.denoiser)
@@ -59,11 +65,12 @@ class Pipeline:
             self.denoiser.record,
             device="cpu" if gpu is None else f"cuda:{gpu}",
             given={"text_encoder": text_encoder, "vae": vae, "image_encoder": image_encoder},
+            vae_tiling=vae_tiling,
         )
         self._generator = Generator(
             self.denoiser, self._parts, prompts, gpu=gpu, keep_text_encoder=keep_text_encoder
         )
-        self._queue = JobQueue("wanexport pipeline")
+        self._queue = JobQueue("wanexport pipeline", max_waiting)
         weakref.finalize(self, self._queue.close)
 
     def generate(
@@ -88,7 +95,7 @@ class Pipeline:
         `sample`. decode=False leaves the VAE out. on_step is called after every step, in the
         pipeline's thread, with the step and the number of steps; what it raises ends this request.
         Raises WanExportError for a request that does not fit, for NaN or Inf in a step, and when
-        a part is missing or the pipeline is closed; KeyboardInterrupt cancels the request.
+        a part is missing or the pipeline is closed or full; KeyboardInterrupt cancels the request.
         """
         request = Request(
             prompt,
@@ -111,12 +118,14 @@ class Pipeline:
 
         options and errors are those of `generate`.
         """
+        if not isinstance(seeds, Iterable):
+            raise WanExportError(f"seeds is {seeds!r:.40}: expected whole numbers, as [0, 1, 2]")
         return self._wait_for(partial(self._generator, Request(prompt, tuple(seeds), **options)))
 
     def submit(self, prompt: str, *, seed: int = 0, **options: Any) -> Job[Generation]:
         """Queue a request, and return at once; options are those of `generate`.
 
-        Its errors are the job's to raise, but for that of a closed pipeline.
+        Its errors are the job's to raise, but for those of a closed or full pipeline.
         """
         request = Request(prompt, (seed,), **options)
         return self._queue.submit(partial(self._serve, request))

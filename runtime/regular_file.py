@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.printable import printable
 
 
 def open_regular(path: Path) -> int:
@@ -20,7 +21,7 @@ def open_regular(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise WanExportError(f"{path} is no regular file: put a file in its place")
+        raise WanExportError(f"{printable(path)} is no regular file: put a file in its place")
     return descriptor
 
 
@@ -33,5 +34,7 @@ def read_regular(path: Path, *, at_most: int) -> bytes:
     with open(open_regular(path), "rb") as file:
         content = file.read(at_most + 1)
     if len(content) > at_most:
-        raise WanExportError(f"{path} is larger than {at_most} bytes, more than such a file takes")
+        raise WanExportError(
+            f"{printable(path)} is larger than {at_most} bytes, more than such a file takes"
+        )
     return content

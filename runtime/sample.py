@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.denoiser import is_finite, is_torch, like, to_numpy
+from wanexport.runtime.denoiser import check_rows, is_finite, is_torch, like, to_numpy
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import SamplingDefaults
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS, SOLVERS, Schedule, make_schedule
@@ -78,6 +78,7 @@ def sample(
     if first_frame is not None:
         _check_first_frame(denoiser, latent, first_frame)
         first_frame = to_fp32_like(first_frame, latent)
+    check_rows(text=text, negative=negative)
     constant = {"condition": condition, "image": image}
     _check_finite(noise=noise, text=text, negative=negative, first_frame=first_frame, **constant)
     extras = {name: value for name, value in constant.items() if value is not None}
@@ -97,10 +98,7 @@ def make_plan(
     if timesteps is not None:
         if steps is not None or shift is not None:
             raise WanExportError("timesteps name every step: leave out steps and shift")
-        try:
-            timesteps = [float(t) for t in timesteps]
-        except (TypeError, ValueError) as error:
-            raise WanExportError(f"timesteps must be numbers, got {timesteps!r}") from error
+        timesteps = _numbers(timesteps)
         steps, shift = len(timesteps), 1.0
         solver, guidance = solver or "euler", 1.0 if guidance is None else guidance
     if defaults is not None:
@@ -117,17 +115,29 @@ def make_plan(
     return Plan(solver, schedule, _guidance_per_step(guidance, schedule, boundary))
 
 
+def _numbers(timesteps: Sequence[float]) -> list[float]:
+    try:
+        if isinstance(timesteps, str):  # whose letters would be numbers of one digit
+            raise TypeError
+        return [float(t) for t in timesteps]
+    except (TypeError, ValueError) as error:
+        raise WanExportError(
+            f"timesteps must be numbers, as [1000, 750, 500, 250], got {timesteps!r:.80}"
+        ) from error
+
+
 def _guidance_per_step(
     guidance: float | Sequence[float], schedule: Schedule, boundary: float | None
 ) -> tuple[float, ...]:
     try:
-        pair = np.asarray(guidance, np.float64).reshape(-1)
+        pair = np.asarray(guidance)
+        pair = np.array([]) if pair.dtype.kind in "bUS" else pair.astype(np.float64).reshape(-1)
     except (TypeError, ValueError):
         pair = np.array([])
-    if pair.size not in (1, 2) or not (abs(pair) <= MAX_GUIDANCE).all():
+    if pair.size not in (1, 2) or not ((pair > 0) & (pair <= MAX_GUIDANCE)).all():
         raise WanExportError(
-            f"guidance {guidance!r}: expected a number or (low noise, high noise), "
-            f"of at most {MAX_GUIDANCE}"
+            f"guidance {guidance!r:.80}: expected a number or (low noise, high noise), above 0 and "
+            f"of at most {MAX_GUIDANCE}; 1 is no guidance, 0 would leave the prompt out"
         )
     low, high = float(pair[0]), float(pair[-1])
     if low != high and boundary is None:

@@ -7,6 +7,7 @@ prediction) and DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), in the form of W
 `fm_solvers_unipc.py` and `fm_solvers.py`.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -18,11 +19,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, WanExportWarning
 
 NUM_TRAIN_TIMESTEPS = 1000
 MAX_STEPS = 10_000
 MAX_SHIFT = 1000
+_MOST_SHOWN = 50  # numbers of a list that an error repeats
 # Wan's UniPC starts at the last training sigma, rounded to fp32, where DPM++ starts at 1.
 _UNIPC_SIGMA_MAX = float(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS))
 
@@ -50,9 +52,11 @@ def official_schedule(steps: int, shift: float, sigma_max: float) -> Schedule:
 
     Raises WanExportError when steps or shift are out of range.
     """
-    if not isinstance(steps, Integral) or not 1 <= steps <= MAX_STEPS:
+    # bool is a number to Python alone.
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= steps <= MAX_STEPS:
         raise WanExportError(f"steps must be from 1 to {MAX_STEPS}, got {steps}")
-    if not isinstance(shift, Real) or not 1 / MAX_SHIFT <= shift <= MAX_SHIFT:
+    is_number = isinstance(shift, Real) and not isinstance(shift, bool)
+    if not is_number or not 1 / MAX_SHIFT <= shift <= MAX_SHIFT:
         raise WanExportError(f"shift must be from {1 / MAX_SHIFT:g} to {MAX_SHIFT}, got {shift}")
     grid = np.linspace(sigma_max, 0, steps + 1)[:-1]
     sigmas = shift * grid / (1 + (shift - 1) * grid)
@@ -63,12 +67,43 @@ def official_schedule(steps: int, shift: float, sigma_max: float) -> Schedule:
 def explicit_schedule(timesteps: Sequence[float]) -> Schedule:
     """The schedule of a distilled model: the given float timesteps, sigma = t / 1000.
 
-    Raises WanExportError unless they fall strictly and lie in (0, 1000].
+    Raises WanExportError unless they fall strictly and lie in (0, 1000]; for sigmas from 0 to 1 and
+    for a final 0, which are not timesteps, it says what to pass in their place. A schedule that
+    begins in the lower half, as one for pure noise does not, is a WanExportWarning.
     """
     times = [float(t) for t in timesteps]
-    if not times or not all(0 < t <= NUM_TRAIN_TIMESTEPS for t in times):
-        raise WanExportError(f"timesteps must fall from at most 1000 to above 0, got {times}")
-    return Schedule(_fp32(np.array(times) / NUM_TRAIN_TIMESTEPS), tuple(times))
+    if any(times) and all(0 <= t <= 1 for t in times):
+        meant = sorted({NUM_TRAIN_TIMESTEPS * t for t in times if t}, reverse=True)
+        raise WanExportError(
+            f"timesteps {_listed(times)}: these are sigmas from 0 to 1; as timesteps: "
+            f"{_listed(meant)}"
+        )
+    legal = f"timesteps must fall from at most {NUM_TRAIN_TIMESTEPS} to above 0"
+    if not 1 <= len(times) <= MAX_STEPS:
+        raise WanExportError(f"{legal}, got {len(times)} of them: expected 1 to {MAX_STEPS}")
+    if times[-1] == 0 < times[0]:
+        raise WanExportError(
+            f"{legal}, got {_listed(times)}: leave out the final 0, where every run ends"
+        )
+    if not all(0 < t <= NUM_TRAIN_TIMESTEPS for t in times):
+        raise WanExportError(f"{legal}, got {_listed(times)}")
+    if not all(now > after for now, after in pairwise(times)):
+        raise WanExportError(f"timesteps must fall from step to step, got {_listed(times)}")
+    schedule = Schedule(_fp32(np.array(times) / NUM_TRAIN_TIMESTEPS), tuple(times))
+    if times[0] < NUM_TRAIN_TIMESTEPS / 2:
+        warnings.warn(
+            f"timesteps begin at {times[0]:g} of {NUM_TRAIN_TIMESTEPS}: that is for a latent which "
+            f"shows something already, pure noise begins near {NUM_TRAIN_TIMESTEPS}",
+            WanExportWarning,
+            stacklevel=2,
+        )
+    return schedule
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    """Numbers as a user writes them, the first of a long list."""
+    shown = ",".join(f"{number:.7g}" for number in numbers[:_MOST_SHOWN])
+    return f"{shown},..." if len(numbers) > _MOST_SHOWN else shown
 
 
 def _fp32(sigmas: np.ndarray) -> tuple[float, ...]:
@@ -78,7 +113,9 @@ def _fp32(sigmas: np.ndarray) -> tuple[float, ...]:
     """
     rounded = (*(float(s) for s in sigmas.astype(np.float32)), 0.0)
     if not all(now > after for now, after in pairwise(rounded)):
-        raise WanExportError(f"timesteps must fall from step to step, got noise levels {rounded}")
+        raise WanExportError(
+            f"timesteps must fall from step to step, got noise levels {_listed(rounded)}"
+        )
     return rounded
 
 

@@ -8,7 +8,7 @@ stay. Nothing goes through the host, and the host does not wait.
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.aoti_engine import to_device
+from wanexport.runtime.cache_folder import cache_folder
 from wanexport.runtime.device_weights import DeviceWeights, check_room, device_weights
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import EngineRecord, TensorSpec
+from wanexport.runtime.pinned_file import PinnedFile, pin
 from wanexport.runtime.tensorrt_plan import OUTPUT, Plan, on_gpu
 from wanexport.runtime.tensorrt_target import arch, is_version_compatible
 
@@ -79,7 +81,7 @@ class TensorRtEngine:
     """Executes a plan with one expert's weights; torch tensors on the device in and out.
 
     `file` is the weights file that `weights` must hold during a call: with --offload two engines
-    share one buffer. weights are None where they were baked in. The plan runs once here, which
+    share one buffer. Both are None where weights were baked in. The plan runs once here, which
     loads its kernels; cuda_graph None captures a graph when launching takes as long as running.
     Raises WanExportError when TensorRT refuses a tensor or fails.
     """
@@ -89,7 +91,7 @@ class TensorRtEngine:
         plan: Plan,
         buffers: Buffers,
         weights: DeviceWeights | None,
-        file: Path,
+        file: PinnedFile | None,
         *,
         cuda_graph: bool | None = None,
     ) -> None:
@@ -113,7 +115,7 @@ class TensorRtEngine:
         Raises WanExportError when TensorRT fails.
         """
         with self.buffers.turn():
-            if self.weights is not None:
+            if self.weights is not None and self.file is not None:
                 self.weights.use(self.file)
             for name, buffer in self.buffers.inputs.items():
                 buffer.copy_(inputs[name])
@@ -132,7 +134,7 @@ class TensorRtEngine:
         return {"activations": self.buffers.activations.nbytes, "weights": weights}
 
     def _execute(self) -> None:
-        self.plan.log.errors.clear()
+        self.plan.log.clear()
         with self.buffers.stream() as handle:
             if not self.context.execute_async_v3(handle):
                 raise self.plan.failure("execute")
@@ -163,65 +165,62 @@ class TensorRtEngine:
 
 def open_engines(
     engine: EngineRecord,
-    files: Mapping[str, Path],
-    weights: Mapping[str, Path],
+    files: Mapping[str, PinnedFile],
+    experts: Sequence[str],
+    weights: Callable[[], Mapping[str, PinnedFile]],
     *,
     own_weights: bool = True,
-    kernels: Path | None = None,
     offload: bool = False,
     cuda_graph: bool | None = None,
 ) -> dict[str, TensorRtEngine]:
-    """The engine of each expert; weights are files by expert, own_weights whether the bundle's.
+    """The engine of each expert. weights gives the files by expert, where the plans take any;
+    own_weights is whether they are the bundle's.
 
-    kernels is the folder that keeps what TensorRT for RTX compiles.
     Raises WanExportError when a plan cannot be opened or does not fit, or the GPU is too small.
     """
     device = gpu()
-    plans = _open_plans(engine, files, weights, device, kernels)
+    plans = _open_plans(engine, files, experts, device)
     is_baked = not any(plan.parameters(engine.inputs) for plan in plans.values())
     if is_baked and (offload or not own_weights):
         raise WanExportError(
             f"engine {engine.name} holds its weights inside and can neither offload nor change "
             f"them: build one without --bake-weights"
         )
+    chosen = {} if is_baked else weights()
+    for expert, plan in plans.items():
+        plan.check(engine.inputs, engine.output, chosen.get(expert))
     size = max(plan.activation_bytes for plan in plans.values())
     buffers = Buffers(engine.inputs, engine.output, size, device)
     held: DeviceWeights | None = None
     engines: dict[str, TensorRtEngine] = {}
-    for expert, path in weights.items():
-        if not is_baked and not (held and offload):
-            held = device_weights(path, device, private=offload)
-        plan = plans[expert]
-        engines[expert] = TensorRtEngine(plan, buffers, held, path, cuda_graph=cuda_graph)
+    for expert, plan in plans.items():
+        file = chosen.get(expert)
+        if file is not None and not (held and offload):
+            held = device_weights(file, device, private=offload)
+        engines[expert] = TensorRtEngine(plan, buffers, held, file, cuda_graph=cuda_graph)
     return engines
 
 
 def _open_plans(
     engine: EngineRecord,
-    files: Mapping[str, Path],
-    weights: Mapping[str, Path],
+    files: Mapping[str, PinnedFile],
+    experts: Sequence[str],
     device: torch.device,
-    kernels: Path | None,
 ) -> dict[str, Plan]:
-    """The plan of each expert, checked: one for all unless weights were baked in."""
-    plans: dict[str, Plan] = {}
+    """The plan of each expert: one for all unless weights were baked in."""
     opened: dict[str, Plan] = {}
-    for expert, path in weights.items():
-        role = plan_role(files, expert)
-        if role not in opened:
-            kept = None
-            if kernels is not None and engine.backend == "tensorrt-rtx":
-                kept = kernels / f"{engine.key[:16]}-{arch()}-{role}"
-            opened[role] = Plan(
-                engine.backend,
-                files[role],
-                device,
-                kernels=kept,
-                version_compatible=is_version_compatible(engine),
-            )
-        plans[expert] = opened[role]
-        plans[expert].check(engine.inputs, engine.output, path)
-    return plans
+    kernels = cache_folder() if engine.backend == "tensorrt-rtx" else None
+    for role in dict.fromkeys(plan_role(files, expert) for expert in experts):
+        file = files[role]
+        opened[role] = Plan(
+            engine.backend,
+            file,
+            device,
+            # Of this very plan: another's kernels would be code of unknown origin.
+            kernels=kernels and kernels / f"{file.sha256}-{arch()}.kernels",
+            version_compatible=is_version_compatible(engine),
+        )
+    return {expert: opened[plan_role(files, expert)] for expert in experts}
 
 
 def run_once(
@@ -237,10 +236,11 @@ def run_once(
     """The velocity of a plan for these values, in numpy, leaving nothing on the GPU."""
     device = gpu()
     plan = Plan(flavour, path, device, version_compatible=version_compatible)
-    plan.check(inputs, output, weights)
+    file = pin(weights) if plan.parameters(inputs) else None
+    plan.check(inputs, output, file)
     buffers = Buffers(inputs, output, plan.activation_bytes, device)
-    held = device_weights(weights, device) if plan.parameters(inputs) else None
-    engine = TensorRtEngine(plan, buffers, held, weights, cuda_graph=False)
+    held = device_weights(file, device) if file else None
+    engine = TensorRtEngine(plan, buffers, held, file, cuda_graph=False)
     return engine({name: to_device(v, device) for name, v in values.items()}).cpu().numpy()
 
 

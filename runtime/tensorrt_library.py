@@ -1,6 +1,8 @@
 """TensorRT and TensorRT for RTX: one Python interface, two packages that may lack or be too old."""
 
 import importlib
+import threading
+from collections import deque
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -29,6 +31,7 @@ FLAVOURS = {
         "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13 tensorrt-rtx-cu13-bindings",
     ),
 }
+_KEPT = 100  # errors of all threads
 # Carries TensorRT for RTX's libraries, and makes them findable when it is imported.
 _RTX_LIBRARIES = "onnxruntime_ep_nv_tensorrt_rtx"
 
@@ -62,18 +65,34 @@ def import_tensorrt(flavour: str) -> Any:
 def message_log(trt: Any) -> Any:
     """What keeps a flavour's errors instead of printing them, until they are cleared.
 
-    There is one for the process, as TensorRT keeps the first that it is given.
+    There is one for the process, as TensorRT keeps the first that it is given. A thread clears and
+    reads its own errors; those of TensorRT's threads stand in for them where it has none.
     """
     wanted = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
 
     class MessageLog(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+            self.messages: deque[tuple[int, str]] = deque(maxlen=_KEPT)  # with their thread
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in wanted:
-                self.errors.append(msg)
+                self.messages.append((threading.get_ident(), msg))
+
+        @property
+        def errors(self) -> list[str]:
+            """The errors of this thread, in order, or else those of all threads."""
+            kept, own = list(self.messages), threading.get_ident()
+            return [msg for thread, msg in kept if thread == own] or [msg for _, msg in kept]
+
+        def clear(self) -> None:
+            """Forget the errors of this thread, and of those that are no thread of Python's."""
+            own = {threading.get_ident()}
+            others = {thread.ident for thread in threading.enumerate()} - own
+            for message in list(self.messages):
+                if message[0] not in others:
+                    with suppress(ValueError):  # pushed out meanwhile
+                        self.messages.remove(message)
 
         def reason(self) -> str:
             """The first error, in one line."""

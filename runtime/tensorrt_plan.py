@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanexport.runtime.durable import write_durably
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.durable import remove_partials, write_durably
+from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
 from wanexport.runtime.manifest import TensorSpec
+from wanexport.runtime.pinned_file import PinnedFile, pin
 from wanexport.runtime.tensorfile import read_header
 from wanexport.runtime.tensorrt_library import FLAVOURS, import_tensorrt, message_log
 
@@ -33,17 +34,18 @@ class Plan:
     def __init__(
         self,
         flavour: str,
-        path: Path,
+        file: Path | PinnedFile,
         device: torch.device,
         *,
         kernels: Path | None = None,
         version_compatible: bool = False,
     ) -> None:
         trt = import_tensorrt(flavour)
-        self.title, self.path = FLAVOURS[flavour].title, path
+        file = pin(file)
+        self.title, self.path = FLAVOURS[flavour].title, file.path
         self.log = message_log(trt)
         with on_gpu(device):
-            self.engine = engine = self._deserialize(trt, version_compatible)
+            self.engine = engine = self._deserialize(trt, file, version_compatible)
             self.config = engine.create_runtime_config()
             self._kernels = _KernelCache(self.config, kernels) if kernels is not None else None
         self.activation_bytes = int(engine.device_memory_size_v2)
@@ -52,8 +54,8 @@ class Plan:
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self.config.set_execution_context_allocation_strategy(strategy)
 
-    def _deserialize(self, trt: Any, version_compatible: bool) -> Any:
-        self.log.errors.clear()
+    def _deserialize(self, trt: Any, file: PinnedFile, version_compatible: bool) -> Any:
+        self.log.clear()
         try:
             runtime = trt.Runtime(self.log)
         except TypeError as error:  # what the bindings make of a null pointer
@@ -61,8 +63,8 @@ class Plan:
         # A plan for later versions carries the code that executes it.
         runtime.engine_host_code_allowed = version_compatible
         with (
-            self.path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+            file.opened() as descriptor,
+            mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as content,
         ):
             engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
@@ -73,17 +75,25 @@ class Plan:
         """What the plan takes beside these inputs; nothing where its weights were baked in."""
         return [name for name in self.tensors if name not in inputs and name != OUTPUT]
 
-    def check(self, inputs: Mapping[str, TensorSpec], output: TensorSpec, weights: Path) -> None:
-        """Raise WanExportError unless the plan takes these inputs, and the tensors of this file
-        where any parameter is an input, and gives this output."""
+    def check(
+        self,
+        inputs: Mapping[str, TensorSpec],
+        output: TensorSpec,
+        weights: PinnedFile | None,
+    ) -> None:
+        """Raise WanExportError unless the plan takes these inputs and the tensors of this file,
+        None where weights were baked in, and gives this output."""
         expected = {**inputs, OUTPUT: output}
-        if self.parameters(inputs):
-            for name, entry in read_header(weights).items():
+        if weights is not None:
+            with weights.opened():
+                entries = read_header(weights.path)
+            for name, entry in entries.items():
                 expected[name] = TensorSpec(entry.shape, _DTYPES.get(entry.dtype, entry.dtype))
         for name in sorted(expected.keys() | self.tensors.keys()):
             wanted, found = expected.get(name), self.tensors.get(name)
             if wanted != found:
-                source = "the manifest" if name in inputs or name == OUTPUT else weights
+                is_parameter = weights and name not in inputs and name != OUTPUT
+                source = weights.path if weights and is_parameter else "the manifest"
                 raise WanExportError(
                     f"{self.path} has {_in_words(found)} for {name}, {source} has "
                     f"{_in_words(wanted)}: run wanexport build again"
@@ -94,7 +104,7 @@ class Plan:
 
         Raises WanExportError when TensorRT refuses one.
         """
-        self.log.errors.clear()
+        self.log.clear()
         context = self.engine.create_execution_context(self.config)
         if context is None:
             raise self.failure("make a context for")
@@ -145,11 +155,11 @@ class _KernelCache:
         if content in (b"", self.saved):
             return
         try:
-            self.file.parent.mkdir(exist_ok=True)
+            remove_partials(self.file.parent)
             write_durably(self.file, content)
-        except OSError as error:  # a bundle that may not be written serves all the same
+        except (OSError, WanExportError) as error:  # without it, the engine serves all the same
             warnings.warn(
-                f"cannot write {self.file} ({error.strerror}): the next load compiles anew",
+                f"the next load compiles anew: cannot write {explain(error)}",
                 WanExportWarning,
                 stacklevel=2,
             )

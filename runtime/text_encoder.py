@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.components import needing_pipeline_extra
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import WanExportError, WanExportWarning, needing_extra
 from wanexport.runtime.memory import free_bytes
 
 MAX_TOKENS = 512  # of a prompt; the rest is cut off
@@ -48,7 +47,7 @@ def clean_prompt(text: str) -> str:
     Broken characters are repaired, HTML entities resolved, twice for those escaped twice, and each
     run of white space becomes one space. Raises WanExportError without ftfy.
     """
-    with needing_pipeline_extra("cleaning a prompt"):
+    with needing_extra("pipeline", "cleaning a prompt"):
         import ftfy
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
@@ -68,11 +67,11 @@ def open_text_encoder(
     """
     if dtype not in _DTYPES:
         raise WanExportError(f"dtype of a text encoder is bf16 or fp32, got {dtype!r}")
-    with needing_pipeline_extra("the text encoder"):
+    with needing_extra("pipeline", "the text encoder"):
+        import tokenizers  # noqa: F401
         import torch
         import transformers  # noqa: F401
-
-        words = _open_tokenizer(tokenizer)
+    words = _open_tokenizer(tokenizer)
     open_model = _open_diffusers if weights.is_dir() else _open_official
     model = open_model(weights, getattr(torch, _DTYPES[dtype]))
     if words.get_vocab_size() > model.config.vocab_size:

@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.printable import printable
+from wanexport.runtime.regular_file import open_regular
 
 _SHOWN = 4  # of the tensors that do not fit, in an error
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,30 +35,45 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     or it is no state dict.
     """
     try:
-        with path.open("rb") as file:
-            mappable = file.read(len(_ZIP)) == _ZIP
+        descriptor = open_regular(path)
     except OSError as error:
         raise WanExportError(
-            f"cannot read {path}: {error.strerror}: pass a checkpoint that has it"
+            f"cannot read {printable(path)}: {error.strerror}: pass a checkpoint that has it"
         ) from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        state = _load(descriptor)
     except UnpicklingError as error:
         raise WanExportError(
-            f"{path} is damaged or holds more than tensors, which could run code, and is not read: "
-            f"download the official file again"
+            f"{printable(path)} is damaged or holds more than tensors, which could run code, and "
+            f"is not read: download the official file again"
         ) from error
     except Exception as error:  # of many kinds, for the places where a file may be damaged
         raise WanExportError(
-            f"{path} is no file of torch.save, or is cut short: download it again"
+            f"{printable(path)} is no file of torch.save, or is cut short: download it again"
         ) from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise WanExportError(
-            f"{path} is no state dict: expected tensors by name, download the official file again"
+            f"{printable(path)} is no state dict: expected tensors by name, download the official "
+            f"file again"
         )
     return dict(state)
+
+
+def _load(descriptor: int) -> Any:
+    """What torch.save wrote into an open file, mapped where its format allows; closes the file."""
+    with open(descriptor, "rb") as file:
+        mappable = file.read(len(_ZIP)) == _ZIP
+        if mappable:
+            with ZipFile(file) as archive:
+                records = archive.infolist()
+            # torch.save packs nothing: a small file could not be unpacked in bounded memory.
+            if any(record.compress_type != ZIP_STORED for record in records):
+                raise ValueError("packed records")
+        # By the descriptor: another file may have the name meanwhile.
+        name = f"/proc/self/fd/{descriptor}"
+        return torch.load(name, map_location="cpu", weights_only=True, mmap=mappable)
 
 
 def load_converted(model: Model, tensors: Mapping[str, Tensor], path: Path) -> Model:
@@ -67,7 +85,9 @@ def load_converted(model: Model, tensors: Mapping[str, Tensor], path: Path) -> M
     """
     expected = model.state_dict()
     problems = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
-    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - expected.keys())]
+    problems += [
+        f"unexpected {printable(name)}" for name in sorted(tensors.keys() - expected.keys())
+    ]
     for name in sorted(expected.keys() & tensors.keys()):
         shape, dtype = list(tensors[name].shape), tensors[name].dtype
         if shape != list(expected[name].shape):
@@ -92,6 +112,8 @@ def load_pretrained(model_class: Any, folder: Path, dtype: torch.dtype, **option
     # transformers 4.56 renamed the argument.
     renamed = Version(transformers.__version__) >= Version("4.56")
     options["dtype" if renamed else "torch_dtype"] = dtype
+    if any(folder.glob("*.safetensors*")):  # beside a pickle they are what is read
+        options["use_safetensors"] = True
     try:
         with _quiet_transformers():
             model, found = model_class.from_pretrained(
@@ -102,7 +124,7 @@ def load_pretrained(model_class: Any, folder: Path, dtype: torch.dtype, **option
                 **options,
             )
     except Exception as error:  # of many kinds: config, index and every shard may be damaged
-        reason = str(error).strip().partition("\n")[0]
+        reason = printable(str(error).strip().partition("\n")[0], 300)
         raise WanExportError(f"cannot read {folder} ({reason}): download it again") from error
     problems = [f"missing {name}" for name in sorted(found["missing_keys"])]
     for entry in sorted(found["mismatched_keys"]):  # names, or with both shapes since version 5
@@ -123,8 +145,8 @@ def _refuse(problems: Sequence[str], model_class: type, path: Path) -> None:
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise WanExportError(
-            f"{path} does not fit {model_class.__name__}: {'; '.join(problems[:_SHOWN])}{more}: "
-            f"download it again"
+            f"{printable(path)} does not fit {model_class.__name__}: {'; '.join(problems[:_SHOWN])}"
+            f"{more}: download it again"
         )
 
 

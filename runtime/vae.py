@@ -6,6 +6,7 @@ convolutions use TF32, there and here.
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wanexport.runtime.components import needing_pipeline_extra
 from wanexport.runtime.denoiser import count_not_finite, to_numpy
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, WanExportWarning, needing_extra
 from wanexport.runtime.geometry import TEMPORAL_STRIDE
-from wanexport.runtime.memory import available_bytes, free_bytes, limit_bytes
+from wanexport.runtime.memory import (
+    available_bytes,
+    free_bytes,
+    limit_bytes,
+    physical_bytes,
+)
 from wanexport.runtime.onnx_engine import first_line
 from wanexport.runtime.vae_keys import config_of, diffusers_name
 
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 
 Array = Any  # a numpy array or a torch tensor
 TILE, OVERLAP = 256, 64  # pixels of a tile's side, and of what two tiles share
+_SHARE = 0.75  # of a machine's memory: the whole picture may take it
 
 # Peak memory in bytes of diffusers 0.42.1 on a CPU, measured by tests/vae_memory.py at 240x416: for
 # each pixel and each channel of the widest layers, in a first latent frame and in a later one.
@@ -42,11 +48,12 @@ def open_vae(weights: Path, *, device: str = "cpu", tiling: bool | None = None) 
     """Open a VAE: a folder in diffusers' layout, or the official Wan2.1_VAE.pth or Wan2.2_VAE.pth.
 
     tiling True cuts a picture of more than 256 pixels a side into tiles, False never does, and None
-    does where memory does not suffice for the whole.
+    does where memory does not suffice for the whole: on a CPU, where it would take over three
+    quarters of the machine's, and on a GPU, where the whole was tried first.
     Raises WanExportError when a package is missing, when there is no such VAE or it is damaged, and
     when it does not fit in the GPU's memory.
     """
-    with needing_pipeline_extra("the VAE"):
+    with needing_extra("pipeline", "the VAE"):
         import torch
         from diffusers import AutoencoderKLWan
     read = _read_folder if weights.is_dir() else _read_official
@@ -76,10 +83,16 @@ def _read_folder(model_class: Any, folder: Path) -> Any:
     import torch
 
     _check_class(folder)
+    # None lets diffusers take a pickle, of which it loads tensors alone.
+    use_safetensors = True if any(folder.glob("*.safetensors*")) else None
     try:
         with _quiet_diffusers():
             model, found = model_class.from_pretrained(
-                folder, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
+                folder,
+                local_files_only=True,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
+                use_safetensors=use_safetensors,
             )
     except Exception as error:  # of many kinds: config, index and every shard may be damaged
         raise WanExportError(
@@ -125,7 +138,8 @@ class Vae:
     """A VideoCodec: one AutoencoderKLWan on a device. It serves one call at a time.
 
     `tiled` tells whether the last call cut the picture into tiles, which changes the result a
-    little: the VAE does not see beyond a tile.
+    little: the VAE does not see beyond a tile. It is decided once for a shape, so that a later call
+    gives the same pixels whatever else is in memory by then.
     """
 
     def __init__(self, model: Any, *, device: str, tiling: bool | None) -> None:
@@ -135,6 +149,7 @@ class Vae:
         self.device = device
         self.tiling = tiling
         self.tiled = False
+        self._decided: dict[tuple[object, ...], bool] = {}  # task and shape -> whether in tiles
         self.channels: int = config.z_dim
         self.spatial_stride: int = config.scale_factor_spatial
         self._model = model.to(device)
@@ -193,11 +208,12 @@ class Vae:
                 f"cannot {task} {bad} values that are NaN or Inf: look at what made them"
             )
         height, width = self._sides(task, array)
+        shape = (task, *array.shape)
         can_tile = self.tiling is not False and max(height, width) > TILE
-        is_short = self._is_short(task, array)
-        self.tiled = can_tile and (self.tiling is True or is_short)
+        is_short = self._is_short(task, array, can_tile)
+        self.tiled = can_tile and (self.tiling is True or self._decided.get(shape, is_short))
         result = self._attempt(task, array)
-        if result is None and can_tile and not self.tiled:
+        if result is None and can_tile and not self.tiled and shape not in self._decided:
             self.tiled = True
             result = self._attempt(task, array)
         if result is None:
@@ -205,12 +221,14 @@ class Vae:
                 f"the GPU's memory does not suffice to {task} {height}x{width}, with "
                 f"{free_bytes(self.device) / 1e9:.1f} GB free: free some, or run the VAE on the CPU"
             )
+        self._decided.setdefault(shape, self.tiled)
         return result
 
-    def _is_short(self, task: str, array: np.ndarray) -> bool:
-        """Whether the CPU's memory does not suffice for the whole; a GPU is asked by trying.
+    def _is_short(self, task: str, array: np.ndarray, can_tile: bool) -> bool:
+        """Whether a CPU's memory does not suffice for the whole; a GPU is asked by trying.
 
-        Raises WanExportError when there can never be enough, cut into tiles or not.
+        Warns when the whole is to be, and less is free. Raises WanExportError when there can never
+        be enough, cut into tiles or not.
         """
         if self.device != "cpu":
             return False
@@ -226,7 +244,15 @@ class Vae:
                 f"to {task} {height}x{width} needs {least / 1e9:.1f} GB of memory, of "
                 f"{limit_bytes() / 1e9:.1f} GB here: use a GPU, or make a smaller video"
             )
-        return whole > available_bytes()
+        is_short = whole > _SHARE * physical_bytes()
+        if not (is_short and can_tile) and whole > (free := available_bytes()):
+            warnings.warn(
+                f"to {task} {height}x{width} needs {whole / 1e9:.1f} GB of memory, of which "
+                f"{free / 1e9:.1f} GB are free: close what else takes it",
+                WanExportWarning,
+                stacklevel=2,
+            )
+        return is_short
 
     def _sides(self, task: str, array: np.ndarray) -> tuple[int, int]:
         """Height and width in pixels of what is to be encoded or decoded."""

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.components import needing_pipeline_extra
 from wanexport.runtime.durable import durable_file
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, explain, needing_extra
 
 # x264's rate factor. The official code asks imageio for quality 8 of 10, which is this.
 CRF = 10
@@ -21,7 +20,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
     Raises WanExportError when PyAV is missing, for another dtype or shape, for an odd side, which
     yuv420p does not have, and when the file cannot be written.
     """
-    with needing_pipeline_extra("an .mp4 file"):
+    with needing_extra("pipeline", "an .mp4 file"):
         import av
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
         raise WanExportError(
@@ -41,8 +40,9 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
             for packet in _packets(container, frames, fps):
                 container.mux(packet)
     except (OSError, av.error.FFmpegError) as error:
-        reason = error.strerror or type(error).__name__
-        raise WanExportError(f"cannot write {path}: {reason}") from error
+        # FFmpeg's errors are partly the system's, and name the file that this one was to replace.
+        reason = OSError(error.errno, error.strerror or type(error).__name__)
+        raise WanExportError(f"cannot write {path}: {explain(reason)}") from error
 
 
 def _packets(container: Any, frames: np.ndarray, fps: int) -> Iterator[Any]:

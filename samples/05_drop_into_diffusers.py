@@ -4,7 +4,7 @@
 
 The model here is small and random. With a published one, `wanexport build -m MODEL` makes the
 bundle, and `drop_in` below opens the pipeline: without its own transformer, whose weights stay
-unread. It takes `pip install 'wanexport[cpu,build,diffusers]'`.
+unread. It takes `pip install '.[cpu,build,diffusers]'` in a clone.
 """
 
 import sys

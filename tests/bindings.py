@@ -2,7 +2,7 @@
 
     python -m tests.bindings MODULE        prints what `describe` says of it, as JSON
 
-The bindings of two TensorRT versions lie in `.venv/contract/<version>`, where `make setup` puts
+The bindings of some TensorRT versions lie in `.venv/contract/<version>`, where `make setup` puts
 them. They link to libraries of which they import nine C symbols; stand-ins of these let them load.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 CONTRACT = ROOT / ".venv" / "contract"
-VERSIONS = ("10.16.1.11", "11.4.0.106")
+VERSIONS = ("10.14.1.48.post1", "10.16.1.11", "11.4.0.106")
 _SYMBOLS = {  # of each library
     "nvinfer": (
         "createInferBuilder_INTERNAL",

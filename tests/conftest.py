@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.wan_reference import diffusers_model, official_state, small_config
 from wanexport.exporter.build import build
-from wanexport.graphs.config import WanConfig
+from wanexport.runtime.wan_config import WanConfig
 
 LONGEST = (
     "test_readme",

@@ -17,12 +17,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from wanexport.exporter.parity import forward_inputs
-from wanexport.graphs.config import WanConfig, stated_config
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime import load
 from wanexport.runtime.aoti_engine import AotiEngine, to_device
 from wanexport.runtime.manifest import EngineRecord, read_manifest
 from wanexport.runtime.operators import attention_kernels
+from wanexport.runtime.wan_config import WanConfig
 
 CALLS = 9
 
@@ -124,7 +124,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 def main(bundle: Path) -> None:
     """Print the table in Markdown."""
-    config = stated_config(read_manifest(bundle).config)
+    config = read_manifest(bundle).config
     denoiser = load(bundle, backend="aoti", device="cuda", cuda_graph=False)
     (engine,) = denoiser.engines.values()
     assert isinstance(engine, AotiEngine)

@@ -22,12 +22,11 @@ import torch
 
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.exporter.to_onnx import lower, serialize
-from wanexport.graphs.config import stated_config
-from wanexport.graphs.weights import weights_layout
 from wanexport.runtime.aoti_engine import to_device
 from wanexport.runtime.device_weights import device_weights
 from wanexport.runtime.manifest import EngineRecord, read_manifest
 from wanexport.runtime.onnx_cuda_engine import OnnxSession, Provider
+from wanexport.runtime.signature import weights_layout
 
 ROUNDS, TIMEOUT = 5, 60
 VARIANTS = {  # attention of the graph, and ONNX Runtime's switches
@@ -51,7 +50,7 @@ def engine_of(bundle: Path) -> EngineRecord:
 def write_graphs(bundle: Path, folder: Path) -> dict[str, Path]:
     """The engine's graph with each attention, as a build lowers it."""
     engine = engine_of(bundle)
-    config = stated_config(read_manifest(bundle).config)
+    config = read_manifest(bundle).config
     layout = weights_layout(config, "bf16")[1]
     paths = {attention: folder / f"{attention}.onnx" for attention in ("native", "mha")}
     for attention, path in paths.items():
@@ -89,7 +88,7 @@ def measure(bundle: Path, graph: Path, velocity: Path) -> dict[str, Any]:
     started = time.perf_counter()
     session = OnnxSession(graph, file, weights.tensors, device, Provider())
     opened = time.perf_counter()
-    arrays = forward_inputs(stated_config(manifest.config), engine.geometry, 812.0, 0)
+    arrays = forward_inputs(manifest.config, engine.geometry, 812.0, 0)
     inputs = {name: to_device(array, device) for name, array in arrays.items()}
     first = session(inputs)
     torch.cuda.synchronize()

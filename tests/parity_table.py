@@ -21,10 +21,10 @@ from tests.wan_reference import (
 from wanexport.exporter.build import build
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import forward_inputs, relative_l2
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load
 from wanexport.runtime.load import WEIGHTS_FILE
+from wanexport.runtime.signature import parameter_shapes
 
 
 def errors(preset: str, folder: Path) -> tuple[float, float, float]:

@@ -23,13 +23,14 @@ from wanexport.exporter.bench_process import time_calls
 from wanexport.exporter.flash_attention import compile_flash_attention
 from wanexport.exporter.parity import forward_inputs
 from wanexport.exporter.to_aoti import compile_regions
-from wanexport.graphs.config import PRESETS, WanConfig
+from wanexport.graphs.config import PRESETS
 from wanexport.graphs.model import parameter_dtype
-from wanexport.graphs.regions import region_parameters
-from wanexport.graphs.signature import forward_flops, parameter_shapes
+from wanexport.graphs.signature import forward_flops
 from wanexport.runtime import Geometry, WanExportError
 from wanexport.runtime.aoti_engine import Regions, to_device
 from wanexport.runtime.operators import open_kernel
+from wanexport.runtime.signature import parameter_shapes, region_parameters
+from wanexport.runtime.wan_config import WanConfig
 
 ROUNDS, WARM_UPS = 5, 1
 

@@ -21,10 +21,12 @@ from wanexport.exporter.build import build
 from wanexport.exporter.diffusers_engine import DiffusersEngine
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import forward_inputs
-from wanexport.graphs.config import PRESETS, Preset, WanConfig
-from wanexport.graphs.signature import forward_flops, parameter_shapes
+from wanexport.graphs.config import PRESETS, Preset
+from wanexport.graphs.signature import forward_flops
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load
+from wanexport.runtime.signature import parameter_shapes
+from wanexport.runtime.wan_config import WanConfig
 
 Call = Callable[[], object]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from wanexport.graphs.config import PRESETS
-from wanexport.graphs.weights import weights_layout
 from wanexport.runtime.device_weights import DeviceWeights
+from wanexport.runtime.signature import weights_layout
 
 SWITCHES = 6
 

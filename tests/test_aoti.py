@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.hub_layout import as_snapshot
 from tests.wan_reference import (
     convert,
     diffusers_model,
@@ -32,24 +33,24 @@ from wanexport.exporter.inspection import inspect
 from wanexport.exporter.onnx_lint import lint
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.exporter.to_aoti import RegionJob, compile_region
-from wanexport.graphs.config import EXPERTS, PRESETS
+from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Geometry, WanExportError, load
 from wanexport.runtime.aoti_engine import AotiEngine
 from wanexport.runtime.errors import WanExportWarning
 from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.manifest import read_manifest
+from wanexport.runtime.wan_config import EXPERTS
 
 PRESET = "flf2v-14b"
 SERVE = """
 import hashlib, json, sys
 from wanexport.exporter.parity import forward_inputs
-from wanexport.graphs.config import stated_config
 from wanexport.runtime import load
 from wanexport.runtime.manifest import read_manifest
 from pathlib import Path
 before = set(sys.modules)
 denoiser = load(sys.argv[1], backend="aoti")
-config = stated_config(read_manifest(Path(sys.argv[1])).config)
+config = read_manifest(Path(sys.argv[1])).config
 velocity = denoiser(**forward_inputs(config, denoiser.geometry, 812.0, 0))
 print(json.dumps({
     "md5": hashlib.md5(velocity.tobytes()).hexdigest(),
@@ -101,6 +102,45 @@ def build_small(model: Path, preset: str, bundle: Path) -> Path:
 def inputs_of(preset: str, timestep: float) -> dict[str, np.ndarray]:
     config = small_config(preset)
     return forward_inputs(config, small_geometry(config), timestep, seed=2)
+
+
+def test_a_bundle_in_the_hubs_cache_gives_the_same(small: Path, tmp_path: Path) -> None:
+    snapshot, inputs = as_snapshot(small, tmp_path), inputs_of(PRESET, 950.0)
+    np.testing.assert_array_equal(load(snapshot)(**inputs), load(small)(**inputs))
+
+
+def test_a_package_that_changes_while_it_is_opened_is_refused(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (package,) = copy.glob("engines/*/*/head.pt2")
+
+    def replace_it(*_: object) -> None:
+        (copy / "other").write_bytes(package.read_bytes())
+        (copy / "other").replace(package)
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", replace_it)
+    with pytest.raises(WanExportError, match=f"^{package} was changed since it was checked"):
+        load(copy)
+
+
+@pytest.mark.parametrize("what", ["rewritten", "replaced", "gone"])
+def test_weights_that_changed_since_load_are_refused_at_the_switch(
+    what: str, experts: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(experts[0], tmp_path / "bundle"))
+    denoiser = load(bundle, offload=True)
+    (file,) = bundle.glob("weights/low_noise*/*")
+    content = file.read_bytes()
+    if what == "rewritten":
+        file.write_bytes(b"\0" * len(content))
+    else:
+        file.unlink()
+    if what == "replaced":
+        file.write_bytes(content)
+    denoiser(**inputs_of("t2v-a14b", 950.0))
+    with pytest.raises(WanExportError, match=f"{file} (was changed|.No such file)"):
+        denoiser(**inputs_of("t2v-a14b", 100.0))
+    denoiser(**inputs_of("t2v-a14b", 950.0))
 
 
 def test_the_engine_gives_diffusers_velocity(small: Path) -> None:
@@ -226,7 +266,7 @@ def test_a_package_that_is_none_is_one_line(copy: Path) -> None:
         ({"target": {}}, "is for no device"),
         (
             {"parameters": {"embed": ("x",), "block": (), "head": ()}},
-            "takes a parameter 'x' that its weights lack",
+            "its embed takes other parameters than the model has, x for one",
         ),
     ],
 )

@@ -25,12 +25,12 @@ from tests.wan_reference import (
 from wanexport.exporter.build import build
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import FLOOR_FACTOR, forward_inputs, relative_l2
-from wanexport.graphs.config import EXPERTS
 from wanexport.graphs.model import Block, Conditioning
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load
 from wanexport.runtime.manifest import read_manifest
+from wanexport.runtime.signature import parameter_shapes
+from wanexport.runtime.wan_config import EXPERTS
 
 pytestmark = pytest.mark.gpu
 

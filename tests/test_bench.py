@@ -42,14 +42,14 @@ from wanexport.exporter.bundle import file_record, write_manifest
 from wanexport.exporter.cli import cli
 from wanexport.exporter.diffusers_engine import DiffusersEngine
 from wanexport.exporter.parity import forward_inputs, relative_l2
-from wanexport.graphs.config import EXPERTS, stated_config
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import read_manifest
+from wanexport.runtime.signature import parameter_shapes
 from wanexport.runtime.tensorfile import header_sha256, load_arrays, save_arrays
+from wanexport.runtime.wan_config import EXPERTS
 
 FLOPS = 1_237_581_824  # of the tiny preset at 64x96x9, counted by hand below
 
@@ -76,7 +76,7 @@ def test_arms_get_the_same_inputs_and_weights(
         assert line["difference"] <= 1e-5
         assert line["difference"] > 0 or line["arm"] == "graph"
     denoiser = load(tiny_bundle, dtype="fp32")
-    config = stated_config(read_manifest(tiny_bundle).config)
+    config = read_manifest(tiny_bundle).config
     inputs = forward_inputs(config, denoiser.geometry, result["timestep"], result["seed"])
     assert lines["onnx"]["md5"] == hashlib.md5(denoiser(**inputs).tobytes()).hexdigest()
 
@@ -203,7 +203,7 @@ def job_of(bundle: Path, arm: str, folder: Path, dtype: str = "fp32") -> Job:
     """A job for an arm on the CPU, with the inputs at timestep 950."""
     manifest = read_manifest(bundle)
     geometry = manifest.engines[0].geometry
-    inputs = forward_inputs(stated_config(manifest.config), geometry, 950.0, 0)
+    inputs = forward_inputs(manifest.config, geometry, 950.0, 0)
     save_arrays(folder / "inputs.safetensors", inputs)
     return Job(
         arm=arm,
@@ -296,7 +296,7 @@ def test_of_two_experts_the_high_noise_one_is_measured(
 
 def test_diffusers_takes_and_gives_either_kind_of_array(tiny_bundle: Path) -> None:
     manifest = read_manifest(tiny_bundle)
-    config, geometry = stated_config(manifest.config), manifest.engines[0].geometry
+    config, geometry = manifest.config, manifest.engines[0].geometry
     file = tiny_bundle / manifest.weights["fp32"].file.path
     tensors = bundle_tensors(file, {name: name for name in parameter_shapes(config)})
     engine = DiffusersEngine(config, geometry, "fp32", tensors, device="cpu")
@@ -500,7 +500,7 @@ def test_without_matplotlib_there_is_no_plot_but_a_warning(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     warning = save(measured[0], tmp_path)
-    assert warning == "no plot without matplotlib: pip install 'wanexport[bench]'"
+    assert warning == "the plot needs matplotlib; from a clone of wanexport: pip install '.[bench]'"
     assert [file.suffix for file in tmp_path.iterdir()] == [".json"]
 
 

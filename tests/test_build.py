@@ -27,10 +27,10 @@ from wanexport.exporter import onnx_backend, to_onnx
 from wanexport.exporter.build import build
 from wanexport.exporter.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.parity import forward_inputs, relative_l2
-from wanexport.graphs.config import EXPERTS
 from wanexport.runtime import WanExportError, load
 from wanexport.runtime.check import file_sha256
 from wanexport.runtime.manifest import read_manifest
+from wanexport.runtime.wan_config import EXPERTS
 
 
 def build_small(model: Path, preset: str, bundle: Path, **options: Any) -> dict[str, Any]:

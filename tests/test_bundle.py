@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from wanexport.exporter.bundle import JOURNAL, open_bundle, write_manifest
+from wanexport.exporter.bundle import open_bundle, write_manifest
+from wanexport.exporter.bundle_place import JOURNAL
+from wanexport.exporter.sweep import mark
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.load import load
 from wanexport.runtime.manifest import Manifest, read_manifest
@@ -47,6 +49,7 @@ def test_what_a_killed_build_left_is_swept_or_resumed(bundle: Path) -> None:
     (bundle / "manifest.json").unlink()
     stray = bundle / "engines" / "64x96x9" / "onnx-fp32.2" / "denoiser.onnx"
     stray.parent.mkdir()
+    mark(stray.parent)
     stray.write_bytes(b"half")
     (bundle / "manifest.json.partial").write_bytes(b"half")
     with pytest.raises(WanExportError, match="is no bundle"):

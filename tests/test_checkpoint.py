@@ -1,6 +1,8 @@
 """Checkpoints of every layout give the same weights file; damaged ones are refused by name."""
 
 import json
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ from tests.wan_reference import (
     write_official,
 )
 from wanexport.graphs.checkpoint import official_name, open_checkpoint
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.weights import CheckpointWeights, write_weights
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.wan_config import WanConfig
 
 
 @pytest.mark.parametrize("preset", VARIANTS)
@@ -152,6 +154,10 @@ def test_one_tensor_in_two_files_is_refused(
     with pytest.raises(WanExportError, match=r"wan_high_noise.* and in .*wan_low_noise"):
         open_checkpoint(tmp_path)
     assert open_checkpoint(tmp_path / "wan_low_noise.safetensors").config == config
+    for name in ("high", "low"):
+        (tmp_path / f"wan_{name}_noise.safetensors").rename(tmp_path / f"{name}ly.safetensors")
+    with pytest.raises(WanExportError, match=r"is in .*highly.* and in .*lowly.*: pass -m one of"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +181,24 @@ def test_one_tensor_in_two_files_is_refused(
         ),
         ("model_index.json", '{"boundary_ratio": NaN}', "boundary_ratio nan: expected one from"),
         ("model_index.json", '{"boundary_ratio": 7.5}', "boundary_ratio 7.5: expected one from"),
+        ("config.json", "[]", r"cannot read .*config\.json: it is a list, expected an object"),
+        ("config.json", "null", "it is null, expected an object"),
+        ("config.json", '"x"', "it is a text, expected an object"),
+        ("config.json", "7", "it is a number, expected an object"),
+        ("config.json", '{"a":' + "[" * 500 + "]" * 500 + "}", "states a, which no Wan known here"),
+        ("config.json", '{"num_heads": 1' + "0" * 400 + "}", "num_heads 1000.*: expected from 1"),
+        ("config.json", '{"num_heads": 1' + "0" * 5000 + "}", r"cannot read .*config\.json"),
+        (
+            "config.json",
+            '{"num_heads": [[[[2]]]]}',
+            r"num_heads \[\[\[\[2\]\]\]\]: expected",
+        ),
+        ("config.json", '{"num_heads": 2, "num_heads": 4}', "it has a name twice"),
+        ("config.json", "\udcff", r"cannot read .*config\.json \('utf-8' codec can't"),
+        ("config.json", " " * (8 << 20) + "{}", r"config\.json is larger than 8388608 bytes"),
+        ("model_index.json", "[1]", r"model_index\.json: it is a list, expected an object"),
+        (INDEX, "[]", r"index\.json: it is a list, expected an object"),
+        (INDEX, '{"weight_map": {"a\\n": "x\\n"}}', r"lacks x\\n, which its index lists"),
         (INDEX, '{"weight_map": 3}', "no weight_map"),
         (INDEX, '{"weight_map": {"a": 5, "b": "x"}}', "names what are no files"),
         (INDEX, '{"weight_map": {"a": "/etc/passwd"}}', "names what are no files"),
@@ -189,6 +213,96 @@ def test_damaged_json_is_refused(
     tmp_path: Path,
 ) -> None:
     write_official(tmp_path, state, config)
-    (tmp_path / file).write_text(content)
-    with pytest.raises(WanExportError, match=message):
+    (tmp_path / file).write_text(content, errors="surrogateescape")
+    with warnings.catch_warnings(), pytest.raises(Exception, match=message) as refused:
+        warnings.simplefilter("error", WanExportWarning)
+        open_checkpoint(tmp_path)
+    assert isinstance(refused.value, WanExportError | WanExportWarning)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 500 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+@pytest.mark.parametrize("name", ["config.json", "model_index.json", INDEX, "wan.safetensors"])
+def test_only_regular_files_of_a_checkpoint_are_read(
+    kind: str, name: str, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    if name != "wan.safetensors":
+        save_file(state, tmp_path / "x.safetensors")
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(WanExportError, match=rf"{path} is no regular file"):
+        open_checkpoint(tmp_path)
+
+
+def test_what_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(os, "open", forbidden)
+    for path in (tmp_path, tmp_path / "x.safetensors"):
+        with pytest.raises(WanExportError, match=rf"^cannot read {path}.*: Permission denied"):
+            open_checkpoint(path)
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "listdir", forbidden)
+    with pytest.raises(WanExportError, match=rf"^cannot read {tmp_path}: Permission denied"):
+        open_checkpoint(tmp_path)
+
+
+def shards(folder: Path, state: dict[str, Tensor], count: int = 2) -> list[str]:
+    """The tensors in numbered shards with an index; the names of the shards."""
+    names = [f"diffusion_pytorch_model-{k + 1:05}-of-{count:05}.safetensors" for k in range(count)]
+    listed = {name: names[k % count] for k, name in enumerate(sorted(state))}
+    for file in names:
+        save_file({n: state[n] for n, place in listed.items() if place == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": listed}))
+    return names
+
+
+def test_an_index_and_its_files_list_the_same_tensors(
+    state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    first, second = shards(tmp_path, state)
+    open_checkpoint(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    for changed, message in (
+        ({"extra.weight": first}, rf"{first} lacks what its index lists \(extra\.weight\)"),
+        (
+            {"head.modulation": second},
+            r"(has|lacks) what its index .* \(head\.modulation\)",
+        ),
+    ):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": index["weight_map"] | changed}))
+        with pytest.raises(WanExportError, match=message):
+            open_checkpoint(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(WanExportError, match=r"has diffusion_pytorch_model\.safetensors, which"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_shard_alone_and_a_set_with_gaps_are_refused(
+    state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    names = shards(tmp_path, state, 3)
+    with pytest.raises(WanExportError, match="is one of 3 shards: pass -m its folder"):
+        open_checkpoint(tmp_path / names[0])
+    (tmp_path / INDEX).unlink()
+    (tmp_path / names[2]).unlink()
+    with pytest.raises(WanExportError, match=rf"lacks {names[2]} of 3 shards"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("channels", "whose"), [(48, "Wan-Fun-Control"), (52, "Wan2.2-Fun-Contr")])
+def test_a_wan_with_other_inputs_is_named(
+    channels: int, whose: str, state: dict[str, Tensor], config: WanConfig, tmp_path: Path
+) -> None:
+    wide = torch.zeros(256, channels, 1, 2, 2)
+    write_official(tmp_path, with_changes(state, patch_embedding__weight=wide), config)
+    with pytest.raises(WanExportError, match=f"is of {whose}.*, which is not read yet: take"):
         open_checkpoint(tmp_path)

@@ -49,7 +49,8 @@ def test_run_writes_the_latent_and_says_how(tiny_bundle: Path, text: Path, tmp_p
     assert record["timesteps"] == [999, 908, 713]
     latent = load_arrays(output)["latent"]
     assert latent.shape == (1, 16, 3, 8, 12)
-    assert invoke("run", tiny_bundle, *options).exit_code == 0
+    assert "exists: name another -o" in str(invoke("run", tiny_bundle, *options).exception)
+    assert invoke("run", tiny_bundle, "--overwrite", *options).exit_code == 0
     np.testing.assert_array_equal(load_arrays(output)["latent"], latent)
     assert invoke("run", tiny_bundle, *options[:-1], 8).exit_code == 0
     assert not np.array_equal(load_arrays(output)["latent"], latent)
@@ -223,6 +224,30 @@ def test_control_c_is_one_line_and_leaves_nothing_half_written(tmp_path: Path) -
     assert files == {"weights/fp32/denoiser.safetensors", "manifest.partial.json", ".lock"}
 
 
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [("build", "interrupted: run the same command again to go on"), ("compare", "interrupted")],
+)
+def test_only_a_command_that_resumes_says_so_when_it_is_interrupted(
+    command: str,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def press(**_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "argv", ["wanexport", command])
+    monkeypatch.setattr("wanexport.exporter.cli.cli", press)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (caught.value.code, capsys.readouterr().err) == (130, line + "\n")
+
+
 def test_a_result_that_is_not_finite_is_not_written(bundle: Path, text: Path) -> None:
     faults.alter_weight(bundle, "head.head.bias", lambda array: array.fill(np.nan))
     output = bundle / "y.safetensors"
@@ -256,9 +281,13 @@ def test_inspect_describes_and_verifies(bundle: Path) -> None:
     assert json.loads(invoke("inspect", bundle, "--json").stdout)["problems"] == []
     path = bundle / "weights" / "fp32" / "denoiser.safetensors"
     path.unlink()
-    result = invoke("inspect", bundle)
-    assert isinstance(result.exception, WanExportError)
-    assert f"{path} is missing" in str(result.exception)
+    (bundle / "engines/64x96x9/onnx-fp32/denoiser.onnx").write_bytes(b"")
+    for option in ("--verify", "--json"):
+        result = invoke("inspect", bundle, option)
+        assert result.exit_code == 1
+        assert [line[:7] for line in result.stderr.splitlines()] == ["error: "] * 2
+        assert f"{path} is missing" in result.stderr
+    assert len(json.loads(result.stdout)["problems"]) == 2
 
 
 def test_doctor_says_what_works_and_fails_when_nothing_does() -> None:

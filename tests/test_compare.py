@@ -20,7 +20,7 @@ from tests.wan_reference import (
     small_geometry,
 )
 from wanexport.exporter.build import build
-from wanexport.exporter.bundle import bundle_lock
+from wanexport.exporter.bundle_lock import bundle_lock
 from wanexport.exporter.compare import compare
 from wanexport.exporter.parity import (
     Parity,

@@ -18,11 +18,12 @@ from wanexport.runtime.components import (
     check_text_encoder,
     check_vae,
     find_components,
-    needing_pipeline_extra,
+    origin_note,
 )
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import FileRecord, Manifest, WeightsRecord
 
+NO_HASH = "0" * 64
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 OFFICIAL = (T5, "google/umt5-xxl/tokenizer.json", "Wan2.1_VAE.pth", CLIP)
@@ -45,15 +46,27 @@ REPOSITORIES = {
 
 def bundle_of(folder: Path, preset: str, *sources: dict[str, Any]) -> Path:
     """A manifest of the preset's engine and of weights from each source."""
-    engine = replace(record(PRESETS[preset].config), target={"device": "cpu"})
+    config = PRESETS[preset].config
+    file = FileRecord("engines/denoiser.onnx", 0, NO_HASH)
+    engine = replace(
+        record(config),
+        target={"device": "cpu"},
+        files={"denoiser": file},
+        weights_header_sha256=NO_HASH,
+    )
     weights = {
         f"{dtype}": WeightsRecord(
-            dtype, "", FileRecord(f"weights/{dtype}/denoiser.safetensors", 0, ""), "", "", source
+            dtype,
+            "",
+            FileRecord(f"weights/{dtype}/denoiser.safetensors", 0, NO_HASH),
+            NO_HASH,
+            "",
+            source,
         )
         for dtype, source in zip(("fp32", "bf16"), sources)
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_manifest(folder, Manifest(preset, {}, (), weights, (engine,), "0.1.0"))
+    write_manifest(folder, Manifest(preset, config, (), weights, (engine,), "0.1.0"))
     return folder
 
 
@@ -173,10 +186,44 @@ def test_the_build_gets_the_transformer_of_the_same_hub(
     hub: SimpleNamespace, tmp_path: Path
 ) -> None:
     hub.files = REPOSITORIES["diffusers"]
-    with pytest.raises(WanExportError, match="safetensors"):  # its files are empty
+    with pytest.raises(WanExportError, match="download it again"):  # its files are empty
         resolve("Wan-AI/some", None)
     ((_, _, arrived),) = hub.calls
     assert arrived == {n for n in hub.files if n.startswith(("transformer/", "model_index"))}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"hub": "https://example.com/x"}, {"hub": "../x"}, {"hub": "a/.."}, {"hub": "a/b..c"},
+        {"hub": "~/x"}, {"hub": "a/b/c"}, {"hub": "a"}, {"hub": "a/b\n"}, {"hub": "-a/b"},
+        {"hub": "a/b", "revision": "../../x"}, {"hub": "a/b", "revision": "refs/pr/1"},
+        {"path": "models"}, {"path": "~/models"}, {"path": "/tmp/../etc"}, {"path": "/a//b"},
+        {"path": "/tmp/\x1b[2J"}, {"path": ""}, {"path": "file:///etc"}, {"path": "/tmp/"},
+    ],
+)  # fmt: skip
+def test_a_source_that_no_build_writes_is_not_followed(
+    source: dict[str, Any], hub: SimpleNamespace, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path / "bundle", "t2v-1.3b", source)
+    message = message_of(bundle)
+    assert "as its checkpoint, which is no " in message and "name the checkpoint with -m" in message
+    assert message.isprintable() and not hub.calls
+    other = filled(tmp_path / "other", OFFICIAL)
+    assert find_components(bundle, str(other)).origin == str(other)
+
+
+def test_what_will_be_followed_is_said_and_nothing_is_followed_yet(
+    hub: SimpleNamespace, tmp_path: Path
+) -> None:
+    bundle = bundle_of(tmp_path / "bundle", "i2v-14b", {"hub": "Wan-AI/some", "revision": "c"})
+    note = origin_note(bundle, None)
+    titles = "the text encoder and the VAE and the CLIP image encoder"
+    assert note.startswith(f"taking {titles} from Wan-AI/some, which the bundle names; -m names")
+    assert origin_note(bundle, None, needs=("vae",)).startswith("taking the VAE from")
+    assert origin_note(bundle, "x") == "" and not hub.calls
+    random = bundle_of(tmp_path / "random", "t2v-1.3b", {"random_seed": 0})
+    assert origin_note(random, None) == ""
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,12 +318,6 @@ def test_the_vae_of_another_model_is_refused(channels: int, stride: int) -> None
     check_vae(SimpleNamespace(), record(PRESETS["ti2v-5b"].config), "x")
     vae.channels, vae.spatial_stride = 48, 16
     check_vae(vae, record(PRESETS["ti2v-5b"].config), "x")
-
-
-def test_a_missing_package_is_one_line() -> None:
-    with pytest.raises(WanExportError) as refusal, needing_pipeline_extra("a VAE"):
-        import no_such_library  # type: ignore[import-not-found]  # noqa: F401
-    assert str(refusal.value) == "a VAE needs no_such_library: pip install 'wanexport[pipeline]'"
 
 
 # Hashes of the texts in Wan-Video/Wan2.1 and Wan2.2, wan/configs.

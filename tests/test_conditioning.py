@@ -4,6 +4,7 @@ Original: Wan-Video/Wan2.1 `image2video.py`, `first_last_frame2video.py`; Wan-Vi
 `textimage2video.py` and `utils/utils.py`, restated here in plain torch, numpy and Pillow.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,6 +326,16 @@ def test_a_picture_taken_sideways_is_turned_upright(tmp_path: Path) -> None:
     np.testing.assert_array_equal(image.shown, to_tensor(upright).numpy())
 
 
+def pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def too_large(path: Path) -> Path:
+    """13000x13000 pixels in some kilobytes: one bit for each, all of them white."""
+    return saved(Image.new("1", (13_000, 13_000), 1), path)
+
+
 def no_file(path: Path) -> Path:
     return path
 
@@ -345,10 +356,13 @@ def floats(path: Path) -> Path:
     return saved(Image.fromarray(np.ones((64, 96), np.float32)), path.with_suffix(".tif"))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [(no_file, "No such file"), (text_file, "it is none"), (cut_short, "truncated"),
-     (floats, "no fixed white"), (lambda path: path.parent, "Is a directory")],
+     (floats, "no fixed white"), (pipe, "no regular file"),
+     (too_large, "it has 13000x13000 pixels: scale it down first"),
+     (lambda path: path.parent, "Is a directory")],
 )  # fmt: skip
 def test_what_is_no_picture_is_refused_in_one_line(make: Any, reason: str, tmp_path: Path) -> None:
     path = make(tmp_path / "x.png")
@@ -358,11 +372,13 @@ def test_what_is_no_picture_is_refused_in_one_line(make: Any, reason: str, tmp_p
     assert reason in message and str(path) in message and "\n" not in message
 
 
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("times", [1.5, 3])
 def test_a_picture_that_would_fill_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    times: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(noise_picture(64, 96), tmp_path / "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 96 // 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(64 * 96 / times))
     with pytest.raises(WanExportError, match="exceeds limit"):
         fit_image(path, SMALL, resample="bicubic")
 

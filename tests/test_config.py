@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from tests.wan_reference import small_config
-from wanexport.graphs.config import EXPERTS, PRESETS, WanConfig, sampling_defaults, variant
+from wanexport.graphs.config import PRESETS, sampling_defaults, variant
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 
 def test_presets_are_known_by_their_config() -> None:

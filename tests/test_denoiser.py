@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from wanexport.graphs.config import EXPERTS, PRESETS, WanConfig, sampling_defaults
-from wanexport.graphs.signature import input_shapes
+from wanexport.graphs.config import PRESETS, sampling_defaults
 from wanexport.runtime import memory
-from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.denoiser import Denoiser, is_torch
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.manifest import EngineRecord, TensorSpec
+from wanexport.runtime.signature import input_shapes
+from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 
 def record(config: WanConfig, experts: tuple[str, ...] = ()) -> EngineRecord:
@@ -74,6 +75,31 @@ def test_one_timestep_per_frame_is_kept() -> None:
     model, engine = denoiser("ti2v-5b")
     model(**{**inputs_of(model), "timestep": np.array([0, 7, 7])})
     np.testing.assert_array_equal(engine.inputs["timestep"], np.array([0, 7, 7]))
+
+
+@pytest.mark.parametrize("value", [-1.0, 1000.5, 1e30])
+def test_a_timestep_that_no_schedule_has_is_refused(value: float) -> None:
+    model, _ = denoiser()
+    with pytest.raises(WanExportError, match=r"expected from 0 to 1000, a sigma times 1000$"):
+        model(**{**inputs_of(model), "timestep": value})
+
+
+def test_text_without_a_row_is_refused() -> None:
+    model, _ = denoiser()
+    for text in (np.ones((0, 4096), np.float32), torch.ones(1, 0, 4096)):
+        with pytest.raises(WanExportError, match="no row: expected one for each token"):
+            model(**{**inputs_of(model), "text": text})
+
+
+def test_a_tensor_is_known_by_its_class_and_not_by_where_that_was_written() -> None:
+    class Subclass(torch.Tensor):
+        """Of a module that is not torch's."""
+
+    assert is_torch(torch.ones(2).as_subclass(Subclass))
+    assert not is_torch(torch.ones(2).shape) and not is_torch(torch.float32)
+    model, _ = denoiser()
+    latent = torch.ones(model.inputs["latent"].shape).as_subclass(Subclass)
+    assert torch.equal(model(**{**inputs_of(model), "latent": latent}), torch.ones(latent.shape))
 
 
 def test_torch_in_torch_out_and_numpy_in_numpy_out() -> None:

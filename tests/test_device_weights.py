@@ -12,6 +12,7 @@ from wanexport.graphs.config import PRESETS
 from wanexport.graphs.weights import RandomWeights, write_weights
 from wanexport.runtime import WanExportError
 from wanexport.runtime.device_weights import DeviceWeights, device_weights
+from wanexport.runtime.pinned_file import pin
 
 CPU = torch.device("cpu")
 
@@ -61,6 +62,44 @@ def test_a_failed_switch_is_made_good_by_the_next(files: list[Path], tmp_path: P
         weights.use(cut)
     weights.use(files[0])
     assert_holds(weights, files[0])
+
+
+def test_weights_of_another_layout_are_refused_at_the_switch(
+    files: list[Path], tmp_path: Path
+) -> None:
+    weights, blank = DeviceWeights(files[0], CPU), tmp_path / "blank.safetensors"
+    content = files[1].read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    blank.write_bytes(content[:8] + b"{}".ljust(length) + content[8 + length :])
+    with pytest.raises(WanExportError, match=f"{blank} is laid out otherwise"):
+        weights.use(blank)
+    weights.use(files[0])
+    assert_holds(weights, files[0])
+
+
+@pytest.mark.parametrize("what", ["rewritten", "gone", "a folder"])
+def test_a_file_that_changed_since_it_was_pinned_is_one_line(
+    what: str, files: list[Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(files[1].read_bytes())
+    weights, pinned = DeviceWeights(files[0], CPU), pin(path)
+    path.unlink()
+    if what == "rewritten":
+        path.write_bytes(files[1].read_bytes())
+    elif what == "a folder":
+        path.mkdir()
+    with pytest.raises(WanExportError, match=f"{path} ") as caught:
+        weights.use(pinned)
+    assert "\n" not in str(caught.value)
+    weights.use(files[0])
+    assert_holds(weights, files[0])
+
+
+def test_the_switches_of_a_server_that_runs_for_ever_are_not_all_kept(files: list[Path]) -> None:
+    weights = DeviceWeights(files[0], CPU)
+    weights.switches.extend([0.0] * 5000)
+    assert len(weights.switches) == 1000
 
 
 def test_one_file_is_read_once_while_anyone_holds_it(files: list[Path], tmp_path: Path) -> None:

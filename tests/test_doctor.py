@@ -2,10 +2,13 @@
 
 import shlex
 import sys
+from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from packaging.requirements import Requirement
 
 from wanexport.exporter import doctor as module
 from wanexport.exporter.doctor import doctor
@@ -31,6 +34,24 @@ def test_this_environment_is_usable() -> None:
     stated = {library["requirement"] for library in record["libraries"]}
     assert {"numpy>=1.26", "onnxruntime>=1.27"} <= stated
     assert record["machine"]["memory_bytes"] >= record["machine"]["available_bytes"] > 0
+
+
+def test_an_environment_for_aotinductor_engines_alone_is_usable(stated: list[str]) -> None:
+    stated[1] = 'no-such-runtime>=1; extra == "cpu"'
+    stated.append('packaging>=20; extra == "aoti"')
+    record = doctor()
+    tasks = record["tasks"]
+    assert not tasks["run on a CPU"]["usable"] and tasks["run AOTInductor engines"]["usable"]
+    assert record["usable"]
+
+
+def test_plans_run_on_a_gpu_alone(stated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stated[1] = 'no-such-runtime>=1; extra == "cpu"'
+    stated += [f'no-such-library; extra == "{extra}"' for extra in ("aoti", "gpu")]
+    monkeypatch.setattr(module, "_tensorrt", lambda _: {"usable": True, "command": ""})
+    for gpus in ([], ["NVIDIA GeForce RTX 4090, 24564 MiB"]):
+        monkeypatch.setattr(module, "_gpus", lambda gpus=gpus: gpus)
+        assert doctor()["usable"] is bool(gpus)
 
 
 def test_a_missing_library_and_the_command_that_gets_it(stated: list[str]) -> None:
@@ -78,6 +99,17 @@ def test_a_version_that_does_not_serve(stated: list[str]) -> None:
     library = next(lib for lib in record["libraries"] if lib["requirement"] == "onnxruntime>=99")
     assert library["problem"].endswith("is not >=99")
     assert record["tasks"]["run on a CPU"]["command"].endswith("install 'onnxruntime>=99'")
+
+
+def test_a_version_below_any_bound_of_ours_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    stated = [Requirement(text) for text in requires("wanexport") or ()]
+    assert {"onnxscript", "onnx-ir", "torch", "filelock"} <= {needed.name for needed in stated}
+    for needed in stated:
+        (oldest,) = [part.version for part in needed.specifier if part.operator == ">="]
+        for found, problem in ((f"{oldest}.dev0", f"{oldest}.dev0 is not {needed.specifier}"),
+                               (oldest, "")):  # fmt: skip
+            monkeypatch.setattr(module, "_version", Mock(return_value=found))
+            assert module._examine(needed, {needed.name: ""}).problem == problem
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

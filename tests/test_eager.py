@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from tests.wan_reference import VARIANTS, small_config, small_geometry
+from wanexport.exporter.diffusers_engine import DiffusersEngine
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.graphs.checkpoint import SourceTensor
-from wanexport.graphs.config import WanConfig
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import RandomWeights, bundle_tensors, write_weights
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.signature import parameter_shapes
+from wanexport.runtime.wan_config import WanConfig
 
 
 def tensors_of(config: WanConfig, folder: Path, dtype: str = "fp32") -> dict[str, SourceTensor]:
@@ -52,3 +54,24 @@ def test_policy_dtypes_are_kept(tmp_path: Path) -> None:
     dtypes = {name: parameter.dtype for name, parameter in engine.model.named_parameters()}
     assert dtypes["blocks.0.self_attn.q.weight"] == torch.bfloat16
     assert dtypes["blocks.0.modulation"] == dtypes["head.head.weight"] == torch.float32
+
+
+@pytest.mark.parametrize("name", ["blocks.0.ffn.2.bias", "head.modulation"])
+def test_a_reference_is_not_computed_with_nan_or_what_its_rounding_makes_infinite(
+    name: str, tmp_path: Path
+) -> None:
+    config = small_config("t2v-1.3b", num_layers=1)
+    geometry = small_geometry(config)
+    tensors = tensors_of(config, tmp_path)
+    values = np.memmap(tensors[name].file, "<f4", "r+", tensors[name].entry.offset, (8,))
+    values[3] = 1e5
+    EagerEngine(config, geometry, "fp32", tensors)
+    if name == "blocks.0.ffn.2.bias":  # the modulation stays fp32
+        with pytest.raises(WanExportError, match=rf"{name} has values beyond fp16's 65504 \(1 of"):
+            EagerEngine(config, geometry, "fp32", tensors, rounded="fp16")
+        with pytest.raises(WanExportError, match=f"{name} has values beyond fp16"):
+            DiffusersEngine(config, geometry, "fp32", tensors, rounded="fp16")
+    values[3] = np.nan
+    for engine in (EagerEngine, DiffusersEngine):
+        with pytest.raises(WanExportError, match=f"{name} has 1 NaN and 0 infinite of"):
+            engine(config, geometry, "fp32", tensors)

@@ -14,7 +14,7 @@ import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {blocked!r}:
-            raise ImportError(name + " is blocked", name=name)
+            raise ModuleNotFoundError(name + " is blocked", name=name)
 sys.meta_path.insert(0, Refuse())
 """
 BLOCKED = {"torch", "onnx", "onnx_ir", "onnxscript", "diffusers", "transformers", "safetensors"}
@@ -87,5 +87,5 @@ def test_build_without_torch_names_what_to_install() -> None:
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert child.returncode == 2
-    assert "pip install 'wanexport[build,cpu]'" in child.stderr
+    assert "from a clone of wanexport: pip install '.[build,cpu]'" in child.stderr
     assert child.stderr.count("\n") == 1

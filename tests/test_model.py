@@ -16,10 +16,12 @@ from tests.wan_reference import (
     small_geometry,
 )
 from wanexport.exporter.parity import forward_inputs, relative_l2
-from wanexport.graphs.config import PRESETS, WanConfig
+from wanexport.graphs.config import PRESETS
 from wanexport.graphs.model import TimeFeatures, WanModel, parameter_dtype
-from wanexport.graphs.signature import attention_count, forward_flops, parameter_shapes
+from wanexport.graphs.signature import attention_count, forward_flops
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.signature import parameter_shapes
+from wanexport.runtime.wan_config import WanConfig
 
 
 def our_velocity(

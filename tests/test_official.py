@@ -25,11 +25,12 @@ from tests.wan_reference import (
     write_official,
 )
 from wanexport.exporter.build import build
-from wanexport.graphs.config import PRESETS, WanConfig
+from wanexport.graphs.config import PRESETS
 from wanexport.runtime import drop_in
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.official import CompiledWanModel, patch
+from wanexport.runtime.wan_config import WanConfig
 
 TIMESTEPS = (999, 900, 500, 100)
 BOUNDARY = 900  # served by the high-noise expert

@@ -24,7 +24,7 @@ from wanexport.exporter.proof_process import OnnxJob, run_with_device_weights
 from wanexport.exporter.to_onnx import lower, serialize
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.signature import attention_count
-from wanexport.graphs.weights import RandomWeights, weights_layout, write_weights
+from wanexport.graphs.weights import RandomWeights, write_weights
 from wanexport.runtime import WanExportError, load
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.device_weights import DeviceWeights, device_weights
@@ -39,6 +39,7 @@ from wanexport.runtime.onnx_cuda_engine import (
     open_engines,
 )
 from wanexport.runtime.onnx_engine import RTX_PLUGIN, OnnxEngine
+from wanexport.runtime.signature import weights_layout
 
 CPU = torch.device("cpu")
 GRAPH, WEIGHTS = "engines/64x96x9/onnx-fp32/denoiser.onnx", "weights/fp32/denoiser.safetensors"
@@ -54,7 +55,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def expected(bundle: Path, weights: Path) -> torch.Tensor:
     """The velocity of a session that maps the file itself."""
-    return torch.from_numpy(OnnxEngine(bundle / GRAPH, weights.parent)(arrays()))
+    return torch.from_numpy(OnnxEngine(bundle / GRAPH, weights)(arrays()))
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,19 @@ def test_swapped_experts_give_what_resident_ones_do(
     weights = swapped["high_noise"].weights
     assert weights is not None and len(weights.switches) == 2
     assert swapped["low_noise"].session is swapped["high_noise"].session
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_session_that_copies_the_weights_offloads_none(
+    times: int, tiny_bundle: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, it may be a neighbour on the GPU that took the memory."""
+    free = iter([8 << 30, 5 << 30] * times + [8 << 30] * 2)
+    monkeypatch.setattr("wanexport.runtime.onnx_cuda_engine._free_bytes", lambda _: next(free))
+    files = {"high_noise": tiny_bundle / WEIGHTS, "low_noise": other}
+    refusal = pytest.raises(WanExportError, match=r"copies the weights, which --offload")
+    with refusal if times == 2 else nullcontext():
+        open_engines(tiny_bundle / GRAPH, files, CPU, Provider("cpu"), offload=True)
 
 
 def test_threads_that_swap_do_not_disturb_each_other(
@@ -217,10 +231,10 @@ def test_a_gpu_that_the_plugin_is_not_for_is_refused_each_time(
             _add_rtx(onnxruntime, None, {}, torch.device("cuda", 0))
 
 
-def test_a_bundle_that_may_not_be_written_caches_nothing(bundle: Path) -> None:
-    (bundle / "cache").write_text("a file in the place of the folder: root may write anywhere")
+def test_a_folder_that_may_not_be_written_caches_nothing(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file in the place of the folder: root may write anywhere")
     for name, option in (("tensorrt", "cache"), ("tensorrt-rtx", "nv_runtime_cache_path")):
-        provider = Provider(name, cache=bundle / "cache")
+        provider = Provider(name, cache=tmp_path / "cache")
         with pytest.warns(WanExportWarning, match="the next load compiles anew"):
             settings = provider.settings(torch.device("cuda", 0), 0, bundle / WEIGHTS)
         assert settings["device_id"] == "0"
@@ -280,16 +294,23 @@ def with_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     yield seen
 
 
-def test_one_engine_serves_both_devices(tiny_bundle: Path, with_gpu: dict[str, Any]) -> None:
+def test_one_engine_serves_both_devices(
+    tiny_bundle: Path, with_gpu: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     denoiser = load(tiny_bundle, provider_options={"use_tf32": "1"})
     assert denoiser.record.dtype == "bf16" and denoiser.record.target["device"] == "cuda"
     assert with_gpu["device"] == torch.device("cuda", 0) and not with_gpu["offload"]
     provider = with_gpu["provider"]
     assert (provider.name, provider.options) == ("cuda", {"use_tf32": "1"})
-    assert provider.cache == tiny_bundle / "cache"
-    assert with_gpu["weights"] == {"": tiny_bundle / "weights/bf16/denoiser.safetensors"}
-    load(tiny_bundle, dtype="fp32", provider="tensorrt")
+    assert provider.cache is None
+    weights = {expert: file.path for expert, file in with_gpu["weights"].items()}
+    assert weights == {"": tiny_bundle / "weights/bf16/denoiser.safetensors"}
+    record = load(tiny_bundle, dtype="fp32", provider="tensorrt").record
     assert with_gpu["provider"].name == "tensorrt"
+    # The user's own, and of this graph alone.
+    graph = record.files["denoiser"].sha256
+    assert with_gpu["provider"].cache == tmp_path / "wanexport" / graph
     for options in ({"device": "cpu"}, {"provider": "cpu"}):
         record = load(tiny_bundle, **options).record  # type: ignore[arg-type]
         assert record.dtype == "fp32" and record.target["device"] == "cpu"
@@ -374,7 +395,7 @@ def test_onnx_runtimes_own_attention_is_the_same(preset: str, tmp_path: Path) ->
         )
         assert set(counts.values()) == {0}
         (tmp_path / "graph.onnx").write_bytes(serialize(graph))
-        engine = OnnxEngine(tmp_path / "graph.onnx", tmp_path)
+        engine = OnnxEngine(tmp_path / "graph.onnx", tmp_path / "denoiser.safetensors")
         velocities.append(engine(forward_inputs(config, geometry, 812.0, 0)))
     assert relative_l2(velocities[1], velocities[0]) <= 1e-6
     model = onnx.load(tmp_path / "graph.onnx", load_external_data=False)
@@ -405,7 +426,7 @@ def test_the_proof_runs_the_cut_on_the_engines_own_tensors(tiny_bundle: Path) ->
         device="cpu",
         dtype="fp32",
         runs_here=True,
-        weights=str((tiny_bundle / WEIGHTS).parent),
+        weights=str(tiny_bundle / WEIGHTS),
         cut=str(tiny_bundle / GRAPH),
         tensors={name: name for name in weights_layout(config, "fp32")[1]},
         config=asdict(config),

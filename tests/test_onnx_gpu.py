@@ -22,12 +22,12 @@ from tests.wan_reference import (
 )
 from wanexport.exporter.eager import EagerEngine
 from wanexport.exporter.parity import FLOOR_FACTOR, FP32_GATE, forward_inputs, relative_l2
-from wanexport.graphs.config import EXPERTS
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import Denoiser, load
 from wanexport.runtime.manifest import read_manifest
 from wanexport.runtime.onnx_cuda_engine import OnnxCudaEngine
+from wanexport.runtime.signature import parameter_shapes
+from wanexport.runtime.wan_config import EXPERTS
 
 pytestmark = pytest.mark.gpu
 FIRST, TWO_EXPERTS = VARIANTS[0], "t2v-a14b"

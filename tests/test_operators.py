@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wanexport.exporter import attention_rule
-from wanexport.exporter.attention_rule import _best, choose_kernels, key_lengths
+from wanexport.exporter.attention_rule import _best, choose_kernels
 from wanexport.exporter.build import build
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Geometry, WanExportError
@@ -22,6 +22,7 @@ from wanexport.runtime.operators import (
     open_kernel,
     sdpa,
 )
+from wanexport.runtime.signature import key_lengths
 
 
 def qkv(keys: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ import torch
 
 from tests.test_denoiser import record
 from tests.test_imports import WITHOUT_TORCH
-from wanexport.graphs.config import EXPERTS, PRESETS
+from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Denoiser, Step, WanExportError, load, sample
 from wanexport.runtime import parts as parts_module
 from wanexport.runtime import pipeline as pipeline_module
@@ -36,8 +36,9 @@ from wanexport.runtime.jobs import JobQueue
 from wanexport.runtime.pipeline import Pipeline
 from wanexport.runtime.prompts import negative_prompt
 from wanexport.runtime.sample import seeded_noise
+from wanexport.runtime.wan_config import EXPERTS
 
-SECONDS = 30  # within which whatever is waited for comes, or the test fails
+SECONDS = 3  # within which whatever is waited for comes, or the test fails
 Open = Callable[..., Pipeline]
 
 
@@ -225,6 +226,23 @@ class Opened:
         return self.encoders[-1]
 
 
+@pytest.mark.parametrize("tiling", [None, True, False])
+def test_how_the_vae_cuts_pictures_can_be_chosen(
+    tiling: bool | None, open_pipeline: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Opened(monkeypatch)
+    asked: list[Any] = []
+
+    def opened(files: ComponentFiles, device: str, *, tiling: bool | None) -> Codec:
+        asked.append(tiling)
+        return Codec()
+
+    monkeypatch.setitem(parts_module._OPENERS, "vae", opened)
+    options = {} if tiling is None else {"vae_tiling": tiling}
+    open_pipeline(Engine(), vae=None, **options).generate("one", steps=1)
+    assert asked == [tiling]
+
+
 def test_the_text_encoder_is_freed_before_denoising_and_opened_for_a_new_prompt(
     open_pipeline: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,6 +373,9 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "negative": ({"negative": 7}, WanExportError, "negative is 7: expected text"),
     "image": ({"image": Path("cat.png")}, WanExportError, "takes no image"),
     "array": ({"image": np.zeros(3)}, WanExportError, "expected a path"),
+    "empty image": ({"image": ""}, WanExportError, "image is empty: name one, or leave it out"),
+    "blank image": ({"last_image": " "}, WanExportError, "last_image is empty"),
+    "sigmas": ({"steps": None, "timesteps": [1, 0.5]}, WanExportError, "as timesteps: 1000,500$"),
     "callback": ({"on_step": boom}, RuntimeError, "boom"),
     "NaN": ({"on_step": lambda s, _: poison(s.latent)}, WanExportError, "NaN or Inf"),
 }
@@ -380,6 +401,13 @@ def test_what_is_no_prompt_is_refused(open_pipeline: Open) -> None:
         pipeline.generate(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="stepps"):
         pipeline.submit("one", stepps=2)
+    for blank in ("", " \n", "&nbsp;"):
+        with pytest.raises(WanExportError, match="the prompt is empty: say what the video shows"):
+            pipeline.generate(blank)
+    with pytest.raises(WanExportError, match="seeds is 5: expected whole numbers"):
+        pipeline.generate_seeds("one", 5)  # type: ignore[arg-type]
+    with pytest.raises(WanExportError, match="model is empty: name one, or leave it out"):
+        open_pipeline(Engine(), model="")
 
 
 def test_nan_of_the_engine_names_the_step(open_pipeline: Open) -> None:
@@ -651,6 +679,126 @@ def test_an_error_that_causes_itself_ends_its_job_alone(length: int, open_pipeli
     with pytest.raises(RuntimeError):
         pipeline.submit("one", steps=1, on_step=fail).result(SECONDS)
     assert pipeline.submit("two", steps=1).result(SECONDS).prompt == "two"
+
+
+class Vicious(Exception):
+    """An error that cannot be looked into."""
+
+    @property
+    def __cause__(self) -> BaseException:  # type: ignore[override]
+        raise RuntimeError("no cause")
+
+
+@pytest.mark.parametrize("error", [Vicious, MemoryError, SystemExit, KeyboardInterrupt])
+def test_any_error_ends_its_job_alone(error: type[BaseException], open_pipeline: Open) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    pipeline = open_pipeline(Engine())
+    bad, good = (pipeline.submit("one", steps=1, on_step=f) for f in (fail, None))
+    with pytest.raises(error):
+        bad.result(SECONDS)
+    assert good.result(SECONDS).prompt == "one"
+
+
+def test_a_job_whose_outcome_cannot_be_kept_ends_with_an_error(
+    open_pipeline: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    gate = Gate()
+    pipeline = open_pipeline(Engine(gate))
+    lost, good = (pipeline.submit("one", steps=1) for _ in "ab")
+    monkeypatch.setattr(lost, "_settle", fail)
+    gate.opened.set()
+    with pytest.raises(WanExportError, match="was lost when its pipeline failed: put it again"):
+        lost.result(SECONDS)
+    assert good.result(SECONDS).prompt == "one"
+
+
+def test_a_thread_that_fails_lets_nobody_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    begin = threading.Event()
+
+    def fail(queue: JobQueue) -> bool:
+        assert begin.wait(SECONDS)
+        raise MemoryError
+
+    monkeypatch.setattr(JobQueue, "_run_next", fail)
+    queue = JobQueue("test")
+    jobs = [queue.submit(lambda check: None) for _ in range(3)]
+    begin.set()
+    for job in jobs:
+        with pytest.raises(WanExportError, match="was lost when its pipeline failed"):
+            job.result(SECONDS)
+    with pytest.raises(WanExportError, match="the pipeline is closed"):
+        queue.submit(lambda check: None)
+    queue.close()
+
+
+def test_a_queue_that_is_full_refuses_and_forgets_what_was_cancelled(open_pipeline: Open) -> None:
+    gate = Gate()
+    pipeline = open_pipeline(Engine(gate), max_waiting=2)
+    running = pipeline.submit("one", steps=1)
+    assert gate.reached.wait(SECONDS)
+    waiting = [pipeline.submit("one", steps=1) for _ in range(2)]
+    full = r"^2 requests wait already: try again when one is done \(a server answers 503\), or open"
+    for ask in (pipeline.submit, pipeline.generate):
+        with pytest.raises(WanExportError, match=full):
+            ask("one", steps=1)
+    assert waiting[0].cancel()
+    waiting.append(pipeline.submit("two", steps=1))
+    with pytest.raises(WanExportError, match=full):
+        pipeline.prewarm()
+    gate.opened.set()
+    assert [job.result(SECONDS).prompt for job in (running, *waiting[1:])] == ["one", "one", "two"]
+    for bad in (0, -1, True, 1.5, None):
+        with pytest.raises(WanExportError, match=r"max_waiting is .*: expected 1 or more"):
+            open_pipeline(Engine(), max_waiting=bad)
+
+
+def test_a_forked_process_is_told_that_it_has_no_pipeline(open_pipeline: Open) -> None:
+    pipeline = open_pipeline(Engine())
+    child = os.fork()
+    if child == 0:
+        try:
+            pipeline.submit("one", steps=1).result(1)
+        except WanExportError as error:
+            os._exit(7 if "which was forked" in str(error) else 1)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_errors_in_a_group_hold_no_arrays(open_pipeline: Open) -> None:
+    held: list[Any] = []
+
+    def fail(step: Step, steps: int) -> None:
+        def one() -> None:
+            array = np.zeros(9)
+            held.append(weakref.ref(array))
+            raise RuntimeError
+
+        errors = []
+        for _ in range(2):
+            try:
+                one()
+            except RuntimeError as error:
+                errors.append(error)
+        raise ExceptionGroup("two", [errors[0], ExceptionGroup("one", errors[1:])])
+
+    job = open_pipeline(Engine()).submit("one", steps=1, on_step=fail)
+    with pytest.raises(ExceptionGroup):
+        job.result(SECONDS)
+    assert [array() for array in held] == [None, None]
+
+
+@pytest.mark.parametrize(("preset", "fps"), [("tiny", 16), ("t2v-a14b", 16), ("ti2v-5b", 24)])
+def test_a_generation_has_the_frame_rate_of_its_model(
+    preset: str, fps: int, open_pipeline: Open
+) -> None:
+    assert open_pipeline(Engine(), preset).generate("one", steps=1, decode=False).fps == fps
 
 
 @pytest.mark.parametrize("line", range(8))
@@ -927,6 +1075,15 @@ def test_100_requests_from_4_threads_are_all_answered_in_constant_memory(
     told = json.loads(child.stdout)
     assert told["answers"] == {"equal": 70, "cancelled": 15, "refused": 15}
     assert told["rss_after_100"] <= 1.05 * told["rss_after_10"]
+
+
+def test_eight_threads_are_served_while_parts_fail() -> None:
+    command = [sys.executable, "-m", "tests.serving_soak", "--minutes", "0.08"]
+    child = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert "threads left after close: 0" in child.stdout
 
 
 EXIT = """

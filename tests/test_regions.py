@@ -16,9 +16,9 @@ from tests.wan_reference import (
 )
 from wanexport.exporter.parity import forward_inputs, relative_l2
 from wanexport.graphs.lint import lint_program
-from wanexport.graphs.regions import region_parameters, trace_regions
-from wanexport.graphs.signature import attention_count, parameter_shapes
-from wanexport.runtime.manifest import REGIONS
+from wanexport.graphs.regions import trace_regions
+from wanexport.graphs.signature import attention_count
+from wanexport.runtime.signature import REGIONS, parameter_shapes, region_parameters
 
 
 @pytest.mark.parametrize("preset", VARIANTS)

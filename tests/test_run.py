@@ -32,7 +32,7 @@ from tests.wan_reference import diffusers_velocity
 from wanexport.exporter import generate
 from wanexport.exporter.bundle import write_manifest
 from wanexport.exporter.cli import cli
-from wanexport.exporter.run_request import RunRequest
+from wanexport.exporter.run_request import RunRequest, sidecar
 from wanexport.runtime import video as video_module
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError
@@ -57,8 +57,8 @@ def invoke(*arguments: object) -> Result:
 
 
 def run(*arguments: object) -> dict[str, Any]:
-    """The record that the command prints."""
-    result = invoke("run", *arguments, "--json")
+    """The record that the command prints; an output that is there is replaced."""
+    result = invoke("run", *arguments, "--overwrite", "--json")
     assert result.exit_code == 0, (result.output, result.exception)
     record: dict[str, Any] = json.loads(result.stdout)
     return record
@@ -264,6 +264,9 @@ def assert_run_is_right(
     video, fps = expected_video(expected), 24 if family.config.per_frame_timestep else 16
     assert np.abs(written[0] - video).max() <= 2  # of 255
     assert_the_video_is(folder / "x.mp4", video, fps)
+    for output in ("x.safetensors", "x.mp4"):  # neither's record is the other's
+        record = json.loads(sidecar(folder / output).read_text())
+        assert Path(record["output"]) == folder / output and record["fps"] == fps
 
 
 def test_text_to_video(t2v: Family, tmp_path: Path, written: list[np.ndarray]) -> None:
@@ -360,6 +363,7 @@ def test_the_record_repeats_the_run(i2v: Family, tmp_path: Path) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     assert output.read_bytes() == first
+    assert invoke(*arguments).exit_code == 0  # the same command once more
     assert json.loads((tmp_path / "a clip.json").read_text())["command"] == record["command"]
 
 
@@ -433,7 +437,7 @@ def test_the_user_is_told_once_what_became_of_the_image(ti2v: Family, tmp_path: 
     )
     assert result.exit_code == 0 and result.stderr.count(note) == 1
     assert result.stderr.startswith("note: ")
-    record = json.loads((tmp_path / "x.json").read_text())
+    record = json.loads((tmp_path / "x.safetensors.json").read_text())
     assert len(record["notes"]) == 1 and record["notes"][0].startswith(note)
     assert "seed 0" in result.stdout
 
@@ -453,12 +457,12 @@ def test_the_user_is_told_once_what_became_of_the_image(ti2v: Family, tmp_path: 
         (("--text", "{tmp}/x.safetensors", "-o", "{tmp}/x.safetensors"), "is read by this run"),
         (("--text", "x", "-m", "y", "-o", "{tmp}/y.safetensors"), "-m is where the VAE comes from"),
         (("--prompt", "x", "-o", "{tmp}/taken.mp4"), "taken.json, where the record goes, is no"),
-        (("--prompt", "x", "--image", "{tmp}/0.png", "-o", "{tmp}/x.mp4"), "takes no image"),
-        (("--prompt", "x", "--last-image", "{tmp}/0.png", "-o", "{tmp}/x.mp4"), "no last image"),
+        (("--prompt", "x", "--image", "{tmp}/0.png", "-o", "{tmp}/y.mp4"), "takes no image"),
+        (("--prompt", "x", "--last-image", "{tmp}/0.png", "-o", "{tmp}/y.mp4"), "no last image"),
         (("--prompt", "x", "--solver", "unipc", "--steps", "3", "--timesteps", "9", "-o",
-          "{tmp}/x.mp4"), "leave out steps"),
-        (("--prompt", "x", "-m", "{tmp}", "-o", "{tmp}/x.mp4"), "lacks the text encoder"),
-        (("--prompt", "x", "-m", "{tmp}/gone/gone", "-o", "{tmp}/x.mp4"), "does not exist"),
+          "{tmp}/y.mp4"), "leave out steps"),
+        (("--prompt", "x", "-m", "{tmp}", "-o", "{tmp}/y.mp4"), "lacks the text encoder"),
+        (("--prompt", "x", "-m", "{tmp}/gone/gone", "-o", "{tmp}/y.mp4"), "does not exist"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_in_one_line_and_leaves_nothing(
@@ -541,7 +545,7 @@ def test_a_negative_prompt_without_guidance_is_remarked_on(t2v: Family, tmp_path
     output = ("-o", tmp_path / "x.safetensors")
     said = "note: --negative changes nothing here: guidance is 1 in every step"
     assert invoke(*arguments, *output).stderr.startswith(said)
-    assert not invoke(*arguments, "--guidance", 2, *output).stderr
+    assert not invoke(*arguments, "--guidance", 2, *output, "--overwrite").stderr
 
 
 def test_images_that_do_not_fit_the_model(i2v: Family, tmp_path: Path) -> None:
@@ -597,5 +601,5 @@ def test_a_missing_package_is_named_in_one_line_before_the_sampling(
     message = refusal_of(
         i2v.bundle, "--prompt", PROMPT, "--image", image, *SAMPLING, "-o", tmp_path / "x.mp4"
     )
-    assert package in message and message.endswith("pip install 'wanexport[pipeline]'")
+    assert package in message and message.endswith("pip install '.[pipeline]'")
     assert not (tmp_path / "x.mp4").exists()

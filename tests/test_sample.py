@@ -206,10 +206,19 @@ def test_inputs_that_are_not_finite_are_named_as_they_were_given(name: str) -> N
     [
         ({"guidance": "x"}, "expected a number"),
         ({"guidance": 1e39}, "of at most 1000"),
+        ({"guidance": True}, "expected a number"),
+        ({"guidance": "5"}, "expected a number"),
+        ({"guidance": 0}, "above 0 .*; 1 is no guidance, 0 would leave the prompt out"),
+        ({"guidance": (3.0, -4.0)}, "above 0"),
+        ({"guidance": (3.0, np.nan)}, "above 0"),
+        ({"timesteps": (1.0, 0.5)}, "as timesteps: 1000,500$"),
+        ({"timesteps": "999"}, "timesteps must be numbers"),
         ({"timesteps": 5}, "timesteps must be numbers"),
         ({"timesteps": [None]}, "timesteps must be numbers"),
         ({"steps": 2.5}, "steps must be from 1"),
         ({"text": "a cat"}, "str is no array of numbers"),
+        ({"text": np.ones((0, 8))}, r"text has shape \[0, 8\], no row: expected one for each"),
+        ({"negative": torch.ones(1, 0, 8)}, r"negative has shape \[1, 0, 8\], no row"),
     ],
 )
 def test_settings_of_another_kind_are_refused(settings: dict[str, object], message: str) -> None:

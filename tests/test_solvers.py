@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from wanexport.exporter.solver_oracle import exact_latents, shifted_grid
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.sample import sample
 from wanexport.runtime.solvers import make_schedule
 
@@ -101,12 +101,50 @@ def test_unusable_timesteps_are_refused(times: list[float]) -> None:
         make_schedule("euler", steps=1, shift=1.0, timesteps=times)
 
 
+@pytest.mark.parametrize(
+    ("sigmas", "timesteps"),
+    [
+        ([1.0, 0.9375, 0.8333, 0.625], "1000,937.5,833.3,625"),
+        ([1.0, 0.75, 0.5, 0.25, 0.0], "1000,750,500,250"),
+        ([0.25, 0.5, 1], "1000,500,250"),
+        ([1], "1000"),
+    ],
+)
+def test_sigmas_are_named_and_given_back_as_timesteps(sigmas: list[float], timesteps: str) -> None:
+    with pytest.raises(WanExportError, match=f"sigmas from 0 to 1; as timesteps: {timesteps}$"):
+        make_schedule("euler", steps=1, shift=1.0, timesteps=sigmas)
+
+
+def test_a_list_that_begins_high_may_end_below_one() -> None:
+    times = (1000.0, 500.0, 0.5)
+    assert make_schedule("euler", steps=1, shift=1.0, timesteps=times).timesteps == times
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        ([1000, 750, 500, 0], "got 1000,750,500,0: leave out the final 0, where every run ends"),
+        ([500, 750], "timesteps must fall from step to step, got 500,750"),
+        ([1000] * 60, "must fall from step to step, got " + "1000," * 50 + r"\.\.\."),
+        ([], "got 0 of them: expected 1 to 10000"),
+    ],
+)
+def test_a_list_that_is_no_schedule_is_shown_as_it_was_given(times: list[float], said: str) -> None:
+    with pytest.raises(WanExportError, match=f"{said}$"):
+        make_schedule("euler", steps=1, shift=1.0, timesteps=times)
+
+
+def test_a_schedule_that_leaves_the_noise_is_remarked_on() -> None:
+    with pytest.warns(WanExportWarning, match="begin at 100 of 1000: .* pure noise begins near"):
+        make_schedule("euler", steps=1, shift=1.0, timesteps=[100, 93.75, 83.33, 62.5])
+
+
 def test_unknown_solver_and_empty_runs_are_refused() -> None:
     with pytest.raises(WanExportError, match=r"unipc, dpm\+\+, euler"):
         make_schedule("heun", steps=4, shift=5.0)
-    for steps in (0, 10_001, 2.5, "4"):
+    for steps in (0, 10_001, 2.5, "4", True):
         with pytest.raises(WanExportError, match="steps must be from 1 to 10000"):
             make_schedule("unipc", steps=steps, shift=5.0)  # type: ignore[arg-type]
-    for shift in (0.0, 1e-20, 1e9, math.inf, math.nan, "5"):
+    for shift in (0.0, 1e-20, 1e9, math.inf, math.nan, "5", True):
         with pytest.raises(WanExportError, match=r"shift must be from 0.001 to 1000"):
             make_schedule("unipc", steps=4, shift=shift)  # type: ignore[arg-type]

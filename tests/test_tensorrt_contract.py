@@ -1,7 +1,7 @@
 """Every name of TensorRT that our code uses exists in its real bindings, and is called as they say.
 
-The names are read from the source. Two versions of TensorRT are checked, each in a process of its
-own, and TensorRT for RTX in this one.
+The names are read from the source. The oldest version of TensorRT that serves and later
+ones are checked, each in a process of its own, and TensorRT for RTX in this one.
 """
 
 import ast

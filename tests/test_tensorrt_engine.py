@@ -5,8 +5,11 @@ Where the bindings of TensorRT can be imported these are its classes, else Tenso
 
 import contextlib
 import json
+import os
+import shutil
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,9 +28,7 @@ from wanexport.exporter.parity import seeded_inputs
 from wanexport.exporter.proof_process import PlanJob, _prove
 from wanexport.exporter.request import Request
 from wanexport.exporter.tensorrt_proof import prove_plan
-from wanexport.graphs.config import WanConfig
 from wanexport.graphs.model import WanModel
-from wanexport.graphs.signature import input_shapes
 from wanexport.graphs.weights import RandomWeights, write_weights
 from wanexport.runtime import WanExportError, load, sample, tensorrt_target
 from wanexport.runtime.choose import choose_engine
@@ -43,16 +44,25 @@ from wanexport.runtime.manifest import (
     from_json,
     read_manifest,
 )
+from wanexport.runtime.signature import input_shapes, weights_header_sha256
 from wanexport.runtime.tensorfile import header_sha256, read_header
 from wanexport.runtime.tensorrt_engine import TensorRtEngine
-from wanexport.runtime.tensorrt_library import import_tensorrt
+from wanexport.runtime.tensorrt_library import import_tensorrt, message_log
 from wanexport.runtime.tensorrt_plan import Plan
+from wanexport.runtime.wan_config import WanConfig
 
 FLAVOUR = "tensorrt" if find_spec("tensorrt") else "tensorrt-rtx"
 REAL = import_tensorrt(FLAVOUR)
 CONFIG, GEOMETRY = WanConfig(128, 128, 1, 1, 16, 16, 0), Geometry(64, 96, 9)
 EXPERTS = ("high_noise", "low_noise")
 TENSORRT_DTYPES = {"F32": "FLOAT", "BF16": "BF16", "F16": "HALF"}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where this user's compiled kernels are kept; nothing is there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "wanexport"
 
 
 @pytest.fixture(params=[f"{FLAVOUR}-{REAL.__version__}"])
@@ -114,9 +124,7 @@ def make_bundle(
         target={"device": "cuda", "arch": "sm89", FLAVOUR: REAL.__version__},
         build=dict(build),
     )
-    write_manifest(
-        folder, Manifest("tiny", asdict(CONFIG), experts, records, (engine,), wanexport="0")
-    )
+    write_manifest(folder, Manifest("tiny", CONFIG, experts, records, (engine,), wanexport="0"))
     return folder
 
 
@@ -259,6 +267,27 @@ def test_each_expert_has_its_plan_where_weights_are_baked_in(
             load(bundle, **options)
 
 
+def test_baked_weights_need_no_file_beside_the_plan(
+    gpu: Gpu, weights: dict[str, Path], tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "baked", weights, baked=True)
+    shutil.rmtree(bundle / "weights")
+    given = inputs()
+    torch.testing.assert_close(load(bundle)(**given), expected(given, None))
+
+
+def test_weights_that_were_replaced_since_load_are_refused_at_the_switch(
+    gpu: Gpu, experts: Path, tmp_path: Path
+) -> None:
+    denoiser = load(experts, offload=True)
+    (file,) = (experts / "weights" / "high_noise-bf16").iterdir()
+    (tmp_path / "new").write_bytes(file.read_bytes())
+    (tmp_path / "new").replace(file)
+    with pytest.raises(WanExportError, match=f"^{file} was changed since it was checked"):
+        for timestep in (100.0, 950.0):
+            denoiser(**{**inputs(), "timestep": torch.tensor([timestep])})
+
+
 def test_other_weights_go_into_the_same_plan(
     gpu: Gpu, bundle: Path, weights: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -341,7 +370,14 @@ def test_the_plan_for_this_gpu_is_chosen_before_onnx_on_a_cpu(gpu: Gpu, bundle: 
     manifest = read_manifest(bundle)
     engine = manifest.engines[0]
     other = replace(engine, target={**engine.target, "arch": "sm120"})
-    onnx = replace(engine, backend="onnx", dtype="fp16", target={"device": "cpu"})
+    header = weights_header_sha256(CONFIG, "fp16")
+    onnx = replace(
+        engine,
+        backend="onnx",
+        dtype="fp16",
+        target={"device": "cpu"},
+        weights_header_sha256=header,
+    )
     several = replace(manifest, engines=(other, onnx, engine))
     assert choose_engine(bundle, several) == engine
     gpu.capability = (12, 0)
@@ -521,9 +557,9 @@ def test_options_that_do_not_apply_are_refused(gpu: Gpu, bundle: Path) -> None:
 
 
 @pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
-def test_compiled_kernels_are_kept_in_the_bundle(gpu: Gpu, bundle: Path) -> None:
+def test_compiled_kernels_are_kept_for_the_user(gpu: Gpu, bundle: Path, cache: Path) -> None:
     load(bundle)
-    (file,) = (bundle / "cache").iterdir()
+    (file,) = cache.iterdir()
     assert file.read_bytes() == b"kernels" and "sm89" in file.name
     assert not since(gpu.trt.calls, "deserialize")
     load(bundle)
@@ -539,33 +575,73 @@ def test_compiled_kernels_are_kept_in_the_bundle(gpu: Gpu, bundle: Path) -> None
 @pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
 @pytest.mark.parametrize("nothing", [None, b""])
 def test_where_nothing_was_compiled_nothing_is_kept(
-    nothing: bytes | None, gpu: Gpu, bundle: Path
+    nothing: bytes | None, gpu: Gpu, bundle: Path, cache: Path
 ) -> None:
     gpu.trt.cached = nothing
     load(bundle)
-    assert not (bundle / "cache").exists()
+    assert list(cache.iterdir()) == []
 
 
 @pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
-def test_a_bundle_that_may_not_be_written_serves(
-    gpu: Gpu, bundle: Path, weights: dict[str, Path]
+def test_kernels_that_a_bundle_brings_are_not_read(gpu: Gpu, bundle: Path, cache: Path) -> None:
+    load(bundle)
+    (file,) = cache.iterdir()
+    engine = read_manifest(bundle).engines[0]
+    (bundle / "cache").mkdir()
+    for name in (file.name, f"{engine.key[:16]}-sm89-denoiser"):
+        (bundle / "cache" / name).write_bytes(b"code of a stranger")
+    file.unlink()
+    load(bundle)
+    assert not since(gpu.trt.calls, "deserialize")
+
+
+@pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
+def test_each_plan_has_kernels_of_its_own(gpu: Gpu, bundle: Path, cache: Path) -> None:
+    load(bundle)
+    tensors = plan_tensors(next(bundle.glob("weights/*/*")))
+    alter_plan(bundle, json.dumps({"tensors": tensors, "activation_bytes": 1}))
+    load(bundle)
+    assert len(list(cache.iterdir())) == 2 and not since(gpu.trt.calls, "deserialize")
+
+
+@pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
+@pytest.mark.parametrize("obstacle", ["a file", "another user's", "others may write", "no home"])
+def test_a_cache_that_cannot_be_trusted_is_not_used(
+    obstacle: str,
+    gpu: Gpu,
+    bundle: Path,
+    weights: dict[str, Path],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (bundle / "cache").write_text("a file in the place of the folder: root may write anywhere")
-    with pytest.warns(WanExportWarning, match="the next load compiles anew"):
+    load(bundle)
+    (file,) = cache.iterdir()
+    if obstacle == "a file":  # in the place of the folder: root may write anywhere
+        file.unlink()
+        cache.rmdir()
+        cache.write_text("")
+    elif obstacle == "another user's":
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    elif obstacle == "others may write":
+        cache.chmod(0o777)
+    else:
+        monkeypatch.setattr("platformdirs.user_cache_path", lambda _: Path("~/.cache/wanexport"))
+    with pytest.warns(WanExportWarning, match="the next load compiles anew") as warned:
         denoiser = load(bundle)
+    assert len(warned) == 1 and not since(gpu.trt.calls, "deserialize")
     given = inputs()
     torch.testing.assert_close(denoiser(**given), expected(given, weights["low_noise"]))
 
 
 @pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
 def test_kernels_that_may_not_be_read_are_compiled_anew(
-    gpu: Gpu, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: Gpu, bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(bundle)
     read = Path.read_bytes
 
     def guarded(path: Path) -> bytes:
-        if path.parent.name == "cache":
+        if path.parent == cache:
             raise PermissionError(13, "Permission denied")
         return read(path)
 
@@ -688,3 +764,28 @@ def test_a_record_that_lacks_what_running_takes_is_damaged(
     data["engines"][0] |= change
     with pytest.raises(ValueError, match=message):
         from_json(data)
+
+
+def test_a_threads_errors_are_its_own(gpu: Gpu, bundle: Path) -> None:
+    """Two threads that fail at once: neither clears nor tells the other's reason."""
+    log = message_log(REAL)
+    error = REAL.ILogger.Severity.ERROR
+    log.clear()
+    log.log(error, "of this thread")
+
+    def other() -> None:
+        log.clear()
+        log.log(error, "of the other")
+        assert log.reason() == "of the other"
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(other).result()
+        assert log.reason() == "of this thread"
+        log.clear()
+        assert log.errors == ["of the other"]
+    log.clear()  # the thread has ended
+    assert log.reason() == "it gave no reason"
+    for number in range(1000):
+        log.log(error, str(number))
+    assert len(log.errors) == 100
+    log.clear()

@@ -15,8 +15,8 @@ from wanexport.exporter.cli import cli
 from wanexport.exporter.onnx_lint import lint
 from wanexport.exporter.tensorrt_lint import lint_tensorrt
 from wanexport.exporter.to_onnx import lower, serialize
-from wanexport.graphs.weights import weights_layout
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.signature import weights_layout
 from wanexport.runtime.tensorrt_library import import_tensorrt, message_log
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64

@@ -8,8 +8,8 @@ from onnx.external_data_helper import uses_external_data
 
 from tests.wan_reference import VARIANTS, small_config, small_geometry
 from wanexport.exporter.to_onnx import lower, serialize
-from wanexport.graphs.signature import attention_count, input_shapes
-from wanexport.graphs.weights import weights_layout
+from wanexport.graphs.signature import attention_count
+from wanexport.runtime.signature import input_shapes, weights_layout
 
 
 def lowered(preset: str, dtype: str) -> onnx.ModelProto:

@@ -1,15 +1,19 @@
 """Official .pth files are mapped, run nothing, and fit the model or are refused in one line."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
 from torch import nn
 
+from wanexport.runtime import torch_checkpoint
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.regular_file import open_regular
 from wanexport.runtime.torch_checkpoint import load_converted, load_pretrained, read_state_dict
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
@@ -76,9 +80,37 @@ def test_what_is_no_state_dict_is_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WanExportError, match=r"cannot read .*: Is a directory"):
-        read_state_dict(tmp_path)
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
+    path = {"pipe": tmp_path / "pipe", "folder": tmp_path, "device": Path("/dev/zero")}[kind]
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(WanExportError, match=rf"{path} is no regular file"):
+        read_state_dict(path)
+
+
+def test_a_packed_file_is_not_unpacked(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "model.pth")
+    with ZipFile(tmp_path / "model.pth") as stored, ZipFile(tmp_path / "x", "w") as packed:
+        for record in stored.infolist():
+            packed.writestr(record.filename, stored.read(record), ZIP_DEFLATED)
+    with pytest.raises(WanExportError, match=r"no file of torch\.save"):
+        read_state_dict(tmp_path / "x")
+
+
+def test_the_file_that_was_opened_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(TENSORS, path)
+    torch.save({"other": torch.ones(1)}, tmp_path / "y")
+    opened = open_regular
+
+    def replaced_after(path: Path) -> int:
+        descriptor = opened(path)
+        (tmp_path / "y").replace(path)
+        return descriptor
+
+    monkeypatch.setattr(torch_checkpoint, "open_regular", replaced_after)
+    assert set(read_state_dict(path)) == set(TENSORS)
 
 
 def test_a_file_cut_short_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from tests.official_vae import (
     weights,
 )
 from wanexport.runtime import vae as vae_module
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.vae import Vae, needed_bytes, open_vae
 from wanexport.runtime.vae_keys import config_of, diffusers_name
 from wanexport.runtime.vae_tiling import run_tiled
@@ -183,18 +183,44 @@ def test_tiles_fade_into_each_other() -> None:
     )
 
 
-def test_a_picture_is_cut_only_where_memory_is_short(
-    vae: Vae, monkeypatch: pytest.MonkeyPatch
+def test_a_picture_is_cut_only_where_the_machine_is_small(
+    vae: Vae, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = vae.decode(HIGH)
-    assert not vae.tiled
-    monkeypatch.setattr(vae_module, "available_bytes", lambda: 10**6)
+    whole = open_vae(files["Wan2.1"]).decode(HIGH)
+    monkeypatch.setattr(vae_module, "physical_bytes", lambda: 10**6)
     tiled = vae.decode(HIGH)
     assert vae.tiled
     assert tiled.shape == whole.shape
     assert (tiled != whole).any()
     assert vae.decode(HIGH[:, :, :, :32]).shape == (1, 256, 16, 3)
     assert not vae.tiled
+
+
+def test_what_is_free_at_the_moment_changes_no_pixel(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = open_vae(files["Wan2.1"]).decode(HIGH)
+    monkeypatch.setattr(vae_module, "available_bytes", lambda: 10**6)
+    other = open_vae(files["Wan2.1"])
+    with pytest.warns(WanExportWarning, match=r"decode 320x16 needs 0\.1 GB .* 0\.0 GB are free"):
+        np.testing.assert_array_equal(other.decode(HIGH), whole)
+    assert not other.tiled
+
+
+def test_a_shape_stays_as_it_was_decided(vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, whose memory others fill and free between two calls."""
+    small, large = Gpu(vae, height=32), Gpu(vae, height=400)
+    monkeypatch.setattr(vae, "_decode", small)
+    tiled = vae.decode(HIGH)
+    monkeypatch.setattr(vae, "_decode", large)
+    np.testing.assert_array_equal(vae.decode(HIGH), tiled)
+    assert vae.tiled
+    wide = HIGH.transpose(0, 1, 2, 4, 3)
+    vae.decode(wide)
+    assert not vae.tiled
+    monkeypatch.setattr(vae, "_decode", Gpu(vae, height=1))
+    with pytest.raises(WanExportError, match="the GPU's memory does not suffice"):
+        vae.decode(wide)
 
 
 @pytest.mark.parametrize("task", ["encode", "decode"])

@@ -25,14 +25,13 @@ from samples.tiny_wan.words import WordEmbeddings
 from tests.clip_reading import Reading, read
 from wanexport.exporter.build import build
 from wanexport.exporter.eager import EagerEngine
-from wanexport.graphs.config import stated_config
-from wanexport.graphs.signature import parameter_shapes
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import Denoiser, load, sample
 from wanexport.runtime.denoiser import pad_text
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.manifest import read_manifest
 from wanexport.runtime.sample import seeded_noise
+from wanexport.runtime.signature import parameter_shapes
 
 MODEL = Path(__file__).parent.parent / "samples" / "tiny_wan"
 SHAPE: dict[str, Any] = {"resolution": f"{SIDE}x{SIDE}", "frames": FRAMES}
@@ -60,7 +59,7 @@ def open_backends(bundle: Path) -> dict[str, Denoiser]:
     chosen: dict[str, Any] = {"device": "cpu", "dtype": "fp32"}
     compiled = {name: load(bundle, backend=name, **chosen) for name in COMPILED}
     manifest = read_manifest(bundle)
-    config, record = stated_config(manifest.config), compiled["onnx"].record
+    config, record = manifest.config, compiled["onnx"].record
     (weights,) = manifest.weights.values()
     names = {name: name for name in parameter_shapes(config)}
     tensors = bundle_tensors(bundle / weights.file.path, names)

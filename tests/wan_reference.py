@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wanexport.graphs.checkpoint import open_checkpoint
-from wanexport.graphs.config import PRESETS, WanConfig
+from wanexport.graphs.config import PRESETS
 from wanexport.graphs.weights import CheckpointWeights, write_weights
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.wan_config import WanConfig
 
 VARIANTS = ("t2v-1.3b", "i2v-14b", "flf2v-14b", "t2v-a14b", "i2v-a14b", "ti2v-5b")
 

@@ -1,0 +1,168 @@
+"""Where a checkpoint's models and files lie, and whether all of them arrived."""
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from wanexport.graphs.experts import expert_of_name
+from wanexport.graphs.foreign import find_unread_file
+from wanexport.graphs.json_file import read_object
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.printable import printable
+from wanexport.runtime.wan_config import EXPERTS
+
+_NAMES = "diffusion_pytorch_model*.safetensors"
+_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+_PAIRS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+def find_parts(path: Path, index: Mapping[str, Any]) -> dict[str, Path]:
+    """The folder or file of each expert, or of the one model, which is called "".
+
+    Raises WanExportError when an expert did not arrive, or more than one model did.
+    """
+    if not path.is_dir():
+        return {"": path}
+    where = printable(path)
+    present = {name for pair in _PAIRS for name in pair if (path / name).is_dir()}
+    places = [pair for pair in _PAIRS if present & {*pair}]
+    found = [pair[0] if pair[0] in present else pair[1] for pair in places]
+    if any(fnmatch(name, _NAMES) for name in os.listdir(path)):
+        found.append(_NAMES)
+    if len(found) > 1:
+        raise WanExportError(
+            f"{where} has a model in {' and in '.join(found)}: pass -m a folder with one of them"
+        )
+    _check_index(path, index, present)
+    if not places:
+        return {"": path}
+    (pair,) = places
+    missing = [name for name in pair if name not in present]
+    if not missing:
+        return dict(zip(EXPERTS, (path / name for name in pair), strict=True))
+    if present == {"transformer"}:
+        return {"": path / "transformer"}
+    (other,) = present
+    raise WanExportError(_lacks(path, missing[0], other, "the other expert is there"))
+
+
+def _check_index(path: Path, index: Mapping[str, Any], present: Collection[str]) -> None:
+    """Hold the folders of a pipeline against its model_index.json."""
+    for name in ("transformer", "transformer_2"):
+        other = "transformer" if name == "transformer_2" else "transformer_2"
+        if name in index and (index[name] not in (None, [None, None])) != (name in present):
+            if name in present:
+                raise WanExportError(
+                    f"{printable(path)} has {name}/, but its model_index.json says that there is "
+                    f"none: download it again, or pass -m {printable(path / name)}"
+                )
+            raise WanExportError(_lacks(path, name, other, "model_index.json names it"))
+    if index.get("boundary_ratio") is not None and "transformer_2" not in present:
+        reason = f"model_index.json has boundary_ratio {index['boundary_ratio']}"
+        raise WanExportError(_lacks(path, "transformer_2", "transformer", reason))
+
+
+def _lacks(path: Path, name: str, other: str, reason: str) -> str:
+    return (
+        f"{printable(path)} lacks {name}/ ({reason}): download it again, or to build one expert "
+        f"by itself pass -m {printable(path / other)} with --expert-alone"
+    )
+
+
+def weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files of one model, and the file of each tensor where an index lists them.
+
+    Raises WanExportError when there is no safetensors file, or one is missing.
+    """
+    if not path.is_dir():
+        shard = _SHARD.fullmatch(path.name)
+        if shard and int(shard[3]) > 1:
+            raise WanExportError(
+                f"{printable(path)} is one of {int(shard[3])} shards: pass -m its folder"
+            )
+        return [path], None
+    names = sorted(os.listdir(path))
+    if _INDEX in names:
+        return _listed_files(path)
+    chosen = [name for name in names if fnmatch(name, _NAMES)]
+    chosen = chosen or [name for name in names if name.endswith(".safetensors")]
+    if not chosen:
+        foreign = find_unread_file(path / name for name in names if (path / name).is_file())
+        raise WanExportError(
+            f"{printable(path)} is no Wan checkpoint: expected *.safetensors in it, in "
+            f"high_noise_model/ and low_noise_model/, or in transformer/"
+            + (f"; {foreign}" if foreign else "")
+        )
+    _check_pair(path, chosen)
+    _check_shards(path, chosen)
+    return [path / name for name in chosen], None
+
+
+def _listed_files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    index = path / _INDEX
+    listed = read_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise WanExportError(f"{printable(index)} has no weight_map: download it again")
+    values = list(listed.values())
+    if not all(isinstance(value, str) and Path(value).name == value for value in values):
+        raise WanExportError(f"{printable(index)} names what are no files: download it again")
+    names = sorted(set(values))
+    there = os.listdir(path)
+    missing = [printable(name) for name in names if name not in there]
+    if missing:
+        raise WanExportError(
+            f"{printable(path)} lacks {_few(missing)}, which its index lists: download again"
+        )
+    strays = [printable(name) for name in there if fnmatch(name, _NAMES) and name not in names]
+    if strays:
+        raise WanExportError(
+            f"{printable(path)} has {_few(sorted(strays))}, which its index does not list: move "
+            f"what is of another model to a folder of its own, or delete the index"
+        )
+    return [path / name for name in names], listed
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def check_listed(listed: Mapping[str, str] | None, names: Collection[str], file: Path) -> None:
+    """Raise WanExportError when a file and the index of its model list other tensors."""
+    if listed is None:
+        return
+    expected = {name for name, place in listed.items() if place == file.name}
+    for some, what in (
+        (expected - {*names}, "lacks what its index lists"),
+        ({*names} - expected, "has what its index does not list"),
+    ):
+        if some:
+            few = _few(sorted(map(printable, some)))
+            raise WanExportError(f"{printable(file)} {what} ({few}): download both again")
+
+
+def _check_pair(path: Path, names: list[str]) -> None:
+    """Refuse the two experts of an A14B as single files of one folder."""
+    files = {expert_of_name(name): printable(path / name) for name in names}
+    if {*EXPERTS} <= files.keys():
+        raise WanExportError(
+            f"the experts of an A14B are in {files['high_noise']} and in {files['low_noise']}: "
+            f"move them to high_noise_model/ and low_noise_model/ of one folder and pass -m that, "
+            f"or to build one by itself pass -m its file with --expert-alone"
+        )
+
+
+def _check_shards(path: Path, names: list[str]) -> None:
+    """Refuse a set of numbered shards that is not whole."""
+    for name in names:
+        if shard := _SHARD.fullmatch(name):
+            stem, count = shard[1], int(shard[3])
+            whole = (f"{stem}-{k:05}-of-{count:05}.safetensors" for k in range(1, count + 1))
+            missing = [printable(other) for other in whole if other not in names]
+            if missing:
+                raise WanExportError(
+                    f"{printable(path)} lacks {_few(missing)} of {count} shards: download again"
+                )

@@ -1,0 +1,20 @@
+"""Which paths a manifest may name: those of an artefact, inside the bundle."""
+
+import os
+from pathlib import PurePosixPath
+
+RESERVED = {"manifest.json", "manifest.partial.json", ".lock"}  # the bundle's own names
+_MAX_PATH, _MAX_COMPONENT = 1024, 255  # bytes
+
+
+def check_path(path: str) -> None:
+    """Raise ValueError unless it is the plain relative path of an artefact."""
+    parts = PurePosixPath(path).parts
+    if path.startswith("/") or ".." in parts:
+        raise ValueError(f"{path!r:.80} lies outside the bundle")
+    is_plain = path.isprintable() and "\\" not in path and str(PurePosixPath(path)) == path
+    sizes = [len(os.fsencode(part)) for part in parts] if is_plain else []
+    if not sizes or max(sizes) > _MAX_COMPONENT or sum(sizes) + len(sizes) > _MAX_PATH:
+        raise ValueError(f"{path!r:.80} is no path of a file in the bundle")
+    if RESERVED & {part.lower() for part in parts}:
+        raise ValueError(f"{path!r:.80} has a name that is the bundle's own")
