@@ -1,5 +1,6 @@
 """AOTInductor engines: what `build` asks of this backend."""
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +10,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from wanexport.exporter import attention_rule, to_aoti
+from wanexport.exporter import attention_rule, compiler, to_aoti
 from wanexport.exporter.aoti_proof import prove_regions
 from wanexport.exporter.flash_attention import compile_flash_attention, flash_attention_versions
+from wanexport.exporter.process import Lifeline
 from wanexport.exporter.request import Compiled, Progress, Request, TensorRtOptions
 from wanexport.graphs import regions
-from wanexport.runtime import aoti_engine
+from wanexport.runtime import aoti_engine, processor
 from wanexport.runtime.errors import WanExportError, WanExportWarning
-from wanexport.runtime.load import KERNELS
+from wanexport.runtime.kernels import KERNELS, check_kernel, kernel_obstacle
 from wanexport.runtime.manifest import EngineRecord
 from wanexport.runtime.signature import region_parameters
 
@@ -26,16 +28,22 @@ BINDING = aoti_engine.BINDING
 
 def code(device: str) -> tuple[ModuleType, ...]:
     """What decides an engine's bytes, beside the graph's own code."""
+    own = to_aoti, compiler, processor, regions, sys.modules[__name__]
     if device == "cpu":
-        return to_aoti, regions
+        return own
+    from wanexport.exporter import flash_attention
     from wanexport.graphs import fused_block, kernels  # needs Triton
+    from wanexport.runtime import flash_attention as opening
 
-    return to_aoti, regions, fused_block, kernels
+    return *own, fused_block, kernels, attention_rule, flash_attention, opening
 
 
 def libraries(request: Request) -> dict[str, str]:
-    """Versions of what compiles the engine; another kernel of attention makes another engine."""
-    found = {"torch": version("torch")}
+    """Versions of what compiles the engine; another kernel of attention makes another engine.
+
+    Raises WanExportError when there is no C++ compiler.
+    """
+    found = {"torch": version("torch"), "compiler": compiler.compiler_version()}
     if _flash_attention_serves(request):
         with suppress(WanExportError):  # not installed
             found |= flash_attention_versions()
@@ -46,6 +54,13 @@ def targets(device: str, options: TensorRtOptions) -> list[dict[str, str]]:
     """What the engine is bound to. Raises WanExportError for a device that is not there."""
     to_aoti.check_compiler(device)
     return [aoti_engine.versions(device)]
+
+
+def check_attention(attention: str | None, dtype: str, target: Mapping[str, str]) -> None:
+    """Raise WanExportError when the kernel that is asked for cannot run there, or be compiled."""
+    check_kernel(attention, target, dtype)
+    if attention == "fa4":
+        flash_attention_versions()
 
 
 def compile_engine(
@@ -60,8 +75,9 @@ def compile_engine(
         progress(f"{request.label}: {stage}", done, total)
 
     config, geometry = request.config, request.geometry
-    with ThreadPoolExecutor(1) as pool:  # its compiler runs beside Inductor's
-        flash = pool.submit(_flash_attention, folder, request)
+    # FlashAttention's compiler runs beside Inductor's, and stops when that fails.
+    with ThreadPoolExecutor(1) as pool, Lifeline() as line:
+        flash = pool.submit(_flash_attention, folder, request, line)
         files, lint, seconds = to_aoti.compile_regions(
             config, geometry, request.dtype, request.device, folder, show
         )
@@ -69,10 +85,8 @@ def compile_engine(
         library, notes = flash.result()
     show("measuring attention", 0, 0)
     kernels, measured = attention_rule.choose_kernels(
-        config, geometry, request.dtype, request.device, library
+        config, geometry, request.dtype, request.device, library, request.attention
     )
-    if request.attention:
-        kernels[str(geometry.num_tokens)] = request.attention
     if library is not None:
         files["flash_attention"] = library
     return Compiled(
@@ -81,26 +95,23 @@ def compile_engine(
         build={"compile_seconds": seconds, "attention_seconds": measured, **notes},
         parameters=region_parameters(config),
         attention=kernels,
+        is_whole="flash_attention" not in notes,
     )
 
 
-def _flash_attention(folder: Path, request: Request) -> tuple[Path | None, dict[str, Any]]:
+def _flash_attention(
+    folder: Path, request: Request, lifeline: Lifeline
+) -> tuple[Path | None, dict[str, Any]]:
     """The compiled kernel and its versions; why there is none, where it would serve, is said."""
-    wanted = request.attention == "fa4"
     if not _flash_attention_serves(request):
-        if wanted:
-            raise WanExportError(
-                f"FlashAttention-4 is compiled for bf16 or fp16 on Hopper, not {request.dtype} on "
-                f"{request.target['arch']}: leave out --attention"
-            )
         return None, {}
     try:
         versions = flash_attention_versions()
         library = compile_flash_attention(
-            folder, dtype=request.dtype, head_dim=request.config.head_dim
+            folder, dtype=request.dtype, head_dim=request.config.head_dim, lifeline=lifeline
         )
     except WanExportError as error:
-        if wanted:
+        if request.attention == "fa4":
             raise
         warnings.warn(f"attention will run on cuDNN: {error}", WanExportWarning, stacklevel=2)
         return None, {"flash_attention": str(error)}
@@ -108,8 +119,8 @@ def _flash_attention(folder: Path, request: Request) -> tuple[Path | None, dict[
 
 
 def _flash_attention_serves(request: Request) -> bool:
-    is_hopper = request.target["arch"].startswith("sm9")
-    return is_hopper and request.dtype != "fp32" and request.attention in (None, "fa4")
+    is_wanted = request.attention in (None, "fa4")
+    return is_wanted and not kernel_obstacle("fa4", request.target, request.dtype)
 
 
 def prove(

@@ -4,13 +4,13 @@ On a GPU they run as they are, with the first and the last block's weights. On a
 of full size would take minutes, they are opened, and packages of at most 1000 tokens compared.
 """
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from wanexport.exporter.child import temporary_folder
 from wanexport.exporter.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.proof import MAX_TOKENS, run_in_fresh_process
 from wanexport.exporter.proof_process import RegionsJob
@@ -31,8 +31,7 @@ def prove_regions(
     cut = cut_to_ends(config) if verify == "ends" else config
     files = {role: (bundle / file.path).resolve() for role, file in engine.files.items()}
     figures = []
-    with tempfile.TemporaryDirectory(prefix="proof-", dir=files["block"].parent) as name:
-        scratch = Path(name).resolve()
+    with temporary_folder() as scratch:
         geometry, compared, kernels = request.geometry, dict(files), dict(engine.attention)
         if request.device == "cpu" and geometry.num_tokens > MAX_TOKENS:
             geometry = geometry.reduced(MAX_TOKENS)

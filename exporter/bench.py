@@ -5,12 +5,6 @@ so that its cold start is what a user would wait for; the weights are in the pag
 is the time of the forward's FLOPs at the rate of the best matrix product of the same run.
 """
 
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +22,7 @@ from wanexport.exporter.bench_arms import (
 )
 from wanexport.exporter.bench_process import PEAK
 from wanexport.exporter.bench_report import add_differences, row, save
+from wanexport.exporter.child import run_process
 from wanexport.exporter.parity import forward_inputs
 from wanexport.exporter.request import Progress
 from wanexport.graphs.signature import forward_flops
@@ -71,10 +66,11 @@ class _Session:
         """
         if self.left <= 0:
             raise _OverBudget
-        with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as name:
-            path = Path(name) / "job.json"
-            path.write_text(json.dumps(asdict(replace(self.job, **changes, spawned=time.time()))))
-            return _run(path, self.left)
+        job = replace(self.job, **changes, spawned=time.time())
+        try:
+            return run_process("bench_process", job, self.folder, timeout=self.left)
+        except TimeoutError as error:
+            raise _OverBudget from error
 
 
 def bench(
@@ -262,39 +258,3 @@ def _row(
         first_call = figures["cold_start"]["first_call"]
         line["compile_seconds"] = max(0.0, first_call - line["median"])
     return {"arm": arm, "attention": kernel, **line}
-
-
-def _run(job: Path, timeout: float) -> dict[str, Any]:
-    """The child's result; it is stopped, with all that it has started, after timeout seconds."""
-    out, errors = job.with_name("out"), job.with_name("errors")
-    # -P: a file in the working directory must not stand in for a library.
-    command = [sys.executable, "-P", "-m", "wanexport.exporter.bench_process", str(job)]
-    caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    environment = {**os.environ, **{name: str(job.parent / name) for name in caches}}
-    with out.open("w") as stdout, errors.open("w") as stderr:
-        child = subprocess.Popen(
-            command, stdout=stdout, stderr=stderr, env=environment, start_new_session=True
-        )
-        try:
-            code = child.wait(timeout)
-        except BaseException as error:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise _OverBudget from error
-            raise
-    if code:
-        raise WanExportError(last_words(code, errors.read_text(errors="replace")))
-    result: dict[str, Any] = json.loads(out.read_text().splitlines()[-1])
-    return result
-
-
-def last_words(code: int, errors: str) -> str:
-    """Why a process failed, in one line."""
-    if code == -signal.SIGKILL:
-        return "its process was killed: out of memory?"
-    if code < 0:
-        return f"its process died of signal {-code}"
-    lines = [line for line in errors.splitlines() if line.strip()]
-    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
-    return (raised or lines or [f"exit code {code}"])[-1].strip()

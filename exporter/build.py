@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from wanexport.exporter import aoti_backend, onnx_backend
 from wanexport.exporter.bundle import BundleWriter, file_record, open_bundle
 from wanexport.exporter.bundle_place import check_place
 from wanexport.exporter.model_source import ModelSource, resolve
+from wanexport.exporter.process import missing_name
 from wanexport.exporter.request import Backend, Progress, Request, TensorRtOptions
 from wanexport.exporter.tensorrt_backend import TensorRtBackend
 from wanexport.graphs import config as graph_config
@@ -60,6 +62,7 @@ _GRAPH_CODE = (
     operators,
     geometry_module,
 )
+_NO_KEY = "0" * 64  # of an engine that no later build may take for its own
 CHOICES = {
     "backends": tuple(BACKENDS),
     "dtype": tuple(DTYPES),
@@ -98,6 +101,7 @@ def build(
     Raises WanExportError for whatever the caller can put right.
     """
     started = time.monotonic()
+    os.environ.update(missing_name())
     if backends is None:
         on_gpu = device == "cuda" or (device is None and _has_gpu())
         backends = ("aoti" if on_gpu else "onnx",)
@@ -119,6 +123,8 @@ def build(
         for name in dict.fromkeys(backends)
         for target in BACKENDS[name].targets(devices[name], options)
     ]
+    for name, target in targets:
+        BACKENDS[name].check_attention(attention, dtype, target)
     progress("checkpoint", 0, 0)
     named = None if model is None else str(model)
     source = resolve(named, random_weights, expert_alone=expert_alone)
@@ -354,7 +360,7 @@ def compile_engine(writer: BundleWriter, request: Request, progress: Progress) -
         sampling=request.sampling,
         files={role: file_record(writer.path, path) for role, path in compiled.files.items()},
         weights_header_sha256=request.weights_header,
-        key=engine_key(request),
+        key=engine_key(request) if compiled.is_whole else _NO_KEY,
         target=request.target,
         parameters=compiled.parameters,
         attention=compiled.attention,

@@ -4,6 +4,7 @@ What needs PyTorch is imported inside the command that needs it: `wanexport run`
 """
 
 import json
+import os
 import signal
 import sys
 import warnings
@@ -44,12 +45,13 @@ from wanexport.exporter.options import (
     sampling_options,
     tensorrt_options,
 )
+from wanexport.exporter.process import missing_name
 from wanexport.exporter.run_request import RunRequest
 from wanexport.exporter.streams import minding_the_reader, prepare_streams, printing
 from wanexport.exporter.terminal import err, progress_display, write
 from wanexport.runtime.choose import BACKENDS, DEVICES
 from wanexport.runtime.errors import WanExportError, WanExportWarning, explain, needing_extra
-from wanexport.runtime.load import KERNELS
+from wanexport.runtime.kernels import KERNELS
 from wanexport.runtime.printable import printable
 
 
@@ -312,6 +314,7 @@ def _run() -> NoReturn:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
+    os.environ.update(missing_name())
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         prepare_streams()

@@ -176,6 +176,9 @@ def show_lint(result: dict[str, Any]) -> None:
     for name, graph in result["graphs"].items():
         kinds = {kind: number for kind, number in graph["counts"].items() if number}
         verdict = ("not clean", "red") if kinds else ("clean", "green")
+        if graph["recorded"]:  # machine code, which nothing reads
+            record = "by the record of its build" if graph["counts"] else "by no record"
+            verdict = (f"{verdict[0]} {record}", verdict[1])
         absent = ", ".join(kind for kind, number in graph["counts"].items() if not number)
         write(out, (name, "bold"), ": ", verdict, f"; no {absent}")
         for kind, number in kinds.items():

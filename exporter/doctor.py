@@ -8,7 +8,6 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from wanexport.exporter.child import temporary_folder
+from wanexport.exporter.process import environment_of, run_command
 from wanexport.runtime.memory import available_bytes, limit_bytes
 from wanexport.runtime.onnx_engine import disable_telemetry
 from wanexport.runtime.tensorrt_library import FLAVOURS
@@ -114,13 +115,17 @@ def _problem(command: list[str]) -> str:
     """Why a process that imports something failed, or an empty string."""
     disable_telemetry()
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
-    except subprocess.TimeoutExpired:
+        with temporary_folder() as scratch:
+            environment = environment_of(scratch)
+            ended = run_command(
+                command, environment=environment, folders=[scratch], timeout=_TIMEOUT
+            )
+    except TimeoutError:
         return f"importing it takes over {_TIMEOUT} s"
-    if child.returncode < 0:
-        return f"importing it dies of signal {-child.returncode}"
-    lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
-    return f"importing it fails: {lines[-1]}" if child.returncode else ""
+    if ended.code < 0:
+        return f"importing it dies of signal {-ended.code}"
+    lines = ended.errors.strip().splitlines() or [f"exit code {ended.code}"]
+    return f"importing it fails: {lines[-1]}" if ended.code else ""
 
 
 def _task(libraries: Collection[Library], extras: Collection[str]) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def _gpus() -> list[str]:
     """Names of the NVIDIA GPUs, from the driver's own tool."""
     try:
         command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-        child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired):
+        ended = run_command(command, timeout=_TIMEOUT)
+    except OSError:  # there is no driver, or it does not answer
         return []
-    return child.stdout.strip().splitlines() if child.returncode == 0 else []
+    return ended.output.strip().splitlines() if ended.code == 0 else []

@@ -7,21 +7,22 @@ batch, length and number of heads, and writes the object file, which a C++ compi
 that made it.
 """
 
-import json
-import os
 import re
-import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from wanexport.exporter.child import known, main, run_process
+from wanexport.exporter.compiler import compiler, march_flags
+from wanexport.exporter.process import Lifeline, last_words, run_command
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.flash_attention import FUNCTION
+from wanexport.runtime.processor import level_for
 
 PACKAGES = ("flash-attn-4", "nvidia-cutlass-dsl", "apache-tvm-ffi")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -49,6 +50,15 @@ __attribute__((weak)) void CuteDSLRT_TVMFFISetRaisedCudaLaunchError(SetError set
 EXPORTS = "{ global: __tvm_ffi_*; local: *; };"
 
 
+@dataclass(frozen=True)
+class KernelJob:
+    """One kernel to compile; `kernel` is where its object file goes, dtype is PyTorch's name."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+
+
 def flash_attention_versions() -> dict[str, str]:
     """The versions of the packages that compile the kernel, by name.
 
@@ -62,10 +72,13 @@ def flash_attention_versions() -> dict[str, str]:
         ) from error
 
 
-def compile_flash_attention(folder: Path, *, dtype: str, head_dim: int) -> Path:
+def compile_flash_attention(
+    folder: Path, *, dtype: str, head_dim: int, lifeline: Lifeline | None = None
+) -> Path:
     """Write the kernel for the current CUDA device into the folder, and return the library's path.
 
-    dtype is `bf16` or `fp16`. Raises WanExportError when a package or a C++ compiler is missing,
+    dtype is `bf16` or `fp16`; the compilers are stopped when the lifeline's block ends.
+    Raises WanExportError when a package or a C++ compiler is missing,
     when the device is not a Hopper GPU, or when the kernel does not compile.
     """
     flash_attention_versions()
@@ -74,8 +87,8 @@ def compile_flash_attention(folder: Path, *, dtype: str, head_dim: int) -> Path:
     library = folder / f"flash_attention-{dtype}-{head_dim}.so"
     with tempfile.TemporaryDirectory(prefix="flash-attention-", dir=folder) as name:
         kernel = Path(name).resolve() / "kernel.o"
-        needed = _compile_in_child(kernel, _architecture(), dtype, head_dim)
-        _link(kernel, needed, library)
+        needed = _compile_in_child(kernel, _architecture(), dtype, head_dim, lifeline)
+        _link(kernel, needed, library, lifeline)
     return library
 
 
@@ -95,51 +108,50 @@ def _architecture() -> str:
     return f"{major}{minor}"
 
 
-def _compile_in_child(kernel: Path, architecture: str, dtype: str, head_dim: int) -> dict[str, str]:
+def _compile_in_child(
+    kernel: Path, architecture: str, dtype: str, head_dim: int, lifeline: Lifeline | None
+) -> dict[str, str]:
     """Compile in a process of its own, as the packages stay loaded and patch PyTorch.
 
     Returns the libraries to link: `runtime`, `tvm_ffi` and `cudart`.
     """
-    environment = os.environ | {
+    environment = {
         "FLASH_ATTENTION_ARCH": f"sm_{architecture}",
         "CUTE_DSL_ARCH": f"sm_{architecture}a",
         "FLASH_ATTENTION_NUM_SMS": str(NUM_SMS),
         # A kernel found in the package's own cache would not be compiled.
         "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
     }
-    # -P: a file in the working directory must not stand in for a library.
-    command = [sys.executable, "-P", "-m", "wanexport.exporter.flash_attention"]
-    command += [str(kernel), DTYPES[dtype], str(head_dim)]
-    child = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if child.returncode:
-        raise WanExportError(f"FlashAttention-4 does not compile: {_last_words(child)}")
-    needed: dict[str, str] = json.loads(child.stdout.splitlines()[-1])
+    job = KernelJob(str(kernel), DTYPES[dtype], head_dim)
+    try:
+        needed: dict[str, str] = run_process(
+            "flash_attention", job, kernel.parent, lifeline=lifeline, environment=environment
+        )
+    except WanExportError as error:
+        raise WanExportError(f"FlashAttention-4 does not compile: {error}") from error
     return needed
 
 
-def _link(kernel: Path, needed: dict[str, str], library: Path) -> None:
+def _link(kernel: Path, needed: dict[str, str], library: Path, lifeline: Lifeline | None) -> None:
     """Link the object file into the library. Raises WanExportError when that fails."""
     errors, exports = kernel.with_name("errors.cpp"), kernel.with_name("exports.map")
     errors.write_text(ERRORS)
     exports.write_text(EXPORTS)
-    command = [*shlex.split(os.environ.get("CXX", "g++")), "-shared", "-fPIC", "-O2"]
-    command += ["-ffunction-sections", "-o", str(library), str(kernel), str(errors)]
+    linked = kernel.with_name(library.name)
+    command = [compiler(), "-shared", "-fPIC", "-O2", *march_flags(level_for("cuda"))]
+    command += ["-ffunction-sections", "-o", str(linked), str(kernel), str(errors)]
     command += [needed["runtime"], "-Wl,--as-needed", needed["tvm_ffi"], needed["cudart"]]
     command += [f"-Wl,--no-undefined,--gc-sections,--version-script={exports}"]
     try:
-        linker = subprocess.run(command, capture_output=True, text=True)
+        ended = run_command(command, lifeline=lifeline, folders=[kernel.parent])
     except OSError as error:
         raise WanExportError(
             f"FlashAttention-4 needs a C++ compiler ({error}): install g++, or set CXX to one"
         ) from error
-    if linker.returncode:
-        raise WanExportError(f"FlashAttention-4 cannot be linked: {_last_words(linker)}")
-
-
-def _last_words(process: subprocess.CompletedProcess[str]) -> str:
-    if process.returncode < 0:
-        return f"killed by signal {-process.returncode}"
-    return (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+    if ended.code:
+        words = last_words(ended.code, ended.errors)
+        raise WanExportError(f"FlashAttention-4 cannot be linked: {words}")
+    linked.replace(library)
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -218,15 +230,15 @@ def _loaded_cuda_runtime() -> str:
     raise RuntimeError("PyTorch has not loaded libcudart")
 
 
-def main(kernel: str, dtype: str, head_dim: str) -> None:
-    """Compile in this process; the last line of stdout is JSON, or that of stderr says why not."""
+def compile_kernel(job: KernelJob) -> dict[str, str]:
+    """The child's side: compile in this process; return the libraries to link."""
     try:
-        print(json.dumps(_compile(Path(kernel), dtype, int(head_dim))))
+        return _compile(Path(job.kernel), job.dtype, job.head_dim)
     except ImportError as error:
-        sys.exit(f"{_in_one_line(error)}: pip install flash-attn-4")
+        raise WanExportError(f"{_in_one_line(error)}: pip install flash-attn-4") from error
     except Exception as error:
-        sys.exit(_in_one_line(error))
+        raise WanExportError(known(error) or _in_one_line(error)) from error
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], lambda job: compile_kernel(KernelJob(**job)))

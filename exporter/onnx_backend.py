@@ -38,6 +38,10 @@ def targets(device: str, options: TensorRtOptions) -> list[dict[str, str]]:
     return [onnx_engine.versions(device)]
 
 
+def check_attention(attention: str | None, dtype: str, target: Mapping[str, str]) -> None:
+    """Every operator of ATTENTION goes with every precision and device."""
+
+
 def compile_engine(
     folder: Path, request: Request, weights: Mapping[str, Path], progress: Progress
 ) -> Compiled:

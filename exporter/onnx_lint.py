@@ -1,6 +1,5 @@
 """`wanexport lint`: what a graph must not contain, in ONNX files, exported programs and bundles."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -9,16 +8,19 @@ from typing import Any
 import onnx
 import onnx.inliner
 import onnx_ir as ir
-import torch
 
+from wanexport.exporter.onnx_expansion import check_expansion
+from wanexport.exporter.program_lint import lint_program_file
 from wanexport.exporter.tensorrt_lint import KIND, lint_tensorrt
-from wanexport.graphs.lint import Finding, count, lint_program
+from wanexport.graphs.lint import Finding, count
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.check import check_content
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.manifest import read_manifest
 from wanexport.runtime.onnx_engine import first_line
+from wanexport.runtime.regular_file import read_regular
 
+_MOST_BYTES = 256 << 20  # of a graph without weights, whose largest here has a tenth of it
 _OPERATORS = {
     "host_sync": "NonZero Unique Compress",
     "strided_write": "ScatterND ScatterElements Scatter TensorScatter",
@@ -42,41 +44,41 @@ def lint(path: str | Path, target: str | None = None) -> dict[str, Any]:
     """Lint every engine of a bundle, an ONNX file, or a `.pt2` of `torch.export.save`.
 
     With target `tensorrt`, ONNX graphs must also be what its parser takes. The result has `clean`,
-    and for each graph its counts by kind and its findings.
+    and for each graph its counts by kind and its findings; of machine code, those that its build
+    counted in the graph it was made of, which is then `recorded`. No file is run or unpickled.
     Raises WanExportError when the path is none of these, or damaged.
     """
     path = Path(path)
-    graphs = {
-        name: {"counts": _count(findings, target), "findings": [asdict(f) for f in findings]}
-        for name, findings in _lint_path(path, target)
-    }
-    clean = not any(graph["findings"] for graph in graphs.values())
+    graphs = dict(_lint_path(path, target))
+    clean = not any(sum(graph["counts"].values()) for graph in graphs.values())
     return {"path": str(path), "clean": clean, "graphs": graphs}
 
 
-def _count(findings: list[Finding], target: str | None) -> dict[str, int]:
+def _graph(findings: list[Finding], target: str | None = None) -> dict[str, Any]:
     own = {} if target is None else {target: sum(f.kind == target for f in findings)}
-    return {**count(findings), **own}
+    counts = {**count(findings), **own}
+    return {"counts": counts, "findings": [asdict(f) for f in findings], "recorded": False}
 
 
-def _lint_path(path: Path, target: str | None) -> Iterator[tuple[str, list[Finding]]]:
+def _lint_path(path: Path, target: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.is_dir():
         manifest = read_manifest(path)
         expected = attention_count(manifest.config)
         for engine in manifest.engines:
             if engine.backend == "onnx":
                 file = check_content(path, engine.files["denoiser"])
-                yield engine.name, _lint_file(file.path, target, expected)
-            else:  # machine code: the graph that it was made of was linted by the build
-                yield engine.name, []
-    elif not path.is_file():
+                yield engine.name, _graph(_lint_file(file.path, target, expected), target)
+            else:
+                counts = dict(engine.lint)
+                yield engine.name, {"counts": counts, "findings": [], "recorded": True}
+    elif not path.exists():
         raise WanExportError(f"{path} does not exist: name a bundle, an .onnx or a .pt2 file")
     elif path.suffix.lower() == ".onnx":
-        yield path.name, _lint_file(path, target)
+        yield path.name, _graph(_lint_file(path, target), target)
     elif path.suffix.lower() == ".pt2" and target is not None:
         raise WanExportError(f"{path}: --target {target} is for .onnx files and bundles")
     elif path.suffix.lower() == ".pt2":
-        yield path.name, lint_program(_load_program(path))
+        yield path.name, _graph(lint_program_file(path))
     else:
         raise WanExportError(f"{path} is not linted: name a bundle, an .onnx or a .pt2 file")
 
@@ -121,29 +123,17 @@ def _lint_file(
     path: Path, target: str | None = None, attentions: int | None = None
 ) -> list[Finding]:
     """Lint an ONNX file; weights beside it are not read."""
+    content = read_regular(path, at_most=_MOST_BYTES)
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.load_model_from_string(content)
+        check_expansion(model)
         if not model.graph.node or not model.opset_import:
             raise ValueError("it has no graph")
         findings = lint_onnx(model, attentions)
         return findings + (lint_tensorrt(model) if target == KIND else [])
+    except WanExportError as error:
+        raise WanExportError(f"{path}: {error}") from error
     except Exception as error:  # protobuf's and onnx's exceptions have no base but this
         raise WanExportError(
             f"{path} is no ONNX file that can be read: {first_line(error)}"
         ) from error
-
-
-def _load_program(path: Path) -> torch.export.ExportedProgram:
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # it prints the traceback of what is raised here in a line
-    try:
-        return torch.export.load(path)
-    except Exception as error:  # of zip, json or torch, according to what the file is
-        cause = error.__cause__ or error.__context__ or error
-        raise WanExportError(
-            f"{path} is no exported program ({first_line(cause)}): "
-            f"expected a file of torch.export.save"
-        ) from error
-    finally:
-        logger.setLevel(level)

@@ -11,7 +11,7 @@ import click
 from wanexport.exporter.streams import minding_the_reader, printing
 from wanexport.runtime.choose import BACKENDS, DEVICES
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.load import KERNELS
+from wanexport.runtime.kernels import KERNELS
 from wanexport.runtime.onnx_engine import PROVIDERS
 from wanexport.runtime.solvers import SOLVERS
 

@@ -5,7 +5,6 @@ more blocks and tokens than that is compared itself. An engine that this machine
 proven through its fp32 twin: the same cut in fp32, which widens the engine's own weights.
 """
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.exporter import to_onnx
-from wanexport.exporter.child import run_process
+from wanexport.exporter.child import run_process, temporary_folder
 from wanexport.exporter.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.proof_process import OnnxJob, PlanJob, RegionsJob
 from wanexport.runtime.choose import RUNNABLE_DTYPES
@@ -51,9 +50,7 @@ def prove(
     runs_here = device == "cuda" or dtype in RUNNABLE_DTYPES
     layout = {name: entries[tensor] for name, tensor in tensors.items()}
     figures = []
-    # Beside the engine, where a sweep finds it after a kill.
-    with tempfile.TemporaryDirectory(prefix="proof-", dir=engine.parent) as name:
-        scratch = Path(name).resolve()
+    with temporary_folder() as scratch:
         graph = engine.resolve()
         if not runs_here or (cut, small) != (config, geometry):
             own = dtype if runs_here else "fp32"
@@ -79,10 +76,11 @@ def prove(
     return {**worst, "verify": verify, "seconds": round(time.monotonic() - started, 2)}
 
 
-def run_in_fresh_process(job: OnnxJob | PlanJob | RegionsJob, folder: Path) -> dict[str, Any]:
-    """Run the proof; raises WanExportError with the child's last words when it fails or dies."""
+def run_in_fresh_process(
+    job: OnnxJob | PlanJob | RegionsJob, folder: Path | None = None
+) -> dict[str, Any]:
+    """Run the proof; folder is temporary. Raises WanExportError when it fails or dies."""
     try:
         return run_process("proof_process", job, folder)
-    except (WanExportError, RuntimeError) as error:
-        words = str(error).strip().splitlines()[-1]
-        raise WanExportError(f"the built engine failed its proof: {words}") from error
+    except WanExportError as error:
+        raise WanExportError(f"the built engine failed its proof: {error}") from error

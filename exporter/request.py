@@ -65,13 +65,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Compiled:
-    """An engine's files by role, and what its record says of them."""
+    """An engine's files by role, and what its record says of them.
+
+    One that is not whole lacks what could not be had this time, and is not taken for another build.
+    """
 
     files: dict[str, Path]
     lint: dict[str, int]
     build: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     attention: dict[str, str] = field(default_factory=dict)
+    is_whole: bool = True
 
 
 class Backend(Protocol):
@@ -93,6 +97,9 @@ class Backend(Protocol):
 
     def targets(self, device: str, options: TensorRtOptions) -> list[dict[str, str]]:
         """What engines are made for, one each. Raises WanExportError when none can be made."""
+
+    def check_attention(self, attention: str | None, dtype: str, target: Mapping[str, str]) -> None:
+        """Raise WanExportError when one of ATTENTION does not go with precision and target."""
 
     def compile_engine(
         self, folder: Path, request: Request, weights: Mapping[str, Path], progress: Progress

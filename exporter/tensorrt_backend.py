@@ -22,7 +22,7 @@ from wanexport.exporter import (
     to_tensorrt,
     trace,
 )
-from wanexport.exporter.child import run_process
+from wanexport.exporter.child import run_process, temporary_folder
 from wanexport.exporter.proof import prove as prove_onnx
 from wanexport.exporter.request import Compiled, Progress, Request, TensorRtOptions
 from wanexport.exporter.tensorrt_graph import separate_queries
@@ -32,6 +32,7 @@ from wanexport.exporter.to_tensorrt import PlanJob
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.cache_folder import cache_folder
 from wanexport.runtime.choose import RUNNABLE_DTYPES
+from wanexport.runtime.durable import fsync_folder
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.manifest import EngineRecord
@@ -66,6 +67,9 @@ class TensorRtBackend:
         """
         return find_targets(self.flavour, options)
 
+    def check_attention(self, attention: str | None, dtype: str, target: Mapping[str, str]) -> None:
+        """What TensorRT does with it shows when it has built the plan."""
+
     def compile_engine(
         self, folder: Path, request: Request, weights: Mapping[str, Path], progress: Progress
     ) -> Compiled:
@@ -97,6 +101,7 @@ class TensorRtBackend:
                 files[role] = folder / f"{role}.plan"
                 job = self._job(request, options, is_here, scratch, files[role], source)
                 results.append(_run(job, scratch, show))
+                _take_over(job, folder)
         files["layers"] = folder / "layers.json"
         report = {
             **_summary(results),
@@ -116,7 +121,7 @@ class TensorRtBackend:
         plan: Path,
         weights: Path | None,
     ) -> PlanJob:
-        folder, arch = plan.parent.resolve(), request.target["arch"]
+        arch = request.target["arch"]
         name = f"{self.flavour}-{request.target[self.flavour]}-{arch}.timing"
         # RTX has no timings to keep.
         cache = cache_folder() if self.flavour == "tensorrt" else None
@@ -127,9 +132,10 @@ class TensorRtBackend:
             dtype=request.dtype,
             arch=arch,
             opens_here=is_here,
-            plan=str(folder / plan.name),
-            layers=str(folder / "layers.json"),
+            plan=str(scratch / plan.name),
+            layers=str(scratch / "layers.json"),
             timing_cache=str(cache / name) if cache else "",
+            new_timing_cache=str(scratch / name) if cache else "",
             optimization_level=options.optimization_level,
             workspace=options.workspace,
             hardware_compatible=options.hardware_compatible,
@@ -170,9 +176,8 @@ class TensorRtBackend:
         """Prove, by ONNX Runtime, the graph that the plan was built of."""
         config, geometry, dtype = request.config, request.geometry, request.dtype
         attention = request.attention or self.ATTENTION[0]
-        folder = (bundle / next(iter(engine.files.values())).path).parent
-        with TemporaryDirectory(prefix="graph-", dir=folder) as name:
-            path = Path(name) / "denoiser.onnx"
+        with temporary_folder() as scratch:
+            path = scratch / "denoiser.onnx"
             if dtype in RUNNABLE_DTYPES:  # of others only a cut is lowered, in fp32
                 path.write_bytes(_lowered(config, geometry, dtype, attention, False)[0])
             figures = prove_onnx(
@@ -195,7 +200,7 @@ class TensorRtBackend:
 
 def _run(job: PlanJob, scratch: Path, progress: Progress) -> dict[str, Any]:
     """What the process that builds a plan says of it. Raises WanExportError when it fails."""
-    result = run_process("tensorrt_process", job, scratch, progress, "please report this")
+    result = run_process("tensorrt_process", job, scratch, progress)
     if not result["kept_timings"]:
         warnings.warn(
             f"{job.timing_cache} was damaged or of another GPU: kernels were timed anew, and it is "
@@ -204,6 +209,19 @@ def _run(job: PlanJob, scratch: Path, progress: Progress) -> dict[str, Any]:
             stacklevel=2,
         )
     return result
+
+
+def _take_over(job: PlanJob, folder: Path) -> None:
+    """Move what a child wrote into the engine's folder, and the timings to where others find them.
+
+    A child that outlives this process by an instant so leaves nothing in the bundle.
+    """
+    for path in (job.plan, job.layers):
+        Path(path).replace(folder / Path(path).name)
+    fsync_folder(folder)
+    if job.new_timing_cache and Path(job.new_timing_cache).exists():
+        Path(job.timing_cache).parent.mkdir(exist_ok=True)
+        Path(job.new_timing_cache).replace(job.timing_cache)
 
 
 @lru_cache(maxsize=2)  # one as inputs for every target's plan, one with initializers for the proof

@@ -107,12 +107,18 @@ def _form_faults(node: ir.Node) -> Iterator[str]:
 
 def _is_constant(value: ir.Value) -> bool:
     """Whether the value is known when the engine is built: an initializer, or made of those."""
-    if value.is_initializer():
-        return not value.is_graph_input()
-    node = value.producer()
-    if node is None:
-        return False
-    return all(source is None or _is_constant(source) for source in node.inputs)
+    seen, pending = {value}, [value]  # a value has often several ways to it
+    while pending:
+        source = pending.pop()
+        if source.is_initializer() and not source.is_graph_input():
+            continue
+        node = source.producer()
+        if source.is_initializer() or node is None:
+            return False
+        unseen = {used for used in node.inputs if used is not None} - seen
+        seen |= unseen
+        pending += unseen
+    return True
 
 
 def _attribute_faults(node: ir.Node) -> Iterator[str]:

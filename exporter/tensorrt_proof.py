@@ -38,6 +38,6 @@ def prove_plan(
             config=asdict(request.config),
             geometry=asdict(request.geometry),
         )
-        figures.append(run_in_fresh_process(job, plan.parent))
+        figures.append(run_in_fresh_process(job))
     worst = max(figures, key=lambda f: f["error"])
     return {**worst, "verify": "full", "seconds": round(time.monotonic() - started, 2)}

@@ -3,7 +3,7 @@
 python -m wanexport.exporter.to_aoti JOB.json        compiles one region
 """
 
-import os
+import shutil
 import sys
 import time
 import zipfile
@@ -17,7 +17,9 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from wanexport.exporter.child import main, run_process
+from wanexport.exporter.child import known, main, run_process, temporary_folder
+from wanexport.exporter.compiler import compiler, compiler_version, restrict_inductor
+from wanexport.exporter.process import Lifeline
 from wanexport.exporter.quiet import quiet
 from wanexport.exporter.request import Progress
 from wanexport.graphs.lint import count, lint_program
@@ -28,9 +30,11 @@ from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError, needing_package
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.processor import level_for
 from wanexport.runtime.signature import REGIONS
 from wanexport.runtime.wan_config import WanConfig
 
+_ADVICE = "try another C++ compiler with CXX, else report this"
 _CONFIGS = {
     # What the processor says it can do is taken as true: trying it imports PyTorch several times.
     "cpp.vec_isa_ok": True,
@@ -71,20 +75,24 @@ def compile_regions(
     """
     check_compiler(device)
     files = {name: folder / f"{name}.pt2" for name in REGIONS}
-    jobs = [
-        RegionJob(name, asdict(config), asdict(geometry), dtype, device, str(path))
-        for name, path in files.items()
-    ]
-    progress("compiling", 0, len(jobs))
+    progress("compiling", 0, len(files))
     counts: Counter[str] = Counter()
     seconds = {}
-    with ThreadPoolExecutor(len(jobs)) as pool, TemporaryDirectory() as scratch:
-        running = {pool.submit(run_process, "to_aoti", job, Path(scratch)): job for job in jobs}
+    with temporary_folder() as scratch, ThreadPoolExecutor(len(files)) as pool, Lifeline() as line:
+
+        def compile_in_child(name: str) -> dict[str, Any]:
+            path = str(scratch / f"{name}.pt2")
+            job = RegionJob(name, asdict(config), asdict(geometry), dtype, device, path)
+            return run_process("to_aoti", job, scratch, advice=_ADVICE, lifeline=line)
+
+        running = {pool.submit(compile_in_child, name): name for name in files}
         for number, done in enumerate(as_completed(running)):
-            result = done.result()
+            result, name = done.result(), running[done]
+            # Of a child that outlives this process by an instant, nothing reaches the bundle.
+            write_durably(files[name], (scratch / f"{name}.pt2").read_bytes())
             counts.update(result["lint"])
-            seconds[running[done].region] = result["seconds"]
-            progress("compiling", number + 1, len(jobs))
+            seconds[name] = result["seconds"]
+            progress("compiling", number + 1, len(files))
     return files, dict(counts), seconds
 
 
@@ -103,6 +111,7 @@ def compile_region(job: RegionJob) -> dict[str, Any]:
     if findings:
         raise RuntimeError(f"unclean graph: {findings[0]}, and {len(findings) - 1} more")
     path = Path(job.path)
+    restrict_inductor(level_for(job.device))
     if job.device == "cuda":
         _take_no_vector_instructions()
     _compile(program, path)
@@ -135,27 +144,19 @@ def _compile(program: ExportedProgram, path: Path) -> None:
         package = Path(scratch) / "model.pt2"
         try:
             aoti_compile_and_package(program, package_path=str(package), inductor_configs=_CONFIGS)
-        except (CppCompileError, InductorError, OSError) as error:
+        except (CppCompileError, InductorError) as error:
+            if known(error):  # a full disk, say, of which Inductor makes an error of its own
+                raise
             lines = [line for line in str(error).splitlines() if "rror" in line] or [str(error)]
             raise WanExportError(
                 f"AOTInductor cannot compile {path.stem}: {' '.join(lines[0].split())[:300]}"
             ) from error
-        write_durably(path, package.read_bytes())
+        shutil.move(package, path)
 
 
 def check_compiler(device: str) -> None:
     """Raise WanExportError when there is no C++ compiler, or no Triton where it is needed."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        stated = os.environ.get("CXX")
-        raise WanExportError(
-            f"no C++ compiler works{f' (CXX is {stated})' if stated else ''}, a build with "
-            f"AOTInductor needs one: install g++, or set CXX to one"
-        ) from error
+    compiler_version()
     if device == "cuda":
         with needing_package("triton", "AOTInductor on a GPU"):
             import triton  # noqa: F401
@@ -169,9 +170,8 @@ def _check_linkage(package: Path) -> None:
     with zipfile.ZipFile(package) as archive:
         for name in archive.namelist():
             if name.endswith(".so") and b"libstdc++.so" not in archive.read(name):
-                compiler = os.environ.get("CXX", "g++")
                 raise WanExportError(
-                    f"the compiler {compiler} links libstdc++ statically, and what it makes "
+                    f"the compiler {compiler()} links libstdc++ statically, and what it makes "
                     f"crashes when PyTorch loads it: set CXX to a g++ that links it dynamically"
                 )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from wanexport.runtime.durable import durable_file, write_durably
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.memory import peak_rss
 from wanexport.runtime.tensorrt_library import FLAVOURS, import_tensorrt, message_log
 
 _SECONDS_BETWEEN_STEPS = 0.1  # of the progress shown: a build has thousands
@@ -27,7 +28,8 @@ class PlanJob:
     """One plan to build. Paths are absolute, an empty one is none; options are TensorRtOptions'.
 
     weights is the folder of the file that holds the graph's initializers; opens_here tells that the
-    plan is for this machine's GPU and can be asked what it became.
+    plan is for this machine's GPU and can be asked what it became. The timing cache is read where
+    it is, and written to new_timing_cache.
     """
 
     flavour: str
@@ -39,6 +41,7 @@ class PlanJob:
     plan: str
     layers: str
     timing_cache: str
+    new_timing_cache: str
     optimization_level: int | None
     workspace: int | None
     hardware_compatible: bool
@@ -85,8 +88,8 @@ def build_plan(job: PlanJob, progress: Callable[[str, int, int], None]) -> dict[
         file.write(plan)
     if job.layers:
         write_durably(Path(job.layers), json.dumps(layers, separators=(",", ":")).encode())
-    _save_timing_cache(config, job.timing_cache)
-    return {**result, "peak_rss_bytes": _peak_bytes()}
+    _save_timing_cache(config, job.new_timing_cache)
+    return {**result, "peak_rss_bytes": peak_rss()}
 
 
 def parse(trt: Any, builder: Any, log: Any, graph: bytes, weights: str = "") -> Any:
@@ -191,12 +194,6 @@ def _build_failure(trt: Any, job: PlanJob, log: Any, config: Any) -> WanExportEr
             f"{job.dtype}: raise --workspace, or use --dtype bf16 or a smaller --resolution"
         )
     return WanExportError(f"{title} cannot build the engine for {job.arch}: {log.reason()}")
-
-
-def _peak_bytes() -> int:
-    """Largest resident memory of this process; getrusage's figure starts with the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def _in_one_line(text: str) -> str:

@@ -79,7 +79,7 @@ def lint_program(program: ExportedProgram, attentions: int | None = None) -> lis
         if node.op != "output"
     ]
     findings = [
-        Finding(kind, node.name, f"{node.target}{_place(node)}")
+        Finding(kind, node.name, f"{node.target}{place(node.meta.get('stack_trace') or '')}")
         for node in nodes
         for kind in sorted(set(_kinds(node)))
     ]
@@ -97,6 +97,20 @@ def lint_program(program: ExportedProgram, attentions: int | None = None) -> lis
     return findings
 
 
+def kinds_of_operator(name: str) -> Iterator[str]:
+    """The kinds that an operator is of by its name, as `aten.copy_`."""
+    if name in _KIND_OF:
+        yield _KIND_OF[name]
+    if _STRIDED_WRITE.fullmatch(name):
+        yield "strided_write"
+
+
+def place(stack_trace: str) -> str:
+    """Where a node comes from in the source, if the program still knows."""
+    frames = re.findall(r'File "(?:.*/)?([^"/]+)", line (\d+)', stack_trace)
+    return f" at {frames[-1][0]}:{frames[-1][1]}" if frames else ""
+
+
 def _name(node: Node) -> str:
     """The operator without its overload, as aten.copy_."""
     return str(node.target).removesuffix(f".{getattr(node.target, '_overloadname', '')}")
@@ -105,10 +119,7 @@ def _name(node: Node) -> str:
 def _kinds(node: Node) -> Iterator[str]:
     """The kinds of one node; a node may be of several."""
     name, schema = _name(node), getattr(node.target, "_schema", None)
-    if name in _KIND_OF:
-        yield _KIND_OF[name]
-    if _STRIDED_WRITE.fullmatch(name):
-        yield "strided_write"
+    yield from kinds_of_operator(name)
     if schema is not None and any(str(r.type) == "List[Tensor]" for r in schema.returns):
         yield "sequence"
     if schema is not None and schema.is_mutable and _is_of_caller(node):
@@ -140,9 +151,3 @@ def _is_of_caller(node: Node) -> bool:
             return False
         node = node.all_input_nodes[0]
     return True
-
-
-def _place(node: Node) -> str:
-    """Where the node comes from in the source, if the program still knows."""
-    frames = re.findall(r'File "(?:.*/)?([^"/]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f" at {frames[-1][0]}:{frames[-1][1]}" if frames else ""

@@ -19,11 +19,12 @@ from wanexport.runtime.device_weights import DeviceWeights
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.operators import Kernel, attention_kernels
 from wanexport.runtime.pinned_file import PinnedFile, pin
+from wanexport.runtime.processor import level_for, level_here, runs_here
 from wanexport.runtime.signature import BLOCK, REGIONS
 from wanexport.runtime.temporary import check_temporary_folder
 
 # What compiled code depends on, of what `versions` says.
-BINDING = ("device", "arch", "instructions", "torch", "cuda")
+BINDING = ("device", "arch", "march", "instructions", "torch", "cuda")
 _LAUNCH_BOUND = 0.7  # of a block's GPU time: when its launch takes more, a CUDA graph pays
 _WARM_UPS, _TIMED = 2, 5  # block calls
 
@@ -225,6 +226,7 @@ def versions(device: str) -> dict[str, str]:
         return {
             "device": "cpu",
             "arch": platform.machine(),
+            "march": level_for(device),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__,
         }
@@ -234,8 +236,21 @@ def versions(device: str) -> dict[str, str]:
     return {
         "device": "cuda",
         "arch": f"sm{major}{minor}",
+        "march": level_for(device),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
         "gpu": torch.cuda.get_device_name(),
     }
+
+
+def mismatches(target: Mapping[str, str]) -> list[str]:
+    """What of an engine's target is not so here, as `torch 2.11.0, here 2.13.0`.
+
+    Raises WanExportError when its device is not there.
+    """
+    here = versions(target["device"])
+    # A package runs on any processor that has the instructions it was compiled for.
+    here["march"] = target["march"] if runs_here(target.get("march", "?")) else level_here()
+    differing = [name for name in BINDING if here.get(name) != target.get(name)]
+    return [f"{name} {target.get(name)}, here {here.get(name)}" for name in differing]

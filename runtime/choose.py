@@ -165,11 +165,10 @@ def _refusal(bundle: Path, engine: EngineRecord, provider: str) -> str:
     from wanexport.runtime import aoti_engine
 
     try:
-        here = aoti_engine.versions(engine.target["device"])
+        differing = aoti_engine.mismatches(engine.target)
     except WanExportError as error:
         return f"engine {engine.name} is for a GPU: {error}"
-    differing = [name for name in aoti_engine.BINDING if here.get(name) != engine.target.get(name)]
     if not differing:
         return ""
-    found = "; ".join(f"{n} {engine.target.get(n)}, here {here.get(n)}" for n in differing)
+    found = "; ".join(differing)
     return f"engine {engine.name} was compiled for {found}: build it here with {rebuild}"

@@ -12,6 +12,7 @@ from wanexport.runtime.check import check_content, check_weights
 from wanexport.runtime.choose import choose_engine
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError, WanExportWarning, refuse_empty
+from wanexport.runtime.kernels import check_kernel
 from wanexport.runtime.manifest import EngineRecord, Manifest, WeightsRecord, read_manifest
 from wanexport.runtime.onnx_engine import OnnxEngine
 from wanexport.runtime.pinned_file import PinnedFile, pin
@@ -20,7 +21,6 @@ from wanexport.runtime.tensorrt_library import FLAVOURS
 from wanexport.runtime.usable import check_usable
 
 WEIGHTS_FILE = "denoiser.safetensors"
-KERNELS = ("fa4", "cudnn", "sdpa")  # of attention in AOTInductor engines
 
 
 def load(
@@ -213,8 +213,7 @@ def _open_aoti(
     from wanexport.runtime import aoti_engine
     from wanexport.runtime.device_weights import device_weights
 
-    if attention not in (None, *KERNELS):
-        raise WanExportError(f"unknown kernel {attention!r}: expected one of {', '.join(KERNELS)}")
+    check_kernel(attention, engine.target, engine.dtype)
     device = torch.device("cpu")
     if engine.target["device"] == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.flash_attention import FlashAttention
+from wanexport.runtime.kernels import KERNELS
 from wanexport.runtime.pinned_file import PinnedFile
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k and v [B, T, H, D]
@@ -36,7 +37,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v as [B, S, H, D]; there is no mask.
 
     q is [B, S, H, D], k and v are [B, T, H, D], and all three have one dtype. The kernel is that of
-    `attention_kernels` for T keys, or PyTorch's choice.
+    `attention_kernels` for T keys; where none are set, it is PyTorch's choice.
+    Raises WanExportError when some are set, but none for T keys.
     """
     out: Tensor = torch.ops.wanexport.attention(q, k, v)
     return out
@@ -53,7 +55,15 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _kernels.get({}).get(k.shape[1], sdpa)(q, k, v)
+    kernels = _kernels.get({})
+    kernel = kernels.get(k.shape[1]) if kernels else sdpa
+    if kernel is None:
+        named = ", ".join(map(str, kernels))
+        raise WanExportError(
+            f"no attention kernel is chosen for {k.shape[1]} keys, only for {named}: "
+            f"run wanexport build again"
+        )
+    return kernel(q, k, v)
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -79,7 +89,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @contextmanager
 def attention_kernels(kernels: Mapping[int, Kernel]) -> Iterator[None]:
-    """Choose the kernel of the operator by its number of keys, within the block and its thread."""
+    """Choose the kernel of the operator by its number of keys, within the block and its thread.
+
+    No kernels at all leave the choice to PyTorch.
+    """
     token = _kernels.set(kernels)
     try:
         yield
@@ -114,5 +127,7 @@ def open_kernel(name: str, flash_library: Path | PinnedFile | None) -> Kernel:
         return FlashAttention(flash_library)
     kernels = {"cudnn": cudnn, "sdpa": sdpa}
     if name not in kernels:
-        raise WanExportError(f"unknown attention kernel {name!r}: expected fa4, cudnn or sdpa")
+        raise WanExportError(
+            f"unknown attention kernel {name!r}: expected one of {', '.join(KERNELS)}"
+        )
     return kernels[name]

@@ -17,8 +17,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from tests.killed_parents import alive
 from wanexport.exporter import bench_arms, bench_process
-from wanexport.exporter.bench import _job, _OverBudget, _run, _Session, bench, last_words
+from wanexport.exporter.bench import _job, _OverBudget, _Session, bench
 from wanexport.exporter.bench_arms import (
     ARMS,
     Job,
@@ -485,58 +486,13 @@ def test_a_real_failure_is_told_in_the_words_of_its_process(bundle: Path, tmp_pa
         session.child()
 
 
-def executable(path: Path, script: str) -> str:
-    """A stand-in for Python that runs a shell script."""
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("script", "message"),
-    [
-        ("kill -9 $$", "its process was killed: out of memory"),
-        ("kill -11 $$", "its process died of signal 11"),
-        ("exit 3", "exit code 3"),
-        ("echo 'x.OutOfMemoryError: too big' >&2; echo bye >&2; exit 1", "OutOfMemoryError: too b"),
-    ],
-)
-def test_a_child_that_dies_is_one_line(
-    script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_child_out_of_time_is_stopped(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "executable", executable(tmp_path / "python", script))
-    (tmp_path / "job.json").write_text("{}")
-    with pytest.raises(WanExportError, match=message):
-        _run(tmp_path / "job.json", 60)
-
-
-def test_a_child_out_of_time_is_stopped_with_its_own_children(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = f"sleep 60 & echo $! > {tmp_path}/pid; wait"
-    monkeypatch.setattr(sys, "executable", executable(tmp_path / "python", script))
-    (tmp_path / "job.json").write_text("{}")
+    session = _Session(job_of(bundle, "onnx", tmp_path), tmp_path, time.monotonic(), 0.3)
     with pytest.raises(_OverBudget):
-        _run(tmp_path / "job.json", 1)
-    grandchild = int((tmp_path / "pid").read_text())
-    for _ in range(50):  # until whoever inherited it has read its end
-        if not is_running(grandchild):
-            return
-        time.sleep(0.1)
-    pytest.fail("the grandchild still runs")
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_last_words_name_the_exception() -> None:
-    errors = "Traceback:\ntorch.OutOfMemoryError: CUDA out of memory.\nSee the documentation\n\n"
-    assert last_words(1, errors) == "torch.OutOfMemoryError: CUDA out of memory."
-    assert last_words(2, "error: plain words\n") == "error: plain words"
+        session.child()  # which takes longer to import
+    assert not alive("bench_process")
 
 
 def test_without_matplotlib_there_is_no_plot_but_a_warning(

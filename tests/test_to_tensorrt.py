@@ -2,9 +2,7 @@
 
 import json
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +27,7 @@ from tests.wan_reference import (
 )
 from wanexport.exporter import tensorrt_backend, tensorrt_targets, to_tensorrt
 from wanexport.exporter.build import build
-from wanexport.exporter.child import _run, run_process
+from wanexport.exporter.child import run_process
 from wanexport.exporter.cli import cli
 from wanexport.exporter.proof import prove
 from wanexport.exporter.request import Request, TensorRtOptions
@@ -70,6 +68,7 @@ def job_of(folder: Path, content: bytes, **changes: Any) -> PlanJob:
         plan=str(folder / "denoiser.plan"),
         layers=str(folder / "layers.json"),
         timing_cache="",
+        new_timing_cache="",
         optimization_level=None,
         workspace=None,
         hardware_compatible=False,
@@ -208,46 +207,6 @@ def test_the_child_tells_its_progress_and_its_result(tmp_path: Path) -> None:
     assert ("building, Building engine from subgraph", 0, 1) in told
 
 
-def test_a_childs_errors_do_not_block_its_progress() -> None:
-    code = (
-        "import sys\n"
-        "from wanexport.exporter.child import tell\n"
-        "for step in range(3):\n"
-        "    tell('stage', step, 3)\n"
-        "    sys.stderr.write('x' * 300_000)\n"
-        "print('{}')"
-    )
-    told: list[tuple[str, int, int]] = []
-    found = _run([sys.executable, "-c", code], lambda *step: told.append(step))
-    assert found[:2] == (0, "{}\n")
-    assert len(found[2]) == 900_000
-    assert told == [("stage", step, 3) for step in range(3)]
-
-
-def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
-    (tmp_path / "job.json").write_text("{}")
-    work = "tell(str(os.getpid()), 0, 0), time.sleep(60)"
-    child = f"""
-import os, time
-from wanexport.exporter.child import main, tell
-main({str(tmp_path / "job.json")!r}, lambda job: ({work}))"""
-    code = f"""
-import sys
-from wanexport.exporter.child import _run
-_run([sys.executable, "-c", {child!r}], lambda pid, done, total: print(pid, flush=True))"""
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
-    ) as parent:
-        assert parent.stdout is not None
-        state = Path(f"/proc/{int(parent.stdout.readline())}/stat")
-        assert state.exists()
-        parent.kill()
-    ends = time.monotonic() + 10
-    while state.exists() and state.read_text().split()[2] != "Z":
-        assert time.monotonic() < ends
-        time.sleep(0.01)
-
-
 def test_settings_reach_the_builder(tmp_path: Path) -> None:
     trt = import_tensorrt(RTX)
     builder = trt.Builder(message_log(trt))
@@ -312,6 +271,21 @@ def test_a_timing_cache_that_is_replaced_is_one_warning(
     assert tensorrt_backend._run(job, tmp_path, quietly) == results[0]
     with pytest.warns(WanExportWarning, match=r"^cache/own\.timing was damaged or of another GPU"):
         tensorrt_backend._run(job, tmp_path, quietly)
+
+
+def test_what_a_child_wrote_is_moved_into_the_bundle_by_its_parent(tmp_path: Path) -> None:
+    scratch, folder = tmp_path / "scratch", tmp_path / "engine"
+    scratch.mkdir()
+    folder.mkdir()
+    names = {"plan": "denoiser.plan", "layers": "layers.json", "new_timing_cache": "own.timing"}
+    paths = {field: str(scratch / name) for field, name in names.items()}
+    for path in paths.values():
+        Path(path).write_text(path)
+    cache = tmp_path / "cache" / "own.timing"
+    job = job_of(tmp_path, b"", timing_cache=str(cache), **paths)
+    tensorrt_backend._take_over(job, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["denoiser.plan", "layers.json"]
+    assert cache.exists() and not list(scratch.iterdir())
 
 
 @pytest.fixture(scope="module")
