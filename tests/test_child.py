@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from wanexport.exporter import child
+from wanexport.exporter import child, process
 from wanexport.exporter.child import known, run_process, temporary_folder
 from wanexport.runtime.errors import WanExportError
 
@@ -43,7 +43,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     )
     paths = [str(package.parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-    run = child.run_command
+    run = process.run_command
 
     def run_stub(command: list[str], **options: Any) -> Any:
         return run(
