@@ -178,7 +178,8 @@ class BundleWriter:
         listed = _paths(self.committed, self.journal)
         listing = Listing(listed, listed - self._noted, self._named - listed)
         self.left = [name for folder in ARTEFACTS for name in sweep(self.path, folder, listing)]
-        remove_partials(self.path, lambda name: is_begun(name) or is_partial(name))
+        # The bundle itself may be a link, which would not be entered.
+        remove_partials(self.path.resolve(), lambda name: is_begun(name) or is_partial(name))
         for folder in (CACHE, REPORTS):
             remove_partials(self.path / folder)
 

@@ -3,11 +3,9 @@
 The formats are polygraphy's own and written by itself, imported where it is needed.
 """
 
-import io
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -17,7 +15,7 @@ import numpy as np
 
 from wanexport.exporter.comparison import ComparedCall
 from wanexport.runtime.denoiser import Denoiser, pad_text, to_numpy
-from wanexport.runtime.durable import durable_file
+from wanexport.runtime.durable import write_durably
 from wanexport.runtime.errors import WanExportError, needing_package
 from wanexport.runtime.manifest import EngineRecord, Manifest, TensorSpec
 from wanexport.runtime.tensorrt_engine import plan_role
@@ -104,28 +102,19 @@ def _write(
     files: SavedFiles, calls: Sequence[ComparedCall], record: EngineRecord, reference: str
 ) -> None:
     from polygraphy.comparator import RunResults
-    from polygraphy.json import save_json
+    from polygraphy.json import to_json
     from polygraphy.logger import G_LOGGER
 
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # it logs to standard output, where JSON may go
         if files.inputs:
-            with _text_file(files.inputs) as file:
-                save_json([feed(call.inputs, record.inputs) for call in calls], file)
+            fed = [feed(call.inputs, record.inputs) for call in calls]
+            write_durably(files.inputs, to_json(fed).encode())
         if files.outputs:
             # It compares each runner with the next, and the one that it runs comes first.
             results = RunResults()
             results.add([{_OUTPUT: call.reference} for call in calls], runner_name=reference)
             results.add([{_OUTPUT: call.velocity} for call in calls], runner_name=record.name)
-            with _text_file(files.outputs) as file:
-                results.save(file)
-
-
-@contextmanager
-def _text_file(path: Path) -> Iterator[io.TextIOWrapper]:
-    with durable_file(path) as file:
-        text = io.TextIOWrapper(file, "utf-8")
-        yield text
-        text.detach()
+            write_durably(files.outputs, to_json(results).encode())
 
 
 def feed(inputs: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:

@@ -108,6 +108,7 @@ def test_a_snapshot_of_the_hubs_cache_is_refused_before_the_work(
 def test_a_bundle_may_itself_be_a_link_to_a_folder(bundle: Path) -> None:
     link = bundle.with_name("link")
     link.symlink_to(bundle)
+    (bundle / "manifest.json.0123abcd.partial").write_bytes(b"half")
     check_whole(bundle, stub_build(link, version="2"))
     assert link.is_symlink()
 
