@@ -41,8 +41,8 @@ class Plan:
         version_compatible: bool = False,
     ) -> None:
         trt = import_tensorrt(flavour)
-        file = pin(file)
-        self.title, self.path = FLAVOURS[flavour].title, file.path
+        self.title = FLAVOURS[flavour].title
+        self.path = file.path if isinstance(file, PinnedFile) else file
         self.log = message_log(trt)
         with on_gpu(device):
             self.engine = engine = self._deserialize(trt, file, version_compatible)
@@ -54,7 +54,7 @@ class Plan:
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self.config.set_execution_context_allocation_strategy(strategy)
 
-    def _deserialize(self, trt: Any, file: PinnedFile, version_compatible: bool) -> Any:
+    def _deserialize(self, trt: Any, file: Path | PinnedFile, version_compatible: bool) -> Any:
         self.log.clear()
         try:
             runtime = trt.Runtime(self.log)
@@ -63,7 +63,7 @@ class Plan:
         # A plan for later versions carries the code that executes it.
         runtime.engine_host_code_allowed = version_compatible
         with (
-            file.opened() as descriptor,
+            pin(file).opened() as descriptor,
             mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as content,
         ):
             engine = runtime.deserialize_cuda_engine(content)

@@ -56,7 +56,7 @@ RTX_ALONE = {  # used only where the flavour is TensorRT for RTX
     "IRuntimeCache.deserialize",
     "IRuntimeCache.serialize",
 }
-OWN = {"ILogger.reason"}  # methods that we add to what we derive
+OWN = {"ILogger.reason", "ILogger.errors", "ILogger.clear"}  # what we add to what we derive
 Description = dict[str, Any]
 
 
