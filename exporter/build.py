@@ -13,25 +13,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wanexport.exporter import aoti_backend, onnx_backend
-from wanexport.exporter.bundle import BundleWriter, file_record, open_bundle
-from wanexport.exporter.bundle_place import check_place
+from wanexport.exporter.backends.aoti import backend as aoti_backend
+from wanexport.exporter.backends.backend import Backend, Progress, Request, TensorRtOptions
+from wanexport.exporter.backends.onnx import backend as onnx_backend
+from wanexport.exporter.backends.tensorrt.backend import TensorRtBackend
+from wanexport.exporter.bundle.place import check_place
+from wanexport.exporter.bundle.writer import BundleWriter, file_record, open_bundle
+from wanexport.exporter.child.process import missing_name
+from wanexport.exporter.lint import program as lint
 from wanexport.exporter.model_source import ModelSource, resolve
-from wanexport.exporter.process import missing_name
-from wanexport.exporter.request import Backend, Progress, Request, TensorRtOptions
-from wanexport.exporter.tensorrt_backend import TensorRtBackend
 from wanexport.graphs import config as graph_config
-from wanexport.graphs import lint, model, rope
+from wanexport.graphs import rope
+from wanexport.graphs import wan as model
 from wanexport.graphs.config import sampling_defaults
 from wanexport.graphs.signature import forward_flops
 from wanexport.graphs.weights import DTYPES, write_weights
 from wanexport.runtime import geometry as geometry_module
-from wanexport.runtime import onnx_engine, operators, signature, wan_config
-from wanexport.runtime.choose import DEVICES
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.geometry import Geometry, parse_resolution
-from wanexport.runtime.load import WEIGHTS_FILE
-from wanexport.runtime.manifest import (
+from wanexport.runtime import wan_config
+from wanexport.runtime.bundle import signature
+from wanexport.runtime.bundle.manifest import (
     EngineRecord,
     FileRecord,
     Manifest,
@@ -39,11 +39,17 @@ from wanexport.runtime.manifest import (
     TensorSpec,
     WeightsRecord,
 )
-from wanexport.runtime.memory import peak_rss
-from wanexport.runtime.signature import weights_layout
-from wanexport.runtime.temporary import check_temporary_folder
-from wanexport.runtime.tensorfile import header_sha256
-from wanexport.runtime.tensorrt_library import FLAVOURS
+from wanexport.runtime.bundle.signature import weights_layout
+from wanexport.runtime.bundle.tensorfile import header_sha256
+from wanexport.runtime.engines import onnx as onnx_engine
+from wanexport.runtime.engines import operators
+from wanexport.runtime.engines.choose import DEVICES
+from wanexport.runtime.engines.tensorrt_library import FLAVOURS
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.geometry import Geometry, parse_resolution
+from wanexport.runtime.load import WEIGHTS_FILE
+from wanexport.runtime.machine.memory import peak_rss
+from wanexport.runtime.machine.temporary import check_temporary_folder
 from wanexport.runtime.wan_config import WanConfig
 
 BACKENDS: dict[str, Backend] = {

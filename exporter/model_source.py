@@ -10,7 +10,7 @@ from wanexport.graphs.config import PRESETS, variant
 from wanexport.graphs.experts import FOLDERS, expert_of_name
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.hub import EXAMPLE, download
+from wanexport.runtime.parts.hub import EXAMPLE, download
 from wanexport.runtime.printable import printable
 from wanexport.runtime.wan_config import WanConfig
 

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wanexport.exporter.child import main
-from wanexport.exporter.eager import EagerEngine
-from wanexport.exporter.parity import forward_inputs, measure
+from wanexport.exporter.child.child import main
+from wanexport.exporter.reference.eager import EagerEngine
+from wanexport.exporter.reference.parity import forward_inputs, measure
 from wanexport.graphs.weights import bundle_tensors, read_tensor
+from wanexport.runtime.bundle.manifest import TensorSpec
+from wanexport.runtime.bundle.signature import input_shapes, parameter_shapes
+from wanexport.runtime.engines.onnx import OnnxEngine
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.manifest import TensorSpec
-from wanexport.runtime.onnx_engine import OnnxEngine
-from wanexport.runtime.signature import input_shapes, parameter_shapes
 from wanexport.runtime.wan_config import WanConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from wanexport.runtime.onnx_cuda_engine import Provider
+    from wanexport.runtime.engines.onnx_gpu import Provider
 
 TIMESTEP = 812.0
 SEED = 0
@@ -113,7 +113,7 @@ def _run_on_gpu(job: OnnxJob, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray
     """The velocity of the cut, and what was done."""
     import torch
 
-    from wanexport.runtime.onnx_cuda_engine import Provider
+    from wanexport.runtime.engines.onnx_gpu import Provider
 
     velocity = run_with_device_weights(job, inputs, torch.device("cuda", 0), Provider())
     return velocity, "engine opened; cut compared on the GPU"
@@ -123,9 +123,9 @@ def run_with_device_weights(
     job: OnnxJob, inputs: dict[str, np.ndarray], device: "torch.device", provider: "Provider"
 ) -> np.ndarray:
     """Open the engine, and return the velocity of its cut on the same tensors of a device."""
-    from wanexport.runtime.aoti_engine import to_device
-    from wanexport.runtime.device_weights import device_weights
-    from wanexport.runtime.onnx_cuda_engine import OnnxSession
+    from wanexport.runtime.engines.aoti import to_device
+    from wanexport.runtime.engines.device_weights import device_weights
+    from wanexport.runtime.engines.onnx_gpu import OnnxSession
 
     file = Path(job.weights)
     weights = device_weights(file, device)
@@ -144,8 +144,8 @@ def prove_regions(job: RegionsJob) -> dict[str, Any]:
     """
     import torch
 
-    from wanexport.runtime.aoti_engine import Regions, to_device
-    from wanexport.runtime.operators import open_kernel
+    from wanexport.runtime.engines.aoti import Regions, to_device
+    from wanexport.runtime.engines.operators import open_kernel
 
     config, geometry = WanConfig(**job.config), Geometry(**job.geometry)
     device = torch.device("cuda", 0) if job.device == "cuda" else torch.device("cpu")
@@ -186,7 +186,7 @@ def prove_plan(job: PlanJob) -> dict[str, Any]:
     Raises WanExportError when TensorRT refuses the plan, an output is not finite, or the gate
     fails.
     """
-    from wanexport.runtime import tensorrt_engine
+    from wanexport.runtime.engines import tensorrt as tensorrt_engine
 
     config, geometry = WanConfig(**job.config), Geometry(**job.geometry)
     file, inputs = Path(job.weights), forward_inputs(config, geometry, TIMESTEP, SEED)

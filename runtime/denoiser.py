@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from wanexport.runtime.bundle.manifest import EngineRecord, SamplingDefaults, TensorSpec
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import PATCH, TEMPORAL_STRIDE, Geometry
-from wanexport.runtime.manifest import EngineRecord, SamplingDefaults, TensorSpec
-from wanexport.runtime.memory import limit_bytes
+from wanexport.runtime.machine.memory import limit_bytes
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
 
 Array = Any  # a numpy array or a torch tensor

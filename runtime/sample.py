@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from wanexport.runtime.bundle.manifest import SamplingDefaults
 from wanexport.runtime.denoiser import check_rows, is_finite, is_torch, like, to_numpy
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import SamplingDefaults
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS, SOLVERS, Schedule, make_schedule
 
 Array = Any  # a numpy array or a torch tensor

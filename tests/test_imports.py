@@ -42,7 +42,9 @@ def test_imports_go_one_way(package: str) -> None:
 
 def test_the_import_walk_sees_each_form(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
-    file.write_text("def f():\n    from wanexport import graphs\nimport wanexport.exporter.cli\n")
+    file.write_text(
+        "def f():\n    from wanexport import graphs\nimport wanexport.exporter.cli.main\n"
+    )
     assert imported_packages(file) == {"graphs", "exporter"}
 
 
@@ -67,11 +69,11 @@ def test_load_sample_and_run_work_without_torch(tiny_bundle: Path, tmp_path: Pat
         "steps = list(sample(denoiser, noise=noise, text=text, steps=2, guidance=1))\n"
         "assert np.isfinite(steps[-1].latent).all()\n"
         "from pathlib import Path\n"
-        "from wanexport.runtime.tensorfile import save_arrays\n"
+        "from wanexport.runtime.bundle.tensorfile import save_arrays\n"
         f"save_arrays(Path({str(tmp_path / 't')!r}), {{'text': text, 'negative': -text}})\n"
         f"sys.argv = ['wanexport', 'run', {str(tiny_bundle)!r}, '--text', {str(tmp_path / 't')!r},"
         f" '--steps', '2', '-o', {str(tmp_path / 'latents.safetensors')!r}]\n"
-        "from wanexport.exporter.cli import main\n"
+        "from wanexport.exporter.cli.main import main\n"
         "main()\n"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -82,7 +84,7 @@ def test_load_sample_and_run_work_without_torch(tiny_bundle: Path, tmp_path: Pat
 def test_build_without_torch_names_what_to_install() -> None:
     code = WITHOUT_TORCH.format(blocked=BLOCKED) + (
         "sys.argv = ['wanexport', 'build', '--resolution', '64x96', '--frames', '9']\n"
-        "from wanexport.exporter.cli import main\n"
+        "from wanexport.exporter.cli.main import main\n"
         "main()\n"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
