@@ -30,8 +30,8 @@ _IMPORTS = {  # where the package's name is not what is used of it
     "onnxruntime-ep-nv-tensorrt-rtx-cu13": "import onnxruntime_ep_nv_tensorrt_rtx",
     "tensorrt-cu13": "import tensorrt",
     # Finds its libraries only once the package that holds them is imported.
-    "tensorrt-rtx-cu13-bindings": "from wanexport.runtime.engines.tensorrt_library import import_tensorrt\n"
-    "import_tensorrt('tensorrt-rtx')",
+    "tensorrt-rtx-cu13-bindings": "from wanexport.runtime.engines import tensorrt_library\n"
+    "tensorrt_library.import_tensorrt('tensorrt-rtx')",
     "diffusers": "from diffusers import AutoencoderKLWan, WanTransformer3DModel",
     "pillow": "from PIL import Image",
     "transformers": "from transformers import CLIPVisionModel, UMT5EncoderModel",

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.runtime.bundle.regular_file import read_regular
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.printable import printable
+from wanexport.runtime.errors import WanExportError, printable
 
 _MAX_JSON = 8 << 20  # bytes: the index of a published 14B takes 0.1 MB
 

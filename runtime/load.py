@@ -186,6 +186,7 @@ def _open_onnx_on_gpu(
 
     from wanexport.runtime.engines import aoti as aoti_engine
     from wanexport.runtime.engines import onnx_gpu as onnx_cuda_engine
+    from wanexport.runtime.engines.onnx_providers import Provider
 
     device = torch.device("cuda", torch.cuda.current_device())
     # Of this very graph: what another left there would be code of unknown origin.
@@ -194,7 +195,7 @@ def _open_onnx_on_gpu(
         graph,
         weights,
         device,
-        onnx_cuda_engine.Provider(provider, options, cache and cache / graph.sha256),
+        Provider(provider, options, cache and cache / graph.sha256),
         offload=offload,
     )
     return Denoiser(engine, engines, partial(aoti_engine.to_device, device=device))

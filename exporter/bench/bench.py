@@ -24,7 +24,7 @@ from wanexport.exporter.bench.arms import (
 from wanexport.exporter.bench.process import PEAK
 from wanexport.exporter.bench.report import add_differences, row, save
 from wanexport.exporter.child.child import run_process
-from wanexport.exporter.reference.parity import forward_inputs
+from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.graphs.signature import forward_flops
 from wanexport.runtime.bundle.check import check_size
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
@@ -68,7 +68,7 @@ class _Session:
             raise _OverBudget
         job = replace(self.job, **changes, spawned=time.time())
         try:
-            return run_process("bench_process", job, self.folder, timeout=self.left)
+            return run_process("bench.process", job, self.folder, timeout=self.left)
         except TimeoutError as error:
             raise _OverBudget from error
 

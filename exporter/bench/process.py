@@ -24,8 +24,8 @@ from wanexport.exporter.bench.arms import (
     read_inputs,
 )
 from wanexport.exporter.child.child import main
+from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.bundle.tensorfile import save_arrays
-from wanexport.runtime.denoiser import to_numpy
 from wanexport.runtime.engines.onnx import import_onnxruntime
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS
 from wanexport.runtime.machine.memory import peak_gpu_bytes, peak_rss

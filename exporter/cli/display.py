@@ -6,7 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from wanexport.exporter.cli.terminal import in_bytes, in_short, new_table, out, short, write
-from wanexport.runtime.printable import printable
+from wanexport.runtime.errors import printable
 
 _MOST_FINDINGS = 5  # of one kind that `lint` names
 

@@ -11,7 +11,7 @@ import click
 from wanexport.exporter.cli.streams import minding_the_reader, printing
 from wanexport.runtime.engines.choose import BACKENDS, DEVICES
 from wanexport.runtime.engines.kernels import KERNELS
-from wanexport.runtime.engines.onnx import PROVIDERS
+from wanexport.runtime.engines.onnx_providers import PROVIDERS
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.solvers import SOLVERS
 

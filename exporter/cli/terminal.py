@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from wanexport.runtime.printable import printable
+from wanexport.runtime.errors import printable
 
 
 class _Console(Console):

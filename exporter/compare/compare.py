@@ -37,7 +37,7 @@ from wanexport.exporter.compare.recorded import (
     read_velocities,
 )
 from wanexport.exporter.compare.rows import ComparedCall, Comparison, Recorder, Row
-from wanexport.exporter.reference.parity import seeded_inputs
+from wanexport.exporter.reference.inputs import seeded_inputs
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.bundle.durable import own_folder, remove_partials, write_durably
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest

@@ -14,7 +14,8 @@ from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
 from wanexport.runtime.bundle.check import check_content
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest
 from wanexport.runtime.bundle.signature import parameter_shapes
-from wanexport.runtime.denoiser import Denoiser, Engine
+from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.engines.engine import Engine
 from wanexport.runtime.errors import WanExportError, needing_extra
 from wanexport.runtime.machine.memory import free_bytes
 from wanexport.runtime.wan_config import WanConfig

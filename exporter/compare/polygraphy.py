@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from wanexport.exporter.compare.rows import ComparedCall
+from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.bundle.durable import write_durably
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, TensorSpec
-from wanexport.runtime.denoiser import Denoiser, pad_text, to_numpy
+from wanexport.runtime.denoiser import Denoiser, pad_text
 from wanexport.runtime.engines.tensorrt import plan_role
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS
 from wanexport.runtime.errors import WanExportError, needing_package

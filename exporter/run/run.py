@@ -16,10 +16,11 @@ import numpy as np
 from wanexport.exporter.compare.recorded import read_sample_inputs
 from wanexport.exporter.run.record import RunResult, run_record
 from wanexport.exporter.run.request import LATENT, RunRequest, check_request, sidecar
+from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.bundle.check import file_sha256
 from wanexport.runtime.bundle.durable import write_durably
 from wanexport.runtime.bundle.tensorfile import save_arrays
-from wanexport.runtime.denoiser import Denoiser, to_numpy
+from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError, explain, needing_extra
 from wanexport.runtime.load import load
 from wanexport.runtime.parts.find import PARTS, find_components, origin_note

@@ -29,10 +29,8 @@ from wanexport.runtime.bundle.decode import (
 from wanexport.runtime.bundle.path import check_path
 from wanexport.runtime.bundle.regular_file import read_regular
 from wanexport.runtime.bundle.signature import REGIONS, SAFETENSORS_DTYPES
-from wanexport.runtime.engines.tensorrt_library import FLAVOURS
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, printable
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.printable import printable
 from wanexport.runtime.solvers import MAX_SHIFT, MAX_STEPS
 from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
@@ -43,12 +41,13 @@ MAX_BYTES = 8_000_000
 MAX_GUIDANCE = 1000
 DEVICES = ("cpu", "cuda")
 _EXPERT_ROLES = frozenset(f"denoiser-{expert}" for expert in EXPERTS)
+_TENSORRT = ("tensorrt", "tensorrt-rtx")  # the flavours, which are backends each
 _PLAN_ROLES = {"denoiser", "layers", *_EXPERT_ROLES}
 # backend -> what the files of its engines are
 ROLES: Mapping[str, set[str]] = {
     "onnx": {"denoiser"},
     "aoti": {*REGIONS, "flash_attention"},
-    **dict.fromkeys(FLAVOURS, _PLAN_ROLES),
+    **dict.fromkeys(_TENSORRT, _PLAN_ROLES),
 }
 _REMEDY = "restore it, or build again into another folder with -o; the weights stay good"
 
@@ -243,7 +242,7 @@ def _check_engine(engine: EngineRecord, experts: tuple[str, ...], served: set[st
             raise ValueError(f"engine {engine.name} lacks one of {', '.join(REGIONS)}")
         if not all(keys.isdecimal() for keys in engine.attention):
             raise ValueError(f"engine {engine.name} has attention to what is no number of keys")
-    if engine.backend in FLAVOURS:
+    if engine.backend in _TENSORRT:
         _check_plan(engine)
 
 

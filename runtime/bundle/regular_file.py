@@ -7,8 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.printable import printable
+from wanexport.runtime.errors import WanExportError, printable
 
 
 def open_regular(path: Path) -> int:

@@ -19,8 +19,7 @@ import numpy as np
 
 from wanexport.runtime.bundle.durable import durable_file
 from wanexport.runtime.bundle.regular_file import open_regular
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.printable import printable
+from wanexport.runtime.errors import WanExportError, printable
 
 BITS = {  # of one element, for every dtype that safetensors 0.8 writes
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32,

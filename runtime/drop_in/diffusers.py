@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.bundle.manifest import read_manifest
-from wanexport.runtime.denoiser import Denoiser, to_numpy
+from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.drop_in.experts import (
     HIGH_NOISE,
     LOW_NOISE,

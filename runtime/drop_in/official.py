@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanexport.runtime.denoiser import to_numpy
+from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.drop_in.experts import (
     HIGH_NOISE,
     LOW_NOISE,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest
 from wanexport.runtime.bundle.usable import why_unusable
-from wanexport.runtime.engines.onnx import PROVIDERS, gpu_obstacle
+from wanexport.runtime.engines.onnx_providers import PROVIDERS, gpu_obstacle
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.geometry import parse_resolution

@@ -1,11 +1,9 @@
 """A weightless ONNX graph in ONNX Runtime on the CPU, its weights mapped from the bundle's file."""
 
-import ctypes
 import os
 import platform
 import weakref
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,8 @@ import numpy as np
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.engines.onnx_location import with_location
+from wanexport.runtime.engines.onnx_providers import gpu_obstacle
 from wanexport.runtime.errors import WanExportError, needing_extra
-
-PROVIDERS = {  # our name -> ONNX Runtime's
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
-}
-RTX_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 
 
 class OnnxEngine:
@@ -101,61 +92,6 @@ def versions(device: str = "cpu") -> dict[str, str]:
     if device == "cuda" and (reason := gpu_obstacle()):
         raise WanExportError(reason)
     return {"device": device, "machine": platform.machine(), "onnxruntime": version}
-
-
-def gpu_obstacle(provider: str = "cuda") -> str:
-    """Why ONNX Runtime's provider cannot be had here, in a line; empty when it can.
-
-    ONNX Runtime is not imported, and PyTorch only where the provider is there.
-    """
-    if reason := _missing(provider):
-        return reason
-    if find_spec("torch") is None:
-        return "ONNX engines on a GPU need PyTorch for its memory: pip install torch"
-    import torch
-
-    if not torch.cuda.is_available():
-        return "there is no CUDA device here: choose --device cpu"
-    return ""
-
-
-def _missing(provider: str) -> str:
-    """What must be installed for a provider; empty when all is there."""
-    if provider == "tensorrt-rtx":
-        if find_spec(RTX_PLUGIN) and find_spec("onnxruntime"):
-            return ""
-        return (
-            "ONNX Runtime's provider for TensorRT for RTX is not installed: "
-            "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13"
-        )
-    if not _has_library(provider):
-        return (
-            f"this ONNX Runtime has no {PROVIDERS[provider]}: pip uninstall onnxruntime, then "
-            f"pip install onnxruntime-gpu (the two must not be installed together)"
-        )
-    if provider == "tensorrt" and not (find_spec("tensorrt") or _opens("libnvinfer.so.10")):
-        return (
-            "ONNX Runtime's provider for TensorRT needs TensorRT 10: "
-            "pip install 'tensorrt-cu13>=10.14,<11'"
-        )
-    return ""
-
-
-def _has_library(provider: str) -> bool:
-    """Whether the installed ONNX Runtime carries a provider's shared library."""
-    spec = find_spec("onnxruntime")
-    if spec is None or spec.origin is None:
-        return False
-    name = f"libonnxruntime_providers_{provider}.so"
-    return (Path(spec.origin).parent / "capi" / name).is_file()
-
-
-def _opens(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
 
 
 def first_line(error: BaseException) -> str:

@@ -11,9 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import cache
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,10 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
-from wanexport.runtime.bundle.tensorfile import read_header
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
-from wanexport.runtime.engines.onnx import (
-    PROVIDERS,
-    RTX_PLUGIN,
-    first_line,
-    gpu_obstacle,
-    import_onnxruntime,
-    reading_weights,
-)
-from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
+from wanexport.runtime.engines.onnx import first_line, import_onnxruntime, reading_weights
+from wanexport.runtime.engines.onnx_providers import PROVIDERS, RTX_PLUGIN, Provider, gpu_obstacle
+from wanexport.runtime.errors import WanExportError, WanExportWarning
 
 # What takes the time of a forward: none of it may land on the CPU.
 _HEAVY = frozenset(
@@ -42,84 +33,6 @@ _HEAVY = frozenset(
 )
 _CURAND = "libcurand.so.10"  # of CUDA 12 and 13
 _OVERHEAD = 2 << 30  # bytes of GPU memory that a session may take beside its weights
-# They decide which memory a call uses, and when: the engine's own.
-_RESERVED = ("device_id", "user_compute_stream", "has_user_compute_stream")
-_TRT_DTYPES = {"BF16": "trt_bf16_enable", "F16": "trt_fp16_enable"}
-_CUDA_GRAPH = ("enable_cuda_graph", "trt_cuda_graph_enable")  # would replay the first call's memory
-
-
-@dataclass(frozen=True)
-class Provider:
-    """What executes the graph: a name of `PROVIDERS`, and its options as ONNX Runtime has them.
-
-    cache is the folder for what TensorRT's providers compile.
-    Raises WanExportError for an unknown provider, or an option that is the engine's own.
-    """
-
-    name: str = "cuda"
-    options: Mapping[str, str] = field(default_factory=dict)
-    cache: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.name not in PROVIDERS:
-            raise WanExportError(
-                f"unknown provider {self.name!r}: expected one of {', '.join(PROVIDERS)}"
-            )
-        for name in self.options:
-            if name in _RESERVED + _CUDA_GRAPH:
-                raise WanExportError(f"provider option {name} is set by the engine: leave it out")
-
-    @property
-    def compiles(self) -> bool:
-        """Whether it makes an engine with the weights inside."""
-        return self.name.startswith("tensorrt")
-
-    def settings(
-        self, device: torch.device, stream: int, weights: Path | PinnedFile
-    ) -> dict[str, str]:
-        """All options, on the stream with this handle; `weights` is the file compiled in."""
-        if self.name == "cpu":
-            return dict(self.options)
-        weights = pin(weights)
-        own = {
-            "device_id": str(device.index),
-            "has_user_compute_stream": "1",
-            "user_compute_stream": str(stream),
-        }
-        if self.name == "cuda":
-            # TF32 would miss the gate of fp32; the other halves what the arena grows by.
-            own |= {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
-        if self.compiles and self.cache is not None:
-            own |= self._caches(self.cache / f"onnx-{self.name}-{_identity(weights)}")
-        if self.name == "tensorrt":  # without, it would compute in fp32
-            stored = {entry.dtype for entry in read_header(weights.path).values()}
-            own |= {option: "1" for dtype, option in _TRT_DTYPES.items() if dtype in stored}
-        return {**own, **self.options}
-
-    def _caches(self, folder: Path) -> dict[str, str]:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:  # without it, the engine serves all the same
-            warnings.warn(
-                f"the next load compiles anew: cannot write {explain(error)}",
-                WanExportWarning,
-                stacklevel=2,
-            )
-            return {}
-        if self.name == "tensorrt-rtx":
-            return {"nv_runtime_cache_path": str(folder)}
-        return {
-            "trt_engine_cache_enable": "1",
-            "trt_engine_cache_path": str(folder),
-            "trt_timing_cache_enable": "1",
-            "trt_timing_cache_path": str(folder),
-        }
-
-
-def _identity(weights: PinnedFile) -> str:
-    """Which content a weights file has: TensorRT's cache tells graphs apart, not their weights."""
-    text = f"{weights.path.resolve()} {weights.identity.size} {weights.identity.modified}"
-    return sha256(text.encode()).hexdigest()[:16]
 
 
 class OnnxSession:

@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from wanexport.runtime.errors import WanExportError, needing_package
-from wanexport.runtime.printable import printable
+from wanexport.runtime.errors import WanExportError, needing_package, printable
 
 EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)

@@ -6,14 +6,13 @@ from typing import Any
 
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.parts.find import (
-    ComponentFiles,
+from wanexport.runtime.parts.find import ComponentFiles, find_components
+from wanexport.runtime.parts.protocols import (
     ImageEncoder,
     TextEncoder,
     VideoCodec,
     check_text_encoder,
     check_vae,
-    find_components,
 )
 
 

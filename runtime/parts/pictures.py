@@ -17,7 +17,7 @@ from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.regular_file import open_regular
 from wanexport.runtime.errors import WanExportError, needing_extra
 from wanexport.runtime.geometry import PATCH, TEMPORAL_STRIDE, Geometry
-from wanexport.runtime.parts.find import ImageEncoder, VideoCodec
+from wanexport.runtime.parts.protocols import ImageEncoder, VideoCodec
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,8 +18,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from wanexport.runtime.bundle.regular_file import open_regular
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.printable import printable
+from wanexport.runtime.errors import WanExportError, printable
 
 _SHOWN = 4  # of the tensors that do not fit, in an error
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

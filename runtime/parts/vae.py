@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wanexport.runtime.denoiser import count_not_finite, to_numpy
+from wanexport.runtime.arrays import Array, count_not_finite, to_numpy
 from wanexport.runtime.engines.onnx import first_line
 from wanexport.runtime.errors import WanExportError, WanExportWarning, needing_extra
 from wanexport.runtime.geometry import TEMPORAL_STRIDE
@@ -29,7 +29,6 @@ from wanexport.runtime.parts.key_tables import config_of, diffusers_name
 if TYPE_CHECKING:
     from torch import Tensor
 
-Array = Any  # a numpy array or a torch tensor
 TILE, OVERLAP = 256, 64  # pixels of a tile's side, and of what two tiles share
 _SHARE = 0.75  # of a machine's memory: the whole picture may take it
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from wanexport.runtime.arrays import Array, is_finite, to_numpy
 from wanexport.runtime.bundle.manifest import TensorSpec
-from wanexport.runtime.denoiser import Denoiser, is_finite, to_numpy
+from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.family import negative_prompt
-from wanexport.runtime.parts.find import VideoCodec
 from wanexport.runtime.parts.open import Parts
 from wanexport.runtime.parts.pictures import (
     FittedImage,
@@ -26,14 +26,13 @@ from wanexport.runtime.parts.pictures import (
     takes_image,
     takes_last_image,
 )
+from wanexport.runtime.parts.protocols import VideoCodec
 from wanexport.runtime.parts.text_encoder import clean_prompt
 from wanexport.runtime.sample import Plan, Step, make_plan, sample, seeded_noise
 from wanexport.runtime.serving.jobs import Check
 from wanexport.runtime.serving.prompt_cache import PromptCache
 from wanexport.runtime.serving.request import STAGES, Generation, Request, check_request
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
-
-Array = Any  # a numpy array or a torch tensor
 
 
 @dataclass(frozen=True, eq=False)

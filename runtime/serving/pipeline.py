@@ -12,8 +12,8 @@ from typing import Any, Self, TypeVar
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError, refuse_empty
 from wanexport.runtime.load import load
-from wanexport.runtime.parts.find import ImageEncoder, TextEncoder, VideoCodec
 from wanexport.runtime.parts.open import Parts
+from wanexport.runtime.parts.protocols import ImageEncoder, TextEncoder, VideoCodec
 from wanexport.runtime.serving.generator import Generator
 from wanexport.runtime.serving.jobs import MAX_WAITING, Check, Job, JobQueue
 from wanexport.runtime.serving.prompt_cache import PromptCache

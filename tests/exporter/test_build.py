@@ -27,7 +27,8 @@ from wanexport.exporter.backends.onnx import backend as onnx_backend
 from wanexport.exporter.backends.onnx import lower as to_onnx
 from wanexport.exporter.build import build
 from wanexport.exporter.reference.eager import cut_to_ends, tensors_of_cut
-from wanexport.exporter.reference.parity import forward_inputs, relative_l2
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.parity import relative_l2
 from wanexport.runtime import WanExportError, load
 from wanexport.runtime.bundle.check import file_sha256
 from wanexport.runtime.bundle.manifest import read_manifest
@@ -196,7 +197,7 @@ def test_each_backend_has_its_device_and_all_one_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(build_module, "_has_gpu", lambda: has_gpu)
-    monkeypatch.setattr("wanexport.runtime.engines.onnx.gpu_obstacle", lambda: obstacle)
+    monkeypatch.setattr("wanexport.runtime.engines.onnx_providers.gpu_obstacle", lambda: obstacle)
     found = {name: build_module._default_device(name) for name in backends}
     assert tuple(found.values()) == devices
     assert build_module._default_dtype(found) == dtype

@@ -15,7 +15,8 @@ from tests.oracles.wan_reference import (
     small_config,
     small_geometry,
 )
-from wanexport.exporter.reference.parity import forward_inputs, relative_l2
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.signature import attention_count, forward_flops
 from wanexport.graphs.wan import TimeFeatures, WanModel, parameter_dtype

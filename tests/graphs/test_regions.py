@@ -15,7 +15,8 @@ from tests.oracles.wan_reference import (
     small_geometry,
 )
 from wanexport.exporter.lint.program import lint_program
-from wanexport.exporter.reference.parity import forward_inputs, relative_l2
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.regions import trace_regions
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.bundle.signature import REGIONS, parameter_shapes, region_parameters

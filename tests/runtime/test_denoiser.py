@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from wanexport.graphs.config import PRESETS, sampling_defaults
+from wanexport.runtime.arrays import is_torch
 from wanexport.runtime.bundle.manifest import EngineRecord, TensorSpec
 from wanexport.runtime.bundle.signature import input_shapes
-from wanexport.runtime.denoiser import Denoiser, is_torch
+from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.machine import memory

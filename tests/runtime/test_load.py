@@ -12,7 +12,7 @@ import pytest
 
 from wanexport.exporter.build import build
 from wanexport.exporter.bundle.writer import write_manifest
-from wanexport.exporter.reference.parity import forward_inputs
+from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.weights import RandomWeights, write_weights
 from wanexport.runtime import WanExportError, load

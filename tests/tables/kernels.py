@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from wanexport.exporter.reference.parity import forward_inputs
+from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime import load
 from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest

@@ -21,12 +21,14 @@ import numpy as np
 import torch
 
 from wanexport.exporter.backends.onnx.lower import lower, serialize
-from wanexport.exporter.reference.parity import forward_inputs, relative_l2
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.parity import relative_l2
 from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
 from wanexport.runtime.bundle.signature import weights_layout
 from wanexport.runtime.engines.aoti import to_device
 from wanexport.runtime.engines.device_weights import device_weights
-from wanexport.runtime.engines.onnx_gpu import OnnxSession, Provider
+from wanexport.runtime.engines.onnx_gpu import OnnxSession
+from wanexport.runtime.engines.onnx_providers import Provider
 
 ROUNDS, TIMEOUT = 5, 60
 VARIANTS = {  # attention of the graph, and ONNX Runtime's switches

@@ -20,7 +20,8 @@ from tests.oracles.wan_reference import (
 )
 from wanexport.exporter.build import build
 from wanexport.exporter.reference.eager import EagerEngine
-from wanexport.exporter.reference.parity import forward_inputs, relative_l2
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load
 from wanexport.runtime.bundle.signature import parameter_shapes

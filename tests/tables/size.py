@@ -22,7 +22,7 @@ from wanexport.exporter.backends.aoti.attention import choose_kernels
 from wanexport.exporter.backends.aoti.compile import compile_regions
 from wanexport.exporter.backends.aoti.flash_attention import compile_flash_attention
 from wanexport.exporter.bench.process import time_calls
-from wanexport.exporter.reference.parity import forward_inputs
+from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.signature import forward_flops
 from wanexport.graphs.wan import parameter_dtype

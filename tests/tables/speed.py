@@ -20,7 +20,7 @@ import torch
 from wanexport.exporter.build import build
 from wanexport.exporter.reference.diffusers import DiffusersEngine
 from wanexport.exporter.reference.eager import EagerEngine
-from wanexport.exporter.reference.parity import forward_inputs
+from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.graphs.config import PRESETS, Preset
 from wanexport.graphs.signature import forward_flops
 from wanexport.graphs.weights import bundle_tensors

@@ -83,7 +83,7 @@ def compile_regions(
         def compile_in_child(name: str) -> dict[str, Any]:
             path = str(scratch / f"{name}.pt2")
             job = RegionJob(name, asdict(config), asdict(geometry), dtype, device, path)
-            return run_process("to_aoti", job, scratch, advice=_ADVICE, lifeline=line)
+            return run_process("backends.aoti.compile", job, scratch, advice=_ADVICE, lifeline=line)
 
         running = {pool.submit(compile_in_child, name): name for name in files}
         for number, done in enumerate(as_completed(running)):

@@ -3,8 +3,8 @@
 FlashAttention-4 is a Python package that compiles its kernels when they are first called. Here a
 child process has it compile one kernel, for the dtype and head dimension of a model and for any
 batch, length and number of heads, and writes the object file, which a C++ compiler links.
-`wanexport.runtime.engines.flash_attention` loads and calls the library, and needs none of the packages
-that made it.
+`wanexport.runtime.engines.flash_attention` loads and calls the library, and needs none of the
+packages that made it.
 """
 
 import re
@@ -125,7 +125,11 @@ def _compile_in_child(
     job = KernelJob(str(kernel), DTYPES[dtype], head_dim)
     try:
         needed: dict[str, str] = run_process(
-            "flash_attention", job, kernel.parent, lifeline=lifeline, environment=environment
+            "backends.aoti.flash_attention",
+            job,
+            kernel.parent,
+            lifeline=lifeline,
+            environment=environment,
         )
     except WanExportError as error:
         raise WanExportError(f"FlashAttention-4 does not compile: {error}") from error

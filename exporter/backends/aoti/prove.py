@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.exporter.backends.aoti.compile import compile_regions
+from wanexport.exporter.backends.aoti.proof_process import RegionsJob
 from wanexport.exporter.backends.backend import Request
-from wanexport.exporter.backends.onnx.prove import MAX_TOKENS, run_in_fresh_process
+from wanexport.exporter.backends.proof import MAX_TOKENS, run_in_fresh_process
 from wanexport.exporter.child.child import temporary_folder
-from wanexport.exporter.proof_process import RegionsJob
 from wanexport.exporter.reference.eager import cut_to_ends, tensors_of_cut
 from wanexport.runtime.bundle.manifest import EngineRecord
 
@@ -50,7 +50,7 @@ def prove_regions(
                 config=asdict(cut),
                 geometry=asdict(geometry),
             )
-            figures.append(run_in_fresh_process(job, scratch))
+            figures.append(run_in_fresh_process("aoti.proof_process", job, scratch))
     worst = max(figures, key=lambda f: f["error"])
     return {**worst, "verify": verify, "seconds": round(time.monotonic() - started, 2)}
 

@@ -24,6 +24,13 @@ from onnxscript import opset23 as op
 from onnxscript import optimizer
 from torch.export import ExportedProgram
 
+from wanexport.exporter.backends.onnx.passes import (
+    keep_wide,
+    plain_linear,
+    use_multi_head_attention,
+    wide_gelu,
+    wide_linear,
+)
 from wanexport.exporter.backends.onnx.trace import trace
 from wanexport.exporter.child.quiet import quiet
 from wanexport.exporter.lint.onnx import lint_onnx
@@ -69,7 +76,7 @@ def to_onnx(
     `decomposed`, products and a softmax. With wide_bias what follows a bf16 or fp16 product is
     fp32: ONNX Runtime on CUDA rounds before it adds a bias, and GELU at each of its steps.
     """
-    linear, gelu = (_wide_linear, _wide_gelu) if wide_bias else (_linear, None)
+    linear, gelu = (wide_linear, wide_gelu) if wide_bias else (plain_linear, None)
     with quiet("torch.onnx"):
         exported = torch.onnx.export(
             program,
@@ -95,12 +102,12 @@ def to_onnx(
     for cleanup in _CLEANUPS:
         cleanup(model)
     if wide_bias:
-        _keep_wide(model)
+        keep_wide(model)
     model.graph.outputs[0].name = "velocity"
     model.graph.name = "wan_denoiser"
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     if attention == "mha":  # after the checker, which knows only ONNX's own operators
-        _use_multi_head_attention(model)
+        use_multi_head_attention(model)
     if as_inputs:
         return model
     del model.graph.inputs[num_inputs:]
@@ -193,53 +200,6 @@ def node_counts(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """One Gemm that reads the weight as stored: a MatMul would need a transposed copy of it."""
-    shape = [int(n) for n in x.shape]
-    if len(shape) == 2:
-        return op.Gemm(x, weight, bias, transB=1)
-    rows = op.Reshape(x, op.Constant(value_ints=[-1, shape[-1]]))
-    product = op.Gemm(rows, weight, bias, transB=1)
-    return op.Reshape(product, op.Constant(value_ints=[*shape[:-1], int(weight.shape[0])]))
-
-
-def _wide_linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """The product as `_linear`'s, rounded once, and the bias added in fp32."""
-    if bias is None or weight.dtype == ir.DataType.FLOAT:
-        return _linear(x, weight, bias)
-    product = op.Cast(_linear(x, weight), to=ir.DataType.FLOAT)
-    return op.Cast(op.Add(product, op.Cast(bias, to=ir.DataType.FLOAT)), to=weight.dtype)
-
-
-def _wide_gelu(x: Any, approximate: str = "none") -> Any:
-    """GELU in fp32, with one rounding at its end."""
-    wide = op.Gelu(op.Cast(x, to=ir.DataType.FLOAT), approximate=approximate)
-    return op.Cast(wide, to=x.dtype)
-
-
-def _keep_wide(model: ir.Model) -> None:
-    """Where the sum of a bias is rounded and cast back at once, take it as it was."""
-    for node in model.graph:
-        if _widens(node) and (rounding := _producer(node)) and rounding.op_type == "Cast":
-            adding = _producer(rounding)
-            if adding and adding.op_type == "Add":
-                sides = [value.producer() for value in adding.inputs if value is not None]
-                if all(side is not None and _widens(side) for side in sides):
-                    node.outputs[0].replace_all_uses_with(adding.outputs[0])
-    RemoveUnusedNodesPass()(model)
-
-
-def _producer(node: ir.Node) -> ir.Node | None:
-    """What computes the node's first input; None for an input of the graph."""
-    return node.inputs[0].producer() if node.inputs[0] is not None else None
-
-
-def _widens(node: ir.Node) -> bool:
-    """Whether it is a cast to fp32."""
-    to = node.attributes.get("to")
-    return node.op_type == "Cast" and to is not None and to.as_int() == ir.DataType.FLOAT
-
-
 def _attention(q: Any, k: Any, v: Any) -> Any:
     """[B, S, H, D] to ONNX's [B, H, S, D] and back; its default scale is ours, 1 / sqrt(D)."""
     q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
@@ -254,62 +214,6 @@ def _decomposed_attention(q: Any, k: Any, v: Any) -> Any:
     scores = op.MatMul(scaled, op.Transpose(k, perm=[0, 2, 3, 1]))
     out = op.MatMul(op.Softmax(scores, axis=-1), op.Transpose(v, perm=[0, 2, 1, 3]))
     return op.Transpose(out, perm=[0, 2, 1, 3])
-
-
-def _use_multi_head_attention(model: ir.Model) -> int:
-    """Put `com.microsoft` MultiHeadAttention, on [B, S, H * D], for each Attention; say how many.
-
-    The transposes around an Attention go with it.
-    """
-    nodes = [node for node in model.graph if node.op_type == "Attention"]
-    for node in nodes:
-        (transposed_back,) = (use.node for use in node.outputs[0].uses())
-        q, k, v = (_before_transpose(value) for value in node.inputs)
-        new: list[ir.Node] = []
-        flat = [_reshape(x, _flat_shape(x), new) for x in (q, k, v)]
-        heads = _static_shape(q)[2]
-        attention = ir.node(
-            "MultiHeadAttention", flat, attributes={"num_heads": heads}, domain="com.microsoft"
-        )
-        new.append(attention)
-        out = attention.outputs[0]
-        out.type, out.shape = q.type, ir.Shape(_flat_shape(q))
-        result = _reshape(out, _static_shape(q), new)
-        transposed_back.outputs[0].replace_all_uses_with(result)
-        model.graph.insert_before(transposed_back, new)
-    model.graph.opset_imports["com.microsoft"] = 1
-    RemoveUnusedNodesPass()(model)
-    return len(nodes)
-
-
-def _before_transpose(value: ir.Value | None) -> ir.Value:
-    """What the transpose that gives this value was given."""
-    transpose = value.producer() if value is not None else None
-    assert transpose is not None and transpose.op_type == "Transpose"
-    source = transpose.inputs[0]
-    assert source is not None
-    return source
-
-
-def _static_shape(value: ir.Value) -> list[int]:
-    assert value.shape is not None
-    return [int(size) for size in value.shape.numpy()]
-
-
-def _flat_shape(value: ir.Value) -> list[int]:
-    """[B, S, H * D] of a value of [B, S, H, D]."""
-    batch, length, heads, width = _static_shape(value)
-    return [batch, length, heads * width]
-
-
-def _reshape(value: ir.Value, shape: list[int], nodes: list[ir.Node]) -> ir.Value:
-    """The value in another shape; what computes it is appended to the nodes."""
-    constant = ir.node("Constant", [], attributes={"value_ints": shape})
-    reshape = ir.node("Reshape", [value, constant.outputs[0]])
-    nodes += [constant, reshape]
-    result = reshape.outputs[0]
-    result.type, result.shape = value.type, ir.Shape(shape)
-    return result
 
 
 _ATTENTION = {

@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.exporter.backends.onnx import lower as to_onnx
-from wanexport.exporter.child.child import run_process, temporary_folder
-from wanexport.exporter.proof_process import OnnxJob, PlanJob, RegionsJob
+from wanexport.exporter.backends.onnx.proof_process import OnnxJob
+from wanexport.exporter.backends.proof import MAX_TOKENS, run_in_fresh_process
+from wanexport.exporter.child.child import temporary_folder
 from wanexport.exporter.reference.eager import cut_to_ends, tensors_of_cut
 from wanexport.runtime.bundle.signature import weights_layout
 from wanexport.runtime.engines.choose import RUNNABLE_DTYPES
-from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.wan_config import WanConfig
-
-MAX_TOKENS = 1000
 
 
 def prove(
@@ -71,16 +69,6 @@ def prove(
                 config=asdict(cut),
                 geometry=asdict(small),
             )
-            figures.append(run_in_fresh_process(job, scratch))
+            figures.append(run_in_fresh_process("onnx.proof_process", job, scratch))
     worst = max(figures, key=lambda f: f["error"])
     return {**worst, "verify": verify, "seconds": round(time.monotonic() - started, 2)}
-
-
-def run_in_fresh_process(
-    job: OnnxJob | PlanJob | RegionsJob, folder: Path | None = None
-) -> dict[str, Any]:
-    """Run the proof; folder is temporary. Raises WanExportError when it fails or dies."""
-    try:
-        return run_process("proof_process", job, folder)
-    except WanExportError as error:
-        raise WanExportError(f"the built engine failed its proof: {error}") from error

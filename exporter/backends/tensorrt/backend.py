@@ -198,7 +198,7 @@ class TensorRtBackend:
 
 def _run(job: PlanJob, scratch: Path, progress: Progress) -> dict[str, Any]:
     """What the process that builds a plan says of it. Raises WanExportError when it fails."""
-    result = run_process("tensorrt_process", job, scratch, progress)
+    result = run_process("backends.tensorrt.process", job, scratch, progress)
     if not result["kept_timings"]:
         warnings.warn(
             f"{job.timing_cache} was damaged or of another GPU: kernels were timed anew, and it is "

@@ -1,6 +1,6 @@
 """Build one TensorRT plan in a process of its own: a crash, or memory it keeps, ends with it.
 
-python -m wanexport.exporter.backends.tensorrt.process JOB.json        prints progress and result as JSON
+python -m wanexport.exporter.backends.tensorrt.process JOB.json
 """
 
 import sys

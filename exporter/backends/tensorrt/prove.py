@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.exporter.backends.backend import Request
-from wanexport.exporter.backends.onnx.prove import run_in_fresh_process
-from wanexport.exporter.proof_process import PlanJob
+from wanexport.exporter.backends.proof import run_in_fresh_process
+from wanexport.exporter.backends.tensorrt.proof_process import PlanJob
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.engines.tensorrt import plan_role
 from wanexport.runtime.engines.tensorrt_target import is_version_compatible
@@ -38,6 +38,6 @@ def prove_plan(
             config=asdict(request.config),
             geometry=asdict(request.geometry),
         )
-        figures.append(run_in_fresh_process(job))
+        figures.append(run_in_fresh_process("tensorrt.proof_process", job))
     worst = max(figures, key=lambda f: f["error"])
     return {**worst, "verify": "full", "seconds": round(time.monotonic() - started, 2)}

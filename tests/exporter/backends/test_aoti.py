@@ -32,7 +32,8 @@ from wanexport.exporter.build import build
 from wanexport.exporter.bundle.writer import file_record, write_manifest
 from wanexport.exporter.inspection import inspect
 from wanexport.exporter.lint.onnx import lint
-from wanexport.exporter.reference.parity import forward_inputs, relative_l2
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Geometry, WanExportError, load
 from wanexport.runtime.bundle.manifest import read_manifest

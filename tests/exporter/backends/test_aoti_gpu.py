@@ -24,7 +24,8 @@ from tests.oracles.wan_reference import (
 )
 from wanexport.exporter.build import build
 from wanexport.exporter.reference.eager import EagerEngine
-from wanexport.exporter.reference.parity import FLOOR_FACTOR, forward_inputs, relative_l2
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.parity import FLOOR_FACTOR, relative_l2
 from wanexport.graphs.wan import Block, Conditioning
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load

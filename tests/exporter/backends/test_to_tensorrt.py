@@ -201,7 +201,9 @@ def test_the_child_tells_its_progress_and_its_result(tmp_path: Path) -> None:
     config = small_config("t2v-1.3b", num_layers=1)
     job = job_of(tmp_path, graph_of(config, small_geometry(config)))
     told: list[tuple[str, int, int]] = []
-    result = run_process("tensorrt_process", job, tmp_path, lambda *step: told.append(step))
+    result = run_process(
+        "backends.tensorrt.process", job, tmp_path, lambda *step: told.append(step)
+    )
     assert result["attention_layers"] == 2
     assert 50e6 < result["peak_rss_bytes"] < 1.5 * 2**30
     assert all(stage.startswith("building, ") and done <= total for stage, done, total in told)
@@ -335,7 +337,7 @@ def test_a_second_build_reuses_both_and_other_options_do_not(tiny: Path) -> None
 
 
 def tensorrt_key(options: TensorRtOptions) -> str:
-    from wanexport.exporter.build import engine_key
+    from wanexport.exporter.key import engine_key
 
     target = {"device": "cuda", "arch": "sm89", RTX: "1.7"}
     return engine_key(replace(request_for(target), tensorrt=options))

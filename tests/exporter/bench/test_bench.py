@@ -42,7 +42,8 @@ from wanexport.exporter.bench.report import row, save
 from wanexport.exporter.bundle.writer import file_record, write_manifest
 from wanexport.exporter.cli.main import cli
 from wanexport.exporter.reference.diffusers import DiffusersEngine
-from wanexport.exporter.reference.parity import forward_inputs, relative_l2
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load
 from wanexport.runtime.bundle.manifest import read_manifest
@@ -494,7 +495,7 @@ def test_a_child_out_of_time_is_stopped(
     session = _Session(job_of(bundle, "onnx", tmp_path), tmp_path, time.monotonic(), 0.3)
     with pytest.raises(_OverBudget):
         session.child()  # which takes longer to import
-    assert not alive("bench_process")
+    assert not alive("bench.process")
 
 
 def test_without_matplotlib_there_is_no_plot_but_a_warning(

@@ -15,7 +15,7 @@ from tests.runtime.bundle.small_bundle import change, manifest_of, put, small_bu
 from wanexport.exporter.cli import display, terminal
 from wanexport.exporter.cli.main import main
 from wanexport.exporter.inspection import inspect
-from wanexport.runtime.printable import printable
+from wanexport.runtime.errors import printable
 
 HOSTILE = ("[/bold]", "[red]x", ":warning:", "\x1b[2J", "a\nb", "a\u202eb", "\r", "\0", "\ud800")
 IN_FIELDS = ("[/bold]", "\x1b[2J", "a\nb")

@@ -22,14 +22,8 @@ from tests.tables import faults
 from wanexport.exporter.build import build
 from wanexport.exporter.bundle.lock import bundle_lock
 from wanexport.exporter.compare.compare import compare
-from wanexport.exporter.reference.parity import (
-    Parity,
-    difference,
-    forward_inputs,
-    measure,
-    relative_l2,
-    seeded_inputs,
-)
+from wanexport.exporter.reference.inputs import forward_inputs, seeded_inputs
+from wanexport.exporter.reference.parity import Parity, difference, measure, relative_l2
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import load
 from wanexport.runtime.bundle.manifest import read_manifest

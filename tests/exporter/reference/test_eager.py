@@ -9,7 +9,8 @@ import torch
 from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
 from wanexport.exporter.reference.diffusers import DiffusersEngine
 from wanexport.exporter.reference.eager import EagerEngine
-from wanexport.exporter.reference.parity import forward_inputs, relative_l2
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.graphs.weights import RandomWeights, bundle_tensors, write_weights
 from wanexport.runtime.bundle.signature import parameter_shapes

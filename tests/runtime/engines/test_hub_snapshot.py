@@ -16,7 +16,8 @@ from tests.runtime.engines.hub_layout import as_snapshot
 from tests.runtime.test_load import inputs
 from wanexport.exporter.inspection import inspect
 from wanexport.runtime import load
-from wanexport.runtime.engines.onnx_gpu import Provider, open_engines
+from wanexport.runtime.engines.onnx_gpu import open_engines
+from wanexport.runtime.engines.onnx_providers import Provider
 
 CPU = torch.device("cpu")
 GRAPH, WEIGHTS = "engines/64x96x9/onnx-fp32/denoiser.onnx", "weights/fp32/denoiser.safetensors"

@@ -18,10 +18,11 @@ import torch
 from tests.oracles.tensorrt_doubles import Calls, Stream
 from tests.oracles.wan_reference import small_config, small_geometry
 from wanexport.exporter.backends.onnx.lower import lower, serialize
+from wanexport.exporter.backends.onnx.proof_process import OnnxJob, run_with_device_weights
 from wanexport.exporter.build import build
 from wanexport.exporter.cli.options import parse_pairs
-from wanexport.exporter.proof_process import OnnxJob, run_with_device_weights
-from wanexport.exporter.reference.parity import forward_inputs, relative_l2
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.signature import attention_count
 from wanexport.graphs.weights import RandomWeights, write_weights
@@ -30,14 +31,9 @@ from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
 from wanexport.runtime.bundle.signature import weights_layout
 from wanexport.runtime.engines.choose import choose_engine
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
-from wanexport.runtime.engines.onnx import RTX_PLUGIN, OnnxEngine
-from wanexport.runtime.engines.onnx_gpu import (
-    OnnxCudaEngine,
-    OnnxSession,
-    Provider,
-    _add_rtx,
-    open_engines,
-)
+from wanexport.runtime.engines.onnx import OnnxEngine
+from wanexport.runtime.engines.onnx_gpu import OnnxCudaEngine, OnnxSession, _add_rtx, open_engines
+from wanexport.runtime.engines.onnx_providers import RTX_PLUGIN, Provider
 from wanexport.runtime.errors import WanExportWarning
 from wanexport.runtime.geometry import Geometry
 

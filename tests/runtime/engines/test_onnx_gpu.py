@@ -21,7 +21,8 @@ from tests.oracles.wan_reference import (
     write_official,
 )
 from wanexport.exporter.reference.eager import EagerEngine
-from wanexport.exporter.reference.parity import FLOOR_FACTOR, FP32_GATE, forward_inputs, relative_l2
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.parity import FLOOR_FACTOR, FP32_GATE, relative_l2
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import Denoiser, load
 from wanexport.runtime.bundle.manifest import read_manifest

@@ -131,7 +131,7 @@ def test_the_key_of_an_engine_has_compiler_and_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from wanexport.exporter.backends.backend import Request
-    from wanexport.exporter.build import engine_key
+    from wanexport.exporter.key import engine_key
     from wanexport.graphs.config import PRESETS, sampling_defaults
     from wanexport.runtime import Geometry
 

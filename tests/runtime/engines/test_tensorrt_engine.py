@@ -24,10 +24,11 @@ from torch import Tensor
 from tests.oracles.tensorrt_doubles import Calls, Gpu, Stream, TensorRt, velocity, write_plan
 from wanexport.exporter.backends.backend import Request
 from wanexport.exporter.backends.tensorrt import prove as tensorrt_proof
+from wanexport.exporter.backends.tensorrt.proof_process import PlanJob
+from wanexport.exporter.backends.tensorrt.proof_process import prove_plan as prove_here
 from wanexport.exporter.backends.tensorrt.prove import prove_plan
 from wanexport.exporter.bundle.writer import file_record, write_manifest
-from wanexport.exporter.proof_process import PlanJob, _prove
-from wanexport.exporter.reference.parity import seeded_inputs
+from wanexport.exporter.reference.inputs import seeded_inputs
 from wanexport.graphs.wan import WanModel
 from wanexport.graphs.weights import RandomWeights, write_weights
 from wanexport.runtime import WanExportError, load, sample
@@ -694,7 +695,7 @@ def proof(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The proof of the bundle's engine, in this process, where the doubles are."""
 
     def here(job: PlanJob, folder: Path) -> dict[str, Any]:
-        return _prove(json.loads(json.dumps(asdict(job))))
+        return prove_here(PlanJob(**json.loads(json.dumps(asdict(job)))))
 
     monkeypatch.setattr(tensorrt_proof, "run_in_fresh_process", here)
     manifest = read_manifest(bundle)

@@ -16,7 +16,8 @@ from wanexport.graphs.config import PRESETS
 from wanexport.runtime import family as prompts
 from wanexport.runtime.bundle.manifest import FileRecord, Manifest, WeightsRecord
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.parts.find import check_text_encoder, check_vae, find_components, origin_note
+from wanexport.runtime.parts.find import find_components, origin_note
+from wanexport.runtime.parts.protocols import check_text_encoder, check_vae
 
 NO_HASH = "0" * 64
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"
