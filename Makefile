@@ -36,7 +36,7 @@ test: setup
 
 # The quick tests with the oldest versions that pyproject.toml allows, in an environment of its own.
 test-oldest: .venv/oldest/.ready
-	.venv/oldest/bin/python -m pytest -n 2 --dist loadfile -m 'not gpu' $(LONG:%=--ignore tests/test_%.py)
+	.venv/oldest/bin/python -m pytest -n 2 --dist loadfile -m 'not gpu' $(LONG:%=--ignore-glob '*/test_%.py')
 
 .venv/oldest/.ready: .venv/.ready
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv/oldest

@@ -87,8 +87,8 @@ def test_an_error_of_ours_passes() -> None:
 
 def test_every_extra_that_the_code_names_is_declared() -> None:
     files = [
-        *(ROOT / "runtime").glob("*.py"),
-        *(ROOT / "exporter").glob("*.py"),
+        *(ROOT / "runtime").rglob("*.py"),
+        *(ROOT / "exporter").rglob("*.py"),
         ROOT / "README.md",
     ]
     text = "\n".join(file.read_text() for file in files)
