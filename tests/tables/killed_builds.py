@@ -1,6 +1,6 @@
 """Kill builds of `tiny` at random instants; every load must see an old bundle, a new one, or none.
 
-    python -m tests.tables.killed_builds [NUMBER] [SEED]        NUMBER defaults to 50
+    python -m tests.tables.killed_builds [NUMBER] [SEED] [BACKEND]        50, 0 and onnx by default
 
 Half of the builds start a bundle and half add a second shape to one. After each kill the bundle is
 opened, the same command is run again, and what it leaves is verified and counted.
@@ -26,16 +26,16 @@ OLD, NEW = ("32x48", 5), ("32x32", 1)
 _KEPT = {"manifest.json", ".lock"}
 
 
-def command(bundle: Path, resolution: str, frames: int) -> list[str]:
+def command(bundle: Path, shape: tuple[str, int], backend: str = "onnx") -> list[str]:
     build = [sys.executable, "-m", "wanexport.exporter.cli.main", "build", "-m", "tiny"]
-    shape = ["--resolution", resolution, "--frames", str(frames)]
-    return [*build, "--random-weights", "0", *shape, "-o", str(bundle)]
+    engine = ["--resolution", shape[0], "--frames", str(shape[1]), "--backend", backend]
+    return [*build, "--random-weights", "0", *engine, "-o", str(bundle)]
 
 
-def start(bundle: Path, shape: tuple[str, int]) -> subprocess.Popen[bytes]:
+def start(bundle: Path, shape: tuple[str, int], backend: str = "onnx") -> subprocess.Popen[bytes]:
     """Start a build in a process group of its own."""
     return subprocess.Popen(
-        command(bundle, *shape),
+        command(bundle, shape, backend),
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -59,16 +59,16 @@ def state(bundle: Path, *, had_old: bool) -> str:
         return "none"
     if had_old:
         load(bundle, resolution=OLD[0], frames=OLD[1])
-    is_new = f"{NEW[0]}x{NEW[1]}/onnx-fp32" in held
+    is_new = any(name.startswith(f"{NEW[0]}x{NEW[1]}/") for name in held)
     if is_new:
         load(bundle, resolution=NEW[0], frames=NEW[1])
     assert is_new or had_old
     return "new" if is_new else "old"
 
 
-def check_rerun(bundle: Path, shape: tuple[str, int]) -> bool:
+def check_rerun(bundle: Path, shape: tuple[str, int], backend: str = "onnx") -> bool:
     """Run the build again: whole, verified, nothing left over. Return whether it resumed."""
-    child = subprocess.run(command(bundle, *shape), capture_output=True, text=True)
+    child = subprocess.run(command(bundle, shape, backend), capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     load(bundle, resolution=shape[0], frames=shape[1])
     assert inspect(bundle, verify=True)["problems"] == []
@@ -77,25 +77,25 @@ def check_rerun(bundle: Path, shape: tuple[str, int]) -> bool:
     return "reused" in child.stdout
 
 
-def main(number: int, seed: int) -> None:
+def main(number: int, seed: int, backend: str = "onnx") -> None:
     """Print how many kills left what."""
     rng = random.Random(seed)
     seen: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         old = Path(name) / "old"
         started = time.monotonic()
-        subprocess.run(command(old, *OLD), check=True, capture_output=True)
+        subprocess.run(command(old, OLD, backend), check=True, capture_output=True)
         span = time.monotonic() - started
         for i in range(number):
             bundle = Path(name) / "bundle"
             if i % 2:
                 shutil.copytree(old, bundle)
-            child = start(bundle, NEW)
+            child = start(bundle, NEW, backend)
             time.sleep(rng.uniform(0, 1.05 * span))
             kill(child, group=i % 4 < 2)
             kind = "finished" if child.returncode == 0 else "killed"
             found = state(bundle, had_old=bool(i % 2))
-            rerun = "resumed" if check_rerun(bundle, NEW) else "rebuilt"
+            rerun = "resumed" if check_rerun(bundle, NEW, backend) else "rebuilt"
             seen[f"{kind}, {found}, rerun {rerun}"] += 1
             shutil.rmtree(bundle)
             print(f"\r{i + 1} of {number}", end="", file=sys.stderr, flush=True)
@@ -104,5 +104,5 @@ def main(number: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    arguments = [int(argument) for argument in sys.argv[1:]]
-    main(*(arguments + [50, 0][len(arguments) :]))
+    number, seed, backend = (*sys.argv[1:], *("50", "0", "onnx")[len(sys.argv) - 1 :])
+    main(int(number), int(seed), backend)

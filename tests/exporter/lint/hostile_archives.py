@@ -1,7 +1,8 @@
 """Archives that would run something, take a machine's memory, or are no archives, by name.
 
-    python -m tests.exporter.lint.hostile_archives FOLDER        lints all of FOLDER and prints
-what was run
+    python -m tests.exporter.lint.hostile_archives FOLDER
+
+lints all of FOLDER and prints what was run.
 
 A pickle in one of them makes the file `canary` beside it, if anything unpickles it.
 """

@@ -1,7 +1,8 @@
 """Damage to a manifest: one to three things changed at random, by a seed that repeats it.
 
-    python -m tests.runtime.bundle.mutations 10000        a campaign on a bundle made by hand:
-prints what failed
+    python -m tests.runtime.bundle.mutations NUMBER
+
+damages the manifest of a bundle made by hand, and prints what failed.
 
 A mutant is text: some are no JSON, as a disk or an editor leaves them.
 """
