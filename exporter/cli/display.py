@@ -260,7 +260,7 @@ def show_doctor(record: dict[str, Any]) -> None:
         table.add_column(column)
     for library in record["libraries"]:
         problem = library["problem"]
-        state = Text(printable(problem), "red") if problem else Text("ok", "green")
+        state = Text(printable(problem, 2000), "red") if problem else Text("ok", "green")
         requirement, version = short(library["requirement"]), short(library["version"] or "-")
         table.add_row(requirement, library["extra"] or "base", version, state)
     out.print(table)

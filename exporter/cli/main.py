@@ -56,7 +56,6 @@ from wanexport.runtime.errors import (
     WanExportWarning,
     explain,
     needing_extra,
-    printable,
 )
 
 
@@ -158,7 +157,7 @@ def run(
 
 
 def _tell(note: str) -> None:
-    write(err, ("note: ", "yellow"), printable(note))
+    write(err, ("note: ", "yellow"), note)
 
 
 @cli.command()
@@ -209,7 +208,7 @@ def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **op
         result = run_compare(bundle, progress=show, **options)
     _report(result, as_json, show_compare)
     if result["warning"]:
-        write(err, ("warning: ", "yellow"), printable(result["warning"]))
+        write(err, ("warning: ", "yellow"), result["warning"])
     if not result["passed"]:
         sys.exit(1)
 
@@ -252,7 +251,7 @@ def bench(
         result = run_bench(bundle, against=arms, progress=show, **options)
     _report(result, as_json, show_bench)
     if result["warning"]:
-        write(err, ("warning: ", "yellow"), printable(result["warning"]))
+        write(err, ("warning: ", "yellow"), result["warning"])
     if result["failed"]:
         sys.exit(1)
 
@@ -343,7 +342,7 @@ def _run() -> NoReturn:
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     """Ours in one line; what libraries warn of is not the user's."""
     if issubclass(category, WanExportWarning):
-        write(err, ("warning: ", "yellow"), printable(message))
+        write(err, ("warning: ", "yellow"), str(message))
 
 
 def _fail(message: str) -> NoReturn:
@@ -352,7 +351,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _say_error(message: str) -> None:
-    write(err, ("error: ", "red"), printable(" ".join(message.split())))
+    write(err, ("error: ", "red"), " ".join(message.split()))
 
 
 if __name__ == "__main__":

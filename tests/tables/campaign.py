@@ -9,12 +9,15 @@ folders in every place, hostile archives. Exits with 1 when anything failed.
 """
 
 import json
+import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from tests.exporter.child.killed_parents import kill_after
@@ -45,7 +48,9 @@ def manifests(count: int) -> list[str]:
     """Damaged manifests, read, inspected and chosen from."""
     with tempfile.TemporaryDirectory() as name:
         bundle = small_bundle(Path(name) / "bundle", "onnx", "aoti", "tensorrt")
-        return manifest_failures(bundle, range(count), read_inspect_choose)
+        with open(os.devnull, "w") as nobody, redirect_stdout(nobody):
+            read_inspect_choose(bundle)  # what is imported at first takes its time once
+            return manifest_failures(bundle, range(count), read_inspect_choose)
 
 
 def journals(count: int) -> list[str]:
@@ -107,6 +112,7 @@ def main(mutants: int = 10_000, kills: int = 50, number: int = 10) -> int:
         ("AOTInductor builds killed", number, lambda count: builds(count, "aoti")),
         ("every case of the tests", 1, once),
     )
+    warnings.simplefilter("ignore")
     total = 0
     for what, count, run in parts:
         started = time.monotonic()
