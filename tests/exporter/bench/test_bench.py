@@ -416,7 +416,7 @@ def test_without_diffusers_its_arms_are_refused(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(WanExportError, match="arm compile cannot run here: .*needs diffusers"):
+    with pytest.raises(WanExportError, match=r"arm compile cannot run here: .*needs diffusers"):
         bench(tiny_bundle, dtype="fp32", against=["compile"])
 
 
