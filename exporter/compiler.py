@@ -62,7 +62,7 @@ def restrict_inductor(level: str) -> None:
         if least is None or level < least:  # the names of x86's levels sort as they rise
             setattr(torch.cpu, name, lambda: False)
     if level.startswith("arm"):
-        cpu_vec_isa.valid_vec_isa_list = lambda: [cpu_vec_isa.VecNEON()]
+        setattr(cpu_vec_isa, "valid_vec_isa_list", lambda: [cpu_vec_isa.VecNEON()])  # noqa: B010
     flags_of = cpp_builder._get_optimization_cflags
 
     def for_level(*arguments: Any, **options: Any) -> tuple[list[str], list[str]]:

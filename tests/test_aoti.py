@@ -219,7 +219,7 @@ def test_a_second_build_reuses_the_engine(model: Path, copy: Path) -> None:
     assert record["reused"] == ["weights fp32", f"engine {engine.name}"]
 
 
-@pytest.mark.parametrize("field", ["torch", "arch", "instructions"])
+@pytest.mark.parametrize("field", ["torch", "arch", "march", "instructions"])
 def test_an_engine_for_another_machine_names_field_values_and_cure(copy: Path, field: str) -> None:
     manifest = read_manifest(copy)
     (engine,) = manifest.engines
@@ -283,8 +283,9 @@ def test_options_that_do_not_apply_are_refused(small: Path, tiny_bundle: Path) -
         load(small, offload=True)
     with pytest.raises(WanExportError, match="unknown kernel 'fast'"):
         load(small, attention="fast")
-    with pytest.raises(WanExportError, match="has no FlashAttention-4 kernel: pip install"):
-        load(small, attention="fa4")
+    for kernel in ("fa4", "cudnn"):
+        with pytest.raises(WanExportError, match=f"{kernel} runs on a GPU, not on cpu: choose sdp"):
+            load(small, attention=kernel)
     for options, message in (
         ({"attention": "sdpa"}, "an engine of another --backend"),
         ({"cuda_graph": False}, "an engine of another --backend"),

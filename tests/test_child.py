@@ -15,6 +15,7 @@ import pytest
 
 from wanexport.exporter import child
 from wanexport.exporter.child import known, run_process, temporary_folder
+from wanexport.exporter.process import run_command
 from wanexport.runtime.errors import WanExportError
 
 RESULT = {"answer": 1}
@@ -43,10 +44,9 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     )
     paths = [str(package.parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-    run = child.run_command
 
     def run_stub(command: list[str], **options: Any) -> Any:
-        return run(
+        return run_command(
             [a.replace("wanexport.exporter.", "wanexport_stub.") for a in command], **options
         )
 

@@ -21,7 +21,7 @@ from wanexport.graphs.lint import Finding, lint_program
 from wanexport.runtime.errors import WanExportError
 
 PROGRAMS: list[tuple[str, Callable[[], torch.export.ExportedProgram]]] = [
-    *((kind, lambda f=f, a=a: exported(f, *a)) for kind, f, a in FAULTS),  # type: ignore[misc]
+    *((kind, lambda f=f, a=a: exported(f, *a)) for kind, f, a in FAULTS),
     ("clean", lambda: exported(lambda _, x: (x * 2).add_(1), FOUR)),
     ("parameter", lambda: torch.export.export(WritesItsParameter(), (FOUR,))),
     (
