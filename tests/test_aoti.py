@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from tests.hub_layout import as_snapshot
 from tests.wan_reference import (
@@ -29,6 +30,7 @@ from tests.wan_reference import (
 )
 from wanexport.exporter.build import build
 from wanexport.exporter.bundle import file_record, write_manifest
+from wanexport.exporter.cli import cli
 from wanexport.exporter.inspection import inspect
 from wanexport.exporter.onnx_lint import lint
 from wanexport.exporter.parity import forward_inputs, relative_l2
@@ -207,7 +209,24 @@ def test_the_record_says_what_the_engine_is_bound_to(small: Path) -> None:
     assert engine.parameters["block"][0].startswith("blocks.0.")
     assert set(engine.lint.values()) == {0}
     assert not inspect(small, verify=True)["problems"]
-    assert lint(small)["clean"]
+    found = lint(small)
+    assert found["clean"]
+    assert found["graphs"][engine.name] == {
+        "counts": dict(engine.lint),
+        "findings": [],
+        "recorded": True,
+    }
+
+
+def test_a_record_of_findings_is_not_clean(copy: Path) -> None:
+    manifest = read_manifest(copy)
+    (engine,) = manifest.engines
+    other = replace(engine, lint={**engine.lint, "loop": 2})
+    write_manifest(copy, replace(manifest, engines=(other,)))
+    shown = CliRunner().invoke(cli, ["lint", str(copy)])
+    assert shown.exit_code == 1
+    assert f"{engine.name}: not clean by the record of its build; no host_sync" in shown.output
+    assert "loop 2" in shown.output
 
 
 def test_a_second_build_reuses_the_engine(model: Path, copy: Path) -> None:
