@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Of one machine: gpu takes the place of cpu, and tensorrt is NVIDIA's to install.
 EXTRAS := cpu,build,bench,aoti,diffusers,pipeline,tensorrt-rtx
-# Whose real Python bindings tests/test_tensorrt_contract.py checks; one environment holds one.
+# Whose real Python bindings tests/exporter/backends/test_tensorrt_contract.py checks; one environment holds one.
 TENSORRT := 10.14.1.48.post1 10.16.1.11 11.4.0.106
 # Test files that build for long, which test-oldest leaves out.
 LONG := readme install packaging build compare to_tensorrt tiny_wan run samples bench pipeline official
@@ -36,7 +36,7 @@ test: setup
 
 # The quick tests with the oldest versions that pyproject.toml allows, in an environment of its own.
 test-oldest: .venv/oldest/.ready
-	.venv/oldest/bin/python -m pytest -n 2 --dist loadfile -m 'not gpu' $(LONG:%=--ignore tests/test_%.py)
+	.venv/oldest/bin/python -m pytest -n 2 --dist loadfile -m 'not gpu' $(LONG:%=--ignore-glob '*/test_%.py')
 
 .venv/oldest/.ready: .venv/.ready
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv/oldest

@@ -1,8 +1,6 @@
 """`wanexport build`: the weights, then each engine with its proof, then the manifest."""
 
 import hashlib
-import inspect
-import json
 import os
 import shutil
 import time
@@ -13,25 +11,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wanexport.exporter import aoti_backend, onnx_backend
-from wanexport.exporter.bundle import BundleWriter, file_record, open_bundle
-from wanexport.exporter.bundle_place import check_place
+from wanexport.exporter.backends.backend import Progress, Request, TensorRtOptions
+from wanexport.exporter.backends.table import BACKENDS
+from wanexport.exporter.bundle.place import check_place
+from wanexport.exporter.bundle.writer import BundleWriter, file_record, open_bundle
+from wanexport.exporter.child.process import missing_name
+from wanexport.exporter.key import engine_key
 from wanexport.exporter.model_source import ModelSource, resolve
-from wanexport.exporter.process import missing_name
-from wanexport.exporter.request import Backend, Progress, Request, TensorRtOptions
-from wanexport.exporter.tensorrt_backend import TensorRtBackend
-from wanexport.graphs import config as graph_config
-from wanexport.graphs import lint, model, rope
 from wanexport.graphs.config import sampling_defaults
 from wanexport.graphs.signature import forward_flops
 from wanexport.graphs.weights import DTYPES, write_weights
-from wanexport.runtime import geometry as geometry_module
-from wanexport.runtime import onnx_engine, operators, signature, wan_config
-from wanexport.runtime.choose import DEVICES
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.geometry import Geometry, parse_resolution
-from wanexport.runtime.load import WEIGHTS_FILE
-from wanexport.runtime.manifest import (
+from wanexport.runtime.bundle import signature
+from wanexport.runtime.bundle.manifest import (
     EngineRecord,
     FileRecord,
     Manifest,
@@ -39,29 +30,18 @@ from wanexport.runtime.manifest import (
     TensorSpec,
     WeightsRecord,
 )
-from wanexport.runtime.memory import peak_rss
-from wanexport.runtime.signature import weights_layout
-from wanexport.runtime.temporary import check_temporary_folder
-from wanexport.runtime.tensorfile import header_sha256
-from wanexport.runtime.tensorrt_library import FLAVOURS
+from wanexport.runtime.bundle.signature import weights_layout
+from wanexport.runtime.bundle.tensorfile import header_sha256
+from wanexport.runtime.engines.choose import DEVICES
+from wanexport.runtime.engines.onnx_providers import gpu_obstacle
+from wanexport.runtime.engines.tensorrt_library import FLAVOURS
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.geometry import Geometry, parse_resolution
+from wanexport.runtime.load import WEIGHTS_FILE
+from wanexport.runtime.machine.memory import peak_rss
+from wanexport.runtime.machine.temporary import check_temporary_folder
 from wanexport.runtime.wan_config import WanConfig
 
-BACKENDS: dict[str, Backend] = {
-    "onnx": onnx_backend,
-    "aoti": aoti_backend,
-    "tensorrt": TensorRtBackend("tensorrt"),
-    "tensorrt-rtx": TensorRtBackend("tensorrt-rtx"),
-}
-_GRAPH_CODE = (
-    graph_config,
-    wan_config,
-    model,
-    rope,
-    signature,
-    lint,
-    operators,
-    geometry_module,
-)
 _NO_KEY = "0" * 64  # of an engine that no later build may take for its own
 CHOICES = {
     "backends": tuple(BACKENDS),
@@ -114,7 +94,7 @@ def build(
     options = tensorrt or TensorRtOptions()
     _check_has_tensorrt(backends, options)
     height, width = parse_resolution(resolution)
-    check_temporary_folder(runs_code="aoti" in backends)
+    check_temporary_folder(compiles="aoti" in backends)
     if output is not None:  # before a checkpoint is downloaded for it
         check_place(Path(output))
     # Fail before the work when an engine could not be made or proven here.
@@ -167,7 +147,7 @@ def _has_gpu() -> bool:
 def _default_device(backend: str) -> str:
     """A GPU where the backend can use one."""
     if backend == "onnx":  # which this machine may have for a CPU only
-        return "cpu" if onnx_engine.gpu_obstacle() else "cuda"
+        return "cpu" if gpu_obstacle() else "cuda"
     return "cuda" if _has_gpu() else "cpu"
 
 
@@ -327,20 +307,6 @@ def add_engine(
 
 def _weights_files(writer: BundleWriter, dtype: str) -> dict[str, Path]:
     return {w.expert: writer.path / w.file.path for w in writer.manifest.weights_of(dtype)}
-
-
-def engine_key(request: Request) -> str:
-    """Hash of all that decides an engine's files and record; the weights are not among it."""
-    backend = BACKENDS[request.backend]
-    code = [inspect.getsource(module) for module in (*_GRAPH_CODE, *backend.code(request.device))]
-    bound = {name: request.target[name] for name in backend.BINDING if name in request.target}
-    parts = [
-        asdict(replace(request, target=bound)),
-        request.weights_header,
-        code,
-        backend.libraries(request),
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def compile_engine(writer: BundleWriter, request: Request, progress: Progress) -> EngineRecord:

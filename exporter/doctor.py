@@ -17,11 +17,11 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from wanexport.exporter.child import temporary_folder
-from wanexport.exporter.process import environment_of, run_command
-from wanexport.runtime.memory import available_bytes, limit_bytes
-from wanexport.runtime.onnx_engine import disable_telemetry
-from wanexport.runtime.tensorrt_library import FLAVOURS
+from wanexport.exporter.child.child import temporary_folder
+from wanexport.exporter.child.process import environment_of, run_command
+from wanexport.runtime.engines.onnx import disable_telemetry
+from wanexport.runtime.engines.tensorrt_library import FLAVOURS
+from wanexport.runtime.machine.memory import available_bytes, limit_bytes
 
 _TIMEOUT = 120  # seconds for one import
 _IMPORTS = {  # where the package's name is not what is used of it
@@ -30,8 +30,8 @@ _IMPORTS = {  # where the package's name is not what is used of it
     "onnxruntime-ep-nv-tensorrt-rtx-cu13": "import onnxruntime_ep_nv_tensorrt_rtx",
     "tensorrt-cu13": "import tensorrt",
     # Finds its libraries only once the package that holds them is imported.
-    "tensorrt-rtx-cu13-bindings": "from wanexport.runtime.tensorrt_library import import_tensorrt\n"
-    "import_tensorrt('tensorrt-rtx')",
+    "tensorrt-rtx-cu13-bindings": "from wanexport.runtime.engines import tensorrt_library\n"
+    "tensorrt_library.import_tensorrt('tensorrt-rtx')",
     "diffusers": "from diffusers import AutoencoderKLWan, WanTransformer3DModel",
     "pillow": "from PIL import Image",
     "transformers": "from transformers import CLIPVisionModel, UMT5EncoderModel",
@@ -144,7 +144,7 @@ def _task(libraries: Collection[Library], extras: Collection[str]) -> dict[str, 
 def _tensorrt(flavour: str) -> dict[str, Any]:
     """Whether a flavour of TensorRT can be imported; what it finds there is no package of ours."""
     code = (
-        "import sys; from wanexport.runtime.tensorrt_library import import_tensorrt; "
+        "import sys; from wanexport.runtime.engines.tensorrt_library import import_tensorrt; "
         "import_tensorrt(sys.argv[1])"
     )
     problem = _problem([sys.executable, "-P", "-c", code, flavour])

@@ -6,11 +6,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from wanexport.runtime.check import check_content, check_weights
+from wanexport.runtime.bundle.check import check_content, check_weights
+from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
+from wanexport.runtime.bundle.tensorfile import read_header
+from wanexport.runtime.bundle.usable import why_unusable
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import EngineRecord, Manifest, read_manifest
-from wanexport.runtime.tensorfile import read_header
-from wanexport.runtime.usable import why_unusable
 
 
 def inspect(bundle: str | Path, *, verify: bool = False) -> dict[str, Any]:

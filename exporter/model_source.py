@@ -9,9 +9,8 @@ from wanexport.graphs.checkpoint import Checkpoint, open_checkpoint
 from wanexport.graphs.config import PRESETS, variant
 from wanexport.graphs.experts import FOLDERS, expert_of_name
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.hub import EXAMPLE, download
-from wanexport.runtime.printable import printable
+from wanexport.runtime.errors import WanExportError, printable
+from wanexport.runtime.parts.hub import EXAMPLE, download
 from wanexport.runtime.wan_config import WanConfig
 
 DEFAULT_MODEL = EXAMPLE
@@ -91,7 +90,7 @@ def _random(model: str, seed: int) -> ModelSource:
     preset = PRESETS.get(model.lower())
     if preset is None:
         raise WanExportError(
-            f"{printable(model)} is no preset: --random-weights takes {', '.join(PRESETS)}"
+            f"{printable(repr(model))} is no preset: --random-weights takes {', '.join(PRESETS)}"
         )
     experts = preset.experts or ("",)
     return ModelSource(

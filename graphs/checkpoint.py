@@ -15,10 +15,9 @@ from wanexport.graphs.experts import expert_of_name, why_alone
 from wanexport.graphs.foreign import PREFIX, refuse_foreign_file, refuse_foreign_tensors
 from wanexport.graphs.places import check_listed, find_parts, weight_files
 from wanexport.graphs.stated import boundary_of, check_config, read_config, read_index, settings
-from wanexport.runtime.errors import WanExportError, WanExportWarning
-from wanexport.runtime.printable import printable
-from wanexport.runtime.signature import parameter_shapes
-from wanexport.runtime.tensorfile import TensorEntry, read_header, read_metadata
+from wanexport.runtime.bundle.signature import parameter_shapes
+from wanexport.runtime.bundle.tensorfile import TensorEntry, read_header, read_metadata
+from wanexport.runtime.errors import WanExportError, WanExportWarning, printable
 from wanexport.runtime.wan_config import WanConfig
 
 STORED_DTYPES = ("F32", "BF16", "F16")

@@ -5,9 +5,9 @@ Figures: Wan-Video/Wan2.1 and Wan2.2, `wan/configs` and `generate.py`.
 
 from dataclasses import dataclass, replace
 
+from wanexport.runtime.bundle.manifest import SamplingDefaults
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.manifest import SamplingDefaults
 from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 _1_3B = WanConfig(1536, 8960, 12, 30, 16, 16, 0)

@@ -8,10 +8,9 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.printable import printable
-from wanexport.runtime.regular_file import open_regular
-from wanexport.runtime.tensorfile import TensorEntry
+from wanexport.runtime.bundle.regular_file import open_regular
+from wanexport.runtime.bundle.tensorfile import TensorEntry
+from wanexport.runtime.errors import WanExportError, printable
 
 PREFIX = "model.diffusion_model."  # of ComfyUI's files, which is read
 _HEAD = 1 << 16  # bytes of a file that tell what it is

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from wanexport.graphs import kernels
-from wanexport.graphs.model import Block, Conditioning, CrossAttention, SelfAttention
-from wanexport.runtime.operators import attention, linear_gelu
+from wanexport.graphs.wan import Block, Conditioning, CrossAttention, SelfAttention
+from wanexport.runtime.engines.operators import attention, linear_gelu
 
 # Rows of the modulation table.
 _SHIFT, _SCALE, _GATE, _FFN_SHIFT, _FFN_SCALE, _FFN_GATE = range(6)

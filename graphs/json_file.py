@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.printable import printable
-from wanexport.runtime.regular_file import read_regular
+from wanexport.runtime.bundle.regular_file import read_regular
+from wanexport.runtime.errors import WanExportError, printable
 
 _MAX_JSON = 8 << 20  # bytes: the index of a published 14B takes 0.1 MB
 

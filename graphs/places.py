@@ -10,8 +10,7 @@ from typing import Any
 from wanexport.graphs.experts import expert_of_name
 from wanexport.graphs.foreign import find_unread_file
 from wanexport.graphs.json_file import read_object
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.printable import printable
+from wanexport.runtime.errors import WanExportError, printable
 from wanexport.runtime.wan_config import EXPERTS
 
 _NAMES = "diffusion_pytorch_model*.safetensors"

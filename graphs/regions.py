@@ -15,9 +15,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
-from wanexport.graphs.model import Block, Conditioning, WanModel, parameter_dtype
+from wanexport.graphs.wan import Block, Conditioning, WanModel, parameter_dtype
+from wanexport.runtime.bundle.signature import (
+    REGIONS,
+    input_shapes,
+    parameter_shapes,
+    region_parameters,
+)
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.signature import REGIONS, input_shapes, parameter_shapes, region_parameters
 from wanexport.runtime.wan_config import WanConfig
 
 

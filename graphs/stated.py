@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.graphs.json_file import brief, read_object
-from wanexport.runtime.errors import WanExportError, WanExportWarning
-from wanexport.runtime.printable import printable
+from wanexport.runtime.errors import WanExportError, WanExportWarning, printable
 from wanexport.runtime.wan_config import IMAGE_DIM, WanConfig
 
 HEAD_DIM = 128  # of every published Wan; used when a checkpoint comes without a Wan's config.json

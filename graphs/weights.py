@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from wanexport.graphs.checkpoint import SourceTensor
-from wanexport.runtime.durable import durable_file
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.printable import printable
-from wanexport.runtime.regular_file import open_regular
-from wanexport.runtime.signature import SAFETENSORS_DTYPES, parameter_shapes, weights_layout
-from wanexport.runtime.tensorfile import read_at, read_header
+from wanexport.runtime.bundle.durable import durable_file
+from wanexport.runtime.bundle.regular_file import open_regular
+from wanexport.runtime.bundle.signature import SAFETENSORS_DTYPES, parameter_shapes, weights_layout
+from wanexport.runtime.bundle.tensorfile import read_at, read_header
+from wanexport.runtime.errors import WanExportError, printable
 from wanexport.runtime.wan_config import WanConfig
 
 CHUNK = 1 << 23  # elements converted at a time: 32 MB of fp32

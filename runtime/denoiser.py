@@ -1,20 +1,17 @@
 """The callable that a sampling loop sees: checks its inputs, picks the expert, runs the engine."""
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
-from typing import Any
 
 import numpy as np
 
+from wanexport.runtime.arrays import Array, count_not_finite, is_on_gpu, is_torch, like, to_numpy
+from wanexport.runtime.bundle.manifest import EngineRecord, SamplingDefaults, TensorSpec
+from wanexport.runtime.engines.engine import Engine
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import PATCH, TEMPORAL_STRIDE, Geometry
-from wanexport.runtime.manifest import EngineRecord, SamplingDefaults, TensorSpec
-from wanexport.runtime.memory import limit_bytes
+from wanexport.runtime.machine.memory import limit_bytes
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
-
-Array = Any  # a numpy array or a torch tensor
-Engine = Callable[[Mapping[str, Any]], Any]
 
 
 class Denoiser:
@@ -156,56 +153,9 @@ class Denoiser:
         return f": build an engine with --resolution {height}x{width} --frames {frames}"
 
 
-def is_torch(value: Any) -> bool:
-    """Whether value is a torch tensor, of a subclass too, without importing torch."""
-    # Nothing is one before somebody imported it; while somebody does, it has no Tensor yet.
-    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
-
-
-def to_numpy(value: Array) -> np.ndarray:
-    """An fp32 numpy array of a number, an array or a torch tensor on any device.
-
-    Raises WanExportError for anything else.
-    """
-    try:
-        plain = value.detach().float().cpu().numpy() if is_torch(value) else value
-        return np.ascontiguousarray(plain, np.float32)
-    except (TypeError, ValueError, NotImplementedError) as error:  # the last of a meta tensor
-        raise WanExportError(
-            f"{type(value).__name__} is no array of numbers: pass numpy arrays or torch tensors"
-        ) from error
-
-
 def _fp32(value: Array) -> Array:
     """A tensor on a GPU as it is, anything else as an fp32 numpy array."""
     return value if is_on_gpu(value) else to_numpy(value)
-
-
-def is_on_gpu(value: Any) -> bool:
-    """Whether value is a torch tensor on a CUDA device."""
-    return is_torch(value) and bool(value.is_cuda)
-
-
-def is_finite(value: Array) -> bool:
-    """Whether no element is NaN or Inf; waits for the device of a tensor on a GPU."""
-    if is_torch(value):
-        return bool(value.isfinite().all())
-    return bool(np.isfinite(value).all())
-
-
-def count_not_finite(value: Array) -> int:
-    """How many elements are NaN or Inf; 0 for a tensor on a GPU, which would have to be awaited."""
-    return 0 if is_on_gpu(value) else int((~np.isfinite(value)).sum())
-
-
-def like(array: Array, model: Array) -> Array:
-    """array as the kind that model is: numpy, or torch on model's device; always fp32."""
-    if not is_torch(model):
-        return to_numpy(array)
-    import torch
-
-    tensor = array if is_torch(array) else torch.from_numpy(array)
-    return tensor.to(model.device)
 
 
 def check_rows(**texts: Array | None) -> None:

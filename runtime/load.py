@@ -7,18 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from wanexport.runtime.cache_folder import cache_folder
-from wanexport.runtime.check import check_content, check_weights
-from wanexport.runtime.choose import choose_engine
+from wanexport.runtime.bundle.check import check_content, check_weights
+from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, WeightsRecord, read_manifest
+from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
+from wanexport.runtime.bundle.tensorfile import header_sha256, read_header
+from wanexport.runtime.bundle.usable import check_usable
 from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.engines.cache_folder import cache_folder
+from wanexport.runtime.engines.choose import choose_engine
+from wanexport.runtime.engines.kernels import check_kernel
+from wanexport.runtime.engines.onnx import OnnxEngine
+from wanexport.runtime.engines.tensorrt_library import FLAVOURS
 from wanexport.runtime.errors import WanExportError, WanExportWarning, refuse_empty
-from wanexport.runtime.kernels import check_kernel
-from wanexport.runtime.manifest import EngineRecord, Manifest, WeightsRecord, read_manifest
-from wanexport.runtime.onnx_engine import OnnxEngine
-from wanexport.runtime.pinned_file import PinnedFile, pin
-from wanexport.runtime.tensorfile import header_sha256, read_header
-from wanexport.runtime.tensorrt_library import FLAVOURS
-from wanexport.runtime.usable import check_usable
 
 WEIGHTS_FILE = "denoiser.safetensors"
 
@@ -136,7 +136,8 @@ def open_engine(
                 f"engine {engine.name} has the attention it was built with: leave {attention} out, "
                 f"or build one with --attention"
             )
-        from wanexport.runtime import aoti_engine, tensorrt_engine
+        from wanexport.runtime.engines import aoti as aoti_engine
+        from wanexport.runtime.engines import tensorrt as tensorrt_engine
 
         plans = tensorrt_engine.open_engines(
             engine,
@@ -183,7 +184,9 @@ def _open_onnx_on_gpu(
 ) -> Denoiser:
     import torch
 
-    from wanexport.runtime import aoti_engine, onnx_cuda_engine
+    from wanexport.runtime.engines import aoti as aoti_engine
+    from wanexport.runtime.engines import onnx_gpu as onnx_cuda_engine
+    from wanexport.runtime.engines.onnx_providers import Provider
 
     device = torch.device("cuda", torch.cuda.current_device())
     # Of this very graph: what another left there would be code of unknown origin.
@@ -192,7 +195,7 @@ def _open_onnx_on_gpu(
         graph,
         weights,
         device,
-        onnx_cuda_engine.Provider(provider, options, cache and cache / graph.sha256),
+        Provider(provider, options, cache and cache / graph.sha256),
         offload=offload,
     )
     return Denoiser(engine, engines, partial(aoti_engine.to_device, device=device))
@@ -210,8 +213,8 @@ def _open_aoti(
 ) -> Denoiser:
     import torch
 
-    from wanexport.runtime import aoti_engine
-    from wanexport.runtime.device_weights import device_weights
+    from wanexport.runtime.engines import aoti as aoti_engine
+    from wanexport.runtime.engines.device_weights import device_weights
 
     check_kernel(attention, engine.target, engine.dtype)
     device = torch.device("cpu")
@@ -232,7 +235,7 @@ def _attention_kernels(
     engine: EngineRecord, files: Mapping[str, PinnedFile], chosen: str | None
 ) -> dict[int, Any]:
     """The kernel for each number of keys; one that cannot be had here is replaced aloud."""
-    from wanexport.runtime.operators import open_kernel
+    from wanexport.runtime.engines.operators import open_kernel
 
     library = files.get("flash_attention")
     fallback = "cudnn" if engine.target["device"] == "cuda" else "sdpa"

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.denoiser import check_rows, is_finite, is_torch, like, to_numpy
+from wanexport.runtime.arrays import Array, is_finite, is_torch, to_fp32_like, to_numpy
+from wanexport.runtime.bundle.manifest import SamplingDefaults
+from wanexport.runtime.denoiser import check_rows
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.manifest import SamplingDefaults
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS, SOLVERS, Schedule, make_schedule
 
-Array = Any  # a numpy array or a torch tensor
 MAX_GUIDANCE = 1000
 
 
@@ -195,13 +194,6 @@ def _check_first_frame(denoiser: Callable[..., Array], latent: Array, first_fram
         raise WanExportError(
             f"first_frame has shape {list(first_frame.shape)}, expected {expected}"
         )
-
-
-def to_fp32_like(value: Array, model: Array) -> Array:
-    """value in fp32, as the kind that model is: numpy, or torch on model's device."""
-    if is_torch(value) and is_torch(model):
-        return value.to(model.device).float()
-    return like(to_numpy(value), model)
 
 
 def frame_timesteps(

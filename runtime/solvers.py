@@ -15,10 +15,11 @@ from itertools import pairwise
 from math import expm1, inf, isinf, log
 from numbers import Integral, Real
 from operator import add
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from wanexport.runtime.arrays import Array
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -27,8 +28,6 @@ MAX_SHIFT = 1000
 _MOST_SHOWN = 50  # numbers of a list that an error repeats
 # Wan's UniPC starts at the last training sigma, rounded to fp32, where DPM++ starts at 1.
 _UNIPC_SIGMA_MAX = float(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS))
-
-Array = Any  # a numpy array or a torch tensor
 
 
 @dataclass(frozen=True)

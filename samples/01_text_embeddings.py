@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wanexport.runtime.tensorfile import save_arrays
+from wanexport.runtime.bundle.tensorfile import save_arrays
 
 TEXT_DIM = 4096
 

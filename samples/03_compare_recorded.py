@@ -16,8 +16,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from wanexport.exporter.build import build
-from wanexport.exporter.compare import compare
-from wanexport.runtime.tensorfile import save_arrays
+from wanexport.exporter.compare.compare import compare
+from wanexport.runtime.bundle.tensorfile import save_arrays
 
 
 def main(folder: Path) -> None:

@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from wanexport.exporter.bench import bench
+from wanexport.exporter.bench.bench import bench
 from wanexport.exporter.build import build
-from wanexport.exporter.compare import compare
+from wanexport.exporter.compare.compare import compare
 from wanexport.runtime import WanExportError, load
-from wanexport.runtime.tensorrt_engine import TensorRtEngine
-from wanexport.runtime.tensorrt_library import FLAVOURS
-from wanexport.runtime.tensorrt_target import versions
+from wanexport.runtime.engines.tensorrt import TensorRtEngine
+from wanexport.runtime.engines.tensorrt_library import FLAVOURS
+from wanexport.runtime.engines.tensorrt_target import versions
 
 
 def choose_backend(named: str | None) -> str:

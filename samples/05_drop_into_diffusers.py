@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from wanexport.exporter.build import build
-from wanexport.runtime.diffusers import CompiledWanTransformer
+from wanexport.runtime.drop_in.diffusers import CompiledWanTransformer
 
 WORDS = ["<pad>", "<unk>", "a", "red", "circle", "moves", "left", "blurred"]
 HEIGHT, WIDTH, FRAMES = 64, 96, 9

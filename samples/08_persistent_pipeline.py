@@ -18,7 +18,7 @@ import numpy as np
 
 from wanexport.exporter.build import build
 from wanexport.runtime import Step
-from wanexport.runtime.pipeline import Pipeline
+from wanexport.runtime.serving.pipeline import Pipeline
 
 PROMPTS = ("a red circle moves left", "a blue square moves up", "a red circle  moves left")
 

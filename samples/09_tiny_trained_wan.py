@@ -20,9 +20,9 @@ from samples.tiny_wan.contact_sheet import contact_sheet
 from samples.tiny_wan.words import WordEmbeddings
 from wanexport.exporter.build import build
 from wanexport.runtime import Step, WanExportError
-from wanexport.runtime.durable import write_durably
-from wanexport.runtime.pipeline import Pipeline
-from wanexport.runtime.video import write_video
+from wanexport.runtime.bundle.durable import write_durably
+from wanexport.runtime.serving.pipeline import Pipeline
+from wanexport.runtime.serving.video import write_video
 
 MODEL = Path(__file__).parent / "tiny_wan"
 STEPS = 8

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.wan_reference import diffusers_model, official_state, small_config
+from tests.oracles.wan_reference import diffusers_model, official_state, small_config
 from wanexport.exporter.build import build
 from wanexport.runtime.wan_config import WanConfig
 

@@ -1,4 +1,4 @@
-"""Imports go one way, and the runtime needs neither PyTorch nor time."""
+"""Imports go one way, between packages and rooms; the runtime needs neither PyTorch nor time."""
 
 import ast
 import subprocess
@@ -6,6 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.tables.rooms import (
+    FLOORS,
+    against_the_order,
+    circles,
+    file_arrows,
+    room,
+    room_arrows,
+    sources_of,
+)
 
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {"runtime": {"exporter", "graphs"}, "graphs": {"exporter"}, "exporter": set()}
@@ -34,7 +44,7 @@ def imported_packages(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_imports_go_one_way(package: str) -> None:
-    files = list((ROOT / package).glob("*.py"))
+    files = list((ROOT / package).rglob("*.py"))
     assert files
     for file in files:
         assert not imported_packages(file) & FORBIDDEN[package], file
@@ -42,8 +52,33 @@ def test_imports_go_one_way(package: str) -> None:
 
 def test_the_import_walk_sees_each_form(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
-    file.write_text("def f():\n    from wanexport import graphs\nimport wanexport.exporter.cli\n")
+    file.write_text(
+        "def f():\n    from wanexport import graphs\nimport wanexport.exporter.cli.main\n"
+    )
     assert imported_packages(file) == {"graphs", "exporter"}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_no_room_imports_from_a_floor_above(package: str) -> None:
+    sources = sources_of(package, None)
+    named = frozenset().union(*FLOORS[package])
+    assert {room(path) for path in sources} == named
+    arrows = room_arrows(file_arrows(package, sources))
+    assert not against_the_order(package, arrows)
+    assert not circles(arrows)
+
+
+def test_an_arrow_upward_and_a_circle_are_seen() -> None:
+    sources = {
+        "errors.py": "from wanexport.runtime import load",
+        "load.py": "def f():\n    from wanexport.runtime.engines.aoti import Regions",
+        "engines/aoti.py": "import wanexport.runtime.load",
+    }
+    arrows = room_arrows(file_arrows("runtime", sources))
+    assert arrows == {("errors", "load"), ("load", "engines"), ("engines", "load")}
+    upward = [("engines", "load"), ("errors", "load")]
+    assert against_the_order("runtime", arrows) == upward
+    assert circles(arrows) == 1
 
 
 def test_the_runtime_imports_in_under_300_ms() -> None:
@@ -67,11 +102,11 @@ def test_load_sample_and_run_work_without_torch(tiny_bundle: Path, tmp_path: Pat
         "steps = list(sample(denoiser, noise=noise, text=text, steps=2, guidance=1))\n"
         "assert np.isfinite(steps[-1].latent).all()\n"
         "from pathlib import Path\n"
-        "from wanexport.runtime.tensorfile import save_arrays\n"
+        "from wanexport.runtime.bundle.tensorfile import save_arrays\n"
         f"save_arrays(Path({str(tmp_path / 't')!r}), {{'text': text, 'negative': -text}})\n"
         f"sys.argv = ['wanexport', 'run', {str(tiny_bundle)!r}, '--text', {str(tmp_path / 't')!r},"
         f" '--steps', '2', '-o', {str(tmp_path / 'latents.safetensors')!r}]\n"
-        "from wanexport.exporter.cli import main\n"
+        "from wanexport.exporter.cli.main import main\n"
         "main()\n"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -82,7 +117,7 @@ def test_load_sample_and_run_work_without_torch(tiny_bundle: Path, tmp_path: Pat
 def test_build_without_torch_names_what_to_install() -> None:
     code = WITHOUT_TORCH.format(blocked=BLOCKED) + (
         "sys.argv = ['wanexport', 'build', '--resolution', '64x96', '--frames', '9']\n"
-        "from wanexport.exporter.cli import main\n"
+        "from wanexport.exporter.cli.main import main\n"
         "main()\n"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

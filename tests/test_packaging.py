@@ -1,7 +1,8 @@
-"""The wheel holds every module, and no folder of the tree is forgotten."""
+"""Wheel and sdist hold every module, and no folder of the tree is forgotten."""
 
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from itertools import chain
@@ -11,7 +12,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-NOT_SHIPPED = {"tests", "samples", "samples/tiny_wan"}
+NOT_SHIPPED = {"tests", "samples"}  # top-level folders
 
 
 def tracked(pattern: str) -> list[str]:
@@ -26,13 +27,16 @@ def tracked(pattern: str) -> list[str]:
 
 
 def test_every_folder_with_code_is_mapped() -> None:
-    folders = {str(Path(name).parent) for name in tracked("*.py")} - NOT_SHIPPED
+    folders = {Path(name).parent for name in tracked("*.py")}
+    shipped = {folder for folder in folders if folder.parts[0] not in NOT_SHIPPED}
+    packages = {".".join(("wanexport", *folder.parts)) for folder in shipped}
+    assert packages == set(PROJECT["tool"]["setuptools"]["packages"])
+    tops = {folder.parts[0] for folder in shipped}
     mapping = PROJECT["tool"]["setuptools"]["package-dir"]
-    assert folders == set(mapping.values())
-    assert set(mapping) == set(PROJECT["tool"]["setuptools"]["packages"])
+    assert mapping == {f"wanexport.{top}": top for top in tops}
 
 
-def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
+def test_wheel_and_sdist_hold_every_module(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for name in tracked("*"):
         target = source / name
@@ -44,6 +48,7 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
             "-m",
             "build",
             "--wheel",
+            "--sdist",
             "--no-isolation",
             "--outdir",
             str(tmp_path),
@@ -55,8 +60,12 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
     folders = PROJECT["tool"]["setuptools"]["package-dir"].values()
-    expected = {f"wanexport/{name}" for folder in folders for name in tracked(f"{folder}/*")}
-    assert names == expected
+    expected = {name for folder in folders for name in tracked(f"{folder}/*")}
+    assert names == {f"wanexport/{name}" for name in expected}
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert expected <= inside
 
 
 def requirements() -> list[Requirement]:

@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.oracles.wan_reference import (
+    diffusers_model,
+    official_state,
+    small_config,
+    write_official,
+)
 from tests.test_packaging import ROOT, tracked
-from tests.wan_reference import diffusers_model, official_state, small_config, write_official
 from wanexport.runtime import load
-from wanexport.runtime.tensorfile import load_arrays
+from wanexport.runtime.bundle.tensorfile import load_arrays
 
 README = (ROOT / "README.md").read_text()
 HUB_MODEL = "models--Wan-AI--Wan2.1-T2V-1.3B"

@@ -16,8 +16,8 @@ from samples.tiny_wan.codec import TIME, Decoder, PixelCodec, to_blocks, to_uint
 from samples.tiny_wan.contact_sheet import contact_sheet
 from samples.tiny_wan.loss_plot import loss_plot
 from samples.tiny_wan.words import VOCABULARY, WordEmbeddings
-from tests.clip_reading import centroid, foreground, moments, read, share_read_right
-from tests.tiny_wan_table import (
+from tests.oracles.clip_reading import centroid, foreground, moments, read, share_read_right
+from tests.tables.tiny_wan import (
     COMPILED,
     MODEL,
     SHAPE,
@@ -30,8 +30,8 @@ from tests.tiny_wan_table import (
 )
 from wanexport.exporter.build import build
 from wanexport.runtime import load
+from wanexport.runtime.bundle.tensorfile import load_arrays
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.tensorfile import load_arrays
 
 CHECKPOINT = MODEL / "diffusion_pytorch_model.safetensors"
 CODEC = MODEL / "codec.safetensors"

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wanexport.runtime.denoiser import to_numpy
-from wanexport.runtime.tensorfile import load_arrays
+from wanexport.runtime.arrays import to_numpy
+from wanexport.runtime.bundle.tensorfile import load_arrays
 
 CHANNELS, TIME, SPACE = 16, 4, 8
 BLOCK = 3 * TIME * SPACE**2  # values

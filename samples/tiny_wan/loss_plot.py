@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from wanexport.runtime.durable import write_durably
+from wanexport.runtime.bundle.durable import write_durably
 
 
 def loss_plot(losses: Sequence[tuple[int, float]]) -> bytes:

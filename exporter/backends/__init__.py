@@ -1,0 +1,1 @@
+"""What compiles a model: one folder a backend."""

@@ -1,0 +1,1 @@
+"""AOTInductor engines."""

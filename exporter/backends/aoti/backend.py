@@ -1,0 +1,136 @@
+"""AOTInductor engines: what `build` asks of this backend."""
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from wanexport.exporter.backends.aoti import attention as attention_rule
+from wanexport.exporter.backends.aoti import compile as to_aoti
+from wanexport.exporter.backends.aoti import compiler
+from wanexport.exporter.backends.aoti.flash_attention import (
+    compile_flash_attention,
+    flash_attention_versions,
+)
+from wanexport.exporter.backends.aoti.prove import prove_regions
+from wanexport.exporter.backends.backend import Compiled, Progress, Request, TensorRtOptions
+from wanexport.exporter.child.process import Lifeline
+from wanexport.graphs import regions
+from wanexport.runtime.bundle.manifest import EngineRecord
+from wanexport.runtime.bundle.signature import region_parameters
+from wanexport.runtime.engines import aoti as aoti_engine
+from wanexport.runtime.engines import processor
+from wanexport.runtime.engines.kernels import KERNELS, check_kernel, kernel_obstacle
+from wanexport.runtime.errors import WanExportError, WanExportWarning
+
+ATTENTION = KERNELS
+BINDING = aoti_engine.BINDING
+
+
+def code(device: str) -> tuple[ModuleType, ...]:
+    """What decides an engine's bytes, beside the graph's own code."""
+    own = to_aoti, compiler, processor, regions, sys.modules[__name__]
+    if device == "cpu":
+        return own
+    from wanexport.exporter.backends.aoti import flash_attention
+    from wanexport.graphs import fused_block, kernels  # needs Triton
+    from wanexport.runtime.engines import flash_attention as opening
+
+    return *own, fused_block, kernels, attention_rule, flash_attention, opening
+
+
+def libraries(request: Request) -> dict[str, str]:
+    """Versions of what compiles the engine; another kernel of attention makes another engine.
+
+    Raises WanExportError when there is no C++ compiler.
+    """
+    found = {"torch": version("torch"), "compiler": compiler.compiler_version()}
+    if _flash_attention_serves(request):
+        with suppress(WanExportError):  # not installed
+            found |= flash_attention_versions()
+    return found
+
+
+def targets(device: str, options: TensorRtOptions) -> list[dict[str, str]]:
+    """What the engine is bound to. Raises WanExportError for a device that is not there."""
+    to_aoti.check_compiler(device)
+    return [aoti_engine.versions(device)]
+
+
+def check_attention(attention: str | None, dtype: str, target: Mapping[str, str]) -> None:
+    """Raise WanExportError when the kernel that is asked for cannot run there, or be compiled."""
+    check_kernel(attention, target, dtype)
+    if attention == "fa4":
+        flash_attention_versions()
+
+
+def compile_engine(
+    folder: Path, request: Request, weights: Mapping[str, Path], progress: Progress
+) -> Compiled:
+    """Write the three packages, and the FlashAttention kernel where it serves.
+
+    Raises WanExportError when a compiler fails, or the attention kernel asked for cannot be had.
+    """
+
+    def show(stage: str, done: int, total: int) -> None:
+        progress(f"{request.label}: {stage}", done, total)
+
+    config, geometry = request.config, request.geometry
+    # FlashAttention's compiler runs beside Inductor's, and stops when that fails.
+    with ThreadPoolExecutor(1) as pool, Lifeline() as line:
+        flash = pool.submit(_flash_attention, folder, request, line)
+        files, lint, seconds = to_aoti.compile_regions(
+            config, geometry, request.dtype, request.device, folder, show
+        )
+        show("compiling FlashAttention-4", 0, 0)
+        library, notes = flash.result()
+    show("measuring attention", 0, 0)
+    kernels, measured = attention_rule.choose_kernels(
+        config, geometry, request.dtype, request.device, library, request.attention
+    )
+    if library is not None:
+        files["flash_attention"] = library
+    return Compiled(
+        files=files,
+        lint=lint,
+        build={"compile_seconds": seconds, "attention_seconds": measured, **notes},
+        parameters=region_parameters(config),
+        attention=kernels,
+        is_whole="flash_attention" not in notes,
+    )
+
+
+def _flash_attention(
+    folder: Path, request: Request, lifeline: Lifeline
+) -> tuple[Path | None, dict[str, Any]]:
+    """The compiled kernel and its versions; why there is none, where it would serve, is said."""
+    if not _flash_attention_serves(request):
+        return None, {}
+    try:
+        versions = flash_attention_versions()
+        library = compile_flash_attention(
+            folder, dtype=request.dtype, head_dim=request.config.head_dim, lifeline=lifeline
+        )
+    except WanExportError as error:
+        if request.attention == "fa4":
+            raise
+        warnings.warn(f"attention will run on cuDNN: {error}", WanExportWarning, stacklevel=2)
+        return None, {"flash_attention": str(error)}
+    return library, versions
+
+
+def _flash_attention_serves(request: Request) -> bool:
+    is_wanted = request.attention in (None, "fa4")
+    return is_wanted and not kernel_obstacle("fa4", request.target, request.dtype)
+
+
+def prove(
+    request: Request, engine: EngineRecord, bundle: Path, weights: Sequence[Path], verify: str
+) -> dict[str, Any]:
+    """The figures of the proof. Raises WanExportError when it fails."""
+    return prove_regions(request, engine, bundle, weights, verify)

@@ -1,0 +1,283 @@
+"""TensorRT engines, of either flavour: what `build` asks of this backend."""
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import onnx_ir
+import torch
+
+from wanexport.exporter.backends.backend import Compiled, Progress, Request, TensorRtOptions
+from wanexport.exporter.backends.onnx import lower as to_onnx
+from wanexport.exporter.backends.onnx import trace
+from wanexport.exporter.backends.onnx.prove import prove as prove_onnx
+from wanexport.exporter.backends.tensorrt import graph as tensorrt_graph
+from wanexport.exporter.backends.tensorrt import plan as to_tensorrt
+from wanexport.exporter.backends.tensorrt.graph import separate_queries
+from wanexport.exporter.backends.tensorrt.plan import PlanJob
+from wanexport.exporter.backends.tensorrt.room import check_room
+from wanexport.exporter.backends.tensorrt.targets import find_targets, gpu_arch
+from wanexport.exporter.child.child import run_process, temporary_folder
+from wanexport.exporter.lint import onnx as onnx_lint
+from wanexport.exporter.lint import tensorrt as tensorrt_lint
+from wanexport.exporter.lint import tensorrt_operators
+from wanexport.graphs.signature import attention_count
+from wanexport.runtime.bundle.durable import fsync_folder
+from wanexport.runtime.bundle.manifest import EngineRecord
+from wanexport.runtime.bundle.signature import weights_layout
+from wanexport.runtime.engines.cache_folder import cache_folder
+from wanexport.runtime.engines.choose import RUNNABLE_DTYPES
+from wanexport.runtime.engines.tensorrt_library import FLAVOURS
+from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.wan_config import WanConfig
+
+
+class TensorRtBackend:
+    """Builds plans with TensorRT (`tensorrt`) or TensorRT for RTX (`tensorrt-rtx`)."""
+
+    ATTENTION = ("native", "decomposed")
+
+    def __init__(self, flavour: str) -> None:
+        self.flavour, self.title = flavour, FLAVOURS[flavour].title
+        self.BINDING: tuple[str, ...] = ("device", "arch", flavour)
+        self._twin: tuple[object, dict[str, Any]] | None = None  # what was proven, and its figures
+
+    def code(self, device: str) -> tuple[ModuleType, ...]:
+        """What decides an engine's bytes, beside the graph's own code."""
+        lint = (onnx_lint, tensorrt_lint, tensorrt_operators)
+        return *lint, trace, to_onnx, tensorrt_graph, to_tensorrt, sys.modules[__name__]
+
+    def libraries(self, request: Request) -> dict[str, str]:
+        """Versions of what makes the graph; TensorRT's own is in the target."""
+        return {name: version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")}
+
+    def targets(self, device: str, options: TensorRtOptions) -> list[dict[str, str]]:
+        """What plans are made for, one each: the GPU here, or with TensorRT for RTX any.
+
+        Raises WanExportError when TensorRT is missing, has not the options, or knows no target.
+        """
+        return find_targets(self.flavour, options)
+
+    def check_attention(self, attention: str | None, dtype: str, target: Mapping[str, str]) -> None:
+        """What TensorRT does with it shows when it has built the plan."""
+
+    def compile_engine(
+        self, folder: Path, request: Request, weights: Mapping[str, Path], progress: Progress
+    ) -> Compiled:
+        """Write the plan, with baked weights one for each expert, and the list of its layers.
+
+        Raises WanExportError when there is no room, when TensorRT refuses the graph, or when
+        attention is not fused and that was not allowed.
+        """
+
+        def show(stage: str, done: int, total: int) -> None:
+            progress(f"{request.label}: {stage}", done, total)
+
+        options, is_here = request.tensorrt or TensorRtOptions(), self._is_here(request.target)
+        _check_fusion_can_be_known(request, options, is_here)
+        gpu = torch.cuda.get_device_properties(0).total_memory if is_here else None
+        room = check_room(request, folder, gpu)
+        show("tracing and lowering", 0, 0)
+        baked = options.bake_weights
+        attention = request.attention or self.ATTENTION[0]
+        graph, lint = _lowered(
+            request.config, request.geometry, request.dtype, attention, not baked
+        )
+        files, results = {}, []
+        # Beside the plan, where a sweep finds it after a kill.
+        with TemporaryDirectory(prefix="plan-", dir=folder) as name:
+            scratch = Path(name).resolve()
+            (scratch / "denoiser.onnx").write_bytes(graph)
+            for role, source in _roles(weights, baked).items():
+                files[role] = folder / f"{role}.plan"
+                job = self._job(request, options, is_here, scratch, files[role], source)
+                results.append(_run(job, scratch, show))
+                _take_over(job, folder)
+        files["layers"] = folder / "layers.json"
+        report = {
+            **_summary(results),
+            "attention_expected": attention_count(request.config),
+            "hardware_compatible": options.hardware_compatible,
+            "version_compatible": options.version_compatible,
+        }
+        _check_fusion(request, options, report)
+        return Compiled(files=files, lint=lint, build={**report, "needs_bytes": room})
+
+    def _job(
+        self,
+        request: Request,
+        options: TensorRtOptions,
+        is_here: bool,
+        scratch: Path,
+        plan: Path,
+        weights: Path | None,
+    ) -> PlanJob:
+        arch = request.target["arch"]
+        name = f"{self.flavour}-{request.target[self.flavour]}-{arch}.timing"
+        # RTX has no timings to keep.
+        cache = cache_folder() if self.flavour == "tensorrt" else None
+        return PlanJob(
+            flavour=self.flavour,
+            graph=str(scratch / "denoiser.onnx"),
+            weights=str(weights.resolve().parent) if weights else "",
+            dtype=request.dtype,
+            arch=arch,
+            opens_here=is_here,
+            plan=str(scratch / plan.name),
+            layers=str(scratch / "layers.json"),
+            timing_cache=str(cache / name) if cache else "",
+            new_timing_cache=str(scratch / name) if cache else "",
+            optimization_level=options.optimization_level,
+            workspace=options.workspace,
+            hardware_compatible=options.hardware_compatible,
+            version_compatible=options.version_compatible,
+        )
+
+    def prove(
+        self,
+        request: Request,
+        engine: EngineRecord,
+        bundle: Path,
+        weights: Sequence[Path],
+        verify: str,
+    ) -> dict[str, Any]:
+        """The figures of the proof: of the plan itself where it runs, else of its graph.
+
+        Raises WanExportError when it fails.
+        """
+        if self._is_here(request.target):
+            from wanexport.exporter.backends.tensorrt.prove import prove_plan
+
+            return prove_plan(request, engine, bundle, weights, verify)
+        # Plans for several targets share all that the graph's proof depends on.
+        stamps = tuple((str(path), path.stat().st_mtime_ns) for path in weights)
+        key = (request.config, request.geometry, request.dtype, request.attention, verify, stamps)
+        if self._twin is None or self._twin[0] != key:
+            self._twin = key, self._prove_graph(request, engine, bundle, weights, verify)
+        return dict(self._twin[1])
+
+    def _prove_graph(
+        self,
+        request: Request,
+        engine: EngineRecord,
+        bundle: Path,
+        weights: Sequence[Path],
+        verify: str,
+    ) -> dict[str, Any]:
+        """Prove, by ONNX Runtime, the graph that the plan was built of."""
+        config, geometry, dtype = request.config, request.geometry, request.dtype
+        attention = request.attention or self.ATTENTION[0]
+        with temporary_folder() as scratch:
+            path = scratch / "denoiser.onnx"
+            if dtype in RUNNABLE_DTYPES:  # of others only a cut is lowered, in fp32
+                path.write_bytes(_lowered(config, geometry, dtype, attention, False)[0])
+            figures = prove_onnx(
+                config,
+                geometry,
+                dtype,
+                verify=verify,
+                engine=path,
+                weights=weights,
+                attention=attention,
+                wide_bias=False,
+            )
+        compared = figures["method"].rpartition("; ")[2]
+        return {**figures, "method": f"parsed and built by {self.title}; {compared}"}
+
+    def _is_here(self, target: Mapping[str, str]) -> bool:
+        """Whether this machine's GPU is the target, so that it opens the plan."""
+        return target["arch"] == gpu_arch()
+
+
+def _run(job: PlanJob, scratch: Path, progress: Progress) -> dict[str, Any]:
+    """What the process that builds a plan says of it. Raises WanExportError when it fails."""
+    result = run_process("backends.tensorrt.process", job, scratch, progress)
+    if not result["kept_timings"]:
+        warnings.warn(
+            f"{job.timing_cache} was damaged or of another GPU: kernels were timed anew, and it is "
+            f"replaced",
+            WanExportWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+def _take_over(job: PlanJob, folder: Path) -> None:
+    """Move what a child wrote into the engine's folder, and the timings to where others find them.
+
+    A child that outlives this process by an instant so leaves nothing in the bundle.
+    """
+    for path in (job.plan, job.layers):
+        Path(path).replace(folder / Path(path).name)
+    fsync_folder(folder)
+    if job.new_timing_cache and Path(job.new_timing_cache).exists():
+        Path(job.timing_cache).parent.mkdir(exist_ok=True)
+        Path(job.new_timing_cache).replace(job.timing_cache)
+
+
+@lru_cache(maxsize=2)  # one as inputs for every target's plan, one with initializers for the proof
+def _lowered(
+    config: WanConfig, geometry: Geometry, dtype: str, attention: str, as_inputs: bool
+) -> tuple[bytes, dict[str, int]]:
+    """The graph as ONNX, and its lint counts. Raises RuntimeError when it is not clean."""
+    _, entries = weights_layout(config, dtype)
+    graph, counts = to_onnx.lower(
+        config, geometry, dtype, entries, attention=attention, as_inputs=as_inputs
+    )
+    separate_queries(graph, config.head_dim)
+    findings = tensorrt_lint.lint_tensorrt(onnx_ir.to_proto(graph))
+    if findings:
+        raise RuntimeError(f"TensorRT takes no such graph: {findings[0]}")
+    return to_onnx.serialize(graph), {**counts, tensorrt_lint.KIND: 0}
+
+
+def _roles(weights: Mapping[str, Path], baked: bool) -> dict[str, Path | None]:
+    """The plans to build by role, with the weights that go into each."""
+    if not baked:
+        return {"denoiser": None}
+    return {
+        f"denoiser-{expert}" if expert else "denoiser": path for expert, path in weights.items()
+    }
+
+
+def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is recorded of the builds: the first's layers, all that they took."""
+    first = results[0]
+    return {
+        **{name: first[name] for name in ("layers", "attention_layers", "attention_kernels")},
+        "activation_bytes": first["activation_bytes"],
+        "plan_seconds": round(sum(result["seconds"] for result in results), 2),
+        "plan_peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
+    }
+
+
+def _check_fusion_can_be_known(request: Request, options: TensorRtOptions, is_here: bool) -> None:
+    if request.attention == "decomposed" and not is_here and not options.allow_unfused:
+        raise WanExportError(
+            f"whether TensorRT fuses decomposed attention shows only on a GPU, and there is no "
+            f"{request.target['arch']} here: use --attention native, or --allow-unfused"
+        )
+
+
+def _check_fusion(request: Request, options: TensorRtOptions, report: dict[str, Any]) -> None:
+    """Refuse an engine whose attention is not known to be fused, or warn where that is allowed."""
+    is_native = request.attention != "decomposed"
+    found = report["attention_layers" if is_native else "attention_kernels"]
+    expected = report["attention_expected"]
+    if found is not None and found >= expected:
+        return
+    shown = "an unknown number" if found is None else str(found)
+    message = (
+        f"{request.label}: {shown} of {expected} attention layers are fused; others would keep "
+        f"every score in GPU memory"
+    )
+    if not options.allow_unfused:
+        raise WanExportError(f"{message}: use --attention native, or --allow-unfused")
+    warnings.warn(message, WanExportWarning, stacklevel=2)

@@ -1,0 +1,246 @@
+"""The side of `bench` that runs in a process of its own: one arm, from nothing to timed forwards.
+
+python -m wanexport.exporter.bench.process JOB.json        prints the figures as JSON
+"""
+
+import hashlib
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wanexport.exporter.bench.arms import (
+    ARMS,
+    Job,
+    compile_block,
+    import_libraries,
+    open_arm,
+    read_inputs,
+)
+from wanexport.exporter.child.child import main
+from wanexport.runtime.arrays import to_numpy
+from wanexport.runtime.bundle.tensorfile import save_arrays
+from wanexport.runtime.engines.onnx import import_onnxruntime
+from wanexport.runtime.engines.tensorrt_library import FLAVOURS
+from wanexport.runtime.machine.memory import peak_gpu_bytes, peak_rss
+
+PEAK = "peak"  # the job that measures the machine instead of an arm
+WARM_UP_SECONDS = 1.0  # of calls, until clocks and threads have settled
+_PRODUCTS = {  # device -> m, k, n of the matrix products whose best rate is the peak
+    "cuda": ((8192, 8192, 8192), (4096, 5120, 13824), (32768, 5120, 13824)),
+    "cpu": ((2048, 2048, 2048),),
+}
+_PRODUCT_ROUNDS = 9
+_STEP = "wanexport guided step"
+_SYNCS = {
+    *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"),
+    *("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize"),
+}
+
+
+class Span(NamedTuple):
+    """A profiled event, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Do the job: measure the machine, compile a package, or measure an arm."""
+    if job["arm"] == PEAK:
+        return measure_machine(job["device"], job["dtype"])
+    stated = Job(**job)
+    return compile_block(stated) if stated.compile_only else measure_arm(stated)
+
+
+def measure_arm(job: Job) -> dict[str, Any]:
+    """Cold start, then timed forwards, then what is asked beside them; times in seconds.
+
+    Raises WanExportError when the arm's engine cannot be opened.
+    """
+    laps = [job.spawned, time.time()]
+    import_libraries(job)
+    laps.append(time.time())
+    before = _device_bytes() if job.device == "cuda" else 0
+    forward = open_arm(job)
+    laps.append(time.time())
+    run = partial(forward, read_inputs(job))
+    laps.append(time.time())
+    wait = _wait_for(job.device)
+    for _ in range(2):  # the calls of a guided step
+        velocity = run()
+        wait()
+        laps.append(time.time())
+    _warm_up(run, wait)
+    result = {
+        "seconds": time_calls(run, job.device, job.rounds),
+        "cold_start": cold_start(laps),
+        "peak_bytes": peak_bytes(job, before),
+        "device_bytes": _device_bytes() if job.device == "cuda" else None,
+    }
+    if job.profile and job.device == "cuda":
+        result |= _profile(run)
+    array = to_numpy(velocity)
+    save_arrays(Path(job.velocity), {"velocity": array})
+    return result | {"md5": hashlib.md5(array.tobytes(), usedforsecurity=False).hexdigest()}
+
+
+def peak_bytes(job: Job, before: int) -> int:
+    """Memory that the arm took: of the GPU, where there is one, else all that the process has.
+
+    before is what was in use of the GPU when the arm was opened. ONNX Runtime and TensorRT take
+    memory that PyTorch knows nothing of, and keep what they have taken.
+    """
+    if job.device == "cpu":
+        return peak_rss()
+    if ARMS[job.arm].runs in ("onnx", *FLAVOURS):
+        return _device_bytes() - before
+    return peak_gpu_bytes()
+
+
+def cold_start(laps: Sequence[float]) -> dict[str, float]:
+    """Seconds of each phase, and from the process's start to the end of what is named last.
+
+    laps are the times when the process was started and when each phase ended.
+    """
+    names = ("start", "import", "open", "inputs", "first_call", "second_call")
+    phases = {name: end - begin for name, begin, end in zip(names, laps, laps[1:])}
+    return {**phases, "first_forward": laps[-2] - laps[0], "first_step": laps[-1] - laps[0]}
+
+
+def _wait_for(device: str) -> Callable[[], None]:
+    if device == "cpu":
+        return lambda: None
+    import torch
+
+    return torch.cuda.synchronize
+
+
+def _warm_up(run: Callable[[], Any], wait: Callable[[], None]) -> None:
+    end = time.perf_counter() + WARM_UP_SECONDS
+    while time.perf_counter() < end:
+        run()
+        wait()
+
+
+def time_calls(run: Callable[[], Any], device: str, rounds: int) -> list[float]:
+    """Seconds of each call, none of which begins before the one before it has ended."""
+    if device == "cpu":
+        return [_timed(run) for _ in range(rounds)]
+    import torch
+
+    seconds = []
+    for _ in range(rounds):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        run()
+        after.record()
+        torch.cuda.synchronize()
+        seconds.append(before.elapsed_time(after) / 1e3)
+    return seconds
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _device_bytes() -> int:
+    """GPU memory in use by all that runs there: libraries' own buffers count, and the context."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def _profile(run: Callable[[], Any]) -> dict[str, Any]:
+    """Host waits in one forward, and the share of a guided step in which the GPU computes."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities) as profiler:
+        with record_function(_STEP):
+            run()
+            run()
+        torch.cuda.synchronize()
+    host: list[Span] = []
+    device: list[Span] = []
+    for event in profiler.events() or ():
+        spans = host if event.device_type.name == "CPU" else device
+        spans.append(Span(event.name, event.time_range.start, event.time_range.end))
+    return {
+        "host_syncs": count_syncs(host) / 2,
+        "gpu_busy": busy_share(span for span in device if span.name != _STEP),
+    }
+
+
+def count_syncs(host: Sequence[Span]) -> int:
+    """Calls within the guided step in which the host waited; the profiler's own come after it."""
+    (step,) = (span for span in host if span.name == _STEP)
+    inside = (span for span in host if step.start <= span.start <= step.end)
+    return sum(span.name in _SYNCS for span in inside)
+
+
+def busy_share(device: Iterable[Span]) -> float | None:
+    """Time in which anything runs, over that from the first start to the last end."""
+    spans = sorted(device, key=lambda span: span.start)
+    if not spans:
+        return None
+    busy, end = 0.0, spans[0].start
+    for span in spans:
+        busy += max(0.0, span.end - max(span.start, end))
+        end = max(end, span.end)
+    return busy / (end - spans[0].start)
+
+
+def measure_machine(device: str, dtype: str) -> dict[str, Any]:
+    """The best median rate of matrix products, in FLOP/s, and what was multiplied on what."""
+    import torch
+
+    from wanexport.graphs.weights import DTYPES
+
+    kind = DTYPES[dtype] if device == "cuda" else torch.float32
+    rates = {}
+    for m, k, n in _PRODUCTS[device]:
+        a, b = (torch.randn(rows, k, device=device).to(kind) for rows in (m, n))
+        run = partial(torch.nn.functional.linear, a, b)
+        _warm_up(run, _wait_for(device))
+        seconds = statistics.median(time_calls(run, device, _PRODUCT_ROUNDS))
+        rates[f"{m} x {k} x {n}"] = 2 * m * k * n / seconds
+    _read_libraries(device)
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "peak": max(rates.values()),
+        "products": rates,
+        "product_dtype": str(kind).removeprefix("torch."),
+        "machine": gpu or f"{platform.machine()} CPU, {cores} cores",
+        "torch": torch.__version__,
+    }
+
+
+def _read_libraries(device: str) -> None:
+    """Have the libraries in the page cache, lest the first arm to import one pay for the disk."""
+    import torch
+
+    if find_spec("diffusers"):
+        from diffusers import WanTransformer3DModel  # noqa: F401
+    if find_spec("onnxruntime"):
+        import_onnxruntime()
+    if device == "cuda":  # cuDNN is opened by its first use
+        video = torch.zeros(4, 4, 4, 4, 4, device=device, dtype=torch.bfloat16)
+        torch.nn.functional.conv3d(video, video)
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], work)

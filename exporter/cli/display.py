@@ -1,0 +1,269 @@
+"""How the command line shows the result of each command, as text and tables."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.text import Text
+
+from wanexport.exporter.cli.terminal import in_bytes, in_short, new_table, out, short, write
+from wanexport.runtime.errors import printable
+
+_MOST_FINDINGS = 5  # of one kind that `lint` names
+
+
+def show_build(record: dict[str, Any]) -> None:
+    """The engines and weights that a build made or reused."""
+    for engine in record["engines"]:
+        geometry, proof = engine["geometry"], engine["proof"]
+        size = sum(file["size"] for file in engine["files"].values())
+        write(
+            out,
+            (record["bundle"], "bold"),
+            f": {short(record['model'])}, height {geometry['height']}, width {geometry['width']}, "
+            f"{geometry['frames']} frames, {record['tokens']} tokens",
+        )
+        write(out, f"  engine {engine['name']}: {in_bytes(size)}")
+        if engine["attention"]:
+            write(out, f"  attention: {_attention(engine)}")
+        if "attention_expected" in engine["build"]:
+            write(out, f"  {_plan(engine['build'])}")
+        write(out, f"  {_proof(proof)}")
+    for name, file in record["weights"].items():
+        write(out, f"  weights {name}: {in_bytes(file['size'])}")
+    if record["reused"]:
+        write(out, f"  reused: {', '.join(record['reused'])}")
+    write(out, f"  {record['seconds']} s, peak memory {in_bytes(record['peak_rss_bytes'])}")
+
+
+def _proof(proof: dict[str, Any]) -> str:
+    method, blocks, tokens = (
+        short(proof.get(name, "-")) for name in ("method", "blocks", "tokens")
+    )
+    error, gate = in_short(proof.get("error")), in_short(proof.get("gate"))
+    return (
+        f"proof: {method}, {blocks} blocks at {tokens} tokens; relative L2 error {error}, "
+        f"gate {gate}"
+    )
+
+
+def _attention(engine: dict[str, Any]) -> str:
+    return ", ".join(f"{name} to {keys} keys" for keys, name in engine["attention"].items())
+
+
+def _plan(build: dict[str, Any]) -> str:
+    """What is known of a TensorRT plan: its attention, memory and build."""
+    found, expected = build.get("attention_layers", "-"), build["attention_expected"]
+    known = [f"{found} of {expected} attention layers native"]
+    if build.get("attention_kernels") is not None:
+        known.append(f"{build['attention_kernels']} attention kernels")
+    if build.get("activation_bytes") is not None:
+        known.append(f"activations {in_bytes(build['activation_bytes'])}")
+    if "plan_seconds" in build:
+        peak = in_bytes(build.get("plan_peak_rss_bytes", 0))
+        known.append(f"built in {build['plan_seconds']} s at {peak}")
+    return f"plan: {', '.join(known)}"
+
+
+def show_run(record: dict[str, Any]) -> None:
+    """What was made, and how fast."""
+    made = f"latent {list(record['shape'])}"
+    if record["output"].lower().endswith(".mp4"):
+        size = f"height {record['height']}, width {record['width']}"
+        made = f"{record['frames']} frames at {record['fps']} fps, {size}"
+    write(
+        out,
+        (record["output"], "bold"),
+        f": {made}, seed {record['seed']}, {record['solver']}, {len(record['timesteps'])} steps",
+    )
+    stages = {"text": "encode the text", "image": "encode the image", "decode": "decode"}
+    shown = [f"{record['load_seconds']} s to load"]
+    shown += [
+        f"{seconds} s to {stages[stage]}"
+        for stage, seconds in record.get("seconds", {}).items()
+        if stage in stages and seconds
+    ]
+    write(
+        out,
+        f"  {', '.join(shown)}, {record['seconds_per_step']} s/step, "
+        f"peak memory {in_bytes(record['peak_rss_bytes'])}"
+        + (f", on the GPU {in_bytes(gpu)}" if (gpu := record["peak_gpu_bytes"]) else ""),
+    )
+    if record["expert_switch_seconds"]:
+        shown = [f"{seconds:.2f} s" for seconds in record["expert_switch_seconds"]]
+        write(out, f"  expert switches: {', '.join(shown)}")
+
+
+def show_compare(result: dict[str, Any]) -> None:
+    """A row for each step, the times, and the verdict; what no step has is left out."""
+    title = f"{result['engine']} against {result['reference']}"
+    title += f" with the tensors of {result['model']}" if result["model"] else ""
+    table = new_table(title)
+    names = (
+        "error", "floor", "recorded", "rounding", "gate", "eager", "max", "p99", "solver", "drift",
+    )  # fmt: skip
+    shown = [name for name in names if any(row[name] is not None for row in result["steps"])]
+    for name in ("step", *shown, "1 - cosine", "NaN", "Inf", "passed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result["steps"]:
+        distance = None if row["cosine"] is None else max(0.0, 1 - row["cosine"])
+        figures = [in_short(row[name]) for name in shown] + [in_short(distance)]
+        counts = [str(row["nan"]), str(row["inf"])]
+        table.add_row(str(row["step"]), *figures, *counts, "yes" if row["passed"] else "no")
+    out.print(table)
+    seconds = result["seconds"]
+    reference = seconds["reference_call"]
+    write(
+        out,
+        f"{seconds['open']} s to open the engine, {seconds['engine_call']} s a call"
+        + (f" ({reference} s in eager fp32)" if reference else "")
+        + f", peak memory {in_bytes(result['peak_rss_bytes'])}",
+    )
+    if polygraphy := result["polygraphy"]:
+        write(out, f"saved {', '.join(polygraphy['files'])}")
+        if polygraphy["note"]:
+            write(out, f"no polygraphy command: {polygraphy['note']}")
+        for command in polygraphy["commands"]:
+            write(out, command)
+    verdict = ("passed", "green") if result["passed"] else ("failed", "red")
+    write(out, f"{result['engine']}: ", verdict)
+
+
+def show_bench(result: dict[str, Any]) -> None:
+    """A row for each arm, why others have none, and the machine."""
+    table = new_table(f"{result['engine']}, {result['tokens']} tokens")
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "arm": lambda line: line["arm"],
+        "ms a forward": _in_milliseconds,
+        "TFLOP/s": lambda line: f"{line['tflops']:.3g}",
+        "% floor": lambda line: f"{line['percent_of_floor']:.1f}",
+        "memory": lambda line: in_bytes(line["peak_bytes"]),
+        "start, s": lambda line: f"{line['cold_start']['first_step']:.1f}",
+        "1st/rest": lambda line: f"{line['first_to_steady']:.2f}",
+        "build, s": lambda line: _or_dash(line["compile_seconds"], ".1f"),
+        "differs": lambda line: in_short(line["difference"]),
+    }
+    if any(line["host_syncs"] is not None for line in result["arms"]):
+        columns["waits"] = lambda line: _or_dash(line["host_syncs"], "g")
+        columns["busy"] = lambda line: _or_dash(line["gpu_busy"], ".1%")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+    for line in result["arms"]:
+        table.add_row(*(short(cell(line)) for cell in columns.values()))
+    out.print(table)
+    for verdict, colour in (("failed", "red"), ("skipped", "yellow")):
+        for arm, reason in result[verdict].items():
+            write(out, (verdict, colour), f" {arm}: {reason}")
+    write(
+        out,
+        f"{result['machine']}: {result['peak'] / 1e12:.3g} TFLOP/s in "
+        f"{result['product_dtype']} matrix products, PyTorch {result['torch']}; "
+        f"{result['flops_per_forward'] / 1e12:.3g} TFLOPs a forward, floor "
+        f"{1e3 * result['floor_seconds']:.4g} ms",
+    )
+
+
+def _in_milliseconds(line: dict[str, Any]) -> str:
+    median, least, most = (1e3 * line[name] for name in ("median", "min", "max"))
+    return f"{median:.4g} ({least:.4g} to {most:.4g})"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def show_lint(result: dict[str, Any]) -> None:
+    """Each graph's findings by kind, the first few by name."""
+    for name, graph in result["graphs"].items():
+        kinds = {kind: number for kind, number in graph["counts"].items() if number}
+        verdict = ("not clean", "red") if kinds else ("clean", "green")
+        if graph["recorded"]:  # machine code, which nothing reads
+            record = "by the record of its build" if graph["counts"] else "by no record"
+            verdict = (f"{verdict[0]} {record}", verdict[1])
+        absent = ", ".join(kind for kind, number in graph["counts"].items() if not number)
+        write(out, (name, "bold"), ": ", verdict, f"; no {absent}")
+        for kind, number in kinds.items():
+            found = [f for f in graph["findings"] if f["kind"] == kind][:_MOST_FINDINGS]
+            places = "; ".join(f"{short(f['node'])} ({short(f['detail'])})" for f in found)
+            more = "; ..." if number > len(found) else ""
+            write(out, f"  {kind} {number}: {places}{more}")
+
+
+def show_inspect(record: dict[str, Any]) -> None:
+    """The model, its weights, and a row for each engine."""
+    config, parameters = record["config"], record["parameters"]
+    size = f"{parameters / 1e9:.2f} billion parameters, " if parameters else ""
+    experts = f", experts {' and '.join(record['experts'])}" if record["experts"] else ""
+    write(
+        out,
+        (record["bundle"], "bold"),
+        f": {short(record['model'])}{experts}, {size}dim {config['dim']}, {config['num_heads']} "
+        f"heads, {config['num_layers']} blocks; {in_bytes(record['bytes'])}, built by wanexport "
+        f"{short(record['wanexport'])}",
+    )
+    for name, weights in record["weights"].items():
+        stated = {key: value for key, value in weights["source"].items() if key != "files"}
+        source = ", ".join(f"{short(key)} {short(value)}" for key, value in stated.items())
+        write(out, f"  weights {name}: {in_bytes(weights['file']['size'])}, from {source}")
+    for engine in record["engines"]:
+        for line in _engine_lines(engine):
+            write(out, line)
+    if not record["problems"]:
+        checked = "every hash" if record["verified"] else "sizes, headers and engines"
+        write(out, f"{checked} verified")
+
+
+def _engine_lines(engine: dict[str, Any]) -> Iterator[str]:
+    proof, parity, sampling = engine["proof"], engine["parity"], engine["sampling"]
+    flops = engine["build"].get("flops_per_forward", 0) / 1e12
+    yield (
+        f"  engine {engine['name']}: {engine['tokens']} tokens, {in_bytes(engine['bytes'])}, "
+        f"{flops:.3g} TFLOPs a forward"
+    )
+    if engine["unusable"]:
+        yield f"    not usable: {engine['unusable']}"
+    target = ", ".join(f"{name} {short(value)}" for name, value in engine["target"].items())
+    yield f"    target: {target}"
+    if engine["attention"]:
+        yield f"    attention: {_attention(engine)}"
+    if proof:
+        yield f"    {_proof(proof)}"
+    compared = "not compared yet"
+    if parity:
+        verdict = "passed" if parity.get("passed") else "failed"
+        reference, error = short(parity.get("reference", "-")), in_short(parity.get("error"))
+        compared = f"{verdict} against {reference}; error {error}"
+    yield f"    parity: {compared}"
+    yield f"    lint: {sum(engine['lint'].values())} findings"
+    guidance = ", ".join(f"{g:g}" for g in dict.fromkeys(sampling["guidance"]))
+    boundary = f", experts meet at {sampling['boundary']}" if sampling["boundary"] else ""
+    yield (
+        f"    sampling: {sampling['solver']}, {sampling['steps']} steps, shift "
+        f"{sampling['shift']:g}, guidance {guidance}{boundary}, {sampling['fps']} fps"
+    )
+
+
+def show_doctor(record: dict[str, Any]) -> None:
+    """The machine, each library, and each task with the command that enables it."""
+    machine = record["machine"]
+    write(
+        out,
+        (f"wanexport {record['wanexport']}", "bold"),
+        f", Python {machine['python']}, {machine['system']}, {machine['cores']} cores, "
+        f"{in_bytes(machine['available_bytes'])} of {in_bytes(machine['memory_bytes'])} memory "
+        f"free, {in_bytes(machine['free_disk_bytes'])} disk free here",
+    )
+    gpus = "; ".join(machine["gpus"]) or "none"
+    offline = " (offline)" if machine["hub_offline"] else ""
+    write(out, f"  GPU: {gpus}; hub cache: {machine['hub_cache']}{offline}")
+    table = new_table()
+    for column in ("library", "for", "installed", ""):
+        table.add_column(column)
+    for library in record["libraries"]:
+        problem = library["problem"]
+        state = Text(printable(problem, 2000), "red") if problem else Text("ok", "green")
+        requirement, version = short(library["requirement"]), short(library["version"] or "-")
+        table.add_row(requirement, library["extra"] or "base", version, state)
+    out.print(table)
+    for task, state in record["tasks"].items():
+        verdict = ("yes", "green") if state["usable"] else ("no", "red")
+        write(out, f"{task}: ", verdict, "" if state["usable"] else f": {state['command']}")

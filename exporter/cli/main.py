@@ -1,0 +1,358 @@
+"""The command line: each command calls one function with its options and prints what it returns.
+
+What needs PyTorch is imported inside the command that needs it: `wanexport run` works without.
+"""
+
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from wanexport.exporter.child.process import missing_name
+from wanexport.exporter.cli.display import (
+    show_bench,
+    show_build,
+    show_compare,
+    show_doctor,
+    show_inspect,
+    show_lint,
+    show_run,
+)
+from wanexport.exporter.cli.options import (
+    COUNT,
+    DTYPES,
+    POSITIVE,
+    SEED,
+    CheckedGroup,
+    aoti_options,
+    as_json,
+    engine_options,
+    parse_guidance,
+    parse_names,
+    parse_numbers,
+    parse_pairs,
+    parse_size,
+    prompt_options,
+    provider_options,
+    sampling_options,
+    tensorrt_options,
+)
+from wanexport.exporter.cli.streams import minding_the_reader, prepare_streams, printing
+from wanexport.exporter.cli.terminal import err, progress_display, write
+from wanexport.exporter.run.request import RunRequest
+from wanexport.exporter.run.run import run as run_request
+from wanexport.runtime.engines.choose import BACKENDS, DEVICES
+from wanexport.runtime.engines.kernels import KERNELS
+from wanexport.runtime.errors import (
+    WanExportError,
+    WanExportWarning,
+    explain,
+    needing_extra,
+)
+
+
+@click.group(cls=CheckedGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("wanexport"), prog_name="wanexport")
+def cli() -> None:
+    """Compile Wan video models ahead of time, and run them in the original sampling loop."""
+
+
+@cli.command()
+@click.option("-m", "--model", help="Checkpoint folder, hub id, or preset with --random-weights.")
+@click.option("--resolution", required=True, help="Height x width as 480x832, or Wan's 832*480.")
+@click.option("--frames", required=True, type=int, help="Pixel frames, 4k+1.")
+@click.option(
+    "--backend", "backends", multiple=True, type=click.Choice(BACKENDS),
+    help="May be repeated. Default: aoti on a GPU, onnx elsewhere.",
+)  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(DTYPES),
+    help="Of matrix products and attention. Default: bf16 on a GPU and for TensorRT, else fp32.",
+)  # fmt: skip
+@click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    help="That runs aoti engines, or proves onnx engines. Default: a GPU if any can.",
+)
+@click.option(
+    "--attention", type=click.Choice([*KERNELS, "native", "mha", "decomposed"]),
+    help="Kernel of self-attention in an aoti engine, by default the fastest; in the others one "
+    "operator (native; mha is ONNX Runtime's own) or several.",
+)  # fmt: skip
+@click.option("--random-weights", type=SEED, metavar="SEED", help="Seeded weights of a preset.")
+@click.option("--expert-alone", is_flag=True, help="Build one expert of an A14B by itself.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle; default ./MODEL.")
+@click.option(
+    "--verify", type=click.Choice(["ends", "full"]), default="ends", show_default=True,
+    help="Blocks that the proof runs: the first and last, or all.",
+)  # fmt: skip
+@tensorrt_options
+@as_json
+def build(as_json: bool, target: str | None, workspace: str | None, **options: Any) -> None:
+    """Compile a checkpoint for one resolution and frame count, into a new or an existing bundle.
+
+    Ends with a proof: a fresh process opens the engine and compares it with eager PyTorch.
+    """
+    with needing_extra("build,cpu", "this command"):
+        from wanexport.exporter.backends.backend import TensorRtOptions
+        from wanexport.exporter.build import build as run_build
+
+    names = {field.name for field in fields(TensorRtOptions)}
+    options["tensorrt"] = TensorRtOptions(
+        targets=tuple(parse_names("--target", target) or ()),
+        workspace=parse_size("--workspace", workspace),
+        **{name: options.pop(name) for name in names & options.keys()},
+    )
+    options["backends"] = options["backends"] or None
+    with progress_display() as show:
+        record = run_build(progress=show, **options)
+    _report(record, as_json, show_build)
+
+
+def _report(record: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
+    with printing():
+        if as_json:
+            click.echo(json.dumps(record))
+        else:
+            show(record)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@prompt_options
+@sampling_options
+@engine_options
+@aoti_options
+@provider_options
+@as_json
+def run(
+    bundle: Path,
+    as_json: bool,
+    guidance: str | None,
+    timesteps: str | None,
+    provider_options: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Make a video from a prompt, or from text embeddings; with an image where the model takes one.
+
+    A record beside it, X.json or X.safetensors.json, holds what repeats the run.
+    """
+    settings = {name: options.pop(name) for name in ("steps", "shift", "solver")}
+    settings["guidance"] = parse_guidance(guidance)
+    settings["timesteps"] = parse_numbers("--timesteps", timesteps)
+    asked = {f.name: options.pop(f.name) for f in fields(RunRequest) if f.name in options}
+    options["provider_options"] = parse_pairs("--provider-option", provider_options)
+    request = RunRequest(bundle, **asked, settings=settings, load_options=options)
+    with progress_display() as show:
+        record = run_request(request, show=show, tell=_tell)
+    _report(record, as_json, show_run)
+
+
+def _tell(note: str) -> None:
+    write(err, ("note: ", "yellow"), note)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-m", "--model", help="Checkpoint whose tensors the reference takes.")
+@click.option(
+    "--reference", type=click.Choice(["graph", "diffusers"]), default="graph", show_default=True,
+    help="Whose eager fp32 forward is right: our graph's, or diffusers' own model's. With "
+    "--outputs, whose precision policy they were computed with.",
+)  # fmt: skip
+@click.option(
+    "--inputs", type=click.Path(path_type=Path),
+    help="Safetensors file: inputs as --text of run, or stacked inputs of single calls.",
+)  # fmt: skip
+@click.option(
+    "--outputs", type=click.Path(path_type=Path),
+    help="Safetensors file with the velocity of each call in --inputs: the reference.",
+)  # fmt: skip
+@click.option(
+    "--outputs-dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32",
+    show_default=True, help="Precision in which --outputs were computed.",
+)  # fmt: skip
+@click.option("--steps", type=COUNT, default=4, show_default=True, help="Length of the loop.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of all inputs.")
+@click.option("--report", type=click.Path(path_type=Path), help="Default: BUNDLE/reports.")
+@click.option(
+    "--save-inputs", type=click.Path(path_type=Path),
+    help="JSON file for polygraphy: what engine and reference were given, call by call.",
+)  # fmt: skip
+@click.option(
+    "--save-outputs", type=click.Path(path_type=Path),
+    help="JSON file for polygraphy: the velocities of both.",
+)  # fmt: skip
+@engine_options
+@provider_options
+@as_json
+def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **options: Any) -> None:
+    """Compare an engine with a reference, step by step; exit code 1 when the gate fails.
+
+    error is relative L2, floor the error of eager PyTorch in the engine's precision; drift is that
+    of the latent in a loop of the engine's own.
+    """
+    with needing_extra("build,cpu", "this command"):
+        from wanexport.exporter.compare.compare import compare as run_compare
+
+    options["provider_options"] = parse_pairs("--provider-option", provider_options)
+    with progress_display() as show:
+        result = run_compare(bundle, progress=show, **options)
+    _report(result, as_json, show_compare)
+    if result["warning"]:
+        write(err, ("warning: ", "yellow"), result["warning"])
+    if not result["passed"]:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--against", metavar="ARMS",
+    help="What to measure, with commas between, as wanexport,diffusers,compile. Default: all that "
+    "apply on a GPU, on a CPU those that compile nothing.",
+)  # fmt: skip
+@click.option("--rounds", type=COUNT, default=5, show_default=True, help="Forwards timed of each.")
+@click.option(
+    "--budget", type=POSITIVE, default=540.0, show_default=True,
+    help="Seconds for the whole command; what does not fit is skipped.",
+)  # fmt: skip
+@click.option("--profile", is_flag=True, help="Count host waits, and the GPU's busy share.")
+@click.option("--report", type=click.Path(path_type=Path), help="Default: BUNDLE/reports.")
+@engine_options
+@provider_options
+@as_json
+def bench(
+    bundle: Path,
+    as_json: bool,
+    against: str | None,
+    provider_options: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Measure an engine and others on the same inputs and weights; exit code 1 when one failed.
+
+    Each runs in a fresh process. The floor is the time that the forward's FLOPs take at the rate
+    of this machine's best matrix product.
+    """
+    with needing_extra("build,cpu", "this command"):
+        from wanexport.exporter.bench.bench import bench as run_bench
+
+    options["provider_options"] = parse_pairs("--provider-option", provider_options)
+    arms = parse_names("--against", against)
+    with progress_display() as show:
+        result = run_bench(bundle, against=arms, progress=show, **options)
+    _report(result, as_json, show_bench)
+    if result["warning"]:
+        write(err, ("warning: ", "yellow"), result["warning"])
+    if result["failed"]:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--target", type=click.Choice(["tensorrt"]), help="Whose ONNX parser must take the graph too."
+)
+@as_json
+def lint(path: Path, target: str | None, as_json: bool) -> None:
+    """List what a graph must not contain; exit code 1 when there is any.
+
+    PATH is a bundle, an .onnx file, or a .pt2 of torch.export.save, which is loaded whole.
+    """
+    with needing_extra("build,cpu", "this command"):
+        from wanexport.exporter.lint.onnx import lint as run_lint
+
+    result = run_lint(path, target)
+    _report(result, as_json, show_lint)
+    if not result["clean"]:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Hash every file, the weights too.")
+@as_json
+def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
+    """Say what a bundle holds; exit code 1 when a file is missing or altered."""
+    from wanexport.exporter.inspection import inspect as run_inspect
+
+    record = run_inspect(bundle, verify=verify)
+    _report(record, as_json, show_inspect)
+    for problem in record["problems"]:
+        _say_error(problem)
+    if record["problems"]:
+        sys.exit(1)
+
+
+@cli.command()
+@as_json
+def doctor(as_json: bool) -> None:
+    """Say what is installed and works here; exit code 1 when no bundle can run."""
+    from wanexport.exporter.doctor import doctor as run_doctor
+
+    record = run_doctor()
+    _report(record, as_json, show_doctor)
+    if not record["usable"]:
+        sys.exit(1)
+
+
+def main() -> None:
+    """Entry point: what the user can put right is one line and exit code 2, the rest is traced."""
+    with minding_the_reader():
+        _run()
+
+
+def _run() -> NoReturn:
+    pressed = []
+
+    def interrupt(number: int, _: object) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    os.environ.update(missing_name())
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    try:
+        prepare_streams()
+        sys.exit(cli(standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (WanExportError, OSError) as error:
+        _fail(explain(error))
+    except BaseException:
+        if not pressed:
+            raise
+        # Whatever became of the KeyboardInterrupt: torch raises errors of its own on the way out.
+        resumes = sys.argv[1:2] == ["build"]
+        write(err, "interrupted" + (": run the same command again to go on" if resumes else ""))
+        sys.exit(130)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """Ours in one line; what libraries warn of is not the user's."""
+    if issubclass(category, WanExportWarning):
+        write(err, ("warning: ", "yellow"), str(message))
+
+
+def _fail(message: str) -> NoReturn:
+    _say_error(message)
+    sys.exit(2)
+
+
+def _say_error(message: str) -> None:
+    write(err, ("error: ", "red"), " ".join(message.split()))
+
+
+if __name__ == "__main__":
+    main()

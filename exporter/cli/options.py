@@ -1,0 +1,241 @@
+"""Options that commands share, and the parsing of what click has no type for."""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from wanexport.exporter.cli.streams import minding_the_reader, printing
+from wanexport.runtime.engines.choose import BACKENDS, DEVICES
+from wanexport.runtime.engines.kernels import KERNELS
+from wanexport.runtime.engines.onnx_providers import PROVIDERS
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.solvers import SOLVERS
+
+DTYPES = ("fp32", "bf16", "fp16")
+SEED, COUNT = click.IntRange(min=0), click.IntRange(min=1)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+_SIZES = (2**20, 2**50)  # of a --workspace: a plain 8 is not meant, nor is a petabyte
+_MAY_BE_EMPTY = ("negative",)  # an empty prompt is one
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class CheckedCommand(click.Command):
+    """A command that refuses, by the option's name, what nobody means: nothing, NaN and infinity.
+
+    An empty value is what a script's variable has that was never set; as a path it would name the
+    folder that the script runs in.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments. Raises BadParameter for an empty text, or a number that is none."""
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in self.get_params(ctx):
+            if parameter.name not in _MAY_BE_EMPTY and _has_blank(given.get(parameter.name or "")):
+                leave = "" if parameter.required else ", or leave it out"
+                reason = f"it is empty, as a variable that was never set: give a value{leave}"
+                raise click.BadParameter(reason, ctx, parameter)
+        with printing():  # the help, where that is asked for
+            rest = super().parse_args(ctx, args)
+        for parameter in self.get_params(ctx):
+            value = ctx.params.get(parameter.name or "")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise click.BadParameter(f"{value} is no finite number", ctx, parameter)
+        return rest
+
+
+def _has_blank(given: Any) -> bool:
+    values = given if isinstance(given, list | tuple) else [given]
+    return any(isinstance(value, str) and not value.strip() for value in values)
+
+
+class CheckedGroup(click.Group):
+    """Makes every command of it a CheckedCommand."""
+
+    command_class = CheckedCommand
+
+    # Inside click, which gives a pipe that broke the exit code of a failed check.
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, and print the help where that is asked for."""
+        with minding_the_reader(), printing():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with minding_the_reader():
+            return super().invoke(ctx)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def prompt_options(command: _Command) -> _Command:
+    """What a run is made from, and where it goes."""
+    file = click.Path(path_type=Path)
+    for option in (
+        click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise."),
+        click.option("--overwrite", is_flag=True, help="Replace OUTPUT and its record."),
+        click.option("-o", "--output", required=True, type=file, help="X.mp4, or X.safetensors: "
+                     "the latent."),
+        click.option(
+            "-m", "--model",
+            help="Checkpoint (folder or hub id) with the text encoder and the VAE. Default: the "
+            "one the bundle came from.",
+        ),
+        click.option("--last-image", type=file, help="Last frame, for first-last-frame models."),
+        click.option("--image", type=file, help="First frame, for image-to-video and TI2V."),
+        click.option("--negative", help="What to keep away from. Default: the model's own text."),
+        click.option(
+            "--text", "text_file", type=file,
+            help="In place of --prompt: a safetensors file with text [n, 4096], and where they "
+            "apply negative, condition, image, first_frame and noise.",
+        ),
+        click.option("--prompt", help="What the video shows."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def sampling_options(command: _Command) -> _Command:
+    """The settings of `sample`."""
+    for option in (
+        click.option("--timesteps", help="A distilled model's timesteps, as 1000,750,500,250."),
+        click.option("--solver", type=click.Choice(list(SOLVERS)), help="Default: unipc."),
+        click.option(
+            "--guidance", help="A number, or LOW,HIGH noise; 1 is none. Default: the model's."
+        ),
+        click.option("--shift", type=float, help="Default: the model's own."),
+        click.option("--steps", type=COUNT, help="Default: the model's own."),
+    ):
+        command = option(command)
+    return command
+
+
+def engine_options(command: _Command) -> _Command:
+    """The options that choose one engine of a bundle."""
+    for option in (
+        click.option("--device", type=click.Choice(DEVICES), help="That runs the engine."),
+        click.option("--dtype", type=click.Choice(DTYPES), help="Engine precision."),
+        click.option("--frames", type=int, help="Pixel frames of the engine."),
+        click.option("--resolution", help="Height x width of the engine, as 480x832."),
+        click.option("--backend", type=click.Choice(BACKENDS), help="Engine backend."),
+    ):
+        command = option(command)
+    return command
+
+
+def aoti_options(command: _Command) -> _Command:
+    """The options of AOTInductor engines, as `load` takes them."""
+    for option in (
+        click.option(
+            "--cuda-graph/--no-cuda-graph", default=None,
+            help="Replay a captured graph. Default: where launching takes as long as running.",
+        ),
+        click.option(
+            "--offload", is_flag=True, help="Keep one of two experts on the GPU, swap them."
+        ),
+        click.option(
+            "--attention", type=click.Choice(KERNELS), help="Self-attention in an aoti engine."
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def provider_options(command: _Command) -> _Command:
+    """ONNX Runtime's provider for an ONNX engine, and that provider's own options."""
+    for option in (
+        click.option(
+            "--provider-option", "provider_options", multiple=True, metavar="KEY=VALUE",
+            help="An option of that provider; may be repeated.",
+        ),
+        click.option(
+            "--provider", type=click.Choice(list(PROVIDERS)),
+            help="Of ONNX Runtime, for an ONNX engine. Default: cuda on a GPU, else cpu.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def parse_pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
+    """KEY=VALUE, several times. Raises WanExportError for anything else, and for a key twice."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        key, _, value = (part.strip() for part in text.partition("="))
+        if not key or not value:
+            raise WanExportError(f"{option} {text!r}: expected KEY=VALUE")
+        if pairs.setdefault(key, value) != value:
+            raise WanExportError(f"{option} names {key} twice: {pairs[key]} and {value}")
+    return pairs
+
+
+def parse_names(option: str, text: str | None) -> list[str] | None:
+    """Names with commas between. Raises WanExportError when one of them is empty."""
+    names = None if text is None else [name.strip() for name in text.split(",")]
+    if names is not None and not all(names):
+        raise WanExportError(f"{option} {text!r} has an empty name: expected names, commas between")
+    return names
+
+
+def tensorrt_options(command: _Command) -> _Command:
+    """How TensorRT builds an engine."""
+    for option in (
+        click.option(
+            "--allow-unfused", is_flag=True, help="Keep a TensorRT engine without fused attention."
+        ),
+        click.option("--bake-weights", is_flag=True, help="Weights inside a TensorRT engine."),
+        click.option(
+            "--version-compatible", is_flag=True, help="Plan for later TensorRT versions too."
+        ),
+        click.option(
+            "--hardware-compatible", is_flag=True, help="Plan for Ampere and newer, slower."
+        ),
+        click.option("--workspace", metavar="SIZE", help="Limit of TensorRT's memory, as 8GiB."),
+        click.option(
+            "--optimization-level", type=click.IntRange(0, 5), help="TensorRT's effort. Default: 3."
+        ),
+        click.option(
+            "--target", metavar="SM,...", help="Architectures for tensorrt-rtx, as sm89,sm120."
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def parse_size(option: str, text: str | None) -> int | None:
+    """Bytes of `8GiB`, `500MB` or a plain number. Raises WanExportError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?) *([kmgt]?)(i?)b?", text.strip(), re.IGNORECASE)
+    size = 0.0
+    if match is not None:
+        base = 1024 if match[3] else 1000
+        size = float(match[1]) * base ** " kmgt".index(match[2].lower() or " ")
+    if not _SIZES[0] <= size <= _SIZES[1]:
+        raise WanExportError(f"{option} {text!r}: expected a size from 1MiB, as 8GiB or 500MB")
+    return int(size)
+
+
+def parse_guidance(text: str | None) -> float | tuple[float, float] | None:
+    """A number, or LOW,HIGH as a pair. Raises WanExportError for anything else."""
+    numbers = parse_numbers("--guidance", text)
+    if numbers is None:
+        return None
+    if len(numbers) > 2:
+        raise WanExportError(f"--guidance {text} has {len(numbers)} numbers: give one, or LOW,HIGH")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def parse_numbers(option: str, text: str | None) -> list[float] | None:
+    """Finite numbers with commas between. Raises WanExportError for anything else."""
+    try:
+        numbers = None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [math.nan]
+    if numbers is not None and not all(map(math.isfinite, numbers)):
+        raise WanExportError(f"{option} {text!r:.80}: expected numbers, with commas between")
+    return numbers

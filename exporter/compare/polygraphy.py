@@ -1,0 +1,163 @@
+"""What `compare` saves for NVIDIA's polygraphy: inputs, outputs, and the command that repeats it.
+
+The formats are polygraphy's own and written by itself, imported where it is needed.
+"""
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wanexport.exporter.compare.rows import ComparedCall
+from wanexport.runtime.arrays import to_numpy
+from wanexport.runtime.bundle.durable import write_durably
+from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, TensorSpec
+from wanexport.runtime.denoiser import Denoiser, pad_text
+from wanexport.runtime.engines.tensorrt import plan_role
+from wanexport.runtime.engines.tensorrt_library import FLAVOURS
+from wanexport.runtime.errors import WanExportError, needing_package
+
+_OUTPUT = "velocity"
+
+
+@dataclass(frozen=True)
+class SavedFiles:
+    """Where inputs and outputs go, None for what is not saved.
+
+    A model of two experts has files for each, as its calls are those of two sets of weights: the
+    expert's name is added to the file's.
+    """
+
+    inputs: Path | None
+    outputs: Path | None
+
+    def of(self, expert: str) -> "SavedFiles":
+        """The files of one expert, "" for a model without any."""
+        return SavedFiles(_of_expert(self.inputs, expert), _of_expert(self.outputs, expert))
+
+    def paths(self) -> list[Path]:
+        """The files that there are to be."""
+        return [path for path in (self.inputs, self.outputs) if path is not None]
+
+
+def _of_expert(path: Path | None, expert: str) -> Path | None:
+    return path.with_stem(f"{path.stem}-{expert}") if path and expert else path
+
+
+def check_files(files: SavedFiles) -> None:
+    """Refuse before the work what could not be saved after it. Raises WanExportError."""
+    for path in files.paths():
+        if path.suffix != ".json" or path.is_dir():
+            raise WanExportError(f"{path}: polygraphy reads JSON, name a .json file")
+        if not os.access(path.parent, os.W_OK):
+            raise WanExportError(f"cannot write in {path.parent}: name an existing folder")
+    if files.paths():
+        with needing_package("polygraphy", "saving for polygraphy"):
+            import polygraphy.comparator
+            import polygraphy.json  # noqa: F401
+
+
+def save_calls(
+    files: SavedFiles,
+    calls: Sequence[ComparedCall],
+    *,
+    bundle: Path,
+    manifest: Manifest,
+    denoiser: Denoiser,
+    reference: str,
+) -> dict[str, Any]:
+    """Save the calls as polygraphy reads them; returns the files, its commands, or why none.
+
+    denoiser is the engine's, and reference the runner's name for the reference's velocities.
+    """
+    record = denoiser.record
+    weights = {w.expert: bundle / w.file.path for w in manifest.weights_of(record.dtype)}
+    saved, commands = [], []
+    note = _obstacle(denoiser) or ("" if files.inputs else "it needs the inputs: add --save-inputs")
+    for expert, own in _by_expert(denoiser, calls).items():
+        written = files.of(expert)
+        _write(written, own, record, reference)
+        saved += [str(path) for path in written.paths()]
+        if not note:
+            engine = bundle / record.files[plan_role(record.files, expert)].path
+            run = _run_engine(record, engine, weights[expert].parent)
+            commands.append(f"{run} {_loads(written, own)}")
+    return {"files": saved, "commands": commands, "note": note or None}
+
+
+def _by_expert(denoiser: Denoiser, calls: Sequence[ComparedCall]) -> dict[str, list[ComparedCall]]:
+    """The calls that each expert served, in their order."""
+    grouped: dict[str, list[ComparedCall]] = {}
+    for call in calls:
+        expert = denoiser.expert(float(to_numpy(call.inputs["timestep"]).max()))
+        grouped.setdefault(expert, []).append(call)
+    return grouped
+
+
+def _write(
+    files: SavedFiles, calls: Sequence[ComparedCall], record: EngineRecord, reference: str
+) -> None:
+    from polygraphy.comparator import RunResults
+    from polygraphy.json import to_json
+    from polygraphy.logger import G_LOGGER
+
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # it logs to standard output, where JSON may go
+        if files.inputs:
+            fed = [feed(call.inputs, record.inputs) for call in calls]
+            write_durably(files.inputs, to_json(fed).encode())
+        if files.outputs:
+            # It compares each runner with the next, and the one that it runs comes first.
+            results = RunResults()
+            results.add([{_OUTPUT: call.reference} for call in calls], runner_name=reference)
+            results.add([{_OUTPUT: call.velocity} for call in calls], runner_name=record.name)
+            write_durably(files.outputs, to_json(results).encode())
+
+
+def feed(inputs: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
+    """A denoiser's inputs as its graph takes them: fp32, text padded, timestep for each frame."""
+    arrays = {name: to_numpy(inputs[name]) for name in specs}
+    arrays["text"] = pad_text(arrays["text"], specs["text"].shape)
+    return {
+        name: np.ascontiguousarray(np.broadcast_to(arrays[name], spec.shape))
+        for name, spec in specs.items()
+    }
+
+
+def _obstacle(denoiser: Denoiser) -> str:
+    """Why polygraphy cannot run the engine; empty when it can."""
+    backend = denoiser.record.backend
+    if backend == "aoti":
+        return "polygraphy runs no AOTInductor engine"
+    held = [getattr(engine, "weights", None) for engine in denoiser.engines.values()]
+    if backend in FLAVOURS and any(weights is not None for weights in held):
+        return "the plan takes its weights as inputs: polygraphy runs one built with --bake-weights"
+    return ""
+
+
+def _run_engine(record: EngineRecord, engine: Path, weights: Path) -> str:
+    """The part of the command that runs the engine."""
+    if record.backend == "onnx":
+        # Polygraphy names no folder of weights to ONNX Runtime, which refuses links to elsewhere;
+        # with --external-data-dir it makes one message of all, which holds 2 GB at most.
+        graph = weights / engine.name
+        provider = ["--providers", "cuda"] if record.target["device"] == "cuda" else []
+        run = ["polygraphy", "run", str(graph), "--onnxrt", *provider]
+        return f"{shlex.join(['cp', str(engine), str(graph)])} && {shlex.join(run)}"
+    variable = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if record.backend == "tensorrt-rtx" else ""
+    run = ["polygraphy", "run", str(engine), "--trt", "--model-type", "engine"]
+    return variable + shlex.join(run)
+
+
+def _loads(files: SavedFiles, calls: Sequence[ComparedCall]) -> str:
+    """The part of the command that reads what was saved, with the widest gate of the calls."""
+    options = ["--load-inputs", str(files.inputs)]
+    if files.outputs:
+        gate = max((c.distance_gate for c in calls if isfinite(c.distance_gate)), default=0.0)
+        options += ["--load-outputs", str(files.outputs)]
+        options += ["--compare", "l2", "--l2-threshold", f"{gate:.6g}"]
+    return shlex.join(options)

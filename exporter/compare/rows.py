@@ -1,0 +1,231 @@
+"""The rows of `compare`: the engine's calls, loop and solver against the reference's."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from math import isfinite, nan
+from typing import Any
+
+import numpy as np
+
+from wanexport.exporter.backends.backend import Progress
+from wanexport.exporter.compare.peers import Key, Peers
+from wanexport.exporter.compare.recorded import Calls, Loop
+from wanexport.exporter.compare.solver_oracle import exact_latents, shifted_grid
+from wanexport.exporter.reference.parity import (
+    FP32_GATE,
+    Difference,
+    Parity,
+    difference,
+    relative_l2,
+)
+from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.sample import make_plan, sample, set_first_frame
+
+Inputs = Mapping[str, Any]
+Call = tuple[Inputs, np.ndarray]  # what a denoiser was given, and its velocity
+Row = dict[str, Any]
+
+
+class Recorder:
+    """A denoiser whose calls are timed and, while `keep` is set, kept."""
+
+    def __init__(self, denoiser: Denoiser, *, keep: bool = False) -> None:
+        self.denoiser, self.keep = denoiser, keep
+        self.sampling, self.inputs = denoiser.sampling, denoiser.inputs
+        self.calls: list[Call] = []
+        self.seconds: list[float] = []
+
+    def __call__(self, **inputs: Any) -> np.ndarray:
+        """Call the denoiser."""
+        started = time.perf_counter()
+        velocity: np.ndarray = self.denoiser(**inputs)
+        self.seconds.append(time.perf_counter() - started)
+        if self.keep:
+            self.calls.append((inputs, velocity))
+        return velocity
+
+
+@dataclass(frozen=True)
+class Run:
+    """The reference's calls by step, and the latent after each step of a loop."""
+
+    steps: Sequence[Sequence[Call]]
+    latents: Sequence[np.ndarray] = ()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One call of the engine held against the reference's.
+
+    `recorded` is the rounding of a recorded reference, `rounding` that of the weights against the
+    checkpoint's, and `eager` the error of the reference's own model in fp32 against a recording.
+    """
+
+    difference: Difference
+    parity: Parity
+    recorded: float | None
+    rounding: float | None
+    eager: float | None
+
+
+@dataclass(frozen=True)
+class ComparedCall:
+    """What engine and reference were both given, and their velocities.
+
+    `distance_gate` is the largest L2 distance between them that passes.
+    """
+
+    inputs: Inputs
+    reference: np.ndarray
+    velocity: np.ndarray
+    distance_gate: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An engine, what it is held against, and whose fp32 forward is the reference.
+
+    Every compared call is added to `kept`, where that is a list.
+    """
+
+    engine: Recorder
+    peers: Peers
+    implementation: str
+    progress: Progress
+    kept: list[ComparedCall] | None = None
+
+    def rows(self, given: Loop | Calls) -> tuple[list[Row], list[float]]:
+        """A row for each step or call, and how long each call of an eager reference took."""
+        return self._loop(given) if isinstance(given, Loop) else self._calls(given)
+
+    def _loop(self, given: Loop) -> tuple[list[Row], list[float]]:
+        reference = Recorder(self.peers.eager[self.implementation, "fp32"], keep=True)
+        run = _sample(reference, given, self.progress, "reference")
+        rows = self._rows(run, None)
+        own = _sample(self.engine, given, self.progress, "engine on its own")
+        _add_loop_figures(rows, run, own, _solver_errors(self.engine, run, given))
+        return rows, reference.seconds
+
+    def _calls(self, given: Calls) -> tuple[list[Row], list[float]]:
+        if given.recorded_dtype is not None:
+            pairs = zip(given.inputs, given.velocities, strict=True)
+            return self._rows(Run([[pair] for pair in pairs]), given.recorded_dtype), []
+        reference = Recorder(self.peers.eager[self.implementation, "fp32"])
+        run = Run([[(inputs, reference(**inputs))] for inputs in given.inputs])
+        return self._rows(run, None), reference.seconds
+
+    def _rows(self, run: Run, recorded_dtype: str | None) -> list[Row]:
+        rows = []
+        for index, calls in enumerate(run.steps):
+            self.progress("engine on the same inputs", index, len(run.steps))
+            rows.append({"step": index, **_row([self._call(c, recorded_dtype) for c in calls])})
+        return rows
+
+    def _call(self, call: Call, recorded_dtype: str | None) -> Compared:
+        inputs, expected = call
+        exact = (self.implementation, "fp32")
+        velocities = {} if recorded_dtype else {exact: expected}
+        for key, peer in self.peers.eager.items():
+            if key not in velocities:
+                velocities[key] = peer(**inputs)
+        rounding = None
+        if self.peers.unrounded is not None:
+            rounding = relative_l2(velocities[exact], self.peers.unrounded(**inputs))
+        recorded = _noise(velocities, self.implementation, recorded_dtype)
+        velocity = self.engine(**inputs)
+        distance = difference(velocity, expected)
+        floor = _noise(velocities, "graph", self.engine.denoiser.record.dtype)
+        others = (recorded, rounding) if recorded_dtype else ()
+        parity = Parity(distance.error, floor, tuple(e for e in others if e is not None))
+        if self.kept is not None:
+            gate = parity.gate * float(np.linalg.norm(expected.astype(np.float64)))
+            self.kept.append(ComparedCall(inputs, expected, velocity, gate))
+        return Compared(
+            difference=distance,
+            parity=parity,
+            recorded=recorded,
+            rounding=rounding,
+            eager=relative_l2(velocities[exact], expected)
+            if recorded_dtype and exact in velocities
+            else None,
+        )
+
+
+def _noise(
+    velocities: Mapping[Key, np.ndarray], implementation: str, dtype: str | None
+) -> float | None:
+    """Error of one implementation in a lower precision against itself in fp32."""
+    if dtype in (None, "fp32"):
+        return None
+    return relative_l2(velocities[implementation, dtype], velocities[implementation, "fp32"])
+
+
+def _sample(denoiser: Recorder, given: Loop, progress: Progress, stage: str) -> Run:
+    """A free run; it ends early when a latent has NaN or Inf."""
+    ends, latents = [0], []
+    progress(stage, 0, given.steps)
+    for step in sample(denoiser, steps=given.steps, **given.inputs):
+        ends.append(len(denoiser.calls))
+        latents.append(step.latent)
+        progress(stage, len(latents), given.steps)
+        if not np.isfinite(step.latent).all():
+            break
+    return Run([denoiser.calls[a:b] for a, b in pairwise(ends)], latents)
+
+
+def _row(compared: Sequence[Compared]) -> Row:
+    """The figures of a step as JSON has them, null for NaN; of its calls the worst one counts."""
+    worst = max(compared, key=lambda c: c.parity.over_gate)
+    figures = {
+        **asdict(worst.difference),
+        "floor": worst.parity.floor,
+        "gate": worst.parity.gate,
+        "recorded": worst.recorded,
+        "rounding": worst.rounding,
+        "eager": worst.eager,
+    }
+    counts = {kind: sum(getattr(c.difference, kind) for c in compared) for kind in ("nan", "inf")}
+    return {name: _number(value) for name, value in figures.items()} | {
+        **counts,
+        "passed": worst.parity.passed,
+        "drift": None,
+        "solver": None,
+    }
+
+
+def _solver_errors(engine: Recorder, run: Run, given: Loop) -> list[float]:
+    """Relative L2 of each latent against the fp64 solver on the same velocities."""
+    if len(run.latents) < given.steps or not np.isfinite(run.latents[-1]).all():
+        return []
+    defaults, first = engine.sampling, given.inputs.get("first_frame")
+    plan = make_plan(defaults, steps=given.steps)
+    velocities = [_guided(step, g) for step, g in zip(run.steps, plan.guidance, strict=True)]
+    exact = exact_latents(
+        defaults.solver,
+        given.inputs["noise"],
+        shifted_grid(defaults.solver, given.steps, defaults.shift),
+        lambda _, index: velocities[index],
+        lambda latent: set_first_frame(latent, first),
+    )
+    return [relative_l2(latent, e) for latent, e in zip(run.latents, exact, strict=True)]
+
+
+def _guided(calls: Sequence[Call], scale: float) -> np.ndarray:
+    """The step's velocity in fp64 from its calls: with the text, and where guided without it."""
+    conditional, *others = (velocity.astype(np.float64) for _, velocity in calls)
+    return others[0] + scale * (conditional - others[0]) if others else conditional
+
+
+def _add_loop_figures(rows: Sequence[Row], run: Run, own: Run, solver: Sequence[float]) -> None:
+    """Note drift and solver error in every row; a NaN, or a wrong solver, fails it."""
+    drift = [relative_l2(a, b) for a, b in zip(own.latents, run.latents)]
+    missing = [nan] * len(rows)  # of a run that ended early
+    for row, moved, error in zip(rows, [*drift, *missing], [*solver, *missing]):
+        row["drift"], row["solver"] = _number(moved), _number(error)
+        row["passed"] = bool(row["passed"] and isfinite(moved) and error <= FP32_GATE)
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and isfinite(value) else None

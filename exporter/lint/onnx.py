@@ -1,0 +1,139 @@
+"""`wanexport lint`: what a graph must not contain, in ONNX files, exported programs and bundles."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx.inliner
+import onnx_ir as ir
+
+from wanexport.exporter.lint.archive import lint_program_file
+from wanexport.exporter.lint.onnx_expansion import check_expansion
+from wanexport.exporter.lint.program import Finding, count
+from wanexport.exporter.lint.tensorrt import KIND, lint_tensorrt
+from wanexport.graphs.signature import attention_count
+from wanexport.runtime.bundle.check import check_content
+from wanexport.runtime.bundle.manifest import read_manifest
+from wanexport.runtime.bundle.regular_file import read_regular
+from wanexport.runtime.engines.onnx import first_line
+from wanexport.runtime.errors import WanExportError
+
+_MOST_BYTES = 256 << 20  # of a graph without weights, whose largest here has a tenth of it
+_OPERATORS = {
+    "host_sync": "NonZero Unique Compress",
+    "strided_write": "ScatterND ScatterElements Scatter TensorScatter",
+    "sequence": "SequenceConstruct SequenceEmpty SequenceAt SequenceInsert SequenceErase "
+    "SequenceLength SequenceMap SplitToSequence ConcatFromSequence",
+    "if": "If",
+    "loop": "Loop Scan",
+    "einsum": "Einsum",
+    "unfused_attention": "Softmax LogSoftmax BiasSoftmax QLinearSoftmax",
+}
+ATTENTION = ("Attention", "MultiHeadAttention")
+_KIND_OF = {name: kind for kind, names in _OPERATORS.items() for name in names.split()}
+_DTYPES = {
+    ir.DataType.DOUBLE: "fp64",
+    ir.DataType.COMPLEX64: "complex",
+    ir.DataType.COMPLEX128: "complex",
+}
+
+
+def lint(path: str | Path, target: str | None = None) -> dict[str, Any]:
+    """Lint every engine of a bundle, an ONNX file, or a `.pt2` of `torch.export.save`.
+
+    With target `tensorrt`, ONNX graphs must also be what its parser takes. The result has `clean`,
+    and for each graph its counts by kind and its findings; of machine code, those that its build
+    counted in the graph it was made of, which is then `recorded`. No file is run or unpickled.
+    Raises WanExportError when the path is none of these, or damaged.
+    """
+    path = Path(path)
+    graphs = dict(_lint_path(path, target))
+    clean = not any(sum(graph["counts"].values()) for graph in graphs.values())
+    return {"path": str(path), "clean": clean, "graphs": graphs}
+
+
+def _graph(findings: list[Finding], target: str | None = None) -> dict[str, Any]:
+    own = {} if target is None else {target: sum(f.kind == target for f in findings)}
+    counts = {**count(findings), **own}
+    return {"counts": counts, "findings": [asdict(f) for f in findings], "recorded": False}
+
+
+def _lint_path(path: Path, target: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    if path.is_dir():
+        manifest = read_manifest(path)
+        expected = attention_count(manifest.config)
+        for engine in manifest.engines:
+            if engine.backend == "onnx":
+                file = check_content(path, engine.files["denoiser"])
+                yield engine.name, _graph(_lint_file(file.path, target, expected), target)
+            else:
+                counts = dict(engine.lint)
+                yield engine.name, {"counts": counts, "findings": [], "recorded": True}
+    elif not path.exists():
+        raise WanExportError(f"{path} does not exist: name a bundle, an .onnx or a .pt2 file")
+    elif path.suffix.lower() == ".onnx":
+        yield path.name, _graph(_lint_file(path, target), target)
+    elif path.suffix.lower() == ".pt2" and target is not None:
+        raise WanExportError(f"{path}: --target {target} is for .onnx files and bundles")
+    elif path.suffix.lower() == ".pt2":
+        yield path.name, _graph(lint_program_file(path))
+    else:
+        raise WanExportError(f"{path} is not linted: name a bundle, an .onnx or a .pt2 file")
+
+
+def lint_onnx(model: onnx.ModelProto, attentions: int | None = None) -> list[Finding]:
+    """Everything in the model, subgraphs and functions included, that is one of lint's kinds.
+
+    attentions is how many Attention nodes the model must have. A mutation leaves no trace in ONNX.
+    Raises onnx's own exceptions when types and shapes cannot be inferred.
+    """
+    flat = onnx.inliner.inline_local_functions(model)  # values in functions have no types
+    graph = ir.from_proto(onnx.shape_inference.infer_shapes(flat, strict_mode=True)).graph
+    nodes = list(ir.traversal.RecursiveGraphIterator(graph))
+    findings = []
+    owners = (node.graph for node in nodes)
+    for part in dict.fromkeys([graph, *(g for g in owners if isinstance(g, ir.Graph))]):
+        for value in (*part.inputs, *part.initializers.values()):
+            findings += [Finding(kind, value.name or "", "input") for kind in _kinds(value)]
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is None:
+            findings.append(Finding("dynamic_size", value.name or "", "no shape is stated"))
+    for node in nodes:
+        kinds = {kind for value in node.outputs for kind in _kinds(value)}
+        if node.op_type in _KIND_OF:
+            kinds.add(_KIND_OF[node.op_type])
+        findings += [Finding(kind, node.name or "", node.op_type) for kind in sorted(kinds)]
+    found = sum(node.op_type in ATTENTION for node in nodes)
+    if attentions is not None and found != attentions:
+        detail = f"{found} attention nodes, the model has {attentions}"
+        findings.append(Finding("unfused_attention", graph.name or "", detail))
+    return findings
+
+
+def _kinds(value: ir.Value) -> Iterator[str]:
+    if value.dtype in _DTYPES:
+        yield _DTYPES[value.dtype]
+    if value.shape is not None and not all(isinstance(size, int) for size in value.shape):
+        yield "dynamic_size"
+
+
+def _lint_file(
+    path: Path, target: str | None = None, attentions: int | None = None
+) -> list[Finding]:
+    """Lint an ONNX file; weights beside it are not read."""
+    content = read_regular(path, at_most=_MOST_BYTES)
+    try:
+        model = onnx.load_model_from_string(content)
+        check_expansion(model)
+        if not model.graph.node or not model.opset_import:
+            raise ValueError("it has no graph")
+        findings = lint_onnx(model, attentions)
+        return findings + (lint_tensorrt(model) if target == KIND else [])
+    except WanExportError as error:
+        raise WanExportError(f"{path}: {error}") from error
+    except Exception as error:  # protobuf's and onnx's exceptions have no base but this
+        raise WanExportError(
+            f"{path} is no ONNX file that can be read: {first_line(error)}"
+        ) from error

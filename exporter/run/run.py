@@ -1,0 +1,256 @@
+"""`wanexport run`: a prompt, or text embeddings, becomes a video or a latent, and a record of how.
+
+What needs PyTorch is imported where it is needed: text embeddings to a latent work without.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wanexport.exporter.compare.recorded import read_sample_inputs
+from wanexport.exporter.run.record import RunResult, run_record
+from wanexport.exporter.run.request import LATENT, RunRequest, check_request, sidecar
+from wanexport.runtime.arrays import to_numpy
+from wanexport.runtime.bundle.check import file_sha256
+from wanexport.runtime.bundle.durable import write_durably
+from wanexport.runtime.bundle.tensorfile import save_arrays
+from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.errors import WanExportError, explain, needing_extra
+from wanexport.runtime.load import load
+from wanexport.runtime.parts.find import PARTS, find_components, origin_note
+from wanexport.runtime.parts.pictures import fit_images
+from wanexport.runtime.sample import Step, make_plan, sample, seeded_noise
+from wanexport.runtime.serving.generator import check_step
+
+Show = Callable[[str, int, int], None]  # stage, how much of it is done, of how much
+
+
+def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Sample and write the output, and beside it the record that is returned.
+
+    show is given the progress; tell what became of an image, before the sampling, and after it
+    whether the VAE cut it into tiles. When decoding or writing the video fails, the latent is
+    saved, and the error or tell says where.
+    Raises WanExportError for what does not fit together, and as `load` and `sample` do.
+    """
+    check_request(request)
+    if request.makes_video:  # not after an hour of sampling
+        with needing_extra("pipeline", "an .mp4 file"):
+            import av  # noqa: F401
+    show("opening the engine", 0, 0)
+    steps = _Steps(show, decodes=request.makes_video)
+    with _saving_the_latent(request.output, steps, tell):
+        if request.prompt is None:
+            result = _from_text(request, show, tell, steps)
+        else:
+            result = _from_prompt(request, show, tell, steps)
+        if result.video is not None:
+            from wanexport.runtime.serving.video import write_video
+
+            show("writing the video", 0, 0)
+            write_video(request.output, result.video, result.denoiser.sampling.fps)
+    if result.video is None:
+        save_arrays(request.output, {"latent": result.latent})
+    try:
+        record = run_record(request, result)
+        # The command in it is for copying: no character of a prompt is written as its number.
+        written = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        write_durably(sidecar(request.output), written.encode(errors="backslashreplace"))
+    except (OSError, WanExportError) as error:
+        reason = explain(error) if isinstance(error, OSError) else error
+        raise WanExportError(
+            f"{request.output} is written, but not its record: {reason}"
+        ) from error
+    return record
+
+
+class _Steps:
+    """Shows each finished step, and keeps the last one's latent where it is to be decoded.
+
+    The pace that is shown is that of the steps after the first.
+    """
+
+    def __init__(self, show: Show, *, decodes: bool) -> None:
+        self.latent: np.ndarray | None = None
+        self._show, self._decodes = show, decodes
+        self._began = 0.0
+
+    def __call__(self, step: Step, steps: int) -> None:
+        now, done = time.monotonic(), step.index + 1
+        self._began = self._began if step.index else now
+        pace = f", {(now - self._began) / step.index:.2f} s/step" if step.index else ""
+        self._show(f"sampling{pace}", done, steps)
+        if done == steps and self._decodes:
+            self.latent = np.array(to_numpy(step.latent))  # a copy, which the VAE cannot change
+            self._show("decoding", 0, 0)
+
+
+@contextmanager
+def _saving_the_latent(output: Path, steps: _Steps, tell: Callable[[str], None]) -> Iterator[None]:
+    """Save the latent when what follows the last step fails or is interrupted, and say where.
+
+    It never replaces a file. What cannot be saved either leaves the error as it was.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if steps.latent is None:
+            raise
+        tags = itertools.chain([""], (f".{number}" for number in itertools.count(1)))
+        names = (output.with_suffix(tag + LATENT) for tag in tags)
+        path = next(name for name in names if not name.exists())
+        try:
+            save_arrays(path, {"latent": steps.latent})
+        except (OSError, WanExportError):
+            raise error from None
+        said = f"the latent is saved as {path}"
+        if isinstance(error, WanExportError | OSError):
+            raise WanExportError(f"{explain(error)}; {said}") from error
+        tell(said)
+        raise
+
+
+def _from_text(
+    request: RunRequest, show: Show, tell: Callable[[str], None], steps: _Steps
+) -> RunResult:
+    assert request.text_file is not None
+    started = time.monotonic()
+    denoiser = load(request.bundle, **request.load_options)
+    inputs = read_sample_inputs(request.text_file)
+    inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, request.seed))
+    inputs = {name: denoiser.array(value) for name, value in inputs.items()}
+    plan = make_plan(denoiser.sampling, **request.settings)
+    decode, facts = _open_vae(request, denoiser, tell) if request.makes_video else (None, {})
+    load_seconds = time.monotonic() - started
+    show("sampling", 0, len(plan))
+    latent, pace = _sample(denoiser, inputs, request.settings, len(plan), steps)
+    return RunResult(
+        denoiser=denoiser,
+        latent=to_numpy(latent),
+        video=decode(latent) if decode else None,
+        load_seconds=load_seconds,
+        seconds_per_step=pace,
+        facts={
+            "text": _file_facts(request.text_file),
+            **facts,
+            "solver": plan.solver,
+            "timesteps": plan.schedule.timesteps,
+            "guidance": plan.guidance,
+        },
+    )
+
+
+def _open_vae(
+    request: RunRequest, denoiser: Denoiser, tell: Callable[[str], None]
+) -> tuple[Callable[[Any], np.ndarray], dict[str, Any]]:
+    """What decodes a latent, and where it was found."""
+    from wanexport.runtime.parts.open import Parts
+
+    facts = _component_facts(request, ("vae",), tell)
+    device, record = denoiser.record.target["device"], denoiser.record
+    return Parts(request.bundle, request.model, record, device, {}).vae().decode, facts
+
+
+def _sample(
+    denoiser: Denoiser,
+    inputs: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    number: int,
+    on_step: Callable[[Step, int], None],
+) -> tuple[Any, float]:
+    """Return the final latent and the seconds per step."""
+    started = time.monotonic()
+    for step in sample(denoiser, **inputs, **settings):
+        check_step(step, denoiser.record.name)
+        on_step(step, number)
+    return step.latent, (time.monotonic() - started) / number
+
+
+def _from_prompt(
+    request: RunRequest, show: Show, tell: Callable[[str], None], steps: _Steps
+) -> RunResult:
+    from wanexport.runtime.serving.pipeline import Pipeline
+
+    assert request.prompt is not None
+    started = time.monotonic()
+    with Pipeline(
+        request.bundle, model=request.model, keep_text_encoder=False, **request.load_options
+    ) as pipeline:
+        denoiser = pipeline.denoiser
+        load_seconds = time.monotonic() - started
+        # Refuses before a part is downloaded.
+        plan = make_plan(denoiser.sampling, **request.settings)
+        if request.negative is not None and all(scale == 1 for scale in plan.guidance):
+            tell("--negative changes nothing here: guidance is 1 in every step")
+        fitted = fit_images(denoiser.record, request.image, request.last_image)
+        told = [image.note for image in fitted if image.note]
+        for note in told:
+            tell(note)
+        show("finding the encoders and the VAE", 0, 0)
+        components = _component_facts(request, _needs(request), tell)
+        given = "the prompt and image" if request.image else "the prompt"
+        show(f"encoding {given}, then the first step", 0, 0)
+        made = pipeline.generate(
+            request.prompt,
+            negative=request.negative,
+            image=request.image,
+            last_image=request.last_image,
+            seed=request.seed,
+            decode=request.makes_video,
+            on_step=steps,
+            **request.settings,
+        )
+    for note in made.notes:
+        if note not in told:
+            tell(note)
+    return RunResult(
+        denoiser=denoiser,
+        latent=made.latent,
+        video=made.video,
+        load_seconds=load_seconds,
+        seconds_per_step=made.seconds["sampling"] / len(made.timesteps),
+        facts={
+            "prompt": made.prompt,
+            "negative": made.negative,
+            "image": _file_facts(request.image),
+            "last_image": _file_facts(request.last_image),
+            "notes": made.notes,
+            **components,
+            "solver": made.solver,
+            "timesteps": made.timesteps,
+            "guidance": made.guidance,
+            "seconds": {stage: round(seconds, 3) for stage, seconds in made.seconds.items()},
+        },
+    )
+
+
+def _needs(request: RunRequest) -> tuple[str, ...]:
+    """The parts that a prompt takes: no VAE from text to a latent."""
+    return PARTS if request.makes_video or request.image else ("text_encoder",)
+
+
+def _component_facts(
+    request: RunRequest, needs: Sequence[str], tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Where the parts come from. Raises WanExportError when one is missing."""
+    if note := origin_note(request.bundle, request.model, needs=needs):
+        tell(note)  # before anything is downloaded
+    files = find_components(request.bundle, request.model, needs=needs)
+    paths = {part: getattr(files, part) for part in PARTS if part in needs}
+    return {
+        "components": {
+            "origin": files.origin,
+            "layout": files.layout,
+            **{part: str(path) for part, path in paths.items() if path is not None},
+        }
+    }
+
+
+def _file_facts(path: Path | None) -> dict[str, str] | None:
+    return None if path is None else {"path": str(path.resolve()), "sha256": file_sha256(path)}

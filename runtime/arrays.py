@@ -1,0 +1,64 @@
+"""Arrays of either kind: numpy's, or torch's without importing it."""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from wanexport.runtime.errors import WanExportError
+
+Array = Any  # a numpy array or a torch tensor
+
+
+def is_torch(value: Any) -> bool:
+    """Whether value is a torch tensor, of a subclass too, without importing torch."""
+    # Nothing is one before somebody imported it; while somebody does, it has no Tensor yet.
+    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
+
+
+def to_numpy(value: Array) -> np.ndarray:
+    """An fp32 numpy array of a number, an array or a torch tensor on any device.
+
+    Raises WanExportError for anything else.
+    """
+    try:
+        plain = value.detach().float().cpu().numpy() if is_torch(value) else value
+        return np.ascontiguousarray(plain, np.float32)
+    except (TypeError, ValueError, NotImplementedError) as error:  # the last of a meta tensor
+        raise WanExportError(
+            f"{type(value).__name__} is no array of numbers: pass numpy arrays or torch tensors"
+        ) from error
+
+
+def is_on_gpu(value: Any) -> bool:
+    """Whether value is a torch tensor on a CUDA device."""
+    return is_torch(value) and bool(value.is_cuda)
+
+
+def is_finite(value: Array) -> bool:
+    """Whether no element is NaN or Inf; waits for the device of a tensor on a GPU."""
+    if is_torch(value):
+        return bool(value.isfinite().all())
+    return bool(np.isfinite(value).all())
+
+
+def count_not_finite(value: Array) -> int:
+    """How many elements are NaN or Inf; 0 for a tensor on a GPU, which would have to be awaited."""
+    return 0 if is_on_gpu(value) else int((~np.isfinite(value)).sum())
+
+
+def like(array: Array, model: Array) -> Array:
+    """array as the kind that model is: numpy, or torch on model's device; always fp32."""
+    if not is_torch(model):
+        return to_numpy(array)
+    import torch
+
+    tensor = array if is_torch(array) else torch.from_numpy(array)
+    return tensor.to(model.device)
+
+
+def to_fp32_like(value: Array, model: Array) -> Array:
+    """value in fp32, as the kind that model is: numpy, or torch on model's device."""
+    if is_torch(value) and is_torch(model):
+        return value.to(model.device).float()
+    return like(to_numpy(value), model)

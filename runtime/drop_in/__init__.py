@@ -1,0 +1,1 @@
+"""An engine in the place of another pipeline's transformer."""

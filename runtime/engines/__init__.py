@@ -1,0 +1,1 @@
+"""What executes an engine: one file a backend."""

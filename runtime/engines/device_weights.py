@@ -1,0 +1,173 @@
+"""A weights file in one buffer of device memory, read once for all engines that need it."""
+
+import os
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
+from wanexport.runtime.bundle.tensorfile import TensorEntry, header_sha256, read_header
+from wanexport.runtime.errors import WanExportError
+
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_ALIGNMENT = 256  # bytes: what compiled kernels expect, and the caching allocator gives
+_PIECE = 16 << 20  # bytes read at a time, by each thread
+_TIMED = 1000  # of the last switches
+_THREADS = 8
+
+_resident: WeakValueDictionary[tuple[object, ...], "DeviceWeights"] = WeakValueDictionary()
+_lock = threading.Lock()
+
+
+class _Piece(NamedTuple):
+    """Bytes of the file, and where in the buffer they go."""
+
+    source: int
+    target: int
+    size: int
+
+
+class DeviceWeights:
+    """The tensors of a weights file on a device, by name.
+
+    Files of one layout share a buffer by turns: `use` replaces its content, and the tensors, being
+    views of it, stay valid. `switches` has the seconds of each replacement, the last 1000. What is
+    shared keeps the first file's content.
+    Raises WanExportError when the file cannot be read or is not what was pinned, and when the
+    device has too little memory.
+    """
+
+    def __init__(
+        self, file: Path | PinnedFile, device: torch.device, *, shared: bool = False
+    ) -> None:
+        file = pin(file)
+        self.device, self.shared = device, shared
+        self.file: PinnedFile | None = file  # None while its content is neither
+        self.switches: deque[float] = deque(maxlen=_TIMED)
+        with file.opened():
+            self._entries, self._header = read_header(file.path), header_sha256(file.path)
+        offsets, total = _offsets(self._entries)
+        if device.type == "cuda":
+            advice = "use --offload where the model has two experts"
+            check_room(total, device, str(file.path), advice)
+        # Of a caller in inference mode, other threads and calls could not write it.
+        with torch.inference_mode(False):
+            self.buffer = torch.empty(total, dtype=torch.uint8, device=device)
+            self.tensors = {
+                name: self._view(entry, offsets[name]) for name, entry in self._entries.items()
+            }
+        self._pieces = [
+            _Piece(entry.offset + done, offsets[name] + done, min(_PIECE, entry.size - done))
+            for name, entry in self._entries.items()
+            for done in range(0, entry.size, _PIECE)
+        ]
+        self._fill(file)
+
+    def use(self, file: Path | PinnedFile) -> None:
+        """Hold the tensors of this file, whose header is that of the first.
+
+        Shared weights hold them already, whatever name the file was opened by.
+        Raises WanExportError when the file cannot be read, is not what was pinned, or is laid out
+        otherwise; what is held then is neither, until the next call.
+        """
+        if self.shared:
+            return
+        file = pin(file)
+        if file != self.file:
+            started, self.file = time.perf_counter(), None
+            self._fill(file)
+            self.file = file
+            self.switches.append(time.perf_counter() - started)
+
+    def _view(self, entry: TensorEntry, offset: int) -> Tensor:
+        raw = self.buffer[offset : offset + entry.size]
+        return raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+    def _fill(self, file: PinnedFile) -> None:
+        """Read with several threads; through pinned memory where the buffer is on a GPU."""
+        with file.opened() as handle:
+            if header_sha256(file.path) != self._header:
+                raise WanExportError(
+                    f"{file.path} is laid out otherwise than the weights in whose place it is to "
+                    f"go: run wanexport build again"
+                )
+            if self.device.type == "cuda":  # what still reads the old content must end first
+                torch.cuda.synchronize(self.device)
+            with ThreadPoolExecutor(_THREADS) as pool:
+                shares = [self._pieces[i::_THREADS] for i in range(_THREADS)]
+                list(pool.map(partial(self._read, handle, file.path), shares))
+
+    def _read(self, handle: int, file: Path, pieces: list[_Piece]) -> None:
+        if self.device.type != "cuda":
+            for piece in pieces:
+                target = self.buffer[piece.target : piece.target + piece.size]
+                _read_piece(handle, file, piece, target)
+            return
+        # Two pinned buffers: one is read into while the other is copied.
+        staging = torch.empty(2, _PIECE, dtype=torch.uint8, pin_memory=True)
+        copied = [torch.cuda.Event() for _ in staging]
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream()):
+            for number, piece in enumerate(pieces):
+                half = number % 2
+                copied[half].synchronize()
+                pinned = staging[half, : piece.size]
+                _read_piece(handle, file, piece, pinned)
+                target = self.buffer[piece.target : piece.target + piece.size]
+                target.copy_(pinned, non_blocking=True)
+                copied[half].record()
+            for event in copied:
+                event.synchronize()
+
+
+def device_weights(
+    file: Path | PinnedFile, device: torch.device, *, private: bool = False
+) -> DeviceWeights:
+    """The weights of a file on a device: those already there, if any engine of this process holds
+    them, or read anew. private ones are never shared: their content will be replaced."""
+    if private:
+        return DeviceWeights(file, device)
+    file = pin(file)
+    key = (str(device), file.identity)
+    with _lock:
+        weights = _resident.get(key)
+        if weights is None:
+            weights = _resident[key] = DeviceWeights(file, device, shared=True)
+    return weights
+
+
+def _offsets(entries: dict[str, TensorEntry]) -> tuple[dict[str, int], int]:
+    """Where each tensor lies in the buffer, aligned, and the buffer's size."""
+    offsets, end = {}, 0
+    for name, entry in entries.items():
+        offsets[name] = end
+        end += -(-entry.size // _ALIGNMENT) * _ALIGNMENT
+    return offsets, end
+
+
+def check_room(size: int, device: torch.device, what: str, advice: str) -> None:
+    """Raise WanExportError when the GPU has not so many bytes free, PyTorch's cache included."""
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if size > free:
+        raise WanExportError(
+            f"{what} takes {size / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} of "
+            f"{total / 1e9:.1f} GB free: close what else uses it, or {advice}"
+        )
+
+
+def _read_piece(handle: int, file: Path, piece: _Piece, target: Tensor) -> None:
+    view = memoryview(target.numpy().data)
+    done = 0
+    while done < piece.size:
+        count = os.preadv(handle, [view[done:]], piece.source + done)
+        if not count:
+            raise WanExportError(f"{file} ended while it was read: write it again")
+        done += count

@@ -1,0 +1,316 @@
+"""A weightless ONNX graph in ONNX Runtime on a GPU: its weights stay where other engines have them.
+
+With the CUDA provider a session reads the tensors of `DeviceWeights` in place. TensorRT's providers
+compile the weights into an engine of their own, which they keep in the user's cache folder.
+"""
+
+import ctypes
+import importlib
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
+from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
+from wanexport.runtime.engines.onnx import first_line, import_onnxruntime, reading_weights
+from wanexport.runtime.engines.onnx_providers import PROVIDERS, RTX_PLUGIN, Provider, gpu_obstacle
+from wanexport.runtime.errors import WanExportError, WanExportWarning
+
+# What takes the time of a forward: none of it may land on the CPU.
+_HEAVY = frozenset(
+    "Attention MultiHeadAttention Gemm MatMul Gelu Softmax LayerNormalization RMSNormalization "
+    "SimplifiedLayerNormalization".split()
+)
+_CURAND = "libcurand.so.10"  # of CUDA 12 and 13
+_OVERHEAD = 2 << 30  # bytes of GPU memory that a session may take beside its weights
+
+
+class OnnxSession:
+    """One graph and its weights on a device; fp32 torch tensors there, in and out.
+
+    `weights` is the file, and `tensors` its content on the device by the names of the graph's
+    parameters. `assigned` counts the nodes by ONNX Runtime's provider and operator;
+    `grown` is how much GPU memory opening took, in bytes.
+    Raises WanExportError when ONNX Runtime lacks the provider, refuses the graph, or leaves a
+    product, an attention or a norm to the CPU, and when a file is not what was pinned; it warns
+    when it leaves other nodes there.
+    """
+
+    def __init__(
+        self,
+        graph: Path | PinnedFile,
+        weights: Path | PinnedFile,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+        provider: Provider,
+    ) -> None:
+        self.device, self.provider = device, provider
+        self.lock = threading.Lock()  # for its callers: one call at a time
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # ONNX Runtime holds their addresses as long as the session lives.
+        self.values = {} if provider.compiles else _values(tensors)
+        graph, weights = pin(graph), pin(weights)
+        before, content = _free_bytes(device), graph.read()
+        with weights.opened():
+            try:
+                self.session = self._open(content, weights)
+            except WanExportError:
+                raise
+            except Exception as error:  # ONNX Runtime's own exceptions have no base but this
+                raise WanExportError(
+                    f"ONNX Runtime cannot load {graph.path}: {first_line(error)}"
+                ) from error
+        self.grown = before - _free_bytes(device)
+        self.names = tuple(value.name for value in self.session.get_inputs())
+        (output,) = self.session.get_outputs()
+        self.output_name, self.output_shape = output.name, tuple(output.shape)
+        self.run_options = import_onnxruntime().RunOptions()
+        self.run_options.log_severity_level = 4  # what goes wrong is raised
+        self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self.assigned = _assigned(self.session)
+        self._check_assignment(graph.path)
+
+    def _open(self, graph: bytes, weights: PinnedFile) -> Any:
+        onnxruntime = import_onnxruntime()
+        if self.device.type == "cuda":
+            _load_curand()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # A pattern is known after the first call, and would take its memory a second time.
+        options.enable_mem_pattern = False
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        for name, value in self.values.items():
+            options.add_initializer(name, value)
+        stream = self.stream.cuda_stream if self.stream is not None else 0
+        settings = self.provider.settings(self.device, stream, weights)
+        wanted = PROVIDERS[self.provider.name]
+        arguments: dict[str, Any] = {"providers": [(wanted, settings)]}
+        if self.provider.name == "tensorrt-rtx":
+            arguments = {}
+            _add_rtx(onnxruntime, options, settings, self.device)
+        elif self.provider.name == "tensorrt":
+            with suppress(ImportError):  # its import makes the libraries findable
+                importlib.import_module("tensorrt")
+            cuda = Provider().settings(self.device, stream, weights)
+            arguments["providers"].append((PROVIDERS["cuda"], cuda))
+        # It tells of a plugin that it looks for before its own provider.
+        onnxruntime.set_default_logger_severity(3)
+        try:
+            session = onnxruntime.InferenceSession(
+                reading_weights(graph, weights, options),
+                options,
+                # Folded, a parameter would be a copy that no swap of the weights reaches.
+                disabled_optimizers=["ConstantFolding"],
+                enable_fallback=0,
+                **arguments,
+            )
+        finally:
+            onnxruntime.set_default_logger_severity(2)  # as it is by default
+        if wanted not in session.get_providers():
+            needed = "TensorRT 10 and the CUDA" if self.provider.name == "tensorrt" else "the CUDA"
+            raise WanExportError(
+                f"ONNX Runtime cannot use its {wanted}, whose libraries it does not find: "
+                f"install {needed} version that this onnxruntime-gpu is for"
+            )
+        return session
+
+    def _check_assignment(self, graph: Path) -> None:
+        on_host = {
+            operator: count
+            for (provider, operator), count in self.assigned.items()
+            if provider == PROVIDERS["cpu"]
+        }
+        if self.device.type == "cpu" or not on_host:
+            return
+        counts = ", ".join(f"{count} {operator}" for operator, count in sorted(on_host.items()))
+        if _HEAVY & on_host.keys():
+            raise WanExportError(
+                f"ONNX Runtime's {PROVIDERS[self.provider.name]} leaves {counts} of {graph} to the "
+                f"CPU: install onnxruntime-gpu 1.31 or newer, or build with another --dtype"
+            )
+        warnings.warn(
+            f"ONNX Runtime runs {counts} on the CPU, which the GPU waits for",
+            WanExportWarning,
+            stacklevel=2,
+        )
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The velocity; the host does not wait for it.
+
+        The caller's current stream goes on after it. Raises WanExportError when ONNX Runtime
+        cannot, for want of memory most likely.
+        """
+        binding = self.session.io_binding()
+        kind, index = self.device.type, self.device.index or 0
+        for name in self.names:
+            tensor = inputs[name]
+            shape, address = list(tensor.shape), tensor.data_ptr()
+            binding.bind_input(name, kind, index, np.float32, shape, address)
+        try:
+            output = torch.empty(self.output_shape, device=self.device)
+            binding.bind_output(
+                self.output_name, kind, index, np.float32, list(output.shape), output.data_ptr()
+            )
+            with self._in_order():
+                self.session.run_with_iobinding(binding, self.run_options)
+        except Exception as error:
+            raise WanExportError(
+                f"ONNX Runtime failed on {self.device} ({first_line(error)[:160]}), for want of "
+                f"memory most likely: close what else uses it, or build an engine of a smaller "
+                f"--resolution or fewer --frames"
+            ) from error
+        return output
+
+    @contextmanager
+    def _in_order(self) -> Iterator[None]:
+        """Begin after what the caller's stream holds, and have it go on after the session's."""
+        if self.stream is None:
+            yield
+            return
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            try:
+                yield
+            finally:  # what was launched before a failure uses the caller's memory too
+                current.wait_stream(self.stream)
+
+
+class OnnxCudaEngine:
+    """Calls a session with one expert's weights; `file` is what `weights` must hold during a call.
+
+    `weights` is None where the session has its own copy.
+    """
+
+    def __init__(
+        self, session: OnnxSession, weights: DeviceWeights | None, file: Path | PinnedFile
+    ) -> None:
+        self.session, self.weights, self.file = session, weights, file
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the velocity; the caller's current stream does the work, the host waits not.
+
+        Raises WanExportError when the device has too little memory.
+        """
+        with self.session.lock:
+            if self.weights is not None:
+                self.weights.use(self.file)
+            return self.session(inputs)
+
+
+def open_engines(
+    graph: Path | PinnedFile,
+    weights: Mapping[str, Path | PinnedFile],
+    device: torch.device,
+    provider: Provider,
+    *,
+    offload: bool = False,
+) -> dict[str, OnnxCudaEngine]:
+    """The engine of each expert; weights are files by expert.
+
+    A path is taken as its file is now. With offload the experts share one session, whose weights
+    are replaced at the switch.
+    Raises WanExportError when the provider is missing, refuses the graph, or copies the weights
+    that offload would replace.
+    """
+    if device.type == "cuda" and (reason := gpu_obstacle(provider.name)):
+        raise WanExportError(reason)
+    if provider.compiles:
+        if offload:
+            raise WanExportError(
+                f"provider {provider.name} has its weights inside and cannot offload them: "
+                f"choose --provider cuda"
+            )
+        return {
+            expert: OnnxCudaEngine(OnnxSession(graph, file, {}, device, provider), None, file)
+            for expert, file in weights.items()
+        }
+    engines: dict[str, OnnxCudaEngine] = {}
+    for expert, file in {expert: pin(file) for expert, file in weights.items()}.items():
+        if engines and offload:
+            first = next(iter(engines.values()))
+            engines[expert] = OnnxCudaEngine(first.session, first.weights, file)
+            continue
+        held = device_weights(file, device, private=offload)
+        session = OnnxSession(graph, file, held.tensors, device, provider)
+        most = max(held.buffer.numel(), _OVERHEAD)
+        if offload and session.grown > most:
+            # What a neighbour on the GPU took meanwhile counts as grown: it will not do so twice.
+            del session
+            session = OnnxSession(graph, file, held.tensors, device, provider)
+        if offload and session.grown > most:
+            raise WanExportError(
+                f"ONNX Runtime {import_onnxruntime().__version__} copies the weights, which "
+                f"--offload would replace: leave it out"
+            )
+        engines[expert] = OnnxCudaEngine(session, held, file)
+    return engines
+
+
+def _values(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The tensors as ONNX Runtime's values over the same memory."""
+    value = import_onnxruntime().OrtValue
+    return {name: value.from_dlpack(tensor) for name, tensor in tensors.items()}
+
+
+def _load_curand() -> None:
+    """Have the one library that the provider needs and PyTorch may not have loaded."""
+    with suppress(OSError):
+        ctypes.CDLL(_CURAND)
+        return
+    spec = find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for path in Path(folder).glob(f"*/lib/{_CURAND}"):
+            ctypes.CDLL(str(path))
+
+
+def _add_rtx(
+    onnxruntime: Any, options: Any, settings: Mapping[str, str], device: torch.device
+) -> None:
+    """Have a session use TensorRT for RTX, whose provider is a plugin."""
+    name = PROVIDERS["tensorrt-rtx"]
+    devices = _rtx_devices(onnxruntime, name)
+    if not devices:
+        _register_rtx(onnxruntime, name)
+        devices = _rtx_devices(onnxruntime, name)
+    if len(devices) <= device.index:
+        raise WanExportError(
+            f"{name} offers {len(devices)} devices, {device} is not among them: it is for "
+            f"GeForce RTX GPUs, choose --provider cuda"
+        )
+    options.add_provider_for_devices([devices[device.index]], dict(settings))
+
+
+@cache
+def _register_rtx(onnxruntime: Any, name: str) -> None:
+    """Load the plugin, which ONNX Runtime refuses to do twice in a process."""
+    plugin = importlib.import_module(RTX_PLUGIN)
+    onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+
+
+def _rtx_devices(onnxruntime: Any, name: str) -> list[Any]:
+    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+
+
+def _assigned(session: Any) -> Counter[tuple[str, str]]:
+    """How many nodes of each operator each provider has."""
+    return Counter(
+        (part.ep_name, node.op_type)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0

@@ -1,0 +1,133 @@
+"""The operators of exported graphs whose kernels are chosen where they run.
+
+Importing this file needs PyTorch and registers `torch.ops.wanexport`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wanexport.runtime.bundle.pinned_file import PinnedFile
+from wanexport.runtime.engines.flash_attention import FlashAttention
+from wanexport.runtime.engines.kernels import KERNELS
+from wanexport.runtime.errors import WanExportError
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k and v [B, T, H, D]
+
+# An operator has no other way to learn which engine calls it.
+_kernels: ContextVar[Mapping[int, Kernel]] = ContextVar("attention kernels")
+
+
+# Defined by hand: torch.library.custom_op imports the compiler's front end when it is first called.
+_library = torch.library.Library("wanexport", "DEF")
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+_library.define(
+    "linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v as [B, S, H, D]; there is no mask.
+
+    q is [B, S, H, D], k and v are [B, T, H, D], and all three have one dtype. The kernel is that of
+    `attention_kernels` for T keys; where none are set, it is PyTorch's choice.
+    Raises WanExportError when some are set, but none for T keys.
+    """
+    out: Tensor = torch.ops.wanexport.attention(q, k, v)
+    return out
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu_tanh(x [L, in] weight^T + bias) as [L, out], in one kernel on CUDA.
+
+    cuBLASLt applies its epilogue, which is the tanh form, to the fp32 sums: one rounding less than
+    a product and a GELU after it, and the wide activation is not read and written again.
+    """
+    out: Tensor = torch.ops.wanexport.linear_gelu(x, weight, bias)
+    return out
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    kernels = _kernels.get({})
+    kernel = kernels.get(k.shape[1]) if kernels else sdpa
+    if kernel is None:
+        named = ", ".join(map(str, kernels))
+        raise WanExportError(
+            f"no attention kernel is chosen for {k.shape[1]} keys, only for {named}: "
+            f"run wanexport build again"
+        )
+    return kernel(q, k, v)
+
+
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("attention", _attention, _device)
+    _library.impl("linear_gelu", _linear_gelu, _device)
+
+
+@torch.library.register_fake("wanexport::attention", lib=_library)  # type: ignore[untyped-decorator]
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("wanexport::linear_gelu", lib=_library)  # type: ignore[untyped-decorator]
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@contextmanager
+def attention_kernels(kernels: Mapping[int, Kernel]) -> Iterator[None]:
+    """Choose the kernel of the operator by its number of keys, within the block and its thread.
+
+    No kernels at all leave the choice to PyTorch.
+    """
+    token = _kernels.set(kernels)
+    try:
+        yield
+    finally:
+        _kernels.reset(token)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The kernel that PyTorch chooses."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """cuDNN's kernel, for fp16 and bf16 on CUDA."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
+    return out.transpose(1, 2).contiguous()
+
+
+def open_kernel(name: str, flash_library: Path | PinnedFile | None) -> Kernel:
+    """The kernel `fa4`, `cudnn` or `sdpa`; flash_library is the bundle's compiled FlashAttention-4.
+
+    Raises WanExportError when the kernel is unknown or cannot be had.
+    """
+    if name == "fa4":
+        if flash_library is None:
+            raise WanExportError(
+                "this bundle has no FlashAttention-4 kernel: pip install flash-attn-4 and run "
+                "wanexport build again, or choose cudnn"
+            )
+        return FlashAttention(flash_library)
+    kernels = {"cudnn": cudnn, "sdpa": sdpa}
+    if name not in kernels:
+        raise WanExportError(
+            f"unknown attention kernel {name!r}: expected one of {', '.join(KERNELS)}"
+        )
+    return kernels[name]

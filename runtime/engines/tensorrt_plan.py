@@ -1,0 +1,197 @@
+"""An opened TensorRT plan: what it takes and gives, and contexts with every address set."""
+
+import mmap
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanexport.runtime.bundle.durable import remove_partials, write_durably
+from wanexport.runtime.bundle.manifest import TensorSpec
+from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
+from wanexport.runtime.bundle.tensorfile import read_header
+from wanexport.runtime.engines.tensorrt_library import FLAVOURS, import_tensorrt, message_log
+from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
+
+OUTPUT = "velocity"
+_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}  # safetensors' names -> the manifest's
+
+
+class Plan:
+    """An opened plan: compiled code, and weights only where they were baked in.
+
+    `tensors` has shape and dtype of every input and of the output by name; `activation_bytes` is
+    what one execution takes beside them. TensorRT for RTX compiles kernels for the GPU that it
+    finds: `kernels` is the file that keeps them, if any.
+    Raises WanExportError when the plan cannot be opened here.
+    """
+
+    def __init__(
+        self,
+        flavour: str,
+        file: Path | PinnedFile,
+        device: torch.device,
+        *,
+        kernels: Path | None = None,
+        version_compatible: bool = False,
+    ) -> None:
+        trt = import_tensorrt(flavour)
+        self.title = FLAVOURS[flavour].title
+        self.path = file.path if isinstance(file, PinnedFile) else file
+        self.log = message_log(trt)
+        with on_gpu(device):
+            self.engine = engine = self._deserialize(trt, file, version_compatible)
+            self.config = engine.create_runtime_config()
+            self._kernels = _KernelCache(self.config, kernels) if kernels is not None else None
+        self.activation_bytes = int(engine.device_memory_size_v2)
+        self.weights_bytes = int(engine.get_engine_stat(trt.EngineStat.TOTAL_WEIGHTS_SIZE))
+        self.tensors = _tensors(trt, engine)
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self.config.set_execution_context_allocation_strategy(strategy)
+
+    def _deserialize(self, trt: Any, file: Path | PinnedFile, version_compatible: bool) -> Any:
+        self.log.clear()
+        try:
+            runtime = trt.Runtime(self.log)
+        except TypeError as error:  # what the bindings make of a null pointer
+            raise self.failure("start for") from error
+        # A plan for later versions carries the code that executes it.
+        runtime.engine_host_code_allowed = version_compatible
+        with (
+            pin(file).opened() as descriptor,
+            mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as content,
+        ):
+            engine = runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise self.failure("open")
+        return engine
+
+    def parameters(self, inputs: Mapping[str, TensorSpec]) -> list[str]:
+        """What the plan takes beside these inputs; nothing where its weights were baked in."""
+        return [name for name in self.tensors if name not in inputs and name != OUTPUT]
+
+    def check(
+        self,
+        inputs: Mapping[str, TensorSpec],
+        output: TensorSpec,
+        weights: PinnedFile | None,
+    ) -> None:
+        """Raise WanExportError unless the plan takes these inputs and the tensors of this file,
+        None where weights were baked in, and gives this output."""
+        expected = {**inputs, OUTPUT: output}
+        if weights is not None:
+            with weights.opened():
+                entries = read_header(weights.path)
+            for name, entry in entries.items():
+                expected[name] = TensorSpec(entry.shape, _DTYPES.get(entry.dtype, entry.dtype))
+        for name in sorted(expected.keys() | self.tensors.keys()):
+            wanted, found = expected.get(name), self.tensors.get(name)
+            if wanted != found:
+                is_parameter = weights and name not in inputs and name != OUTPUT
+                source = weights.path if weights and is_parameter else "the manifest"
+                raise WanExportError(
+                    f"{self.path} has {_in_words(found)} for {name}, {source} has "
+                    f"{_in_words(wanted)}: run wanexport build again"
+                )
+
+    def bind(self, tensors: Mapping[str, Tensor], activations: Tensor) -> Any:
+        """An execution context with every address set.
+
+        Raises WanExportError when TensorRT refuses one.
+        """
+        self.log.clear()
+        context = self.engine.create_execution_context(self.config)
+        if context is None:
+            raise self.failure("make a context for")
+        context.set_device_memory(activations.data_ptr(), activations.nbytes)
+        for name in self.tensors:
+            if not context.set_tensor_address(name, tensors[name].data_ptr()):
+                raise self.failure(f"bind {name} of")
+        return context
+
+    def save_kernels(self) -> None:
+        """Keep what TensorRT for RTX compiled since the plan was opened."""
+        if self._kernels is not None:
+            self._kernels.save()
+
+    def failure(self, what: str) -> WanExportError:
+        """What TensorRT refused to do with the plan, in its own words."""
+        reason = self.log.reason()
+        cure = "build the engine again for this machine, or choose one of another --backend"
+        if re.search("out ?of ?memory", reason, re.IGNORECASE):
+            cure = (
+                "close what else uses the GPU, or build an engine of a smaller --resolution or "
+                "fewer --frames"
+            )
+        return WanExportError(f"{self.title} cannot {what} {self.path} ({reason}): {cure}")
+
+
+class _KernelCache:
+    """What TensorRT for RTX compiled for this GPU, in a file; without it, it compiles again."""
+
+    def __init__(self, config: Any, file: Path) -> None:
+        self.file, self.cache = file, config.create_runtime_cache()
+        try:
+            self.saved = file.read_bytes()
+        except OSError:  # there is none, or none that may be read
+            self.saved = b""
+        if self.saved and not self.cache.deserialize(self.saved):
+            warnings.warn(
+                f"{file} is damaged, or of another GPU or driver: kernels are compiled anew, and "
+                f"it is replaced",
+                WanExportWarning,
+                stacklevel=2,
+            )
+        config.set_runtime_cache(self.cache)
+
+    def save(self) -> None:
+        memory = self.cache.serialize()  # null where there is nothing to keep
+        content = b"" if memory is None else bytes(memory)
+        if content in (b"", self.saved):
+            return
+        try:
+            remove_partials(self.file.parent)
+            write_durably(self.file, content)
+        except (OSError, WanExportError) as error:  # without it, the engine serves all the same
+            warnings.warn(
+                f"the next load compiles anew: cannot write {explain(error)}",
+                WanExportWarning,
+                stacklevel=2,
+            )
+        self.saved = content
+
+
+def _tensors(trt: Any, engine: Any) -> dict[str, TensorSpec]:
+    """Shape and dtype of what a deserialised engine takes and gives."""
+    dtypes = {trt.DataType.FLOAT: "fp32", trt.DataType.BF16: "bf16", trt.DataType.HALF: "fp16"}
+    tensors = {}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        dtype = engine.get_tensor_dtype(name)
+        tensors[name] = TensorSpec(
+            tuple(engine.get_tensor_shape(name)), dtypes.get(dtype, str(dtype))
+        )
+    return tensors
+
+
+def _in_words(spec: TensorSpec | None) -> str:
+    return "nothing" if spec is None else f"{list(spec.shape)} in {spec.dtype}"
+
+
+@contextmanager
+def on_gpu(device: torch.device) -> Iterator[None]:
+    """Run on a device; what PyTorch raises there becomes one line."""
+    try:
+        with torch.cuda.device(device):
+            yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise WanExportError(
+            f"the engine failed on {device} ({reason}): close what else uses it, or build an "
+            f"engine of a smaller --resolution or fewer --frames"
+        ) from error

@@ -1,0 +1,1 @@
+"""What the machine has: memory, a folder for temporary files."""

@@ -1,0 +1,1 @@
+"""What stands around the denoiser: text encoder, VAE, image encoder, pictures."""

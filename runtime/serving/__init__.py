@@ -1,0 +1,1 @@
+"""Requests: prompts to videos."""

@@ -1,0 +1,315 @@
+"""One request, from its prompt to its videos, in the thread that asks.
+
+Imports PyTorch no sooner than a part needs it.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wanexport.runtime.arrays import Array, is_finite, to_numpy
+from wanexport.runtime.bundle.manifest import TensorSpec
+from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.family import negative_prompt
+from wanexport.runtime.parts.open import Parts
+from wanexport.runtime.parts.pictures import (
+    FittedImage,
+    fit_images,
+    image_inputs,
+    takes_image,
+    takes_last_image,
+)
+from wanexport.runtime.parts.protocols import VideoCodec
+from wanexport.runtime.parts.text_encoder import clean_prompt
+from wanexport.runtime.sample import Plan, Step, make_plan, sample, seeded_noise
+from wanexport.runtime.serving.jobs import Check
+from wanexport.runtime.serving.prompt_cache import PromptCache
+from wanexport.runtime.serving.request import STAGES, Generation, Request, check_request
+from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
+
+
+@dataclass(frozen=True, eq=False)
+class _Conditioning:
+    """What the seeds of a request share: the inputs of `sample`, on the engine's device."""
+
+    inputs: dict[str, Array]
+    negative: str | None
+    prompt_cached: bool
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+
+
+class Generator:
+    """Makes videos with one engine, its parts and the embeddings of earlier prompts.
+
+    gpu is the engine's, None on a CPU. With keep_text_encoder=False the text encoder is released
+    after each encoding. One thread may call at a time.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        parts: Parts,
+        prompts: PromptCache,
+        *,
+        gpu: int | None,
+        keep_text_encoder: bool,
+    ) -> None:
+        self.denoiser, self.parts, self.prompts = denoiser, parts, prompts
+        self.gpu, self.keep_text_encoder = gpu, keep_text_encoder
+        self._warm: set[str] = set()  # stages
+
+    def __call__(self, request: Request, check: Check) -> list[Generation]:
+        """One generation for each of the request's seeds; check is called between steps.
+
+        Raises WanExportError for a request that does not fit, for NaN or Inf in a step, and when a
+        part is missing.
+        """
+        check_request(request)
+        plan = make_plan(self.denoiser.sampling, **request.settings)
+        conditioning = self._condition(request, plan, check)
+        generations = []
+        for seed in map(int, request.seeds):  # of any kind of whole numbers
+            check()
+            generations.append(self._generate(request, plan, conditioning, seed, check))
+            conditioning = replace(conditioning, prompt_cached=True, seconds={})
+        return generations
+
+    def _condition(self, request: Request, plan: Plan, check: Check) -> _Conditioning:
+        """What the request's text and images become; what cannot work is refused first."""
+        seconds: dict[str, float] = {}
+        prompts = {"text": request.prompt}
+        if any(scale != 1 for scale in plan.guidance):
+            official = negative_prompt(self.denoiser.record)
+            prompts["negative"] = official if request.negative is None else request.negative
+        texts = {name: clean_prompt(prompt) for name, prompt in prompts.items()}
+        if not texts["text"]:
+            raise WanExportError("the prompt is empty: say what the video shows")
+        with _timed(seconds, "image"):
+            paths = (None if p is None else Path(p) for p in (request.image, request.last_image))
+            images = fit_images(self.denoiser.record, *paths)
+        cached = self.prompts.get(texts["text"]) is not None
+        self._find_parts(texts.values(), image=bool(images), decode=request.decode)
+        with _timed(seconds, "text"):
+            embeddings = self._embed(list(texts.values()))
+        check()
+        with _timed(seconds, "image"):
+            inputs = {name: embeddings[text] for name, text in texts.items()}
+            inputs |= self._image_inputs(images)
+        notes = tuple(image.note for image in images if image.note)
+        if images:
+            notes += _tiling_note(self.parts.vae(), "encoded")
+        if request.decode:  # a VAE that does not fit must not show after the denoising
+            with _timed(seconds, "decode"):
+                self.parts.vae()
+        return _Conditioning(
+            inputs={name: self.denoiser.array(value) for name, value in inputs.items()},
+            negative=prompts.get("negative"),
+            prompt_cached=cached,
+            notes=notes,
+            seconds=seconds,
+        )
+
+    def _find_parts(self, texts: Iterable[str], *, image: bool, decode: bool) -> None:
+        """Refuse work whose parts are missing, before any of them is opened."""
+        needed = []
+        if any(self.prompts.get(text) is None for text in texts):
+            needed.append("text_encoder")
+        if decode or image:
+            needed.append("vae")
+        if image and "image" in self.denoiser.inputs:
+            needed.append("image_encoder")
+        self.parts.find(needed)
+
+    def _embed(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Text embeddings [n, text_dim] of cleaned texts, of the cache where it has them.
+
+        One at a time: the same text must not depend in its last bits on what it was encoded with.
+        """
+        known = {text: kept for text in texts if (kept := self.prompts.get(text)) is not None}
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        return {**known, **self._encode(missing)} if missing else known
+
+    def _encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        embeddings = {}
+        try:
+            encoder = self.parts.text_encoder()
+            for text in texts:
+                with _computing(self.gpu):
+                    given = encoder([text])
+                embeddings[text] = _checked_embedding(given, text, self.denoiser.inputs["text"])
+                self.prompts.put(text, embeddings[text])
+        finally:
+            if not self.keep_text_encoder:
+                self.parts.release("text_encoder")
+        return embeddings
+
+    def _image_inputs(self, images: Sequence[FittedImage]) -> dict[str, np.ndarray]:
+        """The engine's inputs of the fitted images; no part is opened where there are none."""
+        if not images:
+            return {}
+        record = self.denoiser.record
+        image_encoder = self.parts.image_encoder() if "image" in record.inputs else None
+        vae = self.parts.vae()
+        with _computing(self.gpu):
+            return image_inputs(record, images, vae, image_encoder)
+
+    def _generate(
+        self,
+        request: Request,
+        plan: Plan,
+        conditioning: _Conditioning,
+        seed: int,
+        check: Check,
+    ) -> Generation:
+        """Denoise and decode one seed."""
+        seconds = {**dict.fromkeys(STAGES, 0.0), **conditioning.seconds}
+        with _timed(seconds, "sampling"):
+            latent = self._sample(request, len(plan), conditioning.inputs, seed, check)
+        kept = np.array(to_numpy(latent))  # before the VAE, or who keeps the step, can write to it
+        video, notes = None, conditioning.notes
+        if request.decode:
+            with _timed(seconds, "decode"):
+                video = self._decode(latent)
+            notes += _tiling_note(self.parts.vae(), "decoded")
+        return Generation(
+            prompt=request.prompt,
+            negative=conditioning.negative,
+            seed=seed,
+            latent=kept,
+            video=video,
+            fps=self.denoiser.sampling.fps,
+            solver=plan.solver,
+            timesteps=plan.schedule.timesteps,
+            guidance=plan.guidance,
+            seconds=seconds,
+            prompt_cached=conditioning.prompt_cached,
+            notes=notes,
+        )
+
+    def _sample(
+        self, request: Request, steps: int, inputs: dict[str, Array], seed: int, check: Check
+    ) -> Array:
+        """The final latent, where the engine keeps it."""
+        noise = self.denoiser.array(seeded_noise(self.denoiser.inputs["latent"].shape, seed))
+        with _computing(self.gpu):
+            for step in sample(self.denoiser, noise=noise, **inputs, **request.settings):
+                check_step(step, self.denoiser.record.name)
+                if request.on_step is not None:
+                    request.on_step(step, steps)
+                check()
+        return step.latent
+
+    def _decode(self, latent: Array) -> np.ndarray:
+        vae = self.parts.vae()
+        with _computing(self.gpu):
+            return vae.decode(latent)
+
+    def prewarm(self, decode: bool, check: Check) -> float:
+        """Do what a first request would pay for; see `Pipeline.prewarm`."""
+        started = time.perf_counter()
+        record = self.denoiser.record
+        negative = clean_prompt(negative_prompt(record))
+        self._find_parts([negative], image=takes_image(record), decode=decode)
+        warm_ups: dict[str, Callable[[], object]] = {
+            "text": lambda: self._embed([negative]),
+            "image": self._warm_up_images,
+            "sampling": self._warm_up_engine,
+        }
+        if decode:
+            latent = np.zeros(record.output.shape, np.float32)
+            warm_ups["decode"] = lambda: self._decode(latent)
+        for stage, warm_up in warm_ups.items():
+            check()
+            if stage not in self._warm:
+                warm_up()
+                self._warm.add(stage)
+        return time.perf_counter() - started
+
+    def _warm_up_images(self) -> None:
+        record = self.denoiser.record
+        if takes_image(record):
+            grey = np.zeros((3, record.geometry.height, record.geometry.width), np.float32)
+            fitted = FittedImage(grey, grey, "")
+            self._image_inputs([fitted] * (2 if takes_last_image(record) else 1))
+
+    def _warm_up_engine(self) -> None:
+        """Run each expert once, last the one that a request begins with: it is then in memory."""
+        zeros = {
+            name: self.denoiser.array(np.zeros(spec.shape, np.float32))
+            for name, spec in self.denoiser.inputs.items()
+            if name != "timestep"
+        }
+        with _computing(self.gpu):
+            for timestep in (0, NUM_TRAIN_TIMESTEPS)[-len(self.denoiser.engines) :]:
+                is_finite(self.denoiser(**zeros, timestep=timestep))  # which waits for the GPU
+
+
+def check_step(step: Step, engine: str) -> None:
+    """Raise WanExportError when a step's latent has NaN or Inf; waits for the device."""
+    if not is_finite(step.latent):
+        raise WanExportError(
+            f"engine {engine} gave NaN or Inf in step {step.index}: "
+            f"check the inputs, or use an engine of --dtype fp32"
+        )
+
+
+def _checked_embedding(given: Any, text: str, spec: TensorSpec) -> np.ndarray:
+    """A copy of the one text embedding [n, text_dim] that an encoder gave for a text.
+
+    Raises WanExportError when it is none, or does not fit the engine, whose input is spec.
+    """
+    rows, width = spec.shape[-2:]
+    try:
+        (embedding,) = given
+    except (TypeError, ValueError):
+        found = f"a {type(given).__name__}, not a list of one,"
+    else:
+        copy = np.array(to_numpy(embedding))
+        if copy.ndim != 2 or copy.shape[1] != width or not 1 <= len(copy) <= rows:
+            found = f"shape {list(copy.shape)}"
+        elif is_finite(copy):
+            return copy
+        else:
+            found = "NaN or Inf"
+    raise WanExportError(
+        f"the text encoder gave {found} for {text!r:.40}: expected finite [n, {width}] with n from "
+        f"1 to {rows}"
+    )
+
+
+def _tiling_note(vae: VideoCodec, done: str) -> tuple[str, ...]:
+    """That the VAE's last call cut the picture into tiles, where it says so."""
+    if not getattr(vae, "tiled", False):
+        return ()
+    return (f"the video was {done} in tiles, which shows a little",)
+
+
+@contextmanager
+def _computing(gpu: int | None) -> Iterator[None]:
+    """Where PyTorch is in use: without autograd, and on the engine's GPU."""
+    with ExitStack() as stack:
+        if "torch" in sys.modules:
+            import torch  # waits for another thread that is about to
+
+            stack.enter_context(torch.inference_mode())
+            if gpu is not None:
+                stack.enter_context(torch.cuda.device(gpu))
+        yield
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time that the block takes to that of its stage."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started

@@ -1,0 +1,184 @@
+"""From prompts to videos, many from one process: encoders, engine and VAE stay open between them.
+
+One thread serves all requests in order, so any number of threads may ask.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.errors import WanExportError, refuse_empty
+from wanexport.runtime.load import load
+from wanexport.runtime.parts.open import Parts
+from wanexport.runtime.parts.protocols import ImageEncoder, TextEncoder, VideoCodec
+from wanexport.runtime.serving.generator import Generator
+from wanexport.runtime.serving.jobs import MAX_WAITING, Check, Job, JobQueue
+from wanexport.runtime.serving.prompt_cache import PromptCache
+from wanexport.runtime.serving.request import Generation, OnStep, Request
+
+__all__ = ["Generation", "Job", "Pipeline"]
+
+T = TypeVar("T")
+
+
+class Pipeline:
+    """A bundle's engine with its encoders and VAE, serving requests until it is closed.
+
+    text_encoder, vae and image_encoder are parts of the caller's own; what is None is found in the
+    checkpoint that the bundle says it came from (a path here, or a hub id to download), or in
+    `model` (a folder or hub id), when it is first needed. prompt_cache is how many prompts'
+    embeddings are kept. With keep_text_encoder=False the text encoder that was found is freed after
+    each encoding, before denoising, and opened again for the next new prompt; one that was given is
+    its giver's to free. vae_tiling True cuts pictures into tiles for the VAE that was found, False
+    never does, and None does where memory does not suffice for the whole. While max_waiting
+    requests wait, another one is refused. load_options are those of `load`.
+
+    A dropped pipeline closes itself once its jobs are done, and so does, after the step under way,
+    one that is open when the interpreter exits. The engine's memory is freed with the object.
+    Raises WanExportError as `load` does, and for a prompt_cache or max_waiting that is no number.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        *,
+        model: str | None = None,
+        text_encoder: TextEncoder | None = None,
+        vae: VideoCodec | None = None,
+        image_encoder: ImageEncoder | None = None,
+        prompt_cache: int = 64,
+        keep_text_encoder: bool = True,
+        vae_tiling: bool | None = None,
+        max_waiting: int = MAX_WAITING,
+        **load_options: Any,
+    ) -> None:
+        refuse_empty(model=model)
+        prompts = PromptCache(prompt_cache)
+        self.denoiser: Denoiser = load(bundle, **load_options)
+        gpu = _current_gpu(self.denoiser)
+        self._parts = Parts(
+            Path(bundle),
+            model,
+            self.denoiser.record,
+            device="cpu" if gpu is None else f"cuda:{gpu}",
+            given={"text_encoder": text_encoder, "vae": vae, "image_encoder": image_encoder},
+            vae_tiling=vae_tiling,
+        )
+        self._generator = Generator(
+            self.denoiser, self._parts, prompts, gpu=gpu, keep_text_encoder=keep_text_encoder
+        )
+        self._queue = JobQueue("wanexport pipeline", max_waiting)
+        weakref.finalize(self, self._queue.close)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative: str | None = None,
+        image: str | Path | None = None,
+        last_image: str | Path | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        shift: float | None = None,
+        guidance: float | tuple[float, float] | None = None,
+        solver: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        decode: bool = True,
+        on_step: OnStep | None = None,
+    ) -> Generation:
+        """Serve one request after those that wait, and return what it gave.
+
+        negative None is the family's official negative prompt; steps to timesteps are as in
+        `sample`. decode=False leaves the VAE out. on_step is called after every step, in the
+        pipeline's thread, with the step and the number of steps; what it raises ends this request.
+        Raises WanExportError for a request that does not fit, for NaN or Inf in a step, and when
+        a part is missing or the pipeline is closed or full; KeyboardInterrupt cancels the request.
+        """
+        request = Request(
+            prompt,
+            (seed,),
+            negative=negative,
+            image=image,
+            last_image=last_image,
+            steps=steps,
+            shift=shift,
+            guidance=guidance,
+            solver=solver,
+            timesteps=timesteps,
+            decode=decode,
+            on_step=on_step,
+        )
+        return self._wait_for(partial(self._generator, request))[0]
+
+    def generate_seeds(self, prompt: str, seeds: Iterable[int], **options: Any) -> list[Generation]:
+        """One generation for each seed, as one request: text and images are encoded once.
+
+        options and errors are those of `generate`.
+        """
+        if not isinstance(seeds, Iterable):
+            raise WanExportError(f"seeds is {seeds!r:.40}: expected whole numbers, as [0, 1, 2]")
+        return self._wait_for(partial(self._generator, Request(prompt, tuple(seeds), **options)))
+
+    def submit(self, prompt: str, *, seed: int = 0, **options: Any) -> Job[Generation]:
+        """Queue a request, and return at once; options are those of `generate`.
+
+        Its errors are the job's to raise, but for those of a closed or full pipeline.
+        """
+        request = Request(prompt, (seed,), **options)
+        return self._queue.submit(partial(self._serve, request))
+
+    def prewarm(self, *, decode: bool = True) -> float:
+        """Do what the first request would pay for, and return the seconds it took.
+
+        Opens the parts, and runs each of them once and each expert once, on zeros and on the
+        official negative prompt, whose embedding is kept. decode=False leaves out the decoding.
+        What is warm already is not done again; no later result depends on it.
+        Raises WanExportError when a part is missing, before any is opened.
+        """
+        return self._wait_for(partial(self._generator.prewarm, decode))
+
+    def clear_prompts(self) -> None:
+        """Forget the embeddings of all prompts."""
+        self._generator.prompts.clear()
+
+    def close(self) -> None:
+        """Cancel every request, wait for the step under way, and free encoders and VAE.
+
+        Closing again does nothing; a request after it is refused.
+        """
+        self._queue.close()
+        self._parts.close()
+        self._generator.prompts.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _serve(self, request: Request, check: Check) -> Generation:
+        """The work of a job for one seed, which by its self keeps the pipeline open until then."""
+        return self._generator(request, check)[0]
+
+    def _wait_for(self, work: Callable[[Check], T]) -> T:
+        """Queue the work and wait for it; an interrupted wait cancels it."""
+        job = self._queue.submit(work)
+        try:
+            return job.result()
+        except BaseException:
+            job.cancel()
+            raise
+        finally:
+            del job  # an error keeps this frame, and the job keeps the error
+
+
+def _current_gpu(denoiser: Denoiser) -> int | None:
+    """The GPU that `load` has just opened an engine on; another thread would take the first."""
+    if denoiser.record.target["device"] != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.current_device()

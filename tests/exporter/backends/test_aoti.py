@@ -1,0 +1,458 @@
+"""AOTInductor engines on the CPU: parity, no compiler at run time, refusals, shared weights."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tests.oracles.wan_reference import (
+    convert,
+    diffusers_model,
+    diffusers_velocity,
+    official_state,
+    small_config,
+    small_geometry,
+    write_official,
+)
+from tests.runtime.engines.hub_layout import as_snapshot
+from wanexport.exporter.backends.aoti.compile import RegionJob, compile_region
+from wanexport.exporter.build import build
+from wanexport.exporter.bundle.writer import file_record, write_manifest
+from wanexport.exporter.cli.main import cli
+from wanexport.exporter.inspection import inspect
+from wanexport.exporter.lint.onnx import lint
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.parity import relative_l2
+from wanexport.graphs.config import PRESETS
+from wanexport.runtime import Geometry, WanExportError, load
+from wanexport.runtime.bundle.manifest import read_manifest
+from wanexport.runtime.engines.aoti import AotiEngine
+from wanexport.runtime.errors import WanExportWarning
+from wanexport.runtime.load import WEIGHTS_FILE
+from wanexport.runtime.wan_config import EXPERTS
+
+PRESET = "flf2v-14b"
+SERVE = """
+import hashlib, json, sys
+from wanexport.exporter.reference.parity import forward_inputs
+from wanexport.runtime import load
+from wanexport.runtime.bundle.manifest import read_manifest
+from pathlib import Path
+before = set(sys.modules)
+denoiser = load(sys.argv[1], backend="aoti")
+config = read_manifest(Path(sys.argv[1])).config
+velocity = denoiser(**forward_inputs(config, denoiser.geometry, 812.0, 0))
+print(json.dumps({
+    "md5": hashlib.md5(velocity.tobytes()).hexdigest(),
+    "modules": sorted(set(sys.modules) - before),
+}))
+"""
+COMPILERS = ("torch._dynamo", "torch._inductor", "triton", "cutlass")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with every optional input but per-frame timesteps."""
+    folder, config = tmp_path_factory.mktemp("model"), small_config(PRESET)
+    return write_official(folder, official_state(diffusers_model(config)), config)
+
+
+@pytest.fixture(scope="module")
+def small(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle, compiled for this CPU in fp32."""
+    return build_small(model, PRESET, tmp_path_factory.mktemp("aoti") / "bundle")
+
+
+@pytest.fixture
+def copy(small: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(small, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A small two-expert model's bundle, and diffusers' models of both experts."""
+    folder, config = tmp_path_factory.mktemp("experts"), small_config("t2v-a14b")
+    models = {name: diffusers_model(config, seed) for seed, name in enumerate(EXPERTS)}
+    for name, model in models.items():
+        write_official(folder / "model" / f"{name}_model", official_state(model), config)
+    yield build_small(folder / "model", "t2v-a14b", folder / "bundle"), models
+
+
+def build_small(model: Path, preset: str, bundle: Path) -> Path:
+    geometry = small_geometry(small_config(preset))
+    record = build(
+        str(model), resolution=f"{geometry.height}x{geometry.width}", frames=geometry.frames,
+        backends=["aoti"], dtype="fp32", device="cpu", output=bundle,
+    )  # fmt: skip
+    assert record["engines"][0]["proof"]["error"] <= 1e-5
+    return bundle
+
+
+def inputs_of(preset: str, timestep: float) -> dict[str, np.ndarray]:
+    config = small_config(preset)
+    return forward_inputs(config, small_geometry(config), timestep, seed=2)
+
+
+def test_a_bundle_in_the_hubs_cache_gives_the_same(small: Path, tmp_path: Path) -> None:
+    snapshot, inputs = as_snapshot(small, tmp_path), inputs_of(PRESET, 950.0)
+    np.testing.assert_array_equal(load(snapshot)(**inputs), load(small)(**inputs))
+
+
+def test_a_package_that_changes_while_it_is_opened_is_refused(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (package,) = copy.glob("engines/*/*/head.pt2")
+
+    def replace_it(*_: object) -> None:
+        (copy / "other").write_bytes(package.read_bytes())
+        (copy / "other").replace(package)
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", replace_it)
+    with pytest.raises(WanExportError, match=f"^{package} was changed since it was checked"):
+        load(copy)
+
+
+@pytest.mark.parametrize("what", ["rewritten", "replaced", "gone"])
+def test_weights_that_changed_since_load_are_refused_at_the_switch(
+    what: str, experts: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(experts[0], tmp_path / "bundle"))
+    denoiser = load(bundle, offload=True)
+    (file,) = bundle.glob("weights/low_noise*/*")
+    content = file.read_bytes()
+    if what == "rewritten":
+        file.write_bytes(b"\0" * len(content))
+    else:
+        file.unlink()
+    if what == "replaced":
+        file.write_bytes(content)
+    denoiser(**inputs_of("t2v-a14b", 950.0))
+    with pytest.raises(WanExportError, match=f"{file} (was changed|.No such file)"):
+        denoiser(**inputs_of("t2v-a14b", 100.0))
+    denoiser(**inputs_of("t2v-a14b", 950.0))
+
+
+def test_the_engine_gives_diffusers_velocity(small: Path) -> None:
+    denoiser, inputs = load(small), inputs_of(PRESET, 950.0)
+    theirs = diffusers_velocity(diffusers_model(small_config(PRESET)), small_config(PRESET), inputs)
+    assert relative_l2(denoiser(**inputs), theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_each_expert_gives_its_own_velocity(
+    experts: tuple[Path, dict[str, Any]], offload: bool
+) -> None:
+    bundle, models = experts
+    denoiser = load(bundle, offload=offload)
+    for timestep, expert in ((950.0, "high_noise"), (100.0, "low_noise"), (960.0, "high_noise")):
+        inputs = inputs_of("t2v-a14b", timestep)
+        theirs = diffusers_velocity(models[expert], small_config("t2v-a14b"), inputs)
+        assert relative_l2(denoiser(**inputs), theirs) <= 1e-5
+    assert len(denoiser.switch_seconds) == (2 if offload else 0)
+    held = {engine.weights.buffer.data_ptr() for engine in denoiser.engines.values()}  # type: ignore[attr-defined]
+    assert len(held) == (1 if offload else 2)
+
+
+def test_numpy_and_torch_give_the_same(small: Path) -> None:
+    denoiser, inputs = load(small), inputs_of(PRESET, 500.0)
+    velocity = denoiser(**inputs)
+    assert isinstance(velocity, np.ndarray)
+    as_torch = denoiser(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    np.testing.assert_array_equal(as_torch.numpy(), velocity)
+
+
+def test_serving_needs_no_compiler_and_repeats_itself(small: Path, tmp_path: Path) -> None:
+    caches = {
+        name: tmp_path / name for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TMPDIR")
+    }
+    for path in caches.values():
+        path.mkdir()
+    environment = {
+        **{k: v for k, v in os.environ.items() if k not in ("CC", "CXX")},
+        **{name: str(path) for name, path in caches.items()},
+        "PATH": "/nonexistent",
+        "CXX": "/nonexistent/g++",
+    }
+    results = []
+    for _ in range(2):
+        child = subprocess.run(
+            [sys.executable, "-c", SERVE, str(small)],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert child.returncode == 0, child.stderr
+        results.append(json.loads(child.stdout))
+    assert results[0]["md5"] == results[1]["md5"]
+    assert not [m for m in results[0]["modules"] if m.startswith(COMPILERS)]
+    assert not any(any(path.iterdir()) for path in caches.values())
+
+
+def test_the_record_says_what_the_engine_is_bound_to(small: Path) -> None:
+    (engine,) = read_manifest(small).engines
+    assert set(engine.files) == {"embed", "block", "head"}
+    assert sum(file.size for file in engine.files.values()) < 20e6
+    assert engine.target["device"] == "cpu" and engine.target["torch"] == torch.__version__
+    assert engine.name == f"64x96x9/aoti-fp32-{engine.target['arch']}"
+    assert engine.attention == {"72": "sdpa", "512": "sdpa", "514": "sdpa"}
+    assert engine.parameters["block"][0].startswith("blocks.0.")
+    assert set(engine.lint.values()) == {0}
+    assert not inspect(small, verify=True)["problems"]
+    found = lint(small)
+    assert found["clean"]
+    assert found["graphs"][engine.name] == {
+        "counts": dict(engine.lint),
+        "findings": [],
+        "recorded": True,
+    }
+
+
+def test_a_record_of_findings_is_not_clean(copy: Path) -> None:
+    manifest = read_manifest(copy)
+    (engine,) = manifest.engines
+    other = replace(engine, lint={**engine.lint, "loop": 2})
+    write_manifest(copy, replace(manifest, engines=(other,)))
+    shown = CliRunner().invoke(cli, ["lint", str(copy)])
+    assert shown.exit_code == 1
+    assert f"{engine.name}: not clean by the record of its build; no host_sync" in shown.output
+    assert "loop 2" in shown.output
+
+
+def test_a_second_build_reuses_the_engine(model: Path, copy: Path) -> None:
+    record = build(
+        str(model), resolution="64x96", frames=9, backends=["aoti"], dtype="fp32", device="cpu",
+        output=copy,
+    )  # fmt: skip
+    (engine,) = read_manifest(copy).engines
+    assert record["reused"] == ["weights fp32", f"engine {engine.name}"]
+
+
+@pytest.mark.parametrize("field", ["torch", "arch", "march", "instructions"])
+def test_an_engine_for_another_machine_names_field_values_and_cure(copy: Path, field: str) -> None:
+    manifest = read_manifest(copy)
+    (engine,) = manifest.engines
+    other = replace(engine, target={**engine.target, field: "other"})
+    write_manifest(copy, replace(manifest, engines=(other,)))
+    with pytest.raises(WanExportError) as raised:
+        load(copy)
+    message = str(raised.value)
+    assert f"{field} other, here {engine.target[field]}" in message
+    assert "wanexport build --backend aoti --resolution 64x96 --frames 9 -o" in message
+
+
+def test_an_engine_for_a_gpu_says_that_there_is_none(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    manifest = read_manifest(copy)
+    (engine,) = manifest.engines
+    other = replace(engine, target={**engine.target, "device": "cuda", "arch": "sm90"})
+    write_manifest(copy, replace(manifest, engines=(other,)))
+    with pytest.raises(WanExportError, match=r"aoti-fp32-sm90 is for a GPU: there is no CUDA"):
+        load(copy)
+
+
+def test_a_package_that_is_none_is_one_line(copy: Path) -> None:
+    manifest = read_manifest(copy)
+    (engine,) = manifest.engines
+    path = copy / engine.files["block"].path
+    path.write_bytes(b"no package" * 1000)
+    with pytest.raises(WanExportError, match=r"manifest says"):
+        load(copy)
+    files = {**engine.files, "block": file_record(copy, path)}
+    write_manifest(copy, replace(manifest, engines=(replace(engine, files=files),)))
+    with pytest.raises(WanExportError, match=r"libtorch cannot open .*block\.pt2") as raised:
+        load(copy)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parameters": {}}, "lacks one of embed, block, head"),
+        ({"attention": {"all": "sdpa"}}, "attention to what is no number of keys"),
+        ({"target": {}}, "is for no device"),
+        (
+            {"parameters": {"embed": ("x",), "block": (), "head": ()}},
+            "its embed takes other parameters than the model has, x for one",
+        ),
+    ],
+)
+def test_a_malformed_record_is_one_line(copy: Path, changes: Any, message: str) -> None:
+    manifest = read_manifest(copy)
+    (engine,) = manifest.engines
+    write_manifest(copy, replace(manifest, engines=(replace(engine, **changes),)))
+    with pytest.raises(WanExportError, match=message):
+        load(copy)
+
+
+def test_options_that_do_not_apply_are_refused(small: Path, tiny_bundle: Path) -> None:
+    with pytest.raises(WanExportError, match="offload swaps two experts"):
+        load(small, offload=True)
+    with pytest.raises(WanExportError, match="unknown kernel 'fast'"):
+        load(small, attention="fast")
+    for kernel in ("fa4", "cudnn"):
+        with pytest.raises(WanExportError, match=f"{kernel} runs on a GPU, not on cpu: choose sdp"):
+            load(small, attention=kernel)
+    for options, message in (
+        ({"attention": "sdpa"}, "an engine of another --backend"),
+        ({"cuda_graph": False}, "an engine of another --backend"),
+        ({"offload": True}, "on a CPU offloads nothing"),
+    ):
+        with pytest.raises(WanExportError, match=message):
+            load(tiny_bundle, backend="onnx", **options)
+
+
+def test_a_kernel_that_cannot_be_had_is_replaced_aloud(copy: Path) -> None:
+    manifest = read_manifest(copy)
+    (engine,) = manifest.engines
+    other = replace(engine, attention={**engine.attention, "72": "fa4"})
+    write_manifest(copy, replace(manifest, engines=(other,)))
+    with pytest.warns(WanExportWarning, match="sdpa instead of fa4, which is slower: this bundle"):
+        denoiser = load(copy)
+    inputs = inputs_of(PRESET, 500.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = load(copy, attention="sdpa")(**inputs)
+        np.testing.assert_array_equal(denoiser(**inputs), expected)
+
+
+def test_denoisers_of_one_process_share_weights(small: Path) -> None:
+    first, second = load(small), load(small)
+    one, other = (d.engines[""].weights for d in (first, second))  # type: ignore[attr-defined]
+    assert one is other
+
+
+def test_fixed_inputs_made_in_inference_mode_can_be_written_outside() -> None:
+    kept: list[torch.Tensor] = []
+
+    def warm_up(inputs: list[torch.Tensor]) -> tuple[float, float]:
+        kept.extend(inputs)
+        return 0.0, 0.0
+
+    bound = SimpleNamespace(warm_up=warm_up)
+    regions: Any = SimpleNamespace(device=torch.device("cpu"), bind=lambda tensors: bound)
+    weights: Any = SimpleNamespace(tensors={})
+    with torch.inference_mode():
+        AotiEngine(regions, weights, Path("file"), {"latent": (2, 3)})
+    (latent,) = kept
+    assert latent.fill_(1).sum() == 6
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> tuple[AotiEngine, list[Any]]:
+    """An engine that captured a graph on a GPU of the test's own, and what it asks of the GPU."""
+    calls: list[Any] = []
+
+    def capture(
+        graph: object, stream: Any = None, capture_error_mode: str = "global"
+    ) -> AbstractContextManager[None]:
+        calls.append((stream, capture_error_mode))
+        return nullcontext()
+
+    caller = SimpleNamespace(wait_event=lambda event: calls.append(("wait", event)))
+    event = SimpleNamespace(record=lambda stream: calls.append(("record", stream)))
+    graph = SimpleNamespace(replay=lambda: calls.append("replay"))
+    doubles = {
+        "CUDAGraph": lambda: graph,
+        "Event": lambda: event,
+        "Stream": lambda device: f"stream on {device}",
+        "graph": capture,
+        "current_stream": lambda device: caller,
+    }
+    for name, double in doubles.items():
+        monkeypatch.setattr(torch.cuda, name, double)
+    engine = object.__new__(AotiEngine)
+    engine.device = torch.device("cuda", 1)
+    monkeypatch.setattr(engine, "bound", lambda inputs: inputs[0], raising=False)
+    engine._capture([torch.zeros(1)])
+    return engine, calls
+
+
+def test_a_graph_is_captured_on_the_engines_own_gpu(
+    captured: tuple[AotiEngine, list[Any]],
+) -> None:
+    """PyTorch's stream for captures may be on another, where the graph would stay empty."""
+    assert captured[1] == [("stream on cuda:1", "thread_local")]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_replay_waits_for_the_last_callers_use_of_its_buffers(
+    fails: bool, captured: tuple[AotiEngine, list[Any]]
+) -> None:
+    engine, calls = captured
+    assert engine.graph is not None
+    calls.clear()
+    given = [torch.ones(3 if fails else 1)]  # three values do not fit the one that was captured
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        assert engine._replay(engine.graph, given) == 1
+    kinds = [call if isinstance(call, str) else call[0] for call in calls]
+    assert kinds == ["wait", "record"] if fails else ["wait", "replay", "record"]
+
+
+def test_other_weights_of_the_same_layout_are_taken(small: Path, tmp_path: Path) -> None:
+    config = small_config(PRESET)
+    theirs = diffusers_model(config, seed=7)
+    convert(write_official(tmp_path, official_state(theirs), config), tmp_path / WEIGHTS_FILE)
+    inputs = inputs_of(PRESET, 500.0)
+    velocity = load(small, weights=tmp_path)(**inputs)
+    assert relative_l2(velocity, diffusers_velocity(theirs, config, inputs)) <= 1e-5
+
+
+def region_job(path: Path) -> RegionJob:
+    config, geometry = PRESETS["tiny"].config, Geometry(64, 96, 9)
+    return RegionJob("head", asdict(config), asdict(geometry), "fp32", "cpu", str(path))
+
+
+def test_a_compiler_that_links_statically_is_named(tmp_path: Path) -> None:
+    compiler = tmp_path / "static-g++"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -static-libstdc++\n')
+    compiler.chmod(0o755)
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(asdict(region_job(tmp_path / "head.pt2"))))
+    child = subprocess.run(
+        [sys.executable, "-P", "-m", "wanexport.exporter.backends.aoti.compile", str(job)],
+        env={**os.environ, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert child.returncode == 2
+    assert "static-g++ links libstdc++ statically" in child.stderr.splitlines()[-1]
+    assert "set CXX to a g++ that links it dynamically" in child.stderr
+
+
+def test_without_a_compiler_a_build_is_refused_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "wanexport.exporter.cli.main", "build", "-m", "tiny"]
+    command += ["--random-weights", "0", "--resolution", "64x96", "--frames", "9"]
+    command += ["--backend", "aoti", "--device", "cpu", "-o", str(tmp_path / "bundle")]
+    environment = {**os.environ, "CXX": "/nonexistent/g++"}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert child.returncode == 2
+    assert child.stderr.count("\n") == 1
+    assert "no C++ compiler works (CXX is /nonexistent/g++)" in child.stderr
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_region_is_one_file_and_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(
+        "wanexport.exporter.backends.aoti.compile._compile",
+        lambda program, path: written.append(path),
+    )
+    monkeypatch.setattr(
+        "wanexport.exporter.backends.aoti.compile._check_linkage", lambda path: None
+    )
+    result = compile_region(region_job(tmp_path / "head.pt2"))
+    assert written == [tmp_path / "head.pt2"]
+    assert set(result["lint"].values()) == {0}

@@ -1,0 +1,109 @@
+"""What a user types into an option, or a script leaves empty: refused by the option's name."""
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from wanexport.exporter.cli.main import cli
+from wanexport.exporter.cli.options import parse_names, parse_numbers, parse_pairs, parse_size
+from wanexport.runtime.errors import WanExportError
+
+VALUES = [
+    (name, parameter)
+    for name, command in cli.commands.items()
+    for parameter in command.params
+    if not getattr(parameter, "is_flag", False) and parameter.name != "negative"
+]
+
+
+def with_value(command: str, parameter: click.Parameter, value: str) -> list[str]:
+    """The command's words, what it requires among them, with a value for one of its parameters."""
+    words = [command]
+    for one in cli.commands[command].params:
+        given = value if one is parameter else "1"
+        if one is parameter or one.required:
+            words += [given] if isinstance(one, click.Argument) else [one.opts[-1], given]
+    return words
+
+
+@pytest.mark.parametrize("blank", ["", " \t"])
+@pytest.mark.parametrize(("command", "parameter"), VALUES, ids=lambda p: getattr(p, "name", p))
+def test_an_empty_value_is_refused_by_name(
+    command: str, parameter: click.Parameter, blank: str
+) -> None:
+    with pytest.raises(click.BadParameter) as refusal:
+        cli(with_value(command, parameter, blank), standalone_mode=False)
+    message = refusal.value.format_message()
+    name = parameter.opts[-1] if isinstance(parameter, click.Option) else "'BUNDLE'"
+    assert name in message or "'PATH'" in message
+    assert "it is empty, as a variable that was never set: give a value" in message
+    assert message.endswith("or leave it out") is not parameter.required
+
+
+def test_an_empty_negative_prompt_is_one() -> None:
+    words = ["run", "nowhere", "--prompt", "x", "--negative", "", "-o", "x.mp4"]
+    with pytest.raises(WanExportError, match=r"nowhere is no bundle"):
+        cli(words, standalone_mode=False)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    ("command", "parameter"),
+    [(c, p) for c, p in VALUES if isinstance(p.type, click.types.FloatParamType)],
+)
+def test_a_number_that_is_none_is_refused_by_name(
+    command: str, parameter: click.Parameter, value: str
+) -> None:
+    with pytest.raises(click.BadParameter, match=r"finite number|not in the range"):
+        cli(with_value(command, parameter, value), standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("bench b --budget 0", "'--budget': 0.0 is not in the range x>0"),
+        ("bench b --budget -5", "'--budget': -5.0 is not in the range x>0"),
+        ("bench b --rounds 0", "'--rounds': 0 is not in the range x>=1"),
+        ("run b --prompt x -o x.mp4 --steps 0", "'--steps': 0 is not in the range x>=1"),
+        ("run b --prompt x -o x.mp4 --frames 1.5", "'--frames': '1.5' is not a valid integer"),
+        ("run b --prompt x -o x.mp4 --seed -1", "'--seed': -1 is not in the range x>=0"),
+        ("build --resolution 64x96 --frames 9 --optimization-level 9", "9 is not in the range"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_name(words: str, said: str) -> None:
+    result = CliRunner().invoke(cli, words.split())
+    assert result.exit_code == 2 and said in result.output
+
+
+def test_sizes_in_bytes() -> None:
+    assert parse_size("--workspace", "8GiB") == 8 * 2**30
+    assert parse_size("--workspace", "1.5 mb") == 1_500_000
+    assert parse_size("--workspace", "1048576") == 2**20
+    assert parse_size("--workspace", None) is None
+    for text in ("0", "8", "-1GB", "1e3GB", "1.2.3GB", ".GB", "nan", "9" * 400, "9000PB", "GiB"):
+        with pytest.raises(WanExportError, match=r"--workspace .*: expected a size from 1MiB"):
+            parse_size("--workspace", text)
+
+
+def test_pairs_of_a_key_and_a_value() -> None:
+    assert parse_pairs("--o", ["a=1", " b = 2=3 ", "a=1"]) == {"a": "1", "b": "2=3"}
+    for text in ("=", "a=", "=1", " = 1", "a", "a= "):
+        with pytest.raises(WanExportError, match=r"expected KEY=VALUE"):
+            parse_pairs("--o", [text])
+    with pytest.raises(WanExportError, match=r"--o names a twice: 1 and 2"):
+        parse_pairs("--o", ["a=1", "a=2"])
+
+
+def test_names_with_commas_between() -> None:
+    assert parse_names("--target", " sm89, sm120") == ["sm89", "sm120"]
+    assert parse_names("--target", None) is None
+    for text in (",", "sm89,", "sm89,,sm120"):
+        with pytest.raises(WanExportError, match=r"--target .* has an empty name"):
+            parse_names("--target", text)
+
+
+def test_numbers_with_commas_between() -> None:
+    assert parse_numbers("--timesteps", "1000, 0.5") == [1000, 0.5]
+    for text in ("", ",", "1,", "1;2", "1 2", "nan", "inf,1", "1e999"):
+        with pytest.raises(WanExportError, match=r"expected numbers, with commas between"):
+            parse_numbers("--timesteps", text)

@@ -1,0 +1,59 @@
+"""The Triton kernels of CUDA engines, run by Triton's interpreter on a CPU, against PyTorch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton")
+
+# Triton decides at import whether it interprets, and torch.library knows only compiled kernels. In
+# fp16, as the interpreter cuts where it should round to bf16.
+CHILD = """
+import json, sys
+from dataclasses import replace
+import torch
+torch.library.wrap_triton = lambda kernel: kernel
+from wanexport.graphs.config import PRESETS
+from wanexport.graphs.fused_block import FusedBlock
+from wanexport.graphs.wan import Block, Conditioning, parameter_dtype
+
+config = replace(PRESETS["i2v-14b"].config, dim=384, ffn_dim=512, num_heads=3)  # no power of two
+
+def errors(dtype, rows):
+    torch.manual_seed(0)
+    plain, fused = Block(config), FusedBlock(config)
+    for name, p in plain.named_parameters():
+        value = torch.randn_like(p) / p.shape[-1] ** 0.5
+        p.data = value.to(parameter_dtype(f"blocks.0.{name}", dtype))
+    fused.load_state_dict(plain.state_dict(), assign=True)
+    exact = Block(config)
+    exact.load_state_dict({k: v.float() for k, v in plain.state_dict().items()}, assign=True)
+    angles = torch.randn(1, rows * 5, 1, 64)
+    given = {"time": torch.randn(rows, 6, 384), "cos": angles.cos(), "sin": angles.sin()}
+    low = {"text": torch.randn(1, 512, 384), "image": torch.randn(1, 257, 384)}
+    cond = Conditioning(**given, **{k: v.to(dtype) for k, v in low.items()})
+    wide = Conditioning(**{k: v.float() for k, v in cond._asdict().items()})
+    x = torch.randn(rows, 5, 384)
+    with torch.no_grad():
+        right = exact(x, wide)
+        return [((b(x, cond) - right).norm() / right.norm()).item() for b in (fused, plain)]
+
+cases = [(dtype, rows) for dtype in ("float32", "float16") for rows in (1, 3)]
+print(json.dumps([[d, r, *errors(getattr(torch, d), r)] for d, r in cases]))
+"""
+
+
+def test_the_fused_block_is_as_exact_as_the_block() -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    cases = json.loads(child.stdout)
+    assert len(cases) == 4
+    for dtype, rows, fused, plain in cases:
+        gate = 1e-6 if dtype == "float32" else 1.25 * plain
+        assert fused <= gate, (dtype, rows, fused, plain)

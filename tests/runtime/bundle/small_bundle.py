@@ -1,0 +1,118 @@
+"""A bundle made by hand in milliseconds: a whole manifest, and files that have its hashes.
+
+Its engines are text, so nothing opens them; its weights are zeros under a true header.
+"""
+
+import json
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from wanexport.exporter.bundle.writer import file_record, write_manifest
+from wanexport.runtime.bundle.manifest import (
+    EngineRecord,
+    Manifest,
+    SamplingDefaults,
+    TensorSpec,
+    WeightsRecord,
+)
+from wanexport.runtime.bundle.signature import (
+    input_shapes,
+    key_lengths,
+    region_parameters,
+    weights_header_sha256,
+    weights_layout,
+)
+from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.wan_config import WanConfig
+
+CONFIG = WanConfig(64, 128, 2, 2, 16, 16, 0, text_dim=32, text_len=8, freq_dim=16)
+GEOMETRY = Geometry(64, 96, 9)
+_FILES = {
+    "onnx": ("denoiser",),
+    "aoti": ("embed", "block", "head"),
+    "tensorrt": ("denoiser", "layers"),
+}
+_TARGETS = {
+    "onnx": {"device": "cpu", "onnxruntime": "1.27.0"},
+    "aoti": {"device": "cpu", "arch": "x86_64", "instructions": "AVX2", "torch": "2.13.0"},
+    "tensorrt": {"device": "cuda", "arch": "sm89", "tensorrt": "10.16.1"},
+}
+
+
+def small_bundle(folder: Path, *backends: str, config: WanConfig = CONFIG) -> Path:
+    """A bundle with one fp32 engine of each backend, by default onnx alone."""
+    weights = folder / "weights/fp32/denoiser.safetensors"
+    weights.parent.mkdir(parents=True)
+    header, entries = weights_layout(config, "fp32")
+    with weights.open("wb") as file:
+        file.write(header)
+        file.truncate(max(entry.offset + entry.size for entry in entries.values()))
+    record = WeightsRecord(
+        dtype="fp32",
+        expert="",
+        file=file_record(folder, weights),
+        header_sha256=weights_header_sha256(config, "fp32"),
+        content=sha256(b"").hexdigest(),
+        source={"path": "/models/small", "layout": "official", "files": {"a": [1, 2]}},
+    )
+    engines = tuple(_engine(folder, backend, config) for backend in backends or ("onnx",))
+    write_manifest(folder, Manifest("small", config, (), {"fp32": record}, engines, "0.1.0"))
+    return folder
+
+
+def _engine(folder: Path, backend: str, config: WanConfig) -> EngineRecord:
+    files = {}
+    for role in _FILES[backend]:
+        path = folder / f"engines/64x96x9/{backend}-fp32/{role}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"the {role} of an engine")
+        files[role] = file_record(folder, path)
+    inputs = {name: TensorSpec(s) for name, s in input_shapes(config, GEOMETRY).items()}
+    lengths = key_lengths(config, GEOMETRY)
+    is_aoti = backend == "aoti"
+    return EngineRecord(
+        backend=backend,
+        dtype="fp32",
+        geometry=GEOMETRY,
+        inputs=inputs,
+        output=inputs["latent"],
+        sampling=SamplingDefaults(4, 5.0, (5.0, 5.0), None, 16),
+        files=files,
+        weights_header_sha256=weights_header_sha256(config, "fp32"),
+        key="0123abcd",
+        target=_TARGETS[backend],
+        parameters=region_parameters(config) if is_aoti else {},
+        attention={str(length): "sdpa" for length in lengths} if is_aoti else {},
+        build={"seconds": 1.5, "flops_per_forward": 10**9, "attention_score_bytes": 10**6},
+        lint={"host_sync": 0},
+        proof={"method": "x", "blocks": 2, "tokens": 72, "error": 1e-6, "gate": 1e-5},
+        parity={"passed": True, "reference": "graph", "error": 1e-6},
+    )
+
+
+def manifest_of(bundle: Path) -> Any:
+    """The manifest's JSON."""
+    return json.loads((bundle / "manifest.json").read_text())
+
+
+def put(bundle: Path, data: Any) -> Path:
+    """Replace the manifest's JSON."""
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    return bundle
+
+
+def change(bundle: Path, place: str, value: object) -> Path:
+    """Set one value of the manifest; place is as `engines.0.sampling.steps`."""
+    data = record = manifest_of(bundle)
+    *parents, last = place.split(".")
+    for name in parents:
+        record = record[int(name)] if isinstance(record, list) else record[name]
+    record[int(last) if isinstance(record, list) else last] = value
+    return put(bundle, data)
+
+
+def config_of(config: WanConfig) -> dict[str, Any]:
+    """The config as a manifest states it."""
+    return asdict(config)

@@ -1,0 +1,206 @@
+"""FlashAttention-4 in a bundle: every refusal, and the library against plain maths on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from wanexport.exporter import build
+from wanexport.exporter.backends.aoti import backend as aoti_backend
+from wanexport.exporter.backends.aoti import flash_attention
+from wanexport.exporter.backends.backend import Request
+from wanexport.graphs.config import PRESETS, sampling_defaults
+from wanexport.runtime import Geometry
+from wanexport.runtime.engines.flash_attention import FlashAttention
+from wanexport.runtime.errors import WanExportError, WanExportWarning
+
+ABSENT = ("cutlass", "flash_attn", "quack", "triton")
+
+# A serving process: argv is the library, the dtype and the number of keys.
+SERVE = """
+import json, sys
+from pathlib import Path
+import torch
+from wanexport.runtime.engines.flash_attention import FlashAttention
+
+library, dtype, keys = Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
+attention = FlashAttention(library)
+torch.manual_seed(0)
+def draw(tokens):
+    return torch.randn(1, tokens, 3, 128, device="cuda", dtype=dtype)
+q, k, v = draw(1000), draw(keys), draw(keys)
+def plain(q, k, v):
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    weights = torch.softmax(q @ k.transpose(2, 3) / 128**0.5, dim=-1)
+    return (weights @ v).transpose(1, 2)
+def error(out):
+    exact = plain(q, k, v)
+    return ((out - exact).norm() / exact.norm()).item()
+def sdpa(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+out = attention(q, k, v)
+figures = {"eager": error(out), "sdpa": error(sdpa(q, k, v)), "contiguous": out.is_contiguous()}
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = attention(q, k, v)
+for x in (q, k, v):
+    x.normal_()
+captured.zero_()
+graph.replay()
+figures["graph"] = error(captured)
+figures["modules"] = sorted({name.partition(".")[0] for name in sys.modules})
+print(json.dumps(figures))
+"""
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with a Hopper GPU and all packages, as far as the checks before compiling go."""
+    monkeypatch.setattr(flash_attention, "PACKAGES", ())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    return monkeypatch
+
+
+def test_a_missing_package_names_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash_attention, "PACKAGES", ("no-such-package",))
+    with pytest.raises(WanExportError, match=r"no-such-package.*: pip install flash-attn-4$"):
+        flash_attention.flash_attention_versions()
+    with pytest.raises(WanExportError, match="pip install flash-attn-4"):
+        flash_attention.compile_flash_attention(tmp_path, dtype="bf16", head_dim=128)
+
+
+def test_fp32_is_refused(tmp_path: Path, installed: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WanExportError, match="bf16 or fp16, not fp32"):
+        flash_attention.compile_flash_attention(tmp_path, dtype="fp32", head_dim=128)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0), (12, 0)])
+def test_a_gpu_that_is_not_hopper_is_refused(
+    tmp_path: Path, installed: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    installed.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(WanExportError, match=rf"Hopper.*sm{capability[0]}{capability[1]}: use"):
+        flash_attention.compile_flash_attention(tmp_path, dtype="bf16", head_dim=128)
+
+
+def test_a_machine_without_gpu_is_refused(tmp_path: Path, installed: pytest.MonkeyPatch) -> None:
+    installed.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(WanExportError, match="GPU: it has none"):
+        flash_attention.compile_flash_attention(tmp_path, dtype="bf16", head_dim=128)
+
+
+def test_a_kernel_that_does_not_compile_says_why_in_one_line(
+    tmp_path: Path, installed: pytest.MonkeyPatch
+) -> None:
+    for module, code in {
+        "cutlass/cute.py": "compile = None",
+        "flash_attn/cute/interface.py": "raise RuntimeError('\\x1b[91mtwo\\x1b[0m\\n  lines')",
+    }.items():
+        path = tmp_path / "packages" / module
+        path.parent.mkdir(parents=True)
+        for package in list(path.relative_to(tmp_path).parents)[:-2]:
+            (tmp_path / package / "__init__.py").touch()
+        path.write_text(code)
+    paths = [str(tmp_path / "packages"), os.environ.get("PYTHONPATH", "")]
+    installed.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    with pytest.raises(WanExportError, match=r"does not compile: RuntimeError: two lines$"):
+        flash_attention.compile_flash_attention(tmp_path, dtype="bf16", head_dim=128)
+    assert [path.name for path in tmp_path.iterdir()] == ["packages"]
+
+
+def test_an_engine_whose_kernel_did_not_compile_is_no_later_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> Path:
+        raise WanExportError("does not compile")
+
+    doubles: dict[str, Any] = {
+        "flash_attention_versions": lambda: {"flash-attn-4": "4.0"},
+        "compile_flash_attention": fail,
+        "compile.compile_regions": lambda *_: ({}, {}, {}),
+        "attention.choose_kernels": lambda *_: ({}, {}),
+    }
+    for name, double in doubles.items():
+        monkeypatch.setattr(f"wanexport.exporter.backends.aoti.backend.{name}", double)
+    config, geometry = PRESETS["tiny"].config, Geometry(64, 96, 9)
+    sampling = sampling_defaults(config, (), geometry)
+    target = {"device": "cuda", "arch": "sm90"}
+    request = Request(config, geometry, sampling, "aoti", "bf16", target)
+    with pytest.warns(WanExportWarning, match="attention will run on cuDNN: does not compile"):
+        compiled = aoti_backend.compile_engine(tmp_path, request, {}, lambda *_: None)
+    assert not compiled.is_whole
+    monkeypatch.setattr(aoti_backend, "compile_engine", lambda *_: compiled)
+    monkeypatch.setattr(build, "engine_key", lambda request: "f" * 64)
+    writer: Any = SimpleNamespace(
+        free_folder=lambda _: tmp_path, manifest=SimpleNamespace(weights_of=lambda _: ())
+    )
+    assert build.compile_engine(writer, request, lambda *_: None).key != "f" * 64
+    whole = replace(compiled, is_whole=True)
+    monkeypatch.setattr(aoti_backend, "compile_engine", lambda *_: whole)
+    assert build.compile_engine(writer, request, lambda *_: None).key == "f" * 64
+
+
+def test_the_cause_of_a_failed_link_is_said(tmp_path: Path, installed: pytest.MonkeyPatch) -> None:
+    def compile_nothing(kernel: Path, *_: object) -> dict[str, str]:
+        kernel.write_text("no object file")
+        return dict.fromkeys(("runtime", "tvm_ffi", "cudart"), "/no/such/library.so")
+
+    installed.setattr(flash_attention, "_compile_in_child", compile_nothing)
+    with pytest.raises(WanExportError, match="cannot be linked"):
+        flash_attention.compile_flash_attention(tmp_path, dtype="bf16", head_dim=128)
+    installed.setenv("CXX", "no-such-compiler")
+    with pytest.raises(WanExportError, match=r"install g\+\+, or set CXX"):
+        flash_attention.compile_flash_attention(tmp_path, dtype="bf16", head_dim=128)
+
+
+def test_serving_without_tvm_ffi_names_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tvm_ffi", None)
+    with pytest.raises(WanExportError, match=r"pip install apache-tvm-ffi$"):
+        FlashAttention(tmp_path / "flash_attention.so")
+
+
+def test_a_damaged_library_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("tvm_ffi", reason="needs apache-tvm-ffi")
+    library = tmp_path / "flash_attention.so"
+    library.write_bytes(b"\x7fELF and nothing else")
+    with pytest.raises(WanExportError, match="cannot be loaded: build the bundle again") as raised:
+        FlashAttention(library)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "torch_dtype"), flash_attention.DTYPES.items())
+def test_a_fresh_process_runs_the_library_as_accurately_as_sdpa(
+    tmp_path: Path, dtype: str, torch_dtype: str
+) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    try:
+        flash_attention.flash_attention_versions()
+    except WanExportError as error:
+        pytest.skip(str(error))
+    library = flash_attention.compile_flash_attention(tmp_path, dtype=dtype, head_dim=128)
+    assert [path.name for path in tmp_path.iterdir()] == [library.name]
+    for keys in (1000, 512):
+        command = [sys.executable, "-c", SERVE, str(library), torch_dtype, str(keys)]
+        environment = os.environ | {"PATH": "/nonexistent", "CXX": "/nonexistent"}
+        child = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert child.returncode == 0, child.stderr
+        figures = json.loads(child.stdout)
+        assert figures["contiguous"]
+        assert figures["eager"] <= 1.5 * figures["sdpa"]
+        assert figures["graph"] <= 1.5 * figures["sdpa"]
+        assert not set(figures["modules"]) & set(ABSENT)

@@ -1,0 +1,432 @@
+"""What an ONNX engine on a GPU does, as far as a CPU can show it: bindings, weights, choices."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from tests.oracles.tensorrt_doubles import Calls, Stream
+from tests.oracles.wan_reference import small_config, small_geometry
+from wanexport.exporter.backends.onnx.lower import lower, serialize
+from wanexport.exporter.backends.onnx.proof_process import OnnxJob, run_with_device_weights
+from wanexport.exporter.build import build
+from wanexport.exporter.cli.options import parse_pairs
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.parity import relative_l2
+from wanexport.graphs.config import PRESETS
+from wanexport.graphs.signature import attention_count
+from wanexport.graphs.weights import RandomWeights, write_weights
+from wanexport.runtime import WanExportError, load
+from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
+from wanexport.runtime.bundle.signature import weights_layout
+from wanexport.runtime.engines.choose import choose_engine
+from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
+from wanexport.runtime.engines.onnx import OnnxEngine
+from wanexport.runtime.engines.onnx_gpu import OnnxCudaEngine, OnnxSession, _add_rtx, open_engines
+from wanexport.runtime.engines.onnx_providers import RTX_PLUGIN, Provider
+from wanexport.runtime.errors import WanExportWarning
+from wanexport.runtime.geometry import Geometry
+
+CPU = torch.device("cpu")
+GRAPH, WEIGHTS = "engines/64x96x9/onnx-fp32/denoiser.onnx", "weights/fp32/denoiser.safetensors"
+
+
+def arrays() -> dict[str, np.ndarray]:
+    return forward_inputs(PRESETS["tiny"].config, Geometry(64, 96, 9), 500.0, seed=0)
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in arrays().items()}
+
+
+def expected(bundle: Path, weights: Path) -> torch.Tensor:
+    """The velocity of a session that maps the file itself."""
+    return torch.from_numpy(OnnxEngine(bundle / GRAPH, weights)(arrays()))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other weights of the same layout."""
+    path = tmp_path_factory.mktemp("other") / "denoiser.safetensors"
+    config = PRESETS["tiny"].config
+    write_weights(path, config, "fp32", RandomWeights(config, 1, ""))
+    return path
+
+
+def test_bound_tensors_give_what_arrays_do(tiny_bundle: Path) -> None:
+    file = tiny_bundle / WEIGHTS
+    (engine,) = open_engines(tiny_bundle / GRAPH, {"": file}, CPU, Provider("cpu")).values()
+    first = engine(tensors())
+    assert torch.equal(first, expected(tiny_bundle, file))
+    assert torch.equal(engine(tensors()), first)
+
+
+@pytest.mark.parametrize(
+    "name", ["head.head.bias", "patch_embedding.weight", "blocks.3.modulation"]
+)
+def test_the_session_reads_the_weights_where_they_are(tiny_bundle: Path, name: str) -> None:
+    weights = DeviceWeights(tiny_bundle / WEIGHTS, CPU)
+    session = OnnxSession(
+        tiny_bundle / GRAPH, tiny_bundle / WEIGHTS, weights.tensors, CPU, Provider("cpu")
+    )
+    before = session(tensors())
+    weights.tensors[name] *= -2
+    assert (session(tensors()) - before).abs().max() > 0.1
+
+
+def test_engines_of_a_process_share_their_weights(tiny_bundle: Path) -> None:
+    file = tiny_bundle / WEIGHTS
+    one, two = (
+        open_engines(tiny_bundle / GRAPH, {"": file}, CPU, Provider("cpu"))[""] for _ in range(2)
+    )
+    assert one.weights is two.weights is device_weights(file, CPU)
+    assert one.session is not two.session
+
+
+@pytest.fixture
+def swapped(tiny_bundle: Path, other: Path) -> dict[str, OnnxCudaEngine]:
+    """Two experts with one buffer between them."""
+    files = {"high_noise": tiny_bundle / WEIGHTS, "low_noise": other}
+    return open_engines(tiny_bundle / GRAPH, files, CPU, Provider("cpu"), offload=True)
+
+
+def test_swapped_experts_give_what_resident_ones_do(
+    tiny_bundle: Path, other: Path, swapped: dict[str, OnnxCudaEngine]
+) -> None:
+    high, low = expected(tiny_bundle, tiny_bundle / WEIGHTS), expected(tiny_bundle, other)
+    assert not torch.equal(high, low)
+    for expert, velocity in (("high_noise", high), ("low_noise", low), ("high_noise", high)):
+        assert torch.equal(swapped[expert](tensors()), velocity)
+    weights = swapped["high_noise"].weights
+    assert weights is not None and len(weights.switches) == 2
+    assert swapped["low_noise"].session is swapped["high_noise"].session
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_session_that_copies_the_weights_offloads_none(
+    times: int, tiny_bundle: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, it may be a neighbour on the GPU that took the memory."""
+    free = iter([8 << 30, 5 << 30] * times + [8 << 30] * 2)
+    monkeypatch.setattr("wanexport.runtime.engines.onnx_gpu._free_bytes", lambda _: next(free))
+    files = {"high_noise": tiny_bundle / WEIGHTS, "low_noise": other}
+    refusal = pytest.raises(WanExportError, match=r"copies the weights, which --offload")
+    with refusal if times == 2 else nullcontext():
+        open_engines(tiny_bundle / GRAPH, files, CPU, Provider("cpu"), offload=True)
+
+
+def test_threads_that_swap_do_not_disturb_each_other(
+    tiny_bundle: Path, other: Path, swapped: dict[str, OnnxCudaEngine]
+) -> None:
+    velocity = {
+        "high_noise": expected(tiny_bundle, tiny_bundle / WEIGHTS),
+        "low_noise": expected(tiny_bundle, other),
+    }
+    experts = ["high_noise", "low_noise"] * 8
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda expert: swapped[expert](tensors()), experts))
+    assert all(torch.equal(got, velocity[expert]) for expert, got in zip(experts, results))
+
+
+def test_nodes_on_the_cpu_are_no_secret(tiny_bundle: Path) -> None:
+    weights = DeviceWeights(tiny_bundle / WEIGHTS, CPU)
+    graph = tiny_bundle / GRAPH
+    session = OnnxSession(graph, tiny_bundle / WEIGHTS, weights.tensors, CPU, Provider("cpu"))
+    assert session.assigned["CPUExecutionProvider", "Attention"] == 8
+    session.device = torch.device("cuda")
+    with pytest.raises(WanExportError, match=r"leaves .*8 Attention.* to the CPU"):
+        session._check_assignment(graph)
+    session.assigned = Counter({("CPUExecutionProvider", "Round"): 1})
+    with pytest.warns(WanExportWarning, match="runs 1 Round on the CPU"):
+        session._check_assignment(graph)
+
+
+def test_what_onnx_runtime_refuses_is_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"no graph")
+    file = tiny_bundle / WEIGHTS
+    with pytest.raises(WanExportError, match="ONNX Runtime cannot load"):
+        OnnxSession(tmp_path / "x.onnx", file, {}, CPU, Provider("cpu"))
+    with pytest.raises(WanExportError, match="cannot use its CUDAExecutionProvider"):
+        OnnxSession(tiny_bundle / GRAPH, file, {}, CPU, Provider("cuda"))
+    (engine,) = open_engines(tiny_bundle / GRAPH, {"": file}, CPU, Provider("cpu")).values()
+    with pytest.raises(WanExportError, match="ONNX Runtime failed on cpu"):
+        engine({**tensors(), "text": torch.zeros(1, 5, 4096)})
+
+
+def test_a_failed_call_leaves_the_callers_stream_after_the_sessions(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was launched before the failure still uses inputs and output."""
+    file, calls = tiny_bundle / WEIGHTS, Calls()
+    (engine,) = open_engines(tiny_bundle / GRAPH, {"": file}, CPU, Provider("cpu")).values()
+    monkeypatch.setattr(engine.session, "stream", Stream(calls, 9))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(calls, 7))
+    with pytest.raises(WanExportError, match="ONNX Runtime failed on cpu"):
+        engine({**tensors(), "text": torch.zeros(1, 5, 4096)})
+    assert calls == [("wait_stream", 9, 7), ("wait_stream", 7, 9)]
+
+
+def test_memory_that_pytorch_cannot_give_is_one_line(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, given = tiny_bundle / WEIGHTS, tensors()
+    (engine,) = open_engines(tiny_bundle / GRAPH, {"": file}, CPU, Provider("cpu")).values()
+
+    def full(*arguments: Any, **options: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(WanExportError, match=r"failed on cpu \(CUDA out of memory"):
+        engine(given)
+
+
+def test_onnx_runtimes_log_is_left_as_it_was(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    severities: list[int] = []
+    monkeypatch.setattr("onnxruntime.set_default_logger_severity", severities.append)
+    (tmp_path / "x.onnx").write_bytes(b"no graph")
+    with pytest.raises(WanExportError):
+        OnnxSession(tmp_path / "x.onnx", tiny_bundle / WEIGHTS, {}, CPU, Provider("cpu"))
+    assert severities == [3, 2]
+
+
+class NoRtxDevice:
+    """ONNX Runtime where the plugin for TensorRT for RTX finds no GPU that it is for."""
+
+    registered = False
+
+    def get_ep_devices(self) -> list[Any]:
+        return []
+
+    def register_execution_provider_library(self, name: str, path: str) -> None:
+        if self.registered:
+            raise RuntimeError(f"library is already registered under {name}")
+        self.registered = True
+
+
+def test_a_gpu_that_the_plugin_is_not_for_is_refused_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plugin = SimpleNamespace(get_library_path=lambda: "plugin.so")
+    monkeypatch.setitem(sys.modules, RTX_PLUGIN, plugin)
+    onnxruntime = NoRtxDevice()
+    for _ in range(2):
+        with pytest.raises(WanExportError, match="offers 0 devices, cuda:0 is not among them"):
+            _add_rtx(onnxruntime, None, {}, torch.device("cuda", 0))
+
+
+def test_a_folder_that_may_not_be_written_caches_nothing(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file in the place of the folder: root may write anywhere")
+    for name, option in (("tensorrt", "cache"), ("tensorrt-rtx", "nv_runtime_cache_path")):
+        provider = Provider(name, cache=tmp_path / "cache")
+        with pytest.warns(WanExportWarning, match="the next load compiles anew"):
+            settings = provider.settings(torch.device("cuda", 0), 0, bundle / WEIGHTS)
+        assert settings["device_id"] == "0"
+        assert not [key for key in settings if option in key]
+
+
+def test_a_providers_options(tiny_bundle: Path) -> None:
+    gpu = torch.device("cuda", 1)
+    file = tiny_bundle / WEIGHTS
+    settings = Provider("cuda", {"use_tf32": "1", "sdpa_kernel": "2"}).settings(gpu, 77, file)
+    assert settings["device_id"] == "1" and settings["user_compute_stream"] == "77"
+    assert settings["use_tf32"] == "1" and settings["sdpa_kernel"] == "2"
+    assert Provider("cuda").settings(gpu, 77, file)["use_tf32"] == "0"
+    for name in ("user_compute_stream", "enable_cuda_graph"):
+        with pytest.raises(WanExportError, match=f"option {name} is set by the engine"):
+            Provider("cuda", {name: "1"})
+    with pytest.raises(WanExportError, match="unknown provider 'rocm': expected one of cpu, cuda"):
+        Provider("rocm")
+
+
+def test_a_compiled_engine_is_cached_for_its_weights_alone(
+    bundle: Path, other: Path, tmp_path: Path
+) -> None:
+    gpu, cache = torch.device("cuda", 0), tmp_path / "cache"
+    provider = Provider("tensorrt", cache=cache)
+    own = provider.settings(gpu, 0, bundle / WEIGHTS)
+    assert Path(own["trt_engine_cache_path"]).parent == cache
+    assert Path(own["trt_engine_cache_path"]).is_dir()
+    assert own == provider.settings(gpu, 0, bundle / WEIGHTS)
+    theirs = provider.settings(gpu, 0, other)
+    assert own["trt_engine_cache_path"] != theirs["trt_engine_cache_path"]
+    assert "trt_bf16_enable" not in own and "trt_fp16_enable" not in own
+    narrow = provider.settings(gpu, 0, bundle / "weights/bf16/denoiser.safetensors")
+    assert narrow["trt_bf16_enable"] == "1" and "trt_fp16_enable" not in narrow
+    rtx = Provider("tensorrt-rtx", cache=cache).settings(gpu, 0, other)
+    assert Path(rtx["nv_runtime_cache_path"]).is_dir()
+
+
+def test_a_compiled_engine_offloads_nothing(tiny_bundle: Path, other: Path) -> None:
+    files = {"high_noise": tiny_bundle / WEIGHTS, "low_noise": other}
+    with pytest.raises(WanExportError, match="tensorrt has its weights inside"):
+        open_engines(tiny_bundle / GRAPH, files, CPU, Provider("tensorrt"), offload=True)
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A machine on which ONNX Runtime can use a GPU, whose engines are not opened."""
+    seen: dict[str, Any] = {}
+
+    def opened(graph: Path, weights: Any, device: Any, provider: Provider, **options: Any) -> Any:
+        seen.update(weights=weights, device=device, provider=provider, **options)
+        return dict.fromkeys(weights, lambda inputs: torch.zeros(1, 16, 3, 8, 12))
+
+    monkeypatch.setattr("wanexport.runtime.engines.choose.gpu_obstacle", lambda provider: "")
+    monkeypatch.setattr("wanexport.runtime.engines.onnx_gpu.open_engines", opened)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    yield seen
+
+
+def test_one_engine_serves_both_devices(
+    tiny_bundle: Path, with_gpu: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    denoiser = load(tiny_bundle, provider_options={"use_tf32": "1"})
+    assert denoiser.record.dtype == "bf16" and denoiser.record.target["device"] == "cuda"
+    assert with_gpu["device"] == torch.device("cuda", 0) and not with_gpu["offload"]
+    provider = with_gpu["provider"]
+    assert (provider.name, provider.options) == ("cuda", {"use_tf32": "1"})
+    assert provider.cache is None
+    weights = {expert: file.path for expert, file in with_gpu["weights"].items()}
+    assert weights == {"": tiny_bundle / "weights/bf16/denoiser.safetensors"}
+    record = load(tiny_bundle, dtype="fp32", provider="tensorrt").record
+    assert with_gpu["provider"].name == "tensorrt"
+    # The user's own, and of this graph alone.
+    graph = record.files["denoiser"].sha256
+    assert with_gpu["provider"].cache == tmp_path / "wanexport" / graph
+    for options in ({"device": "cpu"}, {"provider": "cpu"}):
+        record = load(tiny_bundle, **options).record  # type: ignore[arg-type]
+        assert record.dtype == "fp32" and record.target["device"] == "cpu"
+
+
+def test_other_backends_come_first_on_a_gpu(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(tiny_bundle)
+    onnx_engine = manifest.engines[2]
+    target = {"device": "cuda", "arch": "sm90"}
+    plan = replace(onnx_engine, backend="tensorrt", target=target)
+    aoti = replace(onnx_engine, backend="aoti", target=target)
+
+    def refusal(_: Path, engine: EngineRecord, __: str) -> str:
+        return "" if engine.target["device"] == "cuda" else "too slow"
+
+    monkeypatch.setattr("wanexport.runtime.engines.choose._refusal", refusal)
+    for engines, chosen in (
+        ((onnx_engine, plan, aoti), "aoti"),
+        ((onnx_engine, plan), "tensorrt"),
+        ((onnx_engine,), "onnx"),
+    ):
+        record = choose_engine(tiny_bundle, replace(manifest, engines=engines))
+        assert record.backend == chosen and record.target["device"] == "cuda"
+
+
+def test_attention_of_full_size_is_no_obstacle_on_a_gpu(
+    tiny_bundle: Path, with_gpu: dict[str, Any]
+) -> None:
+    denoiser = load(tiny_bundle)
+    denoiser.record = replace(denoiser.record, build={"attention_score_bytes": 1 << 60})
+    denoiser._check_memory()
+    denoiser.record = replace(denoiser.record, target={"device": "cpu"})
+    with pytest.raises(WanExportError, match="for attention"):
+        denoiser._check_memory()
+
+
+def test_options_that_do_not_go_together(tiny_bundle: Path, with_gpu: dict[str, Any]) -> None:
+    for options, message in (
+        ({"provider": "cuda", "device": "cpu"}, "provider cuda is of cuda, not of cpu"),
+        ({"provider": "cpu", "backend": "aoti"}, "provider cpu is of onnx, not of aoti"),
+        ({"provider": "rocm"}, "unknown provider 'rocm'"),
+        ({"device": "cpu", "offload": True}, "on a CPU offloads nothing"),
+        ({"device": "cpu", "provider_options": {"a": "b"}}, "no provider options"),
+        ({"offload": True}, "this model has one"),
+        ({"cuda_graph": True}, "has no CUDA graph"),
+    ):
+        with pytest.raises(WanExportError, match=message):
+            load(tiny_bundle, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+def test_without_a_gpu_it_says_what_is_missing(tiny_bundle: Path, tmp_path: Path) -> None:
+    message = r"no CUDAExecutionProvider: .*pip install onnxruntime-gpu|no CUDA device here"
+    with pytest.raises(WanExportError, match=message):
+        load(tiny_bundle, device="cuda")
+    with pytest.raises(WanExportError, match=message):
+        build(
+            "tiny", random_weights=0, resolution="32x32", frames=1, backends=["onnx"],
+            device="cuda", output=tmp_path / "b",
+        )  # fmt: skip
+    assert not (tmp_path / "b").exists()
+
+
+def test_pairs_of_an_option() -> None:
+    assert parse_pairs("--provider-option", ["a=b", "c=d=e"]) == {"a": "b", "c": "d=e"}
+    for text in ("a", "=b"):
+        with pytest.raises(WanExportError, match="expected KEY=VALUE"):
+            parse_pairs("--provider-option", [text])
+
+
+@pytest.mark.parametrize("preset", ["t2v-1.3b", "flf2v-14b"])
+def test_onnx_runtimes_own_attention_is_the_same(preset: str, tmp_path: Path) -> None:
+    config = small_config(preset)
+    geometry = small_geometry(config)
+    write_weights(tmp_path / "denoiser.safetensors", config, "fp32", RandomWeights(config, 0, ""))
+    velocities = []
+    for attention in ("native", "mha"):
+        graph, counts = lower(
+            config, geometry, "fp32", weights_layout(config, "fp32")[1], attention=attention
+        )
+        assert set(counts.values()) == {0}
+        (tmp_path / "graph.onnx").write_bytes(serialize(graph))
+        engine = OnnxEngine(tmp_path / "graph.onnx", tmp_path / "denoiser.safetensors")
+        velocities.append(engine(forward_inputs(config, geometry, 812.0, 0)))
+    assert relative_l2(velocities[1], velocities[0]) <= 1e-6
+    model = onnx.load(tmp_path / "graph.onnx", load_external_data=False)
+    operators = Counter((node.domain, node.op_type) for node in model.graph.node)
+    assert operators["com.microsoft", "MultiHeadAttention"] == attention_count(config)
+    assert not operators["", "Attention"]
+    assert {o.domain: o.version for o in model.opset_import} == {"": 23, "com.microsoft": 1}
+
+
+def test_a_build_with_the_other_attention_is_another_engine(bundle: Path) -> None:
+    native = read_manifest(bundle).engines[0]
+    record = build(
+        "tiny", random_weights=0, resolution="64x96", frames=9, attention="mha", output=bundle
+    )
+    assert record["reused"] == ["weights fp32"]
+    engine = next(e for e in read_manifest(bundle).engines if e.dtype == "fp32")
+    assert engine.key != native.key
+    assert engine.build["nodes"]["MultiHeadAttention"] == 8
+    assert engine.proof["error"] <= 1e-5
+    with pytest.raises(WanExportError, match="has no attention 'fa4': expected of native, mha"):
+        build("tiny", random_weights=0, resolution="64x96", frames=9, attention="fa4")
+
+
+def test_the_proof_runs_the_cut_on_the_engines_own_tensors(tiny_bundle: Path) -> None:
+    config, geometry = PRESETS["tiny"].config, Geometry(64, 96, 9)
+    job = OnnxJob(
+        engine=str(tiny_bundle / GRAPH),
+        device="cpu",
+        dtype="fp32",
+        runs_here=True,
+        weights=str(tiny_bundle / WEIGHTS),
+        cut=str(tiny_bundle / GRAPH),
+        tensors={name: name for name in weights_layout(config, "fp32")[1]},
+        config=asdict(config),
+        geometry=asdict(geometry),
+    )
+    velocity = run_with_device_weights(job, arrays(), CPU, Provider("cpu"))
+    assert np.array_equal(velocity, expected(tiny_bundle, tiny_bundle / WEIGHTS).numpy())

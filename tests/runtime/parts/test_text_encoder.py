@@ -1,0 +1,306 @@
+"""The text encoder gives what the official code gives, from either layout."""
+
+import gc
+import json
+import sys
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import UMT5EncoderModel
+
+from tests.oracles.official_encoders import (
+    IMAGE_SIZES,
+    PROMPTS,
+    TEXT_SIZES,
+    UMT5_XXL,
+    VALUES,
+    image_shapes,
+    state,
+    text_shapes,
+    write_tokenizer,
+)
+from tests.runtime.parts.test_torch_checkpoint import mapped_ranges
+from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.parts import text_encoder, torch_checkpoint
+from wanexport.runtime.parts.text_encoder import UMT5TextEncoder, clean_prompt, open_text_encoder
+
+OFFICIAL = json.loads(VALUES.read_text())["prompts"]
+PROMPT = PROMPTS[0]
+pytestmark = pytest.mark.filterwarnings("ignore:the prompt .* tokens")  # one of PROMPTS is cut
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with encoder.pth, fp32, and tokenizer/; a test must not change it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.save(state(text_shapes(TEXT_SIZES)), folder / "encoder.pth")
+    write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def encoder(checkpoint: Path) -> UMT5TextEncoder:
+    """The encoder in fp32."""
+    return open_text_encoder(checkpoint / "encoder.pth", checkpoint / "tokenizer", dtype="fp32")
+
+
+@pytest.fixture
+def folder(encoder: UMT5TextEncoder, tmp_path: Path) -> Path:
+    """The same encoder as a folder of diffusers' layout, in shards, as it is published."""
+    folder = tmp_path / "text_encoder"
+    encoder._model.save_pretrained(folder, max_shard_size="10KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    return folder
+
+
+def write_with(tmp_path: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """The official file after a change of its tensors."""
+    tensors = state(text_shapes(TEXT_SIZES))
+    change(tensors)
+    torch.save(tensors, tmp_path / "changed.pth")
+    return tmp_path / "changed.pth"
+
+
+@pytest.mark.parametrize(("prompt", "official"), list(zip(PROMPTS, OFFICIAL)))
+def test_prompts_are_cleaned_as_the_official_code_cleans_them(prompt: str, official: Any) -> None:
+    assert clean_prompt(prompt) == official["cleaned"]
+
+
+@pytest.mark.parametrize(("prompt", "official"), list(zip(PROMPTS, OFFICIAL)))
+def test_embeddings_are_those_of_the_official_code(
+    encoder: UMT5TextEncoder, prompt: str, official: Any
+) -> None:
+    (embedding,) = encoder([clean_prompt(prompt)])
+    assert embedding.dtype == np.float32
+    assert embedding.shape == (official["tokens"], encoder.text_dim)
+    for row, values in official["rows"].items():
+        np.testing.assert_allclose(embedding[int(row)], values, atol=2e-5)
+
+
+def test_weights_and_arithmetic_are_bf16_where_nothing_else_is_asked_for(
+    encoder: UMT5TextEncoder, checkpoint: Path
+) -> None:
+    rounded = open_text_encoder(checkpoint / "encoder.pth", checkpoint / "tokenizer")
+    assert {parameter.dtype for parameter in rounded._model.parameters()} == {torch.bfloat16}
+    (ours,), (exact,) = rounded([PROMPT]), encoder([PROMPT])
+    assert 1e-4 < np.linalg.norm(ours - exact) / np.linalg.norm(exact) < 4e-2
+
+
+def test_an_embedding_does_not_depend_on_the_prompts_beside_it(encoder: UMT5TextEncoder) -> None:
+    together = encoder(PROMPTS)
+    alone = [encoder([prompt])[0] for prompt in PROMPTS]
+    assert len(together) == len(PROMPTS)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(together, alone))
+
+
+def test_a_prompt_that_is_cut_is_warned_of(encoder: UMT5TextEncoder) -> None:
+    words = "circle " * 511  # with the end token as many as there may be
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (whole,) = encoder([words.strip()])
+    with pytest.warns(WanExportWarning, match="more than 512 tokens: .* character 3576 of 3590 is"):
+        (cut,) = encoder([words + "circle circle"])
+    assert whole.shape[0] == 512
+    np.testing.assert_array_equal(cut, whole)
+
+
+class SmallGpu:
+    """`Module.to` of a GPU that holds some of a model, which then is in two places."""
+
+    def __init__(self, module: type[torch.nn.Module]) -> None:
+        self.to, self.devices = module.to, list[str]()
+
+    def __call__(self, model: torch.nn.Module, device: str) -> torch.nn.Module:
+        self.devices.append(device)
+        if device != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.to(model, device)
+
+
+def test_an_encoder_that_a_gpu_does_not_hold_runs_on_the_cpu_and_says_so(
+    encoder: UMT5TextEncoder, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SmallGpu(UMT5EncoderModel)
+    monkeypatch.setattr(UMT5EncoderModel, "to", lambda model, device: gpu(model, device))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 10**9, 10**10))
+    files = (checkpoint / "encoder.pth", checkpoint / "tokenizer")
+    with pytest.warns(WanExportWarning, match=r"5\.0 GB free, which do not hold the text encoder"):
+        opened = open_text_encoder(*files, device="cuda:1", dtype="fp32")
+    assert gpu.devices == ["cuda:1", "cpu"]
+    np.testing.assert_array_equal(opened([PROMPT])[0], encoder([PROMPT])[0])
+
+
+def test_padding_that_tokenizer_json_asks_for_is_left_out(
+    encoder: UMT5TextEncoder, checkpoint: Path, tmp_path: Path
+) -> None:
+    saved = json.loads((checkpoint / "tokenizer" / "tokenizer.json").read_text())
+    saved["padding"] = {
+        "strategy": {"Fixed": 512}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>",
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    padding = open_text_encoder(checkpoint / "encoder.pth", tmp_path, dtype="fp32")
+    assert np.array_equal(padding([PROMPT])[0], encoder([PROMPT])[0])
+
+
+def test_a_diffusers_folder_gives_the_same(
+    encoder: UMT5TextEncoder, folder: Path, checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_text_encoder(folder, checkpoint / "tokenizer", dtype="fp32")
+    assert capfd.readouterr().err == ""
+    for ours, theirs in zip(opened(PROMPTS), encoder(PROMPTS)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_bf16_file_is_not_copied(checkpoint: Path, tmp_path: Path) -> None:
+    tensors = {name: t.bfloat16() for name, t in state(text_shapes(TEXT_SIZES)).items()}
+    torch.save(tensors, tmp_path / "bf16.pth")
+    opened = open_text_encoder(tmp_path / "bf16.pth", checkpoint / "tokenizer")
+    (mapped,) = mapped_ranges(tmp_path / "bf16.pth")
+    assert all(parameter.data_ptr() in mapped for parameter in opened._model.parameters())
+
+
+def test_the_published_encoder_has_these_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = text_shapes(UMT5_XXL)
+    published = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    monkeypatch.setattr(torch_checkpoint, "read_state_dict", lambda _: published)
+    model = text_encoder._open_official(Path("published.pth"), torch.bfloat16)
+    config = model.config
+    assert (config.d_model, config.d_kv, config.d_ff) == (4096, 64, 10240)
+    assert (config.num_layers, config.num_heads, config.vocab_size) == (24, 64, 256384)
+    # google/umt5-xxl's encoder: 5.68e9 parameters.
+    assert sum(parameter.numel() for parameter in model.parameters()) == 5680910336
+
+
+def test_close_frees_the_model_at_once(encoder: UMT5TextEncoder) -> None:
+    encoder([PROMPT])
+    model = weakref.ref(encoder._model)
+    gc.disable()  # what runs by itself
+    try:
+        encoder.close()
+    finally:
+        gc.enable()
+    encoder.close()
+    assert model() is None
+    with pytest.raises(WanExportError, match="text encoder is closed: open it again"):
+        encoder([PROMPT])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("token_embedding.weight"), "is no umT5 encoder, it has no matrix token_"),
+        (lambda t: t.pop("blocks.1.ffn.fc2.weight"), r"missing .*\.1\.DenseReluDense\.wo\.weight"),
+        (lambda t: t.update(extra=torch.ones(1)), "unexpected extra"),
+        (lambda t: t.update({"norm.weight": torch.ones(5)}), r"final_layer_norm.weight is \[5\]"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_in_one_line(
+    checkpoint: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    with pytest.raises(WanExportError, match=message) as refused:
+        open_text_encoder(write_with(tmp_path, change), checkpoint / "tokenizer")
+    assert "\n" not in str(refused.value)
+
+
+def test_the_file_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    torch.save(state(image_shapes(IMAGE_SIZES)), tmp_path / "clip.pth")
+    message = "clip.pth is no umT5 encoder.*expected the official models_t5_umt5-xxl-enc-bf16.pth"
+    with pytest.raises(WanExportError, match=message):
+        open_text_encoder(tmp_path / "clip.pth", checkpoint / "tokenizer")
+
+
+def test_a_folder_that_lacks_a_tensor_is_refused(folder: Path, checkpoint: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    lost = "encoder.block.1.layer.1.DenseReluDense.wi_0.weight"
+    shard = folder / index["weight_map"].pop(lost)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    tensors = load_file(shard)
+    save_file({k: t for k, t in tensors.items() if k != lost}, shard, {"format": "pt"})
+    with pytest.raises(WanExportError, match=f"does not fit UMT5EncoderModel: missing {lost}"):
+        open_text_encoder(folder, checkpoint / "tokenizer")
+
+
+def test_a_folder_with_a_misshapen_tensor_is_refused(folder: Path, checkpoint: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "d_ff": 48}))
+    with pytest.raises(WanExportError, match=r"misshapen encoder\.block\.0.layer\.1\."):
+        open_text_encoder(folder, checkpoint / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", None, "text_encoder has no config"),
+        ("config.json", "{", "cannot read .*config"),
+        ("model-00001-of-*.safetensors", None, "cannot read .*model-00001"),
+        ("model-00001-of-*.safetensors", "{", "cannot read .*header"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line(
+    folder: Path, checkpoint: Path, name: str, content: str | None, message: str
+) -> None:
+    (file,) = folder.glob(name)
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(WanExportError, match=f"{message}.*: download it again$") as bad:
+        open_text_encoder(folder, checkpoint / "tokenizer")
+    assert "\n" not in str(bad.value)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(WanExportError, match=r"has no tokenizer.json: expected .*google/umt5-xxl/"):
+        open_text_encoder(checkpoint / "encoder.pth", tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(WanExportError, match=r"tokenizer\.json is damaged") as refused:
+        open_text_encoder(checkpoint / "encoder.pth", tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    def shrink(tensors: dict[str, Tensor]) -> None:
+        tensors["token_embedding.weight"] = tensors["token_embedding.weight"][:20].clone()
+
+    with pytest.raises(WanExportError, match=r"knows \d\d tokens, the text encoder .* 20: take"):
+        open_text_encoder(write_with(tmp_path, shrink), checkpoint / "tokenizer")
+
+
+def test_a_prompt_without_a_token_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    saved = json.loads((checkpoint / "tokenizer" / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**saved, "post_processor": None}))
+    opened = open_text_encoder(checkpoint / "encoder.pth", tmp_path)
+    with pytest.raises(WanExportError, match="makes no token of the prompt ''"):
+        opened([PROMPT, ""])
+
+
+def test_another_dtype_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(WanExportError, match="is bf16 or fp32, got 'fp16'"):
+        open_text_encoder(checkpoint / "encoder.pth", checkpoint / "tokenizer", dtype="fp16")
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "tokenizers"])
+def test_a_missing_package_is_named_in_one_line(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    message = f"the text encoder needs {package}; from a clone .*pip install '.\\[pipeline\\]'$"
+    with pytest.raises(WanExportError, match=message):
+        open_text_encoder(checkpoint / "encoder.pth", checkpoint / "tokenizer")
+
+
+def test_cleaning_without_ftfy_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(WanExportError, match=r"needs ftfy; from a clone .*'.\[pipeline\]'$"):
+        clean_prompt(PROMPT)

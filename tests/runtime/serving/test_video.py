@@ -1,0 +1,121 @@
+"""An mp4 file read back: frames, rate, colours; and nothing left of one that failed."""
+
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.serving import video
+from wanexport.runtime.serving.video import write_video
+
+
+def smooth_clip(frames: int = 17, height: int = 48, width: int = 80) -> np.ndarray:
+    """Colours that change slowly over the picture and move."""
+    t, y, x = np.meshgrid(*(np.arange(n) for n in (frames, height, width)), indexing="ij")
+    waves = [np.sin((x + t) / 20), np.cos((y - t) / 15), np.sin((x + y) / 30)]
+    return np.stack([np.uint8(127.5 + 120 * wave) for wave in waves], axis=-1)
+
+
+def read(path: Path) -> tuple[Any, list[Any]]:
+    """The stream's facts and all decoded frames."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return stream, list(container.decode(stream))
+
+
+def rgb(planes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Limited range YCbCr 4:2:0 to RGB, by the inverse of ITU-R BT.709, item 3."""
+    luma = (planes[:height] - 16.0) * 255 / 219
+    blue, red = (planes[height:].reshape(2, height // 2, width // 2) - 128.0) * 255 / 224
+    blue, red = (plane.repeat(2, axis=0).repeat(2, axis=1) for plane in (blue, red))
+    return np.stack(
+        [luma + 1.5748 * red, luma - 0.1873 * blue - 0.4681 * red, luma + 1.8556 * blue], -1
+    )
+
+
+@pytest.mark.parametrize("fps", [16, 24])
+def test_what_is_read_back_is_what_was_written(tmp_path: Path, fps: int) -> None:
+    clip = smooth_clip()
+    write_video(tmp_path / "clip.mp4", clip, fps)
+    stream, frames = read(tmp_path / "clip.mp4")
+    assert (stream.codec_context.name, frames[0].format.name) == ("h264", "yuv420p")
+    assert (stream.average_rate, stream.frames) == (fps, 17)
+    assert [frame.time for frame in frames] == [float(Fraction(n, fps)) for n in range(17)]
+    found = np.stack([rgb(frame.to_ndarray(), 48, 80) for frame in frames])
+    assert found.shape == clip.shape
+    psnr = 10 * np.log10(255**2 / ((found - clip) ** 2).mean(axis=(1, 2, 3)))
+    assert (psnr > 35).all()
+
+
+def test_one_frame_is_a_video(tmp_path: Path) -> None:
+    write_video(tmp_path / "clip.mp4", smooth_clip(1), 16)
+    assert len(read(tmp_path / "clip.mp4")[1]) == 1
+
+
+def test_colours_are_bt709s_and_marked_so(tmp_path: Path) -> None:
+    """Luma of limited range, 16 + 219 (0.2126 R + 0.7152 G + 0.0722 B): ITU-R BT.709, item 3."""
+    clip = np.zeros((3, 32, 32, 3), np.uint8)
+    for frame, channel in zip(clip, range(3), strict=True):
+        frame[..., channel] = 255
+    write_video(tmp_path / "clip.mp4", clip, 16)
+    stream, frames = read(tmp_path / "clip.mp4")
+    luma = [frame.to_ndarray()[:32].mean() for frame in frames]
+    np.testing.assert_allclose(luma, [62.6, 172.6, 31.8], atol=1.5)
+    context = stream.codec_context
+    marks = (context.colorspace, context.color_primaries, context.color_trc, context.color_range)
+    assert [int(mark) for mark in marks] == [1, 1, 1, 1]
+
+
+def test_a_player_need_not_wait_for_the_end(tmp_path: Path) -> None:
+    write_video(tmp_path / "clip.mp4", smooth_clip(), 16)
+    content = (tmp_path / "clip.mp4").read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"the last one")
+    real = video._packets
+
+    def fail(*arguments: Any) -> Any:
+        yield next(real(*arguments))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video, "_packets", fail)
+    with pytest.raises(WanExportError, match=r"cannot write .*clip\.mp4: No space left on device"):
+        write_video(path, smooth_clip(), 16)
+    assert path.read_bytes() == b"the last one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(WanExportError, match=r"cannot write .*: No such file or directory$"):
+        write_video(tmp_path / "none" / "clip.mp4", smooth_clip(1), 16)
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (np.zeros((1, 33, 32, 3), np.uint8), "33x32 are no H.264 video: expected even sides"),
+        (np.zeros((1, 32, 33, 3), np.uint8), "32x33 are no H.264 video: expected even sides"),
+        (np.zeros((1, 32, 32, 3), np.float32), r"float32 .* expected uint8 \[F, H, W, 3\]"),
+        (np.zeros((1, 3, 32, 32), np.uint8), r"expected uint8 \[F, H, W, 3\]"),
+        (np.zeros((0, 32, 32, 3), np.uint8), r"expected uint8 \[F, H, W, 3\]"),
+        (np.zeros((32, 32, 3), np.uint8), r"expected uint8 \[F, H, W, 3\]"),
+    ],
+)
+def test_what_is_no_clip_is_refused(tmp_path: Path, frames: np.ndarray, message: str) -> None:
+    with pytest.raises(WanExportError, match=message):
+        write_video(tmp_path / "clip.mp4", frames, 16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(WanExportError, match=r"needs av; from a clone .*'.\[pipeline\]'$"):
+        write_video(tmp_path / "clip.mp4", smooth_clip(1), 16)

@@ -1,0 +1,148 @@
+"""Print the README's table of a forward's time over models and video sizes, on a GPU.
+
+    python -m tests.tables.size FOLDER
+
+The regions are compiled for all sizes at once, in FOLDER, and run with random bf16 weights on the
+GPU, one size after the other: medians of 5 forwards with minimum and maximum, beside an 8192 x 8192
+matrix product timed right after them. On a Hopper GPU with flash-attn-4 installed, attention may
+run on FlashAttention-4; it is chosen as a build does.
+"""
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wanexport.exporter.backends.aoti.attention import choose_kernels
+from wanexport.exporter.backends.aoti.compile import compile_regions
+from wanexport.exporter.backends.aoti.flash_attention import compile_flash_attention
+from wanexport.exporter.bench.process import time_calls
+from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.graphs.config import PRESETS
+from wanexport.graphs.signature import forward_flops
+from wanexport.graphs.wan import parameter_dtype
+from wanexport.runtime import Geometry, WanExportError
+from wanexport.runtime.bundle.signature import parameter_shapes, region_parameters
+from wanexport.runtime.engines.aoti import Regions, to_device
+from wanexport.runtime.engines.operators import open_kernel
+from wanexport.runtime.wan_config import WanConfig
+
+ROUNDS, WARM_UPS = 5, 1
+
+
+class Size(NamedTuple):
+    """A model and a video."""
+
+    preset: str
+    resolution: tuple[int, int]
+    frames: int
+
+    @property
+    def geometry(self) -> Geometry:
+        """With the stride of the model's own VAE."""
+        return Geometry(*self.resolution, self.frames, PRESETS[self.preset].config.spatial_stride)
+
+    @property
+    def folder(self) -> str:
+        """Where its packages go."""
+        return f"{self.preset}-{self.geometry.name}"
+
+
+SIZES = [
+    *(Size("t2v-1.3b", (480, 832), frames) for frames in (17, 33, 49, 81, 121)),
+    Size("t2v-1.3b", (720, 1280), 81),
+    Size("ti2v-5b", (704, 1280), 121),
+    Size("t2v-14b", (480, 832), 81),
+    Size("t2v-14b", (720, 1280), 81),
+]
+
+
+def compile_all(folder: Path) -> Path | None:
+    """Compile every size's regions, and the attention kernel where that can be."""
+
+    def compile_size(size: Size) -> None:
+        own = folder / size.folder
+        own.mkdir(parents=True)
+        compile_regions(PRESETS[size.preset].config, size.geometry, "bf16", "cuda", own)
+
+    def compile_flash() -> Path | None:
+        try:
+            return compile_flash_attention(folder, dtype="bf16", head_dim=128)
+        except WanExportError as error:
+            print(error, file=sys.stderr)
+            return None
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(SIZES) + 1) as pool:
+        flash = pool.submit(compile_flash)
+        list(pool.map(compile_size, SIZES))
+        return flash.result()
+
+
+def random_weights(config: WanConfig) -> dict[str, Tensor]:
+    """Parameters of variance 1 / fan_in on the GPU."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    tensors = {}
+    for name, shape in parameter_shapes(config).items():
+        scale = max(1, torch.Size(shape[1:]).numel()) ** -0.5
+        dtype = parameter_dtype(name, torch.bfloat16)
+        tensor = torch.empty(shape, dtype=dtype, device="cuda")
+        tensors[name] = tensor.normal_(0, scale, generator=generator)
+    return tensors
+
+
+def rows(folder: Path, flash: Path | None) -> Iterator[str]:
+    """One line a size."""
+    for preset, sizes in groupby(SIZES, key=lambda size: size.preset):
+        config = PRESETS[preset].config
+        weights = random_weights(config)
+        for size in sizes:
+            yield row(size, config, weights, folder / size.folder, flash)
+        del weights
+        torch.cuda.empty_cache()
+
+
+def row(
+    size: Size, config: WanConfig, weights: dict[str, Tensor], folder: Path, flash: Path | None
+) -> str:
+    """Measure one size."""
+    device, geometry = torch.device("cuda", 0), size.geometry
+    chosen, _ = choose_kernels(config, geometry, "bf16", "cuda", flash)
+    kernels = {int(keys): open_kernel(name, flash) for keys, name in chosen.items()}
+    files = {name: folder / f"{name}.pt2" for name in ("embed", "block", "head")}
+    regions = Regions(files, region_parameters(config), config.num_layers, kernels, device)
+    bound = regions.bind(weights)
+    arrays = forward_inputs(config, geometry, 812.0, 0)
+    inputs = [to_device(array, device) for array in arrays.values()]
+    assert bound(inputs).isfinite().all()
+    times = time_calls(lambda: bound(inputs), "cuda", ROUNDS + WARM_UPS)[WARM_UPS:]
+    a, b = torch.randn(2, 8192, 8192, device=device).to(torch.bfloat16)
+    product = sorted(time_calls(lambda: a @ b, "cuda", ROUNDS + WARM_UPS)[WARM_UPS:])[ROUNDS // 2]
+    median, peak = sorted(times)[ROUNDS // 2], 2 * 8192**3 / product
+    flops, memory = forward_flops(config, geometry), torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return (
+        f"| {size.preset} at {geometry.name} | {geometry.num_tokens} | {flops / 1e12:.0f} | "
+        f"{median * 1e3:.1f} ({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}) | "
+        f"{flops / median / 1e12:.0f} | {peak / 1e12:.0f} | {flops / median / peak:.0%} | "
+        f"{chosen[str(geometry.num_tokens)]} | {memory / 1e9:.1f} GB |"
+    )
+
+
+def main(folder: Path) -> None:
+    """Print the table in Markdown."""
+    flash = compile_all(folder)
+    titles = "model and size | tokens | TFLOPs | forward, ms | TFLOP/s | product, TFLOP/s | of it"
+    print(f"| {titles} | attention | GPU memory |\n{'|---' * 9}|", flush=True)
+    for line in rows(folder, flash):
+        print(line, flush=True)
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
