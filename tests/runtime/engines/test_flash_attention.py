@@ -128,8 +128,8 @@ def test_an_engine_whose_kernel_did_not_compile_is_no_later_builds(
     doubles: dict[str, Any] = {
         "flash_attention_versions": lambda: {"flash-attn-4": "4.0"},
         "compile_flash_attention": fail,
-        "compile.compile_regions": lambda *_: ({}, {}, {}),
-        "attention.choose_kernels": lambda *_: ({}, {}),
+        "to_aoti.compile_regions": lambda *_: ({}, {}, {}),
+        "attention_rule.choose_kernels": lambda *_: ({}, {}),
     }
     for name, double in doubles.items():
         monkeypatch.setattr(f"wanexport.exporter.backends.aoti.backend.{name}", double)
