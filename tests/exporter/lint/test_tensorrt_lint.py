@@ -266,6 +266,6 @@ def test_a_chain_of_constants_takes_no_longer_than_its_length() -> None:
             helper.make_graph(nodes, "g", [x], [y]), opset_imports=[helper.make_opsetid("", 23)]
         )
     ).graph
-    started = time.monotonic()
-    assert _is_constant(graph.node(61).inputs[1]) and not _is_constant(graph.inputs[0])
+    started, last = time.monotonic(), graph.node(61).inputs[1]
+    assert last is not None and _is_constant(last) and not _is_constant(graph.inputs[0])
     assert time.monotonic() - started < 1
