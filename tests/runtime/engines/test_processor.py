@@ -21,7 +21,7 @@ V1, V2, V3, V4 = LEVELS["x86_64"].values()
 COMPILE = """
 import sys
 from dataclasses import asdict
-from wanexport.exporter import to_aoti
+from wanexport.exporter.backends.aoti import compile as to_aoti
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Geometry
 level, path = sys.argv[1:]
