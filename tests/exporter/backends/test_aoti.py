@@ -47,7 +47,7 @@ from wanexport.runtime.wan_config import EXPERTS
 PRESET = "flf2v-14b"
 SERVE = """
 import hashlib, json, sys
-from wanexport.exporter.reference.parity import forward_inputs
+from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.runtime import load
 from wanexport.runtime.bundle.manifest import read_manifest
 from pathlib import Path

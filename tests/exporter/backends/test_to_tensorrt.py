@@ -36,6 +36,7 @@ from wanexport.exporter.backends.tensorrt.graph import separate_queries
 from wanexport.exporter.backends.tensorrt.plan import PlanJob, build_plan, configure, parse
 from wanexport.exporter.build import build
 from wanexport.exporter.child.child import run_process
+from wanexport.exporter.child.process import Ended
 from wanexport.exporter.cli.main import cli
 from wanexport.exporter.lint.tensorrt import lint_tensorrt
 from wanexport.graphs.config import PRESETS, sampling_defaults
@@ -424,10 +425,10 @@ def test_a_build_that_fails_leaves_no_engine(tmp_path: Path) -> None:
 
 
 def test_a_killed_build_leaves_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(*arguments: Any) -> tuple[int, str, str]:
-        return -signal.SIGKILL, "", ""
+    def die(*arguments: Any, **options: Any) -> Ended:
+        return Ended(-signal.SIGKILL, "", "")
 
-    monkeypatch.setattr("wanexport.exporter.child.child._run", die)
+    monkeypatch.setattr("wanexport.exporter.child.child.run_command", die)
     options = TensorRtOptions(targets=("sm89",))
     with pytest.raises(WanExportError, match="was killed: out of memory"):
         build("tiny", output=tmp_path / "b", backends=[RTX], tensorrt=options, **SIZE)

@@ -44,10 +44,10 @@ def test_the_exit_code_and_the_line_of_an_output_that_takes_nothing(
 @pytest.mark.parametrize("as_json", [True, False])
 def test_a_reader_that_leaves_a_long_report_is_no_failed_check(as_json: bool) -> None:
     code = (
-        "from wanexport.exporter import cli, display\n"
+        "from wanexport.exporter.cli import main, terminal\n"
         "from wanexport.exporter.cli.streams import minding_the_reader\n"
-        "show = lambda record: display.out.print(record)\n"
-        f"with minding_the_reader(): cli._report('x' * 10**6, {as_json}, show)\n"
+        "show = lambda record: terminal.out.print(record)\n"
+        f"with minding_the_reader(): main._report('x' * 10**6, {as_json}, show)\n"
     )
     command = f'{sys.executable} -c "$CODE" | head -c 10'
     child = subprocess.run(
