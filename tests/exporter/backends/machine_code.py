@@ -12,8 +12,8 @@ from pathlib import Path
 _NEWER = re.compile(
     r"v?(pdp(bu|bs|wu|ws)|dpbf16|cvtne(2?)ps2?bf16|p2intersect|permi?2?t?2?b$|pmultishiftqb|"
     r"pexpand[bw]|pcompress[bw]|pshld|pshrd|popcnt[bwdq]$|pshufbitqmb|pmadd52|gf2p8|aes|pclmul|"
-    r"sha1|sha256|fmadd\w*ph$|cvt\w*ph2?(dq|qq|w|uw|udq|uqq)$|(add|sub|mul|div|sqrt|max|min)[ps]h$|"
-    r"mov(w|sh)$)|tile|tdp|ldtilecfg|sttilecfg|adcx|adox|rdseed|rdrand|xbegin|xend|xtest|rdpid|"
+    r"sha1|sha256|fmadd\w*ph$|cvt\w*ph2?(dq|qq|w|uw|udq|uqq)$|(add|sub|mul|div|sqrt|max|min)[ps]h$)|"
+    r"vmov(w|sh)$|tile|tdp|ldtilecfg|sttilecfg|adcx|adox|rdseed|rdrand|xbegin|xend|xtest|rdpid|"
     r"movdir|cldemote|serialize|clwb|clflushopt|vpdpbusd"
 )
 _WIDE = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|\{%k\d|%k[0-7]\b")  # AVX-512's encoding

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from tests.oracles.wan_reference import (
     convert,
@@ -30,6 +31,7 @@ from tests.runtime.engines.hub_layout import as_snapshot
 from wanexport.exporter.backends.aoti.compile import RegionJob, compile_region
 from wanexport.exporter.build import build
 from wanexport.exporter.bundle.writer import file_record, write_manifest
+from wanexport.exporter.cli.main import cli
 from wanexport.exporter.inspection import inspect
 from wanexport.exporter.lint.onnx import lint
 from wanexport.exporter.reference.inputs import forward_inputs
@@ -208,7 +210,24 @@ def test_the_record_says_what_the_engine_is_bound_to(small: Path) -> None:
     assert engine.parameters["block"][0].startswith("blocks.0.")
     assert set(engine.lint.values()) == {0}
     assert not inspect(small, verify=True)["problems"]
-    assert lint(small)["clean"]
+    found = lint(small)
+    assert found["clean"]
+    assert found["graphs"][engine.name] == {
+        "counts": dict(engine.lint),
+        "findings": [],
+        "recorded": True,
+    }
+
+
+def test_a_record_of_findings_is_not_clean(copy: Path) -> None:
+    manifest = read_manifest(copy)
+    (engine,) = manifest.engines
+    other = replace(engine, lint={**engine.lint, "loop": 2})
+    write_manifest(copy, replace(manifest, engines=(other,)))
+    shown = CliRunner().invoke(cli, ["lint", str(copy)])
+    assert shown.exit_code == 1
+    assert f"{engine.name}: not clean by the record of its build; no host_sync" in shown.output
+    assert "loop 2" in shown.output
 
 
 def test_a_second_build_reuses_the_engine(model: Path, copy: Path) -> None:

@@ -2,8 +2,8 @@
 
     python -m tests.exporter.child.killed_parents [NUMBER] [SEED]        NUMBER defaults to 50
 
-Each child is slow to import, and starts a process in a session of its own that ignores signals; all
-of them write into their folder as long as they live.
+Half are stand-ins: each child is slow to import, and starts a process in a session of its own that
+ignores signals; all of them write into their folder as long as they live. Half are builds.
 """
 
 import os
@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+BUILDS = (("onnx", "proof_process"), ("aoti", "compile"))  # backend, and a child of its builds
 GRACE = 0.5  # seconds in which all must be gone
 # What a child of a build does, and its compilers: argv is the file that each goes on writing.
 STUB = """
@@ -64,6 +65,37 @@ def kill_after(seconds: float, folder: Path, children: int = 3) -> tuple[list[in
     return left, wrote or (began and (folder / "t").exists())
 
 
+def kill_build(backend: str, child: str, seconds: float, folder: Path) -> tuple[list[int], bool]:
+    """Start a build and kill it so long after a child of it appears.
+
+    Returns the processes that are left, and whether anything was written or kept after that: of
+    temporary files, or in the bundle.
+    """
+    temporary, bundle = folder / "temporary", folder / "bundle"
+    temporary.mkdir(parents=True)
+    size = ["--resolution", "32x32", "--frames", "1", "--device", "cpu", "--backend", backend]
+    command = [sys.executable, "-m", "wanexport.exporter.cli.main", "build", "-m", "tiny"]
+    command += ["--random-weights", "0", *size, "-o", str(bundle)]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    word = f"wanexport.exporter.backends.{backend}.{child}\0{temporary}"
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as build:
+        while not alive(word) and build.poll() is None:
+            time.sleep(0.005)
+        time.sleep(seconds)
+        build.kill()
+    assert build.returncode == -signal.SIGKILL, "it ended before its child began"
+    time.sleep(GRACE)
+    left, before = alive(str(temporary)), states(folder)
+    time.sleep(1)
+    return left, states(folder) != before or any(temporary.iterdir())
+
+
+def states(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below a folder, with its size and the time of its last change."""
+    files = {str(path): path.stat() for path in folder.rglob("*")}
+    return {path: (status.st_size, status.st_mtime_ns) for path, status in files.items()}
+
+
 def sizes(folder: Path) -> dict[str, int]:
     """What lies in a folder, and how large it is."""
     return {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -88,7 +120,12 @@ def main(number: int, seed: int) -> None:
     bad = 0
     with tempfile.TemporaryDirectory() as name:
         for i in range(number):
-            left, wrote = kill_after(rng.uniform(0, 0.5), Path(name) / str(i))
+            folder, seconds = Path(name) / str(i), rng.uniform(0, 0.5)
+            left, wrote = (
+                kill_build(*BUILDS[i // 2 % len(BUILDS)], seconds, folder)
+                if i % 2
+                else kill_after(seconds, folder)
+            )
             bad += bool(left) or wrote
     print(f"{number} parents killed, {bad} left something")
 

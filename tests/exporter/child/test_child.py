@@ -43,6 +43,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     )
     paths = [str(package.parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+
     run = process.run_command
 
     def run_stub(command: list[str], **options: Any) -> Any:

@@ -1,11 +1,13 @@
 """`lint --target tensorrt` against the real parser of TensorRT for RTX."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
@@ -14,7 +16,7 @@ from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
 from wanexport.exporter.backends.onnx.lower import lower, serialize
 from wanexport.exporter.cli.main import cli
 from wanexport.exporter.lint.onnx import lint
-from wanexport.exporter.lint.tensorrt import lint_tensorrt
+from wanexport.exporter.lint.tensorrt import _is_constant, lint_tensorrt
 from wanexport.runtime.bundle.signature import weights_layout
 from wanexport.runtime.engines.tensorrt_library import import_tensorrt, message_log
 from wanexport.runtime.errors import WanExportError
@@ -250,3 +252,20 @@ def test_a_saved_program_has_no_target(tmp_path: Path) -> None:
     (tmp_path / "program.pt2").touch()
     with pytest.raises(WanExportError, match=r"--target tensorrt is for \.onnx files"):
         lint(tmp_path / "program.pt2", "tensorrt")
+
+
+def test_a_chain_of_constants_takes_no_longer_than_its_length() -> None:
+    """Each of 60 sums takes the one before twice: 2^60 ways lead to the first."""
+    nodes = [helper.make_node("Constant", [], ["c0"], value_ints=[4])]
+    nodes += [helper.make_node("Add", [f"c{i}", f"c{i}"], [f"c{i + 1}"]) for i in range(60)]
+    nodes += [helper.make_node("Expand", ["x", "c60"], ["y"])]
+    nodes += [helper.make_node("Reshape", ["x", "c60"], ["z"])]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
+    graph = ir.from_proto(
+        helper.make_model(
+            helper.make_graph(nodes, "g", [x], [y]), opset_imports=[helper.make_opsetid("", 23)]
+        )
+    ).graph
+    started, last = time.monotonic(), graph.node(61).inputs[1]
+    assert last is not None and _is_constant(last) and not _is_constant(graph.inputs[0])
+    assert time.monotonic() - started < 1

@@ -4,14 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from wanexport.exporter import build
+from wanexport.exporter.backends.aoti import backend as aoti_backend
 from wanexport.exporter.backends.aoti import flash_attention
+from wanexport.exporter.backends.backend import Request
+from wanexport.graphs.config import PRESETS, sampling_defaults
+from wanexport.runtime import Geometry
 from wanexport.runtime.engines.flash_attention import FlashAttention
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, WanExportWarning
 
 ABSENT = ("cutlass", "flash_attn", "quack", "triton")
 
@@ -109,6 +117,38 @@ def test_a_kernel_that_does_not_compile_says_why_in_one_line(
     with pytest.raises(WanExportError, match=r"does not compile: RuntimeError: two lines$"):
         flash_attention.compile_flash_attention(tmp_path, dtype="bf16", head_dim=128)
     assert [path.name for path in tmp_path.iterdir()] == ["packages"]
+
+
+def test_an_engine_whose_kernel_did_not_compile_is_no_later_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> Path:
+        raise WanExportError("does not compile")
+
+    doubles: dict[str, Any] = {
+        "flash_attention_versions": lambda: {"flash-attn-4": "4.0"},
+        "compile_flash_attention": fail,
+        "to_aoti.compile_regions": lambda *_: ({}, {}, {}),
+        "attention_rule.choose_kernels": lambda *_: ({}, {}),
+    }
+    for name, double in doubles.items():
+        monkeypatch.setattr(f"wanexport.exporter.backends.aoti.backend.{name}", double)
+    config, geometry = PRESETS["tiny"].config, Geometry(64, 96, 9)
+    sampling = sampling_defaults(config, (), geometry)
+    target = {"device": "cuda", "arch": "sm90"}
+    request = Request(config, geometry, sampling, "aoti", "bf16", target)
+    with pytest.warns(WanExportWarning, match="attention will run on cuDNN: does not compile"):
+        compiled = aoti_backend.compile_engine(tmp_path, request, {}, lambda *_: None)
+    assert not compiled.is_whole
+    monkeypatch.setattr(aoti_backend, "compile_engine", lambda *_: compiled)
+    monkeypatch.setattr(build, "engine_key", lambda request: "f" * 64)
+    writer: Any = SimpleNamespace(
+        free_folder=lambda _: tmp_path, manifest=SimpleNamespace(weights_of=lambda _: ())
+    )
+    assert build.compile_engine(writer, request, lambda *_: None).key != "f" * 64
+    whole = replace(compiled, is_whole=True)
+    monkeypatch.setattr(aoti_backend, "compile_engine", lambda *_: whole)
+    assert build.compile_engine(writer, request, lambda *_: None).key == "f" * 64
 
 
 def test_the_cause_of_a_failed_link_is_said(tmp_path: Path, installed: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Memory figures are in bytes and in order, and every control group's limit counts."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,3 +110,20 @@ def test_this_process_has_control_groups_or_none() -> None:
 
 def test_a_system_without_control_groups_has_none(tmp_path: Path) -> None:
     assert control_groups(tmp_path) == ()
+
+
+def test_what_a_parent_held_is_not_counted_of_a_child() -> None:
+    """As `getrusage` does: a child begins with the peak of the process that starts it."""
+    block = np.ones(1 << 25)  # 256 MiB, touched
+    code = "from wanexport.runtime.machine.memory import peak_rss; print(peak_rss())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(child.stdout) < block.nbytes / 2
+
+
+def test_what_a_finished_child_held_is_counted_of_its_parent() -> None:
+    code = (
+        "import subprocess, sys; from wanexport.runtime.machine.memory import peak_rss; "
+        "subprocess.run([sys.executable, '-c', 'bytearray(b\"x\" * (1 << 28))']); print(peak_rss())"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(child.stdout) > 1 << 28
