@@ -29,7 +29,8 @@ def check_place(path: Path) -> None:
         if path.is_dir():
             _check_bundle(path)
         elif os.path.lexists(path):
-            raise WanExportError(f"{path} is no folder: name a folder with -o")
+            kind = "a file" if path.is_file() else "no folder"
+            raise WanExportError(f"{path} is {kind}: name a folder with -o")
         else:
             _check_writable(next(p for p in path.absolute().parents if os.path.lexists(p)))
 
