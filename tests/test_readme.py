@@ -91,4 +91,5 @@ def test_every_linked_file_exists() -> None:
 
 
 def test_no_figure_is_left_open() -> None:
-    assert not re.findall(r"\b[A-Z]+_[A-Z_]+\b", README)
+    prose = re.sub(r"`[^`]*`", "", README)  # names of variables stand in code
+    assert not re.findall(r"\b[A-Z]+_[A-Z_]+\b", prose)

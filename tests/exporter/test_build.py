@@ -197,7 +197,7 @@ def test_each_backend_has_its_device_and_all_one_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(build_module, "_has_gpu", lambda: has_gpu)
-    monkeypatch.setattr("wanexport.runtime.engines.onnx_providers.gpu_obstacle", lambda: obstacle)
+    monkeypatch.setattr(build_module, "gpu_obstacle", lambda: obstacle)
     found = {name: build_module._default_device(name) for name in backends}
     assert tuple(found.values()) == devices
     assert build_module._default_dtype(found) == dtype
