@@ -92,6 +92,13 @@ def test_the_runtime_imports_in_under_300_ms() -> None:
     assert min(times) < 0.3
 
 
+def test_the_runtime_imports_where_there_are_no_posix_modules() -> None:
+    """As on Windows: neither locks nor resource usage."""
+    code = WITHOUT_TORCH.format(blocked={"fcntl", "resource"}) + "import wanexport.runtime\n"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+
+
 def test_load_sample_and_run_work_without_torch(tiny_bundle: Path, tmp_path: Path) -> None:
     code = WITHOUT_TORCH.format(blocked=BLOCKED) + (
         "import numpy as np\n"

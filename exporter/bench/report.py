@@ -18,7 +18,7 @@ from wanexport.runtime.bundle.durable import (
 from wanexport.runtime.errors import WanExportError, explain, needing_extra
 
 _REFERENCE = "graph"  # the arm that the others' velocities are compared with, where it ran
-_OURS = ("wanexport", "onnx")
+_OURS = ("wanexport", "onnx", "tensorrt")
 
 
 def row(figures: Mapping[str, Any], flops: int, floor: float) -> dict[str, Any]:

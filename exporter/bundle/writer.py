@@ -113,8 +113,9 @@ class BundleWriter:
         return None
 
     def find_engine(self, key: str) -> EngineRecord | None:
-        """The finished engine of this key, if it is whole on disk."""
-        for engine in (*self.committed.engines, *self.journal.engines):
+        """The finished engine of this key, if it is whole on disk; rather one proven in full."""
+        known = (*self.committed.engines, *self.journal.engines)
+        for engine in sorted(known, key=lambda engine: engine.proof.get("verify") != "full"):
             files = engine.files.values()
             if engine.key != key or why_unusable(self.path, self.manifest, engine):
                 continue

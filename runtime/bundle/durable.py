@@ -5,7 +5,6 @@ lock on it, so that what a killed writer left can be told from what is being wri
 """
 
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -142,7 +141,7 @@ def remove_if_abandoned(name: str, folder: int) -> bool:
         if not stat.S_ISREG(status.st_mode):
             return False
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(file)
         except BlockingIOError:
             return False
         except OSError:
@@ -172,10 +171,19 @@ def _create(path: Path) -> tuple[Path, BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def _flock(file: BinaryIO) -> None:
+    """Lock a file; BlockingIOError says that another has it, OSError that nothing locks here."""
+    try:
+        import fcntl
+    except ImportError as error:  # Windows, where bundles are read
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _is_ours(file: BinaryIO) -> bool:
     """Lock a new file; False when one that removes leftovers came first."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(file)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks

@@ -1,6 +1,5 @@
 """How much memory there is, and how much was used."""
 
-import resource
 import sys
 from pathlib import Path
 
@@ -13,6 +12,8 @@ def peak_rss() -> int:
     `getrusage` says of this process what the one that started it held until then, too; of a child
     it says no more than that of this one.
     """
+    import resource  # which Windows lacks
+
     lines = Path("/proc/self/status").read_text().splitlines()
     own = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024

@@ -53,6 +53,8 @@ def choose_kernels(
             except RuntimeError as error:  # a kernel that refuses the shape, or no memory for it
                 _warn(name, length, error)
         chosen[str(length)], seconds[str(length)] = _best(times), times
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the proof's process needs the room
     return chosen, seconds
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.exporter.bundle.stub_build import empty, stub_build
 from wanexport.exporter.bundle.place import JOURNAL
 from wanexport.exporter.bundle.sweep import mark
 from wanexport.exporter.bundle.writer import open_bundle, write_manifest
@@ -176,3 +177,18 @@ def test_new_folders_are_numbered_where_the_name_is_taken(bundle: Path) -> None:
     with open_bundle(bundle, empty_like(read_manifest(bundle))) as writer:
         assert writer.free_folder(Path("weights/fp32")).name == "fp32.2"
         assert writer.free_folder(Path("weights/new")).name == "new"
+
+
+def test_of_two_engines_of_a_key_the_one_proven_in_full_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanexport.exporter.bundle.writer.why_unusable", lambda *_: "")
+    manifest = stub_build(tmp_path / "b")
+    ends = manifest.engines[0]
+    full = replace(ends, proof={**ends.proof, "verify": "full"})
+    with open_bundle(tmp_path / "b", empty()) as writer:
+        writer.committed = replace(manifest, engines=(ends,))
+        writer.journal = replace(manifest, engines=(full,))
+        assert writer.find_engine(ends.key) == full
+        writer.committed, writer.journal = writer.journal, writer.committed
+        assert writer.find_engine(ends.key) == full
