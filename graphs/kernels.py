@@ -1,7 +1,7 @@
 """The element-wise work of a block as Triton kernels, compiled ahead of time into the engine.
 
 Each is an operator that Inductor takes as it is; the arithmetic and its roundings are those of
-`graphs/model.py`. Written where Inductor's own kernel took over twice the time that its bytes need.
+`graphs/wan.py`. Written where Inductor's own kernel took over twice the time that its bytes need.
 One program handles one token, whose row it holds in registers: every operand is read once.
 
 Importing this file needs Triton.

@@ -77,6 +77,8 @@ def _check_output(output: Path) -> None:
         )
     try:
         check_writable(output)
+        check_writable(output.with_suffix(LATENT))  # where that goes when decoding fails
+        check_writable(sidecar(output))
     except OSError as error:
         raise WanExportError(
             f"cannot write {output} ({error.strerror}): name a file in an existing folder with -o"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 TILE, OVERLAP = 256, 64  # pixels of a tile's side, and of what two tiles share
 _SHARE = 0.75  # of a machine's memory: the whole picture may take it
 
-# Peak memory in bytes of diffusers 0.42.1 on a CPU, measured by tests/vae_memory.py at 240x416: for
+# Peak memory in bytes of diffusers 0.42.1 on a CPU, by tests/tables/vae_memory.py at 240x416: for
 # each pixel and each channel of the widest layers, in a first latent frame and in a later one.
 _FIXED_BYTES = 10**8
 _BYTES = {

@@ -1,6 +1,6 @@
 """Record what the official VAE code computes, for test_vae.py: writes official_vae.json beside it.
 
-    python tests/official_vae.py WAN21 WAN22
+    python tests/oracles/official_vae.py WAN21 WAN22
 
 WAN21 and WAN22 are clones of Wan-Video/Wan2.1 (recorded at 9737cba9) and Wan-Video/Wan2.2
 (42bf4cfa); their code needs einops. The tensors follow from a formula, the same everywhere.

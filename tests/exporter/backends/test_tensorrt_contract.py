@@ -28,8 +28,8 @@ from wanexport.runtime.engines.tensorrt_library import import_tensorrt
 
 MODULE = "trt"  # what our code calls either module
 OBJECTS: dict[str, dict[str, str]] = {  # file -> expression in it -> its value's class
-    "runtime/tensorrt_library.py": {},
-    "runtime/tensorrt_plan.py": {
+    "runtime/engines/tensorrt_library.py": {},
+    "runtime/engines/tensorrt_plan.py": {
         "runtime": "Runtime",
         "engine": "ICudaEngine",
         "self.engine": "ICudaEngine",
@@ -38,8 +38,8 @@ OBJECTS: dict[str, dict[str, str]] = {  # file -> expression in it -> its value'
         "context": "IExecutionContext",
         "self.cache": "IRuntimeCache",
     },
-    "runtime/tensorrt_engine.py": {"self.context": "IExecutionContext"},
-    "exporter/to_tensorrt.py": {
+    "runtime/engines/tensorrt.py": {"self.context": "IExecutionContext"},
+    "exporter/backends/tensorrt/plan.py": {
         "builder": "Builder",
         "network": "INetworkDefinition",
         "layer": "ILayer",
@@ -239,19 +239,31 @@ def test_each_object_named_here_is_used() -> None:
 @pytest.mark.parametrize(
     ("file", "right", "wrong"),
     [
-        ("runtime/tensorrt_plan.py", "set_tensor_address(", "set_tensor_adress("),
-        ("runtime/tensorrt_plan.py", "device_memory_size_v2", "device_memory_size_v3"),
-        ("runtime/tensorrt_plan.py", "trt.DataType.BF16", "trt.DataType.BFLOAT16"),
-        ("runtime/tensorrt_library.py", "trt.ILogger.Severity.ERROR", "trt.ILogger.Level.ERROR"),
-        ("runtime/tensorrt_plan.py", "engine_host_code_allowed", "device_memory_size_v2"),
-        ("runtime/tensorrt_plan.py", "activations.nbytes)", ")"),
-        ("runtime/tensorrt_plan.py", "trt.Runtime(self.log)", "trt.Runtime(log=self.log)"),
-        ("runtime/tensorrt_library.py", "severity: Any, msg: str", "severity: Any, text: str"),
-        ("runtime/tensorrt_engine.py", "execute_async_v3(", "execute_async_v2("),
-        ("exporter/to_tensorrt.py", "builder_optimization_level", "optimization_level"),
-        ("exporter/to_tensorrt.py", "ignore_mismatch=", "ignore_mismatches="),
-        ("exporter/to_tensorrt.py", "trt.OnnxParser(network, log)", "trt.OnnxParser(network)"),
-        ("exporter/to_tensorrt.py", "def step_complete(", "def step_completed("),
+        ("runtime/engines/tensorrt_plan.py", "set_tensor_address(", "set_tensor_adress("),
+        ("runtime/engines/tensorrt_plan.py", "device_memory_size_v2", "device_memory_size_v3"),
+        ("runtime/engines/tensorrt_plan.py", "trt.DataType.BF16", "trt.DataType.BFLOAT16"),
+        (
+            "runtime/engines/tensorrt_library.py",
+            "trt.ILogger.Severity.ERROR",
+            "trt.ILogger.Level.ERROR",
+        ),
+        ("runtime/engines/tensorrt_plan.py", "engine_host_code_allowed", "device_memory_size_v2"),
+        ("runtime/engines/tensorrt_plan.py", "activations.nbytes)", ")"),
+        ("runtime/engines/tensorrt_plan.py", "trt.Runtime(self.log)", "trt.Runtime(log=self.log)"),
+        (
+            "runtime/engines/tensorrt_library.py",
+            "severity: Any, msg: str",
+            "severity: Any, text: str",
+        ),
+        ("runtime/engines/tensorrt.py", "execute_async_v3(", "execute_async_v2("),
+        ("exporter/backends/tensorrt/plan.py", "builder_optimization_level", "optimization_level"),
+        ("exporter/backends/tensorrt/plan.py", "ignore_mismatch=", "ignore_mismatches="),
+        (
+            "exporter/backends/tensorrt/plan.py",
+            "trt.OnnxParser(network, log)",
+            "trt.OnnxParser(network)",
+        ),
+        ("exporter/backends/tensorrt/plan.py", "def step_complete(", "def step_completed("),
     ],
 )
 def test_a_wrong_name_or_call_is_found(
@@ -292,7 +304,7 @@ def test_the_runtime_works_on_doubles_of_these_classes(
     version, variables = environment
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
     child = subprocess.run(
-        [*command, "tests/test_tensorrt_engine.py"],
+        [*command, "tests/runtime/engines/test_tensorrt_engine.py"],
         cwd=ROOT,
         env=variables,
         capture_output=True,

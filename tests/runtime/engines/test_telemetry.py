@@ -46,4 +46,4 @@ def test_onnx_runtime_is_imported_in_one_place() -> None:
         if (isinstance(node, ast.Import) and "onnxruntime" in {a.name for a in node.names})
         or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("onnxruntime"))
     }
-    assert importing == {"runtime/onnx_engine.py"}
+    assert importing == {"runtime/engines/onnx.py"}

@@ -431,7 +431,7 @@ def test_a_missing_package_is_one_line(
 def test_the_estimate_of_memory_is_what_was_measured(
     version: str, task: str, frames: int, size: tuple[int, int], measured: float
 ) -> None:
-    """Peaks in GB by tests/vae_memory.py, on one core."""
+    """Peaks in GB by tests/tables/vae_memory.py, on one core."""
     shapes = {name: tuple(shape) for name, shape in OFFICIAL[version]["full"].items()}
     with torch.device("meta"):
         config = AutoencoderKLWan(**config_of(shapes, GOLDEN)).config
