@@ -31,9 +31,10 @@ def main(lifeline: int, folders: list[str], command: list[str]) -> int:
     waked = _wake_by_signals()
     status = signal.SIGKILL.value
     if not _ready(lifeline):
+        own = os.getpid()
         child = os.fork()
         if child == 0:
-            _become(command)
+            _become(command, own)
         _wait(child, lifeline, waked)
         status = _end(child)
     if _ready(lifeline):
@@ -62,11 +63,13 @@ def _ready(*descriptors: int, wait: bool = False) -> list[int]:
     return [descriptor for descriptor, _ in poll.poll(None if wait else 0)]
 
 
-def _become(command: list[str]) -> None:
+def _become(command: list[str], supervisor: int) -> None:
     """The new process: a session of its own, which dies with this one, and then the command."""
     try:
         os.setsid()
         _prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != supervisor:  # it died before the signal was asked for
+            os._exit(_NOT_STARTED)
         for number in _IGNORED_BY_PYTHON:
             signal.signal(number, signal.SIG_DFL)
         os.execvp(command[0], command)

@@ -43,7 +43,7 @@ from wanexport.runtime.bundle.durable import own_folder, remove_partials, write_
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
 from wanexport.runtime.bundle.tensorfile import save_arrays
 from wanexport.runtime.engines.choose import choose_engine
-from wanexport.runtime.errors import WanExportError, explain
+from wanexport.runtime.errors import WanExportError, explain, refuse_empty
 from wanexport.runtime.load import open_engine
 from wanexport.runtime.machine.memory import peak_rss
 
@@ -82,6 +82,7 @@ def compare(
     result has the commands that read them.
     Raises WanExportError when no engine fits or cannot run here, or a file does not fit.
     """
+    refuse_empty(bundle=bundle, model=model, inputs=inputs, outputs=outputs, report=report)
     check_implementation(reference)
     saved = SavedFiles(*(None if f is None else Path(f) for f in (save_inputs, save_outputs)))
     check_files(saved)
@@ -179,7 +180,7 @@ def _open_peers(
 ) -> Peers:
     """The eager denoisers that this comparison takes, with tensors that were checked."""
     keys = needed_peers(reference, record.dtype, given.recorded_dtype)
-    checkpoint = tensors_of_checkpoint(model, manifest) if model else None
+    checkpoint = tensors_of_checkpoint(model, manifest) if model is not None else None
     tensors = tensors_of_bundle(bundle, manifest, record)
     if checkpoint is None or record.dtype == "fp32":
         return open_peers(manifest, record, checkpoint or tensors, keys, unrounded=None)

@@ -10,6 +10,7 @@ import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,7 @@ from wanexport.runtime.errors import WanExportError
 
 _MODEL = re.compile(r"(.*/)?(models/[^/]+|serialized_exported_program)\.json")
 _MOST_JSON = 96 << 20  # bytes; a program of 40 blocks has a quarter of it
+_MOST_VALUES = 8_000_000  # lists and objects of a graph
 _MOST_NAMES = 16 << 20  # bytes of an archive's directory
 _TAIL = (1 << 16) + 128  # bytes in which an archive's directory is announced, with its comment
 _DTYPES = {8: "fp64", 9: "complex", 10: "complex", 11: "complex"}  # of PyTorch's serialized types
@@ -83,7 +85,8 @@ def _read(file: IO[bytes], path: Path) -> Iterator[Any]:
             with archive.open(name) as entry:
                 content = entry.read(left + 1)
             left -= len(content)
-            if left < 0:
+            # Each of them takes many times its bytes when it is parsed.
+            if left < 0 or content.count(b"[") + content.count(b"{") > _MOST_VALUES:
                 raise WanExportError(f"{path} holds a larger graph than a model has: {name}")
             yield json.loads(content)
 
@@ -120,8 +123,9 @@ def _lint_graph(graph: Mapping[str, Any]) -> Iterator[Finding]:
     """The findings of a graph and of the graphs that its calls take."""
     tensors, nodes = graph["tensor_values"], list(_nodes(graph))
     makers = {name: node for node in nodes for name in node.outputs}
+    known: dict[str, bool] = {}
     for node in nodes:
-        for kind in sorted(set(_kinds(node, tensors, makers))):
+        for kind in sorted(set(_kinds(node, tensors, makers, known))):
             yield Finding(kind, node.name, f"{node.target}{place(node.trace)}")
     for inner in _graphs(graph["nodes"]):
         yield from _lint_graph(inner)
@@ -176,13 +180,18 @@ def _graphs(calls: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
                 yield given["arg"]["as_graph"]["graph"]
 
 
-def _kinds(node: _Node, tensors: Mapping[str, Any], makers: Mapping[str, _Node]) -> Iterator[str]:
+def _kinds(
+    node: _Node,
+    tensors: Mapping[str, Any],
+    makers: Mapping[str, _Node],
+    known: dict[str, bool],
+) -> Iterator[str]:
     """The kinds of one node; a node may be of several."""
     name, schema = node.target.rpartition(".")[0] or node.target, _schema(node)
     yield from kinds_of_operator(name)
     if node.returns_list:
         yield "sequence"
-    if schema is not None and schema.is_mutable and _is_of_caller(node, makers):
+    if schema is not None and schema.is_mutable and _is_of_caller(node, makers, known):
         yield "mutation"
     shown = (node.name,) if node.target == "getitem" else node.outputs
     made = [tensors[name] for name in shown if name in tensors]
@@ -199,24 +208,41 @@ def _kinds(node: _Node, tensors: Mapping[str, Any], makers: Mapping[str, _Node])
 
 def _schema(node: _Node) -> Any:
     """The operator's schema if PyTorch has it: looked up by name, and nothing is imported."""
-    space, name, overload = (*node.target.split("."), "", "")[:3]
-    if not name or node.is_input:
+    return None if node.is_input else _schema_of(node.target)
+
+
+@lru_cache(maxsize=4096)
+def _schema_of(target: str) -> Any:
+    space, name, overload = (*target.split("."), "", "")[:3]
+    if not name:
         return None
     schemas = torch._C._jit_get_schemas_for_operator(f"{space}::{name}")
     wanted = "" if overload == "default" else overload
     return next((schema for schema in schemas if schema.overload_name == wanted), None)
 
 
-def _is_of_caller(node: _Node, makers: Mapping[str, _Node]) -> bool:
-    """Whether an in-place operator writes a view of an input or a buffer, not of a temporary."""
-    seen: set[str] = set()
+def _is_of_caller(node: _Node, makers: Mapping[str, _Node], known: dict[str, bool]) -> bool:
+    """Whether an in-place operator writes a view of an input or a buffer, not of a temporary.
+
+    known has the answer for each tensor that was asked for, and takes those met on the way: the
+    whole graph is walked once.
+    """
+    met: list[str] = []
+    answer = True
     while not node.is_input:
         schema = _schema(node)
         is_view = schema is None or any(r.alias_info for r in schema.returns)
-        if not is_view or not node.inputs or node.inputs[0] in seen:
-            return False
-        seen.add(node.inputs[0])
-        if node.inputs[0] not in makers:
-            return True
-        node = makers[node.inputs[0]]
-    return True
+        if not is_view or not node.inputs:
+            answer = False
+            break
+        first = node.inputs[0]
+        if first in known:
+            answer = known[first]
+            break
+        met.append(first)
+        known[first] = False  # where the graph leads back to it
+        if first not in makers:
+            break
+        node = makers[first]
+    known.update(dict.fromkeys(met, answer))
+    return answer

@@ -67,14 +67,17 @@ def _lint_path(path: Path, target: str | None) -> Iterator[tuple[str, dict[str, 
         for engine in manifest.engines:
             if engine.backend == "onnx":
                 file = check_content(path, engine.files["denoiser"])
-                yield engine.name, _graph(_lint_file(file.path, target, expected), target)
+                if file.identity.size > _MOST_BYTES:
+                    raise WanExportError(f"{file.path} is larger than a graph without weights is")
+                yield engine.name, _graph(_lint(file.path, file.read(), target, expected), target)
             else:
                 counts = dict(engine.lint)
                 yield engine.name, {"counts": counts, "findings": [], "recorded": True}
     elif not path.exists():
         raise WanExportError(f"{path} does not exist: name a bundle, an .onnx or a .pt2 file")
     elif path.suffix.lower() == ".onnx":
-        yield path.name, _graph(_lint_file(path, target), target)
+        content = read_regular(path, at_most=_MOST_BYTES)
+        yield path.name, _graph(_lint(path, content, target), target)
     elif path.suffix.lower() == ".pt2" and target is not None:
         raise WanExportError(f"{path}: --target {target} is for .onnx files and bundles")
     elif path.suffix.lower() == ".pt2":
@@ -119,11 +122,10 @@ def _kinds(value: ir.Value) -> Iterator[str]:
         yield "dynamic_size"
 
 
-def _lint_file(
-    path: Path, target: str | None = None, attentions: int | None = None
+def _lint(
+    path: Path, content: bytes, target: str | None = None, attentions: int | None = None
 ) -> list[Finding]:
-    """Lint an ONNX file; weights beside it are not read."""
-    content = read_regular(path, at_most=_MOST_BYTES)
+    """Lint the content of an ONNX file; weights beside it are not read."""
     try:
         model = onnx.load_model_from_string(content)
         check_expansion(model)

@@ -24,18 +24,21 @@ def check_expansion(model: onnx.ModelProto) -> None:
 
 def _measure(first: _Key, calls: Mapping[_Key, list[_Key]], sizes: dict[_Key, int]) -> None:
     """Add the nodes of a function, and of those that it calls, to sizes."""
-    open_calls, stack = {first}, [first]
+    if first in sizes:
+        return
+    open_calls, stack = {first}, [(first, iter(calls[first]))]
     while stack:
-        key = stack[-1]
-        missing = next((c for c in calls[key] if c in calls and c not in sizes), None)
+        key, left = stack[-1]  # each call is looked at once
+        missing = next((c for c in left if c in calls and c not in sizes), None)
         if missing in open_calls:
             raise WanExportError(f"its function {missing[1]} calls itself")
         if missing is not None:
             open_calls.add(missing)
-            stack.append(missing)
+            stack.append((missing, iter(calls[missing])))
         else:
             sizes[key] = min(_MOST_NODES + 1, sum(sizes.get(c, 1) for c in calls[key]))
-            open_calls.discard(stack.pop())
+            open_calls.discard(key)
+            stack.pop()
 
 
 def _key(node: onnx.NodeProto) -> _Key:

@@ -11,7 +11,7 @@ from wanexport.runtime.bundle.manifest import EngineRecord, Manifest
 from wanexport.runtime.bundle.usable import why_unusable
 from wanexport.runtime.engines.onnx_providers import PROVIDERS, gpu_obstacle
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import WanExportError, WanExportWarning, needing_package
 from wanexport.runtime.geometry import parse_resolution
 
 BACKENDS = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")
@@ -158,6 +158,11 @@ def _refusal(bundle: Path, engine: EngineRecord, provider: str) -> str:
         bound = "torch" in engine.target
         wanted = "==" + engine.target["torch"].partition("+")[0] if bound else ""
         return f"engine {engine.name} needs PyTorch: pip install torch{wanted}"
+    try:
+        with needing_package("torch", f"engine {engine.name}"):
+            import torch  # noqa: F401
+    except WanExportError as error:  # installed, and broken
+        return str(error)
     if engine.backend in FLAVOURS:
         from wanexport.runtime.engines.tensorrt_target import refusal
 

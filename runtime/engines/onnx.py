@@ -51,7 +51,7 @@ class OnnxEngine:
                 ) from error
             # Of what is mapped, whatever file has its name by then.
             self._mapped = os.dup(descriptor)
-        weakref.finalize(self, os.close, self._mapped)
+            weakref.finalize(self, os.close, self._mapped)
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Run the graph and return its one output.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.bundle.tensorfile import read_header
-from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
+from wanexport.runtime.errors import WanExportError, WanExportWarning, explain, needing_package
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +34,11 @@ def gpu_obstacle(provider: str = "cuda") -> str:
         return reason
     if find_spec("torch") is None:
         return "ONNX engines on a GPU need PyTorch for its memory: pip install torch"
-    import torch
-
+    try:
+        with needing_package("torch", "an ONNX engine on a GPU"):
+            import torch
+    except WanExportError as error:  # installed, and broken
+        return str(error)
     if not torch.cuda.is_available():
         return "there is no CUDA device here: choose --device cpu"
     return ""

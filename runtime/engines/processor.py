@@ -20,9 +20,13 @@ _WRAPPERS = "x86-64-v3"  # of the host's code of GPU engines: every processor si
 
 
 def level_of(flags: str, machine: str) -> str:
-    """The highest level of a processor with these flags; empty for none that has a name here."""
-    found, has = "", set(flags.split())
-    for level, needed in LEVELS.get(machine, {}).items():
+    """The highest level of a processor with these flags, the least level of its kind at the least.
+
+    Empty for a kind of processor whose levels have no names here.
+    """
+    levels = LEVELS.get(machine, {})
+    found, has = next(iter(levels), ""), set(flags.split())
+    for level, needed in levels.items():
         if not has.issuperset(needed.split()):
             break
         found = level
@@ -31,7 +35,7 @@ def level_of(flags: str, machine: str) -> str:
 
 @cache
 def level_here() -> str:
-    """The highest level of this machine's processor; empty for none that has a name here."""
+    """The highest level of this machine's processor, as `level_of`."""
     lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     named = (line.partition(":") for line in lines)
     flags = [value for name, _, value in named if name.strip() in ("flags", "Features")]
@@ -41,7 +45,7 @@ def level_here() -> str:
 def level_for(device: str) -> str:
     """What code for a device is compiled for here: all of this processor, beside a GPU the usual.
 
-    Empty where levels have no names, so that the compiler's own default holds.
+    Empty where levels have no names: nothing is compiled there.
     """
     here, levels = level_here(), list(LEVELS.get(platform.machine(), ()))
     if device == "cpu" or _WRAPPERS not in levels or here not in levels:

@@ -14,10 +14,9 @@ from typing import Any
 
 from wanexport.runtime.bundle.manifest import Manifest, read_manifest
 from wanexport.runtime.errors import WanExportError, printable
-from wanexport.runtime.parts.hub import download, is_offline
+from wanexport.runtime.parts.hub import HUB_ID, download, is_offline
 
 PARTS = ("text_encoder", "vae", "image_encoder")
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _WAN22_CHANNELS = 48  # of the latent of Wan2.2's own VAE; all others have Wan2.1's 16
 
@@ -173,7 +172,7 @@ def _followed(bundle: Path, manifest: Manifest) -> Mapping[str, Any] | None:
         source = record.source
         if "hub" in source:
             named = (source["hub"], source.get("revision") or "main")
-            fit = (_HUB_ID.fullmatch(named[0]), _REVISION.fullmatch(named[1]))
+            fit = (HUB_ID.fullmatch(named[0]), _REVISION.fullmatch(named[1]))
             if not all(fit) or ".." in "".join(named):
                 raise _odd_source(bundle, " at ".join(named), "no hub id and revision")
             return source

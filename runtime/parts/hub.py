@@ -7,7 +7,7 @@ from pathlib import Path
 from wanexport.runtime.errors import WanExportError, needing_package, printable
 
 EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 
 
 def download(hub_id: str, patterns: Iterable[str], *, revision: str | None = None) -> Path:
@@ -16,7 +16,7 @@ def download(hub_id: str, patterns: Iterable[str], *, revision: str | None = Non
     The client's own settings (`HF_HUB_OFFLINE`, `HF_HOME`) hold. Raises WanExportError when hub_id
     is no hub id, and when the files cannot be had.
     """
-    if not _HUB_ID.fullmatch(hub_id):
+    if not HUB_ID.fullmatch(hub_id):
         raise WanExportError(
             f"{printable(hub_id) or 'an empty name'} does not exist: expected a checkpoint folder, "
             f"or a hub id such as {EXAMPLE}"

@@ -3,6 +3,7 @@
 python -m wanexport.exporter.backends.aoti.compile JOB.json        compiles one region
 """
 
+import platform
 import shutil
 import sys
 import time
@@ -155,7 +156,15 @@ def _compile(program: ExportedProgram, path: Path) -> None:
 
 
 def check_compiler(device: str) -> None:
-    """Raise WanExportError when there is no C++ compiler, or no Triton where it is needed."""
+    """Raise WanExportError when there is no C++ compiler, or no Triton where it is needed.
+
+    Also on a kind of processor whose levels of instructions have no names here.
+    """
+    if not level_for(device):
+        raise WanExportError(
+            f"AOTInductor engines are built on x86-64 and ARM64 processors, not on "
+            f"{platform.machine()}: choose --backend onnx"
+        )
     compiler_version()
     if device == "cuda":
         with needing_package("triton", "AOTInductor on a GPU"):

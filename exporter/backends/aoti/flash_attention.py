@@ -19,7 +19,7 @@ from typing import Any
 
 from wanexport.exporter.backends.aoti.compiler import compiler, march_flags
 from wanexport.exporter.child.child import known, main, run_process
-from wanexport.exporter.child.process import Lifeline, last_words, run_command
+from wanexport.exporter.child.process import Lifeline, environment_of, last_words, run_command
 from wanexport.runtime.engines.flash_attention import FUNCTION
 from wanexport.runtime.engines.processor import level_for
 from wanexport.runtime.errors import WanExportError
@@ -147,7 +147,12 @@ def _link(kernel: Path, needed: dict[str, str], library: Path, lifeline: Lifelin
     command += [needed["runtime"], "-Wl,--as-needed", needed["tvm_ffi"], needed["cudart"]]
     command += [f"-Wl,--no-undefined,--gc-sections,--version-script={exports}"]
     try:
-        ended = run_command(command, lifeline=lifeline, folders=[kernel.parent])
+        ended = run_command(
+            command,
+            environment=environment_of(kernel.parent),
+            lifeline=lifeline,
+            folders=[kernel.parent],
+        )
     except OSError as error:
         raise WanExportError(
             f"FlashAttention-4 needs a C++ compiler ({error}): install g++, or set CXX to one"

@@ -8,20 +8,17 @@ It opens the packages, and compares them, or others of fewer tokens, with eager 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from wanexport.exporter.child.child import main
 from wanexport.exporter.reference.eager import EagerEngine
+from wanexport.exporter.reference.figures import SEED, TIMESTEP, proof_figures
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.graphs.weights import bundle_tensors, read_tensor
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.wan_config import WanConfig
-
-if TYPE_CHECKING:
-    pass
-from wanexport.exporter.reference.figures import SEED, TIMESTEP, proof_figures
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from wanexport.exporter.backends.backend import Compiled, Progress, Request, TensorRtOptions
 from wanexport.exporter.backends.onnx import lower as to_onnx
-from wanexport.exporter.backends.onnx import trace
+from wanexport.exporter.backends.onnx import passes, trace
 from wanexport.exporter.backends.onnx.prove import prove as prove_onnx
 from wanexport.exporter.lint import onnx as onnx_lint
 from wanexport.graphs.signature import attention_score_bytes
@@ -24,7 +24,7 @@ BINDING: tuple[str, ...] = ()  # an ONNX file is bound to no machine
 
 def code(device: str) -> tuple[ModuleType, ...]:
     """What decides an engine's bytes, beside the graph's own code."""
-    return onnx_lint, trace, to_onnx, sys.modules[__name__]
+    return onnx_lint, trace, passes, to_onnx, sys.modules[__name__]
 
 
 def libraries(request: Request) -> dict[str, str]:

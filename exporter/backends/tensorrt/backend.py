@@ -15,7 +15,7 @@ import torch
 
 from wanexport.exporter.backends.backend import Compiled, Progress, Request, TensorRtOptions
 from wanexport.exporter.backends.onnx import lower as to_onnx
-from wanexport.exporter.backends.onnx import trace
+from wanexport.exporter.backends.onnx import passes, trace
 from wanexport.exporter.backends.onnx.prove import prove as prove_onnx
 from wanexport.exporter.backends.tensorrt import graph as tensorrt_graph
 from wanexport.exporter.backends.tensorrt import plan as to_tensorrt
@@ -28,13 +28,13 @@ from wanexport.exporter.lint import onnx as onnx_lint
 from wanexport.exporter.lint import tensorrt as tensorrt_lint
 from wanexport.exporter.lint import tensorrt_operators
 from wanexport.graphs.signature import attention_count
-from wanexport.runtime.bundle.durable import fsync_folder
+from wanexport.runtime.bundle.durable import fsync_folder, write_durably
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.signature import weights_layout
 from wanexport.runtime.engines.cache_folder import cache_folder
 from wanexport.runtime.engines.choose import RUNNABLE_DTYPES
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.wan_config import WanConfig
 
@@ -52,7 +52,7 @@ class TensorRtBackend:
     def code(self, device: str) -> tuple[ModuleType, ...]:
         """What decides an engine's bytes, beside the graph's own code."""
         lint = (onnx_lint, tensorrt_lint, tensorrt_operators)
-        return *lint, trace, to_onnx, tensorrt_graph, to_tensorrt, sys.modules[__name__]
+        return *lint, trace, passes, to_onnx, tensorrt_graph, to_tensorrt, sys.modules[__name__]
 
     def libraries(self, request: Request) -> dict[str, str]:
         """Versions of what makes the graph; TensorRT's own is in the target."""
@@ -218,8 +218,14 @@ def _take_over(job: PlanJob, folder: Path) -> None:
         Path(path).replace(folder / Path(path).name)
     fsync_folder(folder)
     if job.new_timing_cache and Path(job.new_timing_cache).exists():
-        Path(job.timing_cache).parent.mkdir(exist_ok=True)
-        Path(job.new_timing_cache).replace(job.timing_cache)
+        try:  # a copy: the two may lie on different disks
+            write_durably(Path(job.timing_cache), Path(job.new_timing_cache).read_bytes())
+        except (OSError, WanExportError) as error:
+            warnings.warn(
+                f"the next build times kernels anew: cannot write {explain(error)}",
+                WanExportWarning,
+                stacklevel=2,
+            )
 
 
 @lru_cache(maxsize=2)  # one as inputs for every target's plan, one with initializers for the proof

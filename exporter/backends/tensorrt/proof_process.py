@@ -6,22 +6,19 @@ python -m wanexport.exporter.backends.tensorrt.proof_process JOB.json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from wanexport.exporter.child.child import main
 from wanexport.exporter.reference.eager import EagerEngine
+from wanexport.exporter.reference.figures import SEED, TIMESTEP, proof_figures
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime.bundle.manifest import TensorSpec
 from wanexport.runtime.bundle.signature import input_shapes, parameter_shapes
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.wan_config import WanConfig
-
-if TYPE_CHECKING:
-    pass
-from wanexport.exporter.reference.figures import SEED, TIMESTEP, proof_figures
 
 
 @dataclass(frozen=True)

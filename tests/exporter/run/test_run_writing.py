@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +37,7 @@ def test_a_record_that_finds_no_room_does_not_hide_the_result(request_: RunReque
     room = (request_.bundle / "same").stat().st_size
     with full_after(room), pytest.raises(WanExportError) as caught:
         run(request_)
-    output, record = request_.output, request_.output.with_suffix(".json")
+    output, record = request_.output, sidecar(request_.output)
     assert str(caught.value).startswith(f"{output} is written, but not its record: {record}")
     assert "No space left on device: free space" in str(caught.value)
     assert os.listdir(request_.output.parent) == ["x.safetensors"]
@@ -52,23 +53,25 @@ def test_a_result_that_finds_no_room_is_named(request_: RunRequest) -> None:
 
 def test_an_output_that_is_a_link_is_replaced_and_its_target_left(request_: RunRequest) -> None:
     folder = request_.output.parent
-    for name in ("x.safetensors", "x.json"):
-        (folder.parent / name).write_text('{"command": "precious"}')
+    precious = '{"command": "precious", "output": "x.safetensors"}'
+    names = ("x.safetensors", "x.safetensors.json")
+    for name in names:
+        (folder.parent / name).write_text(precious)
         (folder / name).symlink_to(folder.parent / name)
-    run(request_)
+    run(replace(request_, overwrite=True))
     assert (load_arrays(request_.output)["latent"] == LATENT).all()
-    assert json.loads((folder / "x.json").read_text()) == {"command": "wanexport run"}
-    for name in ("x.safetensors", "x.json"):
-        assert (folder.parent / name).read_text() == '{"command": "precious"}'
+    assert json.loads((folder / names[1]).read_text()) == {"command": "wanexport run"}
+    for name in names:
+        assert (folder.parent / name).read_text() == precious
         assert not (folder / name).is_symlink()
 
 
 def test_an_output_of_the_longest_name_is_taken(request_: RunRequest) -> None:
-    output = request_.output.with_name("x" * 243 + ".safetensors")
+    output = request_.output.with_name("x" * 238 + ".safetensors")
     check_request(RunRequest(request_.bundle, output, text_file=request_.text_file))
     assert not os.listdir(output.parent)
     with pytest.raises(WanExportError, match=r"cannot write .*File name too long"):
-        check_request(RunRequest(request_.bundle, output.with_name("x" * 244 + ".safetensors"),
+        check_request(RunRequest(request_.bundle, output.with_name("x" * 239 + ".safetensors"),
                                  text_file=request_.text_file))  # fmt: skip
 
 
