@@ -1,6 +1,5 @@
 """`wanexport build`: the weights, then each engine with its proof, then the manifest."""
 
-import hashlib
 import os
 import shutil
 import time
@@ -30,12 +29,12 @@ from wanexport.runtime.bundle.manifest import (
     TensorSpec,
     WeightsRecord,
 )
-from wanexport.runtime.bundle.signature import weights_layout
+from wanexport.runtime.bundle.signature import weights_header_sha256, weights_layout
 from wanexport.runtime.bundle.tensorfile import header_sha256
 from wanexport.runtime.engines.choose import DEVICES
 from wanexport.runtime.engines.onnx_providers import gpu_obstacle
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, refuse_empty
 from wanexport.runtime.geometry import Geometry, parse_resolution
 from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.machine.memory import peak_rss
@@ -80,6 +79,7 @@ def build(
     model by itself, which is refused without.
     Raises WanExportError for whatever the caller can put right.
     """
+    refuse_empty(model=model, output=output, resolution=resolution)
     started = time.monotonic()
     os.environ.update(missing_name())
     if backends is None:
@@ -94,6 +94,7 @@ def build(
     options = tensorrt or TensorRtOptions()
     _check_has_tensorrt(backends, options)
     height, width = parse_resolution(resolution)
+    Geometry(height, width, frames)  # refuses what no Wan takes, before a checkpoint is downloaded
     check_temporary_folder(compiles="aoti" in backends)
     if output is not None:  # before a checkpoint is downloaded for it
         check_place(Path(output))
@@ -239,8 +240,7 @@ def add_weights(
                 raise WanExportError(
                     f"{writer.path} holds other weights, of {origin}: name another folder with -o"
                 )
-    header, _ = weights_layout(source.config, dtype)
-    record = writer.find_weights(name, hashlib.sha256(header).hexdigest())
+    record = writer.find_weights(name, weights_header_sha256(source.config, dtype))
     reused = [f"weights {name}"] if record else []
     record = record or convert_weights(writer, source, expert, name, dtype, progress)
     writer.put_weights(name, record)

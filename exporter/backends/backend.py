@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 from wanexport.runtime.bundle.manifest import EngineRecord, SamplingDefaults, engine_label
-from wanexport.runtime.bundle.signature import weights_layout
+from wanexport.runtime.bundle.signature import weights_header_sha256
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.wan_config import WanConfig
 
@@ -60,7 +59,7 @@ class Request:
     @property
     def weights_header(self) -> str:
         """Hash of the header of the weights file that the engine reads."""
-        return sha256(weights_layout(self.config, self.dtype)[0]).hexdigest()
+        return weights_header_sha256(self.config, self.dtype)
 
 
 @dataclass(frozen=True)

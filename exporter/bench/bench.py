@@ -5,7 +5,6 @@ so that its cold start is what a user would wait for; the weights are in the pag
 is the time of the forward's FLOPs at the rate of the best matrix product of the same run.
 """
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +30,7 @@ from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manif
 from wanexport.runtime.bundle.tensorfile import load_arrays, save_arrays
 from wanexport.runtime.engines.choose import choose_engine
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.machine.temporary import check_temporary_folder
+from wanexport.runtime.machine.temporary import check_temporary_folder, marked_folder
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
 
 LEAST_ROUNDS = 5
@@ -116,16 +115,16 @@ def bench(
         dtype=dtype,
         provider=provider,
     )
-    with tempfile.TemporaryDirectory(prefix="wanexport-bench-") as name:
+    with marked_folder("wanexport-bench-") as folder:
         job = replace(
-            _job(bundle, record, Path(name), rounds, profile),
+            _job(bundle, record, folder, rounds, profile),
             provider=provider,
             provider_options=dict(provider_options or {}),
         )
         arms = choose_arms(manifest, record, job, against, backend)
         if any(ARMS[arm].runs == "aoti" or ARMS[arm].compiles for arm in arms):
             check_temporary_folder(compiles=True)
-        session = _Session(job, Path(name), started, budget)
+        session = _Session(job, folder, started, budget)
         inputs = _write_inputs(manifest, record, Path(job.inputs))
         progress("reading the weights", 0, 0)
         _read_files(bundle, manifest, record)

@@ -61,7 +61,7 @@ def _acquire(lock: BaseFileLock, bundle: Path, waits: bool) -> BaseFileLock:
             f"another wanexport is writing {bundle}: wait for it to end"
             + (f", or delete {lock.lock_file} if none is" if isinstance(lock, SoftFileLock) else "")
         )
-        if not waits:
+        if not waits or isinstance(lock, SoftFileLock):  # of another machine, it may never go
             raise held from error
         warnings.warn(
             f"another wanexport is writing {bundle}: waiting for it to end",

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from wanexport.runtime.bundle.durable import fsync_folder, is_partial, remove_if_abandoned
@@ -30,6 +30,7 @@ class Listing:
     listed: Set[str]
     unnoted: Set[str]
     dropped: Set[str]
+    removed: list[str] = field(default_factory=list)  # by this sweep
 
 
 def mark(folder: Path) -> None:
@@ -70,6 +71,7 @@ def _sweep(folder: int, path: PurePosixPath, listing: Listing, *, ours: bool) ->
     # The mark goes last: without it nothing tells what a kill leaves here from the user's own.
     if marked and not left and not any(path in PurePosixPath(f).parents for f in listing.unnoted):
         os.unlink(MARK, dir_fd=folder)
+        listing.removed.append(str(path / MARK))
     return left
 
 
@@ -80,15 +82,20 @@ def _sweep_entry(
     if stat.S_ISDIR(mode) and len(path.parts) <= _DEEPEST:
         with _opened(name, folder) as handle:
             left = _sweep(handle, path, listing, ours=ours)
-        with suppress(OSError):  # it is not empty
-            os.rmdir(name, dir_fd=folder)
+        if ours or any(gone.startswith(f"{file}/") for gone in listing.removed):
+            with suppress(OSError):  # it is not empty
+                os.rmdir(name, dir_fd=folder)
         return left
     if file in listing.listed:
         return []
     if stat.S_ISREG(mode) and is_partial(name):
-        return [] if remove_if_abandoned(name, folder) else [file]
+        if not remove_if_abandoned(name, folder):
+            return [file]
+        listing.removed.append(file)
+        return []
     if stat.S_ISREG(mode) and (ours or file in listing.dropped):
         os.unlink(name, dir_fd=folder)
+        listing.removed.append(file)
         return []
     return [file]
 

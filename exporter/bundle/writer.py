@@ -84,8 +84,10 @@ class BundleWriter:
     def _read_old(self, name: str) -> Manifest | None:
         try:
             return self._read(name)
-        except WanExportError:  # of another version, say: it only saves work
-            return None
+        except WanExportError as error:
+            if isinstance(error.__cause__, OSError):  # it may be whole, and name what is finished
+                raise
+            return None  # damaged, or of another version: it only saves work
 
     def _note(self) -> None:
         """Write the journal; what it drops goes while the old one names it."""

@@ -12,10 +12,10 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from wanexport.exporter.child.process import (
@@ -26,7 +26,7 @@ from wanexport.exporter.child.process import (
     run_command,
 )
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.machine.temporary import PREFIX
+from wanexport.runtime.machine.temporary import PREFIX, marked_folder
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -93,16 +93,17 @@ def temporary_folder() -> Iterator[Path]:
 
     Raises WanExportError when nothing can be written there.
     """
+    stack = ExitStack()
     try:
-        folder = TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+        folder = stack.enter_context(marked_folder())
     except OSError as error:  # with no file's name where no folder at all would do
         place = f"{Path(error.filename).parent}: " if error.filename else ""
         raise WanExportError(
             f"there is no folder for temporary files ({place}{error.strerror}): set TMPDIR to one "
             f"that can be written"
         ) from error
-    with folder as name:
-        yield Path(name).resolve()
+    with stack:
+        yield folder
 
 
 def _write_job(path: Path, job: "DataclassInstance") -> None:

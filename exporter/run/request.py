@@ -11,6 +11,7 @@ from wanexport.runtime.bundle.durable import check_writable
 from wanexport.runtime.bundle.regular_file import read_regular
 from wanexport.runtime.errors import WanExportError
 
+ARTEFACTS = ("weights", "engines")  # folders of a bundle
 VIDEO, LATENT = ".mp4", ".safetensors"
 _MOST_BYTES = 2**24  # of a record
 
@@ -62,6 +63,9 @@ def check_request(request: RunRequest) -> None:
         if path is not None and path.exists() and request.output.exists():
             if path.samefile(request.output):
                 raise WanExportError(f"{path} is read by this run: name another -o")
+    place = request.output.resolve()
+    if any(place.is_relative_to((request.bundle / name).resolve()) for name in ARTEFACTS):
+        raise WanExportError(f"{request.output} lies among the bundle's own files: name another -o")
     if not request.overwrite:
         for path in (request.output, sidecar(request.output)):
             if os.path.lexists(path):

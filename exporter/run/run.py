@@ -122,6 +122,7 @@ def _from_text(
     assert request.text_file is not None
     started = time.monotonic()
     denoiser = load(request.bundle, **request.load_options)
+    text = _file_facts(request.text_file)  # as it is when it is read
     inputs = read_sample_inputs(request.text_file)
     inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, request.seed))
     inputs = {name: denoiser.array(value) for name, value in inputs.items()}
@@ -137,7 +138,7 @@ def _from_text(
         load_seconds=load_seconds,
         seconds_per_step=pace,
         facts={
-            "text": _file_facts(request.text_file),
+            "text": text,
             **facts,
             "solver": plan.solver,
             "timesteps": plan.schedule.timesteps,
@@ -188,14 +189,16 @@ def _from_prompt(
         plan = make_plan(denoiser.sampling, **request.settings)
         if request.negative is not None and all(scale == 1 for scale in plan.guidance):
             tell("--negative changes nothing here: guidance is 1 in every step")
+        given = {"image": request.image, "last_image": request.last_image}
+        images = {name: _file_facts(path) for name, path in given.items()}
         fitted = fit_images(denoiser.record, request.image, request.last_image)
         told = [image.note for image in fitted if image.note]
         for note in told:
             tell(note)
         show("finding the encoders and the VAE", 0, 0)
         components = _component_facts(request, _needs(request), tell)
-        given = "the prompt and image" if request.image else "the prompt"
-        show(f"encoding {given}, then the first step", 0, 0)
+        encoded = "the prompt and image" if request.image else "the prompt"
+        show(f"encoding {encoded}, then the first step", 0, 0)
         made = pipeline.generate(
             request.prompt,
             negative=request.negative,
@@ -218,8 +221,7 @@ def _from_prompt(
         facts={
             "prompt": made.prompt,
             "negative": made.negative,
-            "image": _file_facts(request.image),
-            "last_image": _file_facts(request.last_image),
+            **images,
             "notes": made.notes,
             **components,
             "solver": made.solver,

@@ -54,8 +54,8 @@ def check_weights(bundle: Path, record: WeightsRecord) -> PinnedFile:
     Raises WanExportError when the file is missing or another one.
     """
     pinned = check_size(bundle, record.file)
-    with pinned.opened():
-        found = header_sha256(pinned.path)
+    with pinned.opened() as descriptor:
+        found = header_sha256(descriptor)
     if found != record.header_sha256:
         raise WanExportError(
             f"{pinned.path} has another header than the manifest says: run wanexport build again"

@@ -3,7 +3,14 @@
 import os
 from pathlib import PurePosixPath
 
-RESERVED = {"manifest.json", "manifest.partial.json", ".lock"}  # the bundle's own names
+RESERVED = {  # the bundle's own names
+    "manifest.json",
+    "manifest.partial.json",
+    "manifest.replaced.json",
+    ".lock",
+    ".lock.soft",
+    ".unfinished",
+}
 _MAX_PATH, _MAX_COMPONENT = 1024, 255  # bytes
 
 

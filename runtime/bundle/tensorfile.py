@@ -245,7 +245,11 @@ def read_array(file: Path | int, entry: TensorEntry) -> np.ndarray:
 def read_at(descriptor: int, view: memoryview, offset: int) -> bool:
     """Fill view from an offset of an open file, whose position stays; False when it ends before."""
     while view:
-        count = os.preadv(descriptor, [view], offset)
+        try:
+            count = os.preadv(descriptor, [view], offset)
+        except OSError as error:  # which names no file
+            name = os.readlink(f"/proc/self/fd/{descriptor}")
+            raise OSError(error.errno, error.strerror, name) from error
         if not count:
             return False
         view, offset = view[count:], offset + count

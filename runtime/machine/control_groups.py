@@ -19,14 +19,14 @@ def control_groups(process: Path = Path("/proc/self")) -> tuple[Path, ...]:
     process is its folder in /proc. There are none where the system has no control groups.
     """
     try:
-        own = _paths((process / "cgroup").read_text())
-        mounts = (process / "mountinfo").read_text()
+        own = _paths((process / "cgroup").read_text(errors="surrogateescape"))
+        mounts = (process / "mountinfo").read_text(errors="surrogateescape")
     except OSError:
         return ()
     found: list[Path] = []
     for line in mounts.splitlines():
         before, _, after = line.partition(" - ")
-        (root, point), (kind, _, options) = before.split()[3:5], after.split(maxsplit=2)
+        (root, point), (kind, _, options) = before.split(" ")[3:5], after.split(" ", 2)
         controller = {"cgroup2": "", "cgroup": "memory"}.get(kind)
         if controller not in own or (controller and controller not in options.split(",")):
             continue

@@ -15,7 +15,7 @@ def peak_rss() -> int:
     import resource  # which Windows lacks
 
     lines = Path("/proc/self/status").read_text().splitlines()
-    own = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    own = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
     return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
 
 
@@ -49,7 +49,7 @@ def available_bytes() -> int:
 
 
 def limit_bytes() -> int:
-    """The most this process could ever have: memory and swap, or what a control group may use."""
+    """The most this process could ever have: memory and swap, or the memory of a control group."""
     return _limited(_meminfo()["MemTotal"] + _meminfo()["SwapTotal"])
 
 

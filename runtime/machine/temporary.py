@@ -8,12 +8,15 @@ import secrets
 import shutil
 import stat
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from wanexport.runtime.errors import WanExportError
 
 PREFIX = "wanexport-"  # of every temporary folder of ours
+_MARK = ".wanexport-temporary"  # in each of them: the name alone may be a user's own
 _NAMES = ("TMPDIR", "TEMP", "TMP")  # as Python asks for it
 _ABANDONED = 24 * 3600  # seconds after which no process of ours uses a folder
 _NEEDED = 1 << 20  # bytes, for what processes say and are told
@@ -38,8 +41,27 @@ def check_temporary_folder(*, runs_code: bool = False, compiles: bool = False) -
     _remove_abandoned(folder)
 
 
+@contextmanager
+def marked_folder(prefix: str = PREFIX) -> Iterator[Path]:
+    """A new temporary folder that a later process removes if this one is killed.
+
+    Raises OSError where none can be made.
+    """
+    with TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name:
+        folder = Path(name).resolve()
+        (folder / _MARK).touch()
+        yield folder
+
+
 def _obstacle(folder: Path, runs_code: bool, needed: int) -> str:
     """What keeps temporary files from a folder, or ""."""
+    try:
+        return _obstacle_of(folder, runs_code, needed)
+    except OSError as error:  # a name that is too long, a folder above that may not be entered
+        return f"which cannot be used ({error.strerror})"
+
+
+def _obstacle_of(folder: Path, runs_code: bool, needed: int) -> str:
     if not folder.is_dir():
         return "which is a file" if folder.exists() else "which does not exist"
     status = os.statvfs(folder)
@@ -70,7 +92,8 @@ def _remove_abandoned(folder: Path) -> None:
             with suppress(OSError):
                 status = entry.stat(follow_symlinks=False)
                 is_ours = entry.name.startswith(PREFIX) and status.st_uid == os.getuid()
-                if is_ours and stat.S_ISDIR(status.st_mode) and _is_old(entry.path):
+                is_ours = is_ours and stat.S_ISDIR(status.st_mode)
+                if is_ours and (Path(entry.path) / _MARK).is_file() and _is_old(entry.path):
                     shutil.rmtree(entry.path)
 
 

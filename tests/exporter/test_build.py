@@ -292,3 +292,14 @@ def test_the_1_3b_builds_at_480p_in_4_gib(tmp_path: Path) -> None:
     assert sum(file["size"] for file in engine["files"].values()) <= 8e6
     assert engine["proof"]["error"] <= 1e-5
     assert np.isfinite(engine["proof"]["error"])
+
+
+def test_a_size_that_no_wan_takes_is_refused_before_a_download(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build_module, "resolve", lambda *_, **__: pytest.fail("it was asked for"))
+    for resolution, frames in (("481x833", 81), ("480x832", 80)):
+        with pytest.raises(WanExportError):
+            build("org/repo", resolution=resolution, frames=frames)
+    with pytest.raises(WanExportError, match="output is empty"):
+        build("org/repo", resolution="480x832", frames=81, output="")

@@ -1,12 +1,15 @@
 """A writer that is killed or fails leaves the old bundle, the new one, or none."""
 
+import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.exporter.bundle.stub_build import _weights as stub_weights
 from tests.exporter.bundle.stub_build import empty, stub_build
+from wanexport.exporter.bundle import writer as module
 from wanexport.exporter.bundle.place import JOURNAL
 from wanexport.exporter.bundle.sweep import mark
 from wanexport.exporter.bundle.writer import open_bundle, write_manifest
@@ -192,3 +195,25 @@ def test_of_two_engines_of_a_key_the_one_proven_in_full_is_found(
         assert writer.find_engine(ends.key) == full
         writer.committed, writer.journal = writer.journal, writer.committed
         assert writer.find_engine(ends.key) == full
+
+
+def test_a_journal_that_cannot_be_read_loses_nothing_of_what_it_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed), open_bundle(tmp_path / "b", empty()) as writer:
+        writer.put_weights("fp32", stub_weights(writer))
+        raise Killed
+    before = {path.name for path in (tmp_path / "b").rglob("*")}
+    assert "denoiser.safetensors" in before
+    read = read_manifest
+
+    def fail(bundle: Path, name: str = "manifest.json") -> Manifest:
+        if name != JOURNAL:
+            return read(bundle, name)
+        raise WanExportError("cannot read it") from OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(module, "read_manifest", fail)
+    with pytest.raises(WanExportError, match="cannot read it"):
+        with open_bundle(tmp_path / "b", empty()):
+            pass
+    assert {path.name for path in (tmp_path / "b").rglob("*")} == before

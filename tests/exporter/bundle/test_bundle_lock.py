@@ -175,3 +175,17 @@ def test_nobody_waits_for_himself(tmp_path: Path) -> None:
         with pytest.raises(WanExportError, match="another wanexport is writing"):
             with bundle_lock(tmp_path, waits=True):
                 pass
+
+
+def test_nobody_waits_for_a_lock_that_may_be_of_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    (tmp_path / SOFT_LOCK).write_text("1\nanother-machine\n")
+    message = r"wait for it to end, or delete .*\.lock\.soft if none is"
+    with pytest.warns(WanExportWarning), pytest.raises(WanExportError, match=message):
+        with bundle_lock(tmp_path, waits=True):
+            pass

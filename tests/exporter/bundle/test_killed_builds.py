@@ -12,7 +12,7 @@ from tests.tables.killed_builds import NEW, OLD, check_rerun, kill, start, state
 def kill_in_proof(bundle: Path, shape: tuple[str, int], *, group: bool) -> None:
     child = start(bundle, shape)
     folder = bundle / "engines" / f"{shape[0]}x{shape[1]}"
-    while not any(folder.rglob("proof-*")):  # the engine is written, its proof has begun
+    while not any(folder.rglob("denoiser.onnx")):  # written, and its proof begins
         assert child.poll() is None
         time.sleep(0.05)
     kill(child, group=group)

@@ -158,3 +158,10 @@ def test_a_build_that_fails_forgets_nothing_that_it_finished(bundle: Path) -> No
         put(writer.free_folder(Path("engines/1x1x1/onnx-fp32")) / "denoiser.onnx")
         raise KeyboardInterrupt
     check_whole(bundle, before)
+
+
+def test_an_empty_folder_of_the_users_stays(tmp_path: Path) -> None:
+    stub_build(tmp_path / "b")
+    (tmp_path / "b" / "weights" / "mine" / "empty").mkdir(parents=True)
+    stub_build(tmp_path / "b", version="2")
+    assert (tmp_path / "b" / "weights" / "mine" / "empty").is_dir()

@@ -4,6 +4,8 @@ import json
 import resource
 import subprocess
 import sys
+import time
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from onnx import helper
 from torch import Tensor, nn
 
-from tests.exporter.lint.hostile_archives import trapped, write
+from tests.exporter.lint.hostile_archives import call, program, trapped, write
 from tests.exporter.lint.test_lint import FAULTS, FOUR, WritesItsParameter, exported
 from wanexport.exporter.lint.archive import lint_program_file
 from wanexport.exporter.lint.onnx import lint
+from wanexport.exporter.lint.onnx_expansion import check_expansion
 from wanexport.exporter.lint.program import Finding, lint_program
 from wanexport.runtime.errors import WanExportError
 
@@ -147,3 +151,34 @@ def test_a_program_of_unknown_operators_is_linted(tmp_path: Path) -> None:
     torch.export.save(exported(function, FOUR), tmp_path / "p.pt2")
     library._destroy()
     assert [finding.kind for finding in lint_program_file(tmp_path / "p.pt2")] == ["fp64"]
+
+
+def test_a_long_chain_in_place_is_walked_once(tmp_path: Path) -> None:
+    def tensor(name: str) -> dict[str, Any]:
+        return {"as_tensor": {"name": name}}
+
+    nodes = [
+        call("torch.ops.aten.add_.Tensor", tensor(f"t{i}"), tensor(f"t{i}"),
+             outputs=[tensor(f"t{i + 1}")])
+        for i in range(20_000)
+    ]  # fmt: skip
+    with zipfile.ZipFile(tmp_path / "p.pt2", "w") as archive:
+        archive.writestr("p/models/model.json", json.dumps(program(nodes)))
+    started = time.process_time()
+    assert lint_program_file(tmp_path / "p.pt2")
+    assert time.process_time() - started < 5
+
+
+def test_a_function_of_many_calls_is_measured_once() -> None:
+    functions = [
+        helper.make_function("ours", f"f{i}", ["a"], ["b"],
+                             [helper.make_node("Identity", ["a"], ["b"])], [])
+        for i in range(4000)
+    ]  # fmt: skip
+    calls = [helper.make_node(f"f{i}", ["a"], ["b"], domain="ours") for i in range(4000)]
+    functions.insert(0, helper.make_function("ours", "all", ["a"], ["b"], calls, []))
+    graph = helper.make_graph([helper.make_node("all", ["x"], ["y"], domain="ours")], "g", [], [])
+    model = helper.make_model(graph, functions=functions)
+    started = time.process_time()
+    check_expansion(model)
+    assert time.process_time() - started < 0.5

@@ -58,3 +58,14 @@ def test_a_file_that_is_no_record_is_never_replaced(content: str | None, tmp_pat
         (tmp_path / "clip.json").write_text(content)
     with pytest.raises(WanExportError, match=r"clip.json, .* is no record of a run: name another"):
         check(tmp_path / "clip.mp4", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["weights/fp32/denoiser.safetensors", "engines/x.safetensors"])
+def test_an_output_among_the_bundles_files_is_refused(tmp_path: Path, name: str) -> None:
+    output = tmp_path / "bundle" / name
+    output.parent.mkdir(parents=True)
+    output.write_bytes(b"precious")
+    request = RunRequest(tmp_path / "bundle", output, prompt="x", overwrite=True)
+    with pytest.raises(WanExportError, match="among the bundle's own files: name another -o"):
+        check_request(request)
+    assert output.read_bytes() == b"precious"

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from tests.runtime.bundle.small_bundle import change, manifest_of, put, small_bundle
-from wanexport.exporter.bundle.lock import LOCK
-from wanexport.exporter.bundle.place import JOURNAL
+from wanexport.exporter.bundle.lock import LOCK, SOFT_LOCK
+from wanexport.exporter.bundle.place import JOURNAL, REPLACED
+from wanexport.exporter.bundle.sweep import MARK
 from wanexport.exporter.bundle.writer import write_manifest
 from wanexport.runtime.bundle.manifest import MANIFEST, MAX_BYTES, read_manifest, to_json
 from wanexport.runtime.bundle.path import RESERVED
@@ -101,7 +102,7 @@ def test_a_path_that_is_no_artefacts_is_refused(bundle: Path, path: str) -> None
 
 
 def test_the_bundles_own_names_are_reserved() -> None:
-    assert {MANIFEST, JOURNAL, LOCK} == RESERVED
+    assert {MANIFEST, JOURNAL, REPLACED, LOCK, SOFT_LOCK, MARK} == RESERVED
 
 
 def test_two_records_of_one_file_that_differ_are_damage(bundle: Path) -> None:

@@ -1,5 +1,6 @@
 """Our safetensors reader and writer against the safetensors library."""
 
+import errno
 import json
 import os
 import time
@@ -11,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from wanexport.runtime.bundle.durable import durable_file
 from wanexport.runtime.bundle.tensorfile import (
     header_sha256,
     load_arrays,
@@ -259,3 +261,18 @@ def test_a_write_that_fails_leaves_no_trace(tmp_path: Path) -> None:
         save_arrays(path, {"x": np.array(["no number"])})
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_read_error_names_the_file_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_arrays(tmp_path / "source", {"x": np.zeros(4, np.float32)})
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "I/O error")
+
+    with durable_file(tmp_path / "output") as file:
+        file.write(b"x")
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises((OSError, WanExportError), match="source"):
+            load_arrays(tmp_path / "source")

@@ -1,5 +1,6 @@
 """Backend, device, dtype and size never change without a word."""
 
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -145,3 +146,18 @@ def test_an_engine_of_a_newer_dtype_is_refused_by_name() -> None:
         WanExportError, match="aoti-fp8-z has dtype fp8, which this wanexport does not"
     ):
         choose(*newer)
+
+
+def test_a_pytorch_that_does_not_import_is_a_reason_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Broken:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name == "torch":
+                raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(WanExportError, match=r"does not import .libcudart\.so\.13"):
+        choose(AOTI_CPU)

@@ -32,6 +32,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         (process / "cgroup").write_text(f"9:name=systemd:/x\n{name}:{path}\n")
         (process / "mountinfo").write_text(
             "23 1 0:2 / / rw,relatime - ext4 /dev/vda rw\n"
+            "24 1 0:3 / /empty rw - tmpfs  rw\n"  # a mount whose source is an empty text
             f"32 31 0:29 / {tmp_path}/cpu rw - cgroup cgroup rw,cpu\n"
             f"35 31 0:32 {root} {mounted} rw shared:9 - {kind} cgroup {options}\n"
         )

@@ -9,7 +9,7 @@ import pytest
 
 from wanexport.exporter.build import build
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.machine.temporary import check_temporary_folder
+from wanexport.runtime.machine.temporary import check_temporary_folder, marked_folder
 
 
 def statvfs(free: int = 1 << 30, flags: int = 0) -> Mock:
@@ -91,8 +91,10 @@ def test_what_killed_processes_left_a_day_ago_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    for name in ("wanexport-old", "wanexport-new", "wanexport-used", "other"):
+    for name in ("wanexport-old", "wanexport-new", "wanexport-used", "wanexport-mine", "other"):
         (tmp_path / name / "inside").mkdir(parents=True)
+        if name != "wanexport-mine":  # a user's own: it has the name and not the mark
+            (tmp_path / name / ".wanexport-temporary").touch()
         (tmp_path / name / "inside" / "file").write_bytes(b"")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "wanexport-link").symlink_to("elsewhere")
@@ -102,5 +104,25 @@ def test_what_killed_processes_left_a_day_ago_is_removed(
             os.utime(path, (then, then))
     (tmp_path / "wanexport-used" / "inside" / "file").write_bytes(b"")
     check_temporary_folder()
-    left = ["elsewhere", "other", "wanexport-link", "wanexport-new", "wanexport-used"]
+    left = ["elsewhere", "other"]
+    left += [f"wanexport-{name}" for name in ("link", "mine", "new", "used")]
     assert sorted(os.listdir(tmp_path)) == left
+
+
+def test_a_marked_folder_is_one_that_is_removed_a_day_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with marked_folder() as folder:
+        then = time.time() - 25 * 3600
+        for path in (folder, *folder.iterdir()):
+            os.utime(path, (then, then))
+        check_temporary_folder()
+        assert not folder.exists()
+
+
+def test_one_whose_name_is_too_long_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/tmp/" + "x" * 300)
+    with pytest.raises(WanExportError, match=r"which cannot be used \(File name too long\): set"):
+        check_temporary_folder()
