@@ -86,7 +86,7 @@ def refuse_empty(**names: str | Path | None) -> None:
             raise WanExportError(f"{what} is empty: name one, or leave it out")
 
 
-_SHOWN = 300  # characters of one text in a line
+_SHOWN = 120  # characters of one text in a line
 
 
 def printable(value: object, at_most: int = _SHOWN) -> str:

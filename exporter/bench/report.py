@@ -67,7 +67,9 @@ def save(result: dict[str, Any], folder: Path, *, is_own: bool = False) -> str |
         return f"the report was not saved: {explain(error)}"
     try:
         draw(result, folder / f"{name}.png")
-    except (OSError, WanExportError) as error:
+    except WanExportError as error:
+        return str(error)
+    except OSError as error:
         return f"the plot was not saved: {explain(error)}"
     return None
 
@@ -78,6 +80,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     Raises WanExportError without Matplotlib, and OSError when the file cannot be written.
     """
     with needing_extra("bench", "the plot"):
+        import matplotlib  # noqa: F401
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 

@@ -93,7 +93,7 @@ def test_a_repository_that_gives_no_model_is_one_line(
     [
         ("", "-m is empty: name a folder or a hub id"),
         (" \n", "-m is empty"),
-        ("x" * 10_000, r"xxx\.\.\. does not exist: expected a checkpoint folder, or a hub id"),
+        ("x" * 10_000, r"xxx \.\.\. x+ does not exist: expected a checkpoint folder, or a hub id"),
         ("a/" + "x" * 10_000, "does not exist"),
         ("a/b\nc", r"a/b\\nc does not exist"),
         ("a\n\x1b[31m", r"a\\n\\x1b\[31m does not exist"),

@@ -325,6 +325,7 @@ def test_other_backends_come_first_on_a_gpu(
         return "" if engine.target["device"] == "cuda" else "too slow"
 
     monkeypatch.setattr("wanexport.runtime.engines.choose._refusal", refusal)
+    monkeypatch.setattr("wanexport.runtime.engines.choose.why_unusable", lambda *_: "")
     for engines, chosen in (
         ((onnx_engine, plan, aoti), "aoti"),
         ((onnx_engine, plan), "tensorrt"),

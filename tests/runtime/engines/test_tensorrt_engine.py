@@ -694,7 +694,8 @@ def request_of(bundle: Path) -> Request:
 def proof(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The proof of the bundle's engine, in this process, where the doubles are."""
 
-    def here(job: PlanJob, folder: Path) -> dict[str, Any]:
+    def here(module: str, job: PlanJob) -> dict[str, Any]:
+        assert module == "tensorrt.proof_process"
         return prove_here(PlanJob(**json.loads(json.dumps(asdict(job)))))
 
     monkeypatch.setattr(tensorrt_proof, "run_in_fresh_process", here)
@@ -723,7 +724,7 @@ def test_the_proof_of_baked_weights_runs_each_plan_with_its_own_expert(
     bundle = make_bundle(tmp_path / "baked", weights, baked=True)
     jobs: list[PlanJob] = []
 
-    def note(job: PlanJob, folder: Path) -> dict[str, Any]:
+    def note(module: str, job: PlanJob) -> dict[str, Any]:
         jobs.append(job)
         return {"error": 0.0}
 
