@@ -107,3 +107,8 @@ def _cut(text: str, at_most: int) -> str:
         return text
     tail = at_most // 3
     return f"{text[: at_most - tail - 5]} ... {text[len(text) - tail :]}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, without its details."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

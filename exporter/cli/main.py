@@ -51,12 +51,7 @@ from wanexport.exporter.run.request import RunRequest
 from wanexport.exporter.run.run import run as run_request
 from wanexport.runtime.engines.choose import BACKENDS, DEVICES
 from wanexport.runtime.engines.kernels import KERNELS
-from wanexport.runtime.errors import (
-    WanExportError,
-    WanExportWarning,
-    explain,
-    needing_extra,
-)
+from wanexport.runtime.errors import WanExportError, WanExportWarning, explain, needing_extra
 
 
 @click.group(cls=CheckedGroup, context_settings={"help_option_names": ["-h", "--help"]})

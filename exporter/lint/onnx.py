@@ -17,8 +17,7 @@ from wanexport.graphs.signature import attention_count
 from wanexport.runtime.bundle.check import check_content
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.regular_file import read_regular
-from wanexport.runtime.engines.onnx import first_line
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, first_line
 
 _MOST_BYTES = 256 << 20  # of a graph without weights, whose largest here has a tenth of it
 _OPERATORS = {

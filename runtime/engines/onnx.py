@@ -12,7 +12,7 @@ import numpy as np
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.engines.onnx_location import with_location
 from wanexport.runtime.engines.onnx_providers import gpu_obstacle
-from wanexport.runtime.errors import WanExportError, needing_extra
+from wanexport.runtime.errors import WanExportError, first_line, needing_extra
 
 
 class OnnxEngine:
@@ -92,11 +92,6 @@ def versions(device: str = "cpu") -> dict[str, str]:
     if device == "cuda" and (reason := gpu_obstacle()):
         raise WanExportError(reason)
     return {"device": device, "machine": platform.machine(), "onnxruntime": version}
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception of ONNX Runtime says, without its details."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def import_onnxruntime() -> Any:

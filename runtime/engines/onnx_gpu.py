@@ -22,9 +22,9 @@ from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
-from wanexport.runtime.engines.onnx import first_line, import_onnxruntime, reading_weights
+from wanexport.runtime.engines.onnx import import_onnxruntime, reading_weights
 from wanexport.runtime.engines.onnx_providers import PROVIDERS, RTX_PLUGIN, Provider, gpu_obstacle
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import WanExportError, WanExportWarning, first_line
 
 # What takes the time of a forward: none of it may land on the CPU.
 _HEAVY = frozenset(

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wanexport.runtime.arrays import Array, count_not_finite, to_numpy
-from wanexport.runtime.engines.onnx import first_line
-from wanexport.runtime.errors import WanExportError, WanExportWarning, needing_extra
+from wanexport.runtime.errors import WanExportError, WanExportWarning, first_line, needing_extra
 from wanexport.runtime.geometry import TEMPORAL_STRIDE
 from wanexport.runtime.machine.memory import (
     available_bytes,
