@@ -4,7 +4,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePath
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -86,14 +86,18 @@ def refuse_empty(**names: str | Path | None) -> None:
             raise WanExportError(f"{what} is empty: name one, or leave it out")
 
 
+_LONGEST_PATH = 4096
 _SHOWN = 120  # characters of one text in a line
 
 
 def printable(value: object, at_most: int = _SHOWN) -> str:
     """One line of printable characters; others (line ends, ESC, bidi marks) are escaped.
 
-    The middle of a text of more than at_most characters is left out: its end may say what to do.
+    The middle of a text of more than at_most characters is left out: its end may say what to do. A
+    path is whole, to be copied.
     """
+    if isinstance(value, PurePath):
+        at_most = max(at_most, _LONGEST_PATH)
     text = _cut(str(value), at_most)
     return _cut("".join(c if c.isprintable() else _escaped(c) for c in text), at_most)
 

@@ -122,8 +122,8 @@ def _from_text(
     assert request.text_file is not None
     started = time.monotonic()
     denoiser = load(request.bundle, **request.load_options)
-    text = _file_facts(request.text_file)  # as it is when it is read
     inputs = read_sample_inputs(request.text_file)
+    text = _file_facts(request.text_file)  # it may be another when the sampling ends
     inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, request.seed))
     inputs = {name: denoiser.array(value) for name, value in inputs.items()}
     plan = make_plan(denoiser.sampling, **request.settings)

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from packaging.version import InvalidVersion, Version
+
 from wanexport.runtime.bundle.decode import (
     Count,
     Figure,
@@ -246,13 +248,21 @@ def _check_engine(engine: EngineRecord, experts: tuple[str, ...], served: set[st
         _check_plan(engine)
 
 
+def _is_version(text: str) -> bool:
+    """Whether a text is a version of a package, as 10.16.1.11 or 10.14.1.48.post1."""
+    try:
+        return len(text) <= 100 and bool(Version(text).release)
+    except InvalidVersion:
+        return False
+
+
 def _check_plan(engine: EngineRecord) -> None:
     """Raise ValueError when a TensorRT engine does not say what its plan is for."""
     if not {"arch", engine.backend} <= engine.target.keys():
         raise ValueError(f"engine {engine.name} is for no architecture or no version")
     if not re.fullmatch(r"sm[0-9]{1,4}", engine.target["arch"]):
         raise ValueError(f"engine {engine.name} is for no GPU's architecture")
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){0,9}", engine.target[engine.backend]):
+    if not _is_version(engine.target[engine.backend]):
         raise ValueError(f"engine {engine.name} is for no version of TensorRT")
     if engine.target["device"] != "cuda":
         raise ValueError(f"engine {engine.name} is for device {engine.target['device']}")

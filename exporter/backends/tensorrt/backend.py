@@ -219,6 +219,7 @@ def _take_over(job: PlanJob, folder: Path) -> None:
     fsync_folder(folder)
     if job.new_timing_cache and Path(job.new_timing_cache).exists():
         try:  # a copy: the two may lie on different disks
+            Path(job.timing_cache).parent.mkdir(parents=True, exist_ok=True)
             write_durably(Path(job.timing_cache), Path(job.new_timing_cache).read_bytes())
         except (OSError, WanExportError) as error:
             warnings.warn(

@@ -106,7 +106,7 @@ def test_ctrl_c_ends_the_program_too(tmp_path: Path) -> None:
         while not alive(f"{word}\0"):
             time.sleep(0.01)
         parent.send_signal(signal.SIGINT)
-        parent.communicate(timeout=10)
+        parent.communicate(timeout=60)
     assert parent.returncode == -signal.SIGINT
     assert not alive(f"{word}\0")
 
