@@ -221,6 +221,7 @@ def _take_over(job: PlanJob, folder: Path) -> None:
         try:  # a copy: the two may lie on different disks
             Path(job.timing_cache).parent.mkdir(parents=True, exist_ok=True)
             write_durably(Path(job.timing_cache), Path(job.new_timing_cache).read_bytes())
+            Path(job.new_timing_cache).unlink()
         except (OSError, WanExportError) as error:
             warnings.warn(
                 f"the next build times kernels anew: cannot write {explain(error)}",
