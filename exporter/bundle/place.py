@@ -13,11 +13,11 @@ from pathlib import Path, PurePosixPath
 from wanexport.exporter.bundle.lock import LOCK, SOFT_LOCK
 from wanexport.runtime.bundle.durable import fsync_folder, is_partial
 from wanexport.runtime.bundle.manifest import MANIFEST, read_manifest
+from wanexport.runtime.bundle.path import ARTEFACTS
 from wanexport.runtime.errors import WanExportError
 
 JOURNAL = "manifest.partial.json"
 REPLACED = "manifest.replaced.json"  # the manifest before, until what only it lists is removed
-ARTEFACTS = ("weights", "engines")
 REPORTS = "reports"
 CACHE = "cache"  # which no engine reads
 _MANIFESTS = (MANIFEST, JOURNAL, REPLACED)

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 from wanexport.exporter.bundle.lock import LOCK, bundle_lock
 from wanexport.exporter.bundle.place import (
-    ARTEFACTS,
     CACHE,
     JOURNAL,
     REPLACED,
@@ -43,6 +42,7 @@ from wanexport.runtime.bundle.manifest import (
     read_manifest,
     to_json,
 )
+from wanexport.runtime.bundle.path import ARTEFACTS
 from wanexport.runtime.bundle.usable import why_unusable
 from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.runtime.bundle.durable import check_writable
+from wanexport.runtime.bundle.path import ARTEFACTS
 from wanexport.runtime.bundle.regular_file import read_regular
 from wanexport.runtime.errors import WanExportError
 
-ARTEFACTS = ("weights", "engines")  # folders of a bundle
 VIDEO, LATENT = ".mp4", ".safetensors"
 _MOST_BYTES = 2**24  # of a record
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import PurePosixPath
 
+ARTEFACTS = ("weights", "engines")  # the folders of what a manifest lists
 RESERVED = {  # the bundle's own names
     "manifest.json",
     "manifest.partial.json",
