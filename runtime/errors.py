@@ -1,4 +1,4 @@
-"""The one exception type for what a user can put right, the warning beside it, and their words."""
+"""The exceptions for what a user can put right, the warning beside them, and their words."""
 
 import errno
 from collections.abc import Iterator
@@ -11,6 +11,21 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 class WanExportError(ValueError):
     """A mistake the user can put right; the message is one line: what is wrong, and what to do."""
+
+
+class BadRequest(WanExportError):
+    """What the caller asked for cannot be: another value, option or input would work."""
+
+
+class BundleError(WanExportError):
+    """The bundle, or a file that it needs, is missing, damaged, or not for this machine."""
+
+
+class EngineFailure(WanExportError):
+    """A fitting request to a good bundle failed: memory, the GPU, or what was closed meanwhile.
+
+    The same request may succeed later, or elsewhere.
+    """
 
 
 class WanExportWarning(UserWarning):
