@@ -1,9 +1,79 @@
-"""The negative prompts of Wan's families, which a run uses unless it is given another.
+"""The families of Wan, one row each: what a model takes, and what it is run with.
 
-Text: Wan-Video/Wan2.1 and Wan2.2, `sample_neg_prompt` of `wan/configs`.
+A manifest states the family of its model; nothing infers it from shapes. Figures and texts:
+Wan-Video/Wan2.1 and Wan2.2, `wan/configs`, `generate.py`.
 """
 
-from wanexport.runtime.bundle.manifest import EngineRecord
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated
+
+from wanexport.runtime import plain_wan
+from wanexport.runtime.decode import Name, Range
+from wanexport.runtime.errors import BundleError
+from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.program import Program
+from wanexport.runtime.solvers import MAX_SHIFT, MAX_STEPS
+from wanexport.runtime.wan_config import WanConfig
+
+MAX_GUIDANCE = 1000
+_AREA_480P = 480 * 832  # pixels
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What `sample` uses unless told; guidance is Wan's pair (low noise, high noise)."""
+
+    steps: Annotated[int, Range(1, MAX_STEPS)]
+    shift: Annotated[float, Range(1 / MAX_SHIFT, MAX_SHIFT)]
+    guidance: tuple[
+        Annotated[float, Range(-MAX_GUIDANCE, MAX_GUIDANCE)],
+        Annotated[float, Range(-MAX_GUIDANCE, MAX_GUIDANCE)],
+    ]
+    boundary: float | None  # timesteps >= 1000 * boundary go to the high-noise expert
+    fps: Annotated[int, Range(1, 1000)]
+    solver: Name = "unipc"
+
+
+@dataclass(frozen=True)
+class VaeKind:
+    """A VAE of Wan: its latent channels, pixels per latent pixel, and official file."""
+
+    channels: int
+    spatial_stride: int
+    file: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """What all models of one kind have in common.
+
+    `needs` are the pictures that a model cannot do without, of `first` and `last`, and `takes`
+    those that it can be given; where `blends_first_frame`, the first picture is no input but
+    replaces the latent's frame 0, whose timestep is 0. `shift_480p` is the shift of small videos,
+    where it is another. `graph` is the module and class of the graph, which only a build imports.
+    """
+
+    vae: VaeKind
+    hub: str
+    negative: str
+    sampling: SamplingDefaults
+    program: Callable[[WanConfig, Geometry], Program]
+    parameters: Callable[[WanConfig], Mapping[str, tuple[int, ...]]]
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    clip_tokens: int = 0
+    blends_first_frame: bool = False
+    shift_480p: float | None = None
+    graph: str = "wanexport.graphs.wan:WanModel"
+
+    def sampling_at(self, geometry: Geometry) -> SamplingDefaults:
+        """The official defaults for a video of this size."""
+        if self.shift_480p is None or geometry.height * geometry.width > _AREA_480P:
+            return self.sampling
+        return replace(self.sampling, shift=self.shift_480p)
+
 
 _COMMA = "\uff0c"  # the full-width one of Chinese text
 _NEGATIVE = (  # of every family: garish colours, overexposure, stills, subtitles, bad hands...
@@ -13,12 +83,73 @@ _NEGATIVE = (  # of every family: garish colours, overexposure, stills, subtitle
     "静止不动的画面", "杂乱的背景", "三条腿", "背景人很多", "倒着走",
 )  # fmt: skip
 _SHAKING, _CUTS = "镜头晃动", "镜头切换"  # of the camera; between shots
-# number of CLIP tokens, which tells Wan2.1's image-to-video models from others -> what comes first
-_FIRST = {257: (_SHAKING,), 514: (_CUTS, _SHAKING)}
+_VAE_21 = VaeKind(16, 8, "Wan2.1_VAE.pth")
+_VAE_22 = VaeKind(48, 16, "Wan2.2_VAE.pth")
+_one_timestep = partial(plain_wan.program, per_frame=False)
 
 
-def negative_prompt(record: EngineRecord) -> str:
-    """The official negative prompt of the family whose engine this is."""
-    image = record.inputs.get("image")
-    first = () if image is None else _FIRST.get(image.shape[1], ())
+def _negative(*first: str) -> str:
     return _COMMA.join((*first, *_NEGATIVE))
+
+
+def _plain(
+    steps: int,
+    shift: float,
+    guidance: tuple[float, float],
+    boundary: float | None = None,
+    *,
+    hub: str = "Wan-AI/Wan2.1-T2V-1.3B",
+    negative: str = _negative(),
+    needs: tuple[str, ...] = (),
+    clip_tokens: int = 0,
+    shift_480p: float | None = None,
+) -> Family:
+    """A family of Wan2.1's VAE at 16 frames a second, with one timestep for the whole video."""
+    return Family(
+        vae=_VAE_21,
+        hub=hub,
+        negative=negative,
+        sampling=SamplingDefaults(steps, shift, guidance, boundary, fps=16),
+        program=_one_timestep,
+        parameters=plain_wan.parameter_shapes,
+        needs=needs,
+        takes=needs,
+        clip_tokens=clip_tokens,
+        shift_480p=shift_480p,
+    )
+
+
+_I2V_HUB = "Wan-AI/Wan2.1-I2V-14B-480P"
+FAMILIES = {
+    "t2v": _plain(50, 5.0, (5.0, 5.0)),
+    "i2v": _plain(
+        40, 5.0, (5.0, 5.0), hub=_I2V_HUB, negative=_negative(_SHAKING), needs=("first",),
+        clip_tokens=257, shift_480p=3.0,
+    ),
+    "flf2v": _plain(
+        50, 16.0, (5.0, 5.0), hub=_I2V_HUB, negative=_negative(_CUTS, _SHAKING),
+        needs=("first", "last"), clip_tokens=514,
+    ),
+    "t2v-a14b": _plain(40, 12.0, (3.0, 4.0), 0.875),
+    "i2v-a14b": _plain(40, 5.0, (3.5, 3.5), 0.9, needs=("first",)),
+    "ti2v": Family(
+        vae=_VAE_22,
+        hub="Wan-AI/Wan2.2-TI2V-5B",
+        negative=_negative(),
+        sampling=SamplingDefaults(50, 5.0, (5.0, 5.0), None, fps=24),
+        program=partial(plain_wan.program, per_frame=True),
+        parameters=plain_wan.parameter_shapes,
+        takes=("first",),
+        blends_first_frame=True,
+    ),
+}  # fmt: skip
+
+
+def family_of(config: WanConfig) -> Family:
+    """The row of a model's family. Raises BundleError when this version does not know it."""
+    if config.family not in FAMILIES:
+        raise BundleError(
+            f"family {config.family!r} is not known to this wanexport, which knows "
+            f"{', '.join(FAMILIES)}: install the one that wrote it"
+        )
+    return FAMILIES[config.family]

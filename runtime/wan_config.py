@@ -3,21 +3,23 @@
 from dataclasses import dataclass, fields
 
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.geometry import Geometry
 
 CONDITION_CHANNELS = 20  # I2V: mask (4) + image latent (16)
 IMAGE_DIM = 1280  # width of CLIP ViT-H/14 features
-PER_FRAME_CHANNELS = 48  # the latent of Wan2.2's VAE: only the 5B has it
 EXPERTS = ("high_noise", "low_noise")
 _MAX_SIZE = 1 << 20  # of any, and _MAX_LAYERS: over ten times what any Wan has
 _MAX_LAYERS = 1024
-_UNBOUND = ("image_tokens", "eps")  # fields that are no size
+_UNBOUND = ("family", "image_tokens", "eps")  # fields that are no size from 1
 
 
 @dataclass(frozen=True)
 class WanConfig:
-    """The sizes of a Wan DiT. Raises WanExportError when they do not fit together."""
+    """A Wan DiT's family, a row of `family.FAMILIES`, and its sizes.
 
+    Raises WanExportError when the sizes do not fit together.
+    """
+
+    family: str
     dim: int
     ffn_dim: int
     num_heads: int
@@ -65,17 +67,3 @@ class WanConfig:
     def condition_channels(self) -> int:
         """Channels of the `condition` input; 0 where there is none."""
         return self.in_channels - self.out_channels
-
-    @property
-    def per_frame_timestep(self) -> bool:
-        """Whether the timestep input has one value per latent frame (TI2V)."""
-        return self.out_channels == PER_FRAME_CHANNELS
-
-    @property
-    def spatial_stride(self) -> int:
-        """Pixels per latent pixel of this model's VAE."""
-        return 16 if self.out_channels == PER_FRAME_CHANNELS else 8
-
-    def num_timesteps(self, geometry: Geometry) -> int:
-        """Length of the timestep input."""
-        return geometry.latent[0] if self.per_frame_timestep else 1

@@ -2,79 +2,49 @@
 
 The manifest is the commit point: a reader sees a whole old bundle, a whole new one, or none.
 Whoever wrote it, what is read is within bounds; `usable.py` says whether an engine fits its model.
+Fields that a later version wrote are ignored and kept; what it wrote otherwise than this one reads
+makes an engine unusable, not the bundle.
 """
 
 import errno
 import os
-import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from packaging.version import InvalidVersion, Version
-
-from wanexport.runtime.bundle.decode import (
+from wanexport.runtime.bundle.details import KINDS, Details, unknown_file
+from wanexport.runtime.bundle.path import check_path
+from wanexport.runtime.bundle.regular_file import read_regular
+from wanexport.runtime.bundle.schema1 import upgrade
+from wanexport.runtime.bundle.signature import SAFETENSORS_DTYPES
+from wanexport.runtime.decode import (
     Count,
     Figure,
     Known,
     Line,
     Name,
-    Range,
     Sha256,
     Size,
     Text,
     decode,
     parse_json,
 )
-from wanexport.runtime.bundle.path import check_path
-from wanexport.runtime.bundle.regular_file import read_regular
-from wanexport.runtime.bundle.signature import REGIONS, SAFETENSORS_DTYPES
-from wanexport.runtime.errors import WanExportError, printable
+from wanexport.runtime.errors import BundleError, WanExportError, printable
+from wanexport.runtime.family import SamplingDefaults
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.solvers import MAX_SHIFT, MAX_STEPS
-from wanexport.runtime.wan_config import EXPERTS, WanConfig
+from wanexport.runtime.program import Input, Program, TensorSpec
+from wanexport.runtime.wan_config import WanConfig
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 # An engine takes up to 7 kB. A thousand of them fit, and parsing so much takes under 0.5 GB.
 MAX_BYTES = 8_000_000
-MAX_GUIDANCE = 1000
 DEVICES = ("cpu", "cuda")
-_EXPERT_ROLES = frozenset(f"denoiser-{expert}" for expert in EXPERTS)
-_TENSORRT = ("tensorrt", "tensorrt-rtx")  # the flavours, which are backends each
-_PLAN_ROLES = {"denoiser", "layers", *_EXPERT_ROLES}
-# backend -> what the files of its engines are
-ROLES: Mapping[str, set[str]] = {
-    "onnx": {"denoiser"},
-    "aoti": {*REGIONS, "flash_attention"},
-    **dict.fromkeys(_TENSORRT, _PLAN_ROLES),
-}
+DENOISER = "denoiser"  # the role of weights and engines
+BASE = "base"  # the weights set that a build makes
 _REMEDY = "restore it, or build again into another folder with -o; the weights stay good"
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of one engine input or output."""
-
-    shape: tuple[Size, ...]
-    dtype: Name = "fp32"
-
-
-@dataclass(frozen=True)
-class SamplingDefaults:
-    """What `sample` uses unless told; guidance is Wan's pair (low noise, high noise)."""
-
-    steps: Annotated[int, Range(1, MAX_STEPS)]
-    shift: Annotated[float, Range(1 / MAX_SHIFT, MAX_SHIFT)]
-    guidance: tuple[
-        Annotated[float, Range(-MAX_GUIDANCE, MAX_GUIDANCE)],
-        Annotated[float, Range(-MAX_GUIDANCE, MAX_GUIDANCE)],
-    ]
-    boundary: float | None  # timesteps >= 1000 * boundary go to the high-noise expert
-    fps: Annotated[int, Range(1, 1000)]
-    solver: Name = "unipc"
 
 
 @dataclass(frozen=True)
@@ -88,12 +58,18 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class WeightsRecord:
-    """One converted checkpoint in one dtype. `expert` is empty where there is only one."""
+    """One converted checkpoint in one dtype: the part of the weights set `name` for one expert.
 
-    dtype: Name
+    `layout` is the hash of the file's header, by which engines know what they can read. `expert`
+    is empty where there is only one.
+    """
+
+    name: Name
+    role: Name
     expert: Annotated[str, Text(r"[A-Za-z0-9._+-]*", 64)]
+    dtype: Name
+    layout: Sha256
     file: FileRecord
-    header_sha256: Sha256
     content: Line  # hash of the source's tensors, whatever their files
     source: Annotated[
         dict[str, Any],
@@ -102,19 +78,24 @@ class WeightsRecord:
     unknown: dict[str, Any] = field(default_factory=dict)  # what a later version wrote
 
 
+def weights_label(name: str, expert: str, dtype: str) -> str:
+    """How the manifest, messages and folders call one file of a weights set.
+
+    That of the base set is called by expert and dtype alone: `high_noise-bf16`.
+    """
+    return "-".join(part for part in ("" if name == BASE else name, expert, dtype) if part)
+
+
 # What is read of an engine's free fields.
 _BUILD = {
     "seconds": Figure,
     "flops_per_forward": Count,
-    "attention_score_bytes": Count,
     "attention_expected": Count,
     "attention_layers": Count | None,
     "attention_kernels": Count | None,
     "activation_bytes": Count | None,
     "plan_seconds": Figure,
     "plan_peak_rss_bytes": Count,
-    "hardware_compatible": bool,
-    "version_compatible": bool,
 }
 _PROOF = {
     "method": str,
@@ -129,20 +110,23 @@ _PARITY = {"passed": bool, "reference": str, "error": float | None}
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """One compiled graph at one geometry; it reads any weights whose header hash it names."""
+    """One compiled Program at one geometry; it reads any weights of the layout that it names.
+
+    `details` are of the backend's own type, one of `details.KINDS`, where that is known and they
+    have its form, and else what was read. `build` is a log of how the engine came about.
+    """
 
     backend: Name
+    role: Name
     dtype: Name
     geometry: Geometry
-    inputs: dict[Name, TensorSpec]
-    output: TensorSpec
+    program: Program
+    details: Any
     sampling: SamplingDefaults
     files: dict[Name, FileRecord]
-    weights_header_sha256: Sha256
+    layout: Sha256
     key: Annotated[str, Text(r"[A-Za-z0-9]*", 128)]
     target: Annotated[dict[Name, Line], Known({"device": Name, "arch": Name})]
-    parameters: dict[Name, tuple[Line, ...]] = field(default_factory=dict)  # in a region's order
-    attention: dict[Name, Name] = field(default_factory=dict)  # number of keys -> kernel
     build: Annotated[dict[str, Any], Known(_BUILD)] = field(default_factory=dict)
     lint: dict[Line, Count] = field(default_factory=dict)
     proof: Annotated[dict[str, Any], Known(_PROOF)] = field(default_factory=dict)
@@ -155,16 +139,39 @@ class EngineRecord:
         return f"{self.geometry.name}/{engine_label(self.backend, self.dtype, self.target)}"
 
     @property
+    def inputs(self) -> dict[str, Input]:
+        """The Program's inputs."""
+        return self.program.inputs
+
+    @property
+    def output(self) -> TensorSpec:
+        """The velocity's shape and dtype."""
+        return self.program.output
+
+    @property
     def unfamiliar(self) -> str:
         """What of the engine this version does not know, in words; empty when it knows all."""
-        if self.backend not in ROLES:
+        if self.role != DENOISER:
+            return f"role {self.role}"
+        if self.backend not in KINDS:
             return f"backend {self.backend}"
         if self.dtype not in SAFETENSORS_DTYPES:
             return f"dtype {self.dtype}"
         if self.target.get("device", "cpu") not in DEVICES:
             return f"device {self.target['device']}"
-        roles = [role for role in self.files if role not in ROLES[self.backend]]
-        return f"file {roles[0]}" if roles else ""
+        if not isinstance(self.details, KINDS[self.backend].details):
+            return "details of another form"
+        role = unknown_file(self.backend, self.program, self.files)
+        return f"file {role}" if role else ""
+
+    @property
+    def fault(self) -> str:
+        """What the record of a familiar engine lacks or has wrong; empty when nothing."""
+        if "device" not in self.target:
+            return "it is for no device"
+        details: Details = self.details
+        calls = [call.name for call in self.program.calls]
+        return details.fault(self.backend, self.target, calls, self.files) or self.program.fault()
 
 
 def engine_label(backend: str, dtype: str, target: Mapping[str, str]) -> str:
@@ -174,7 +181,10 @@ def engine_label(backend: str, dtype: str, target: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle holds. `model` is a preset's name or, for other sizes, the family's."""
+    """What a bundle holds. `model` is a preset's name or, for other sizes, the family's.
+
+    `unread` are engines of a kind that only a later version knows, as they were read.
+    """
 
     model: Line
     config: WanConfig
@@ -183,16 +193,27 @@ class Manifest:
     engines: tuple[EngineRecord, ...]
     wanexport: Line
     schema: int = SCHEMA
+    unread: tuple[dict[str, Any], ...] = ()
     unknown: dict[str, Any] = field(default_factory=dict)  # what a later version wrote
 
-    def weights_of(self, dtype: str) -> list[WeightsRecord]:
-        """The weights sets of one dtype, one for each expert."""
-        return [record for record in self.weights.values() if record.dtype == dtype]
+    def sets(self, layout: str) -> dict[str, dict[str, WeightsRecord]]:
+        """The weights sets of a layout by name, each with its records by expert."""
+        found: dict[str, dict[str, WeightsRecord]] = {}
+        for record in self.weights.values():
+            if record.role == DENOISER and record.layout == layout:
+                found.setdefault(record.name, {})[record.expert] = record
+        return found
+
+    def weights_of(self, layout: str, name: str = BASE) -> list[WeightsRecord]:
+        """The weights set of a name in the layout that an engine reads, in the experts' order."""
+        found = self.sets(layout).get(name, {})
+        return [found[expert] for expert in self.experts or ("",) if expert in found]
 
     def files(self) -> list[FileRecord]:
         """Every file the bundle needs besides its manifest."""
         records = [record.file for record in self.weights.values()]
-        return records + [file for engine in self.engines for file in engine.files.values()]
+        records += [file for engine in self.engines for file in engine.files.values()]
+        return records + [file for engine in self.unread for file in _files_of(engine)]
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
@@ -200,20 +221,57 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
     data = asdict(manifest)
     for record in (data, *data["weights"].values(), *data["engines"]):
         record |= record.pop("unknown")
-    return data
+    data["engines"] += data.pop("unread")
+    return {"family": data["config"].pop("family"), **data}
 
 
 def from_json(data: Any) -> Manifest:
     """A Manifest from parsed JSON. Raises TypeError or ValueError when it is none."""
-    manifest: Manifest = decode(Manifest, data, "manifest")
+    config, engines = data["config"], data["engines"]
+    if not isinstance(config, dict) or not isinstance(engines, list):
+        raise TypeError("config is no object, or engines no list")
+    rows = [_read_engine(engine, f"engines[{i}]") for i, engine in enumerate(engines)]
+    known = {key: value for key, value in data.items() if key not in ("family", "unread")}
+    known |= {"config": {**config, "family": data["family"]}, "engines": []}
+    manifest: Manifest = decode(Manifest, known, "manifest")
+    manifest = replace(
+        manifest,
+        engines=tuple(row for row in rows if isinstance(row, EngineRecord)),
+        unread=tuple(row for row in rows if not isinstance(row, EngineRecord)),
+    )
     _check_files(manifest.files())
-    served: dict[str, set[str]] = {}
-    for weights in manifest.weights.values():
-        served.setdefault(weights.dtype, set()).add(weights.expert)
-    for engine in manifest.engines:
-        if not engine.unfamiliar:
-            _check_engine(engine, manifest.experts, served.get(engine.dtype, set()))
     return manifest
+
+
+def _read_engine(data: Any, where: str) -> EngineRecord | dict[str, Any]:
+    """An engine's record; as it was read where a later version must have written it otherwise."""
+    try:
+        engine: EngineRecord = decode(EngineRecord, data, where)
+    except (KeyError, TypeError, ValueError):
+        if isinstance(data, dict) and _is_of_later(data):
+            return data
+        raise
+    kind = KINDS.get(engine.backend)
+    if kind is None:
+        return engine
+    try:
+        return replace(engine, details=decode(kind.details, engine.details, f"{where}.details"))
+    except (TypeError, ValueError):
+        return engine
+
+
+def _is_of_later(data: Mapping[str, Any]) -> bool:
+    """Whether what an engine says of itself is a kind that this version does not know."""
+    known = {"role": (DENOISER,), "backend": KINDS, "dtype": SAFETENSORS_DTYPES}
+    stated = {name: data.get(name) for name in known}
+    return any(isinstance(v, str) and v not in known[name] for name, v in stated.items())
+
+
+def _files_of(engine: Mapping[str, Any]) -> list[FileRecord]:
+    """The files that an engine of an unknown kind lists, where it lists them as others do."""
+    files = engine.get("files")
+    values = files.values() if isinstance(files, dict) else []
+    return [decode(FileRecord, value, "file") for value in values]
 
 
 def _check_files(files: Sequence[FileRecord]) -> None:
@@ -223,51 +281,6 @@ def _check_files(files: Sequence[FileRecord]) -> None:
         check_path(file.path)
         if contents.setdefault(file.path, file) != file:
             raise ValueError(f"{file.path} has two sizes or hashes")
-
-
-def _check_engine(engine: EngineRecord, experts: tuple[str, ...], served: set[str]) -> None:
-    """Raise ValueError when an engine lacks what running it takes."""
-    if served != set(experts or ("",)):
-        raise ValueError(f"engine {engine.name} lacks weights of an expert")
-    boundary = engine.sampling.boundary
-    if (boundary is not None) != bool(experts) or (boundary is not None and not 0 < boundary < 1):
-        raise ValueError(f"boundary {boundary} does not fit {len(served)} weights sets")
-    missing = {"latent", "timestep", "text"} - set(engine.inputs)
-    if missing:
-        raise ValueError(f"engine {engine.name} has no input {', '.join(sorted(missing))}")
-    if "device" not in engine.target:
-        raise ValueError(f"engine {engine.name} is for no device")
-    if engine.backend == "onnx" and "denoiser" not in engine.files:
-        raise ValueError(f"engine {engine.name} has no graph")
-    if engine.backend == "aoti":
-        if not set(REGIONS) <= engine.files.keys() & engine.parameters.keys():
-            raise ValueError(f"engine {engine.name} lacks one of {', '.join(REGIONS)}")
-        if not all(keys.isdecimal() for keys in engine.attention):
-            raise ValueError(f"engine {engine.name} has attention to what is no number of keys")
-    if engine.backend in _TENSORRT:
-        _check_plan(engine)
-
-
-def _is_version(text: str) -> bool:
-    """Whether a text is a version of a package, as 10.16.1.11 or 10.14.1.48.post1."""
-    try:
-        return len(text) <= 100 and bool(Version(text).release)
-    except InvalidVersion:
-        return False
-
-
-def _check_plan(engine: EngineRecord) -> None:
-    """Raise ValueError when a TensorRT engine does not say what its plan is for."""
-    if not {"arch", engine.backend} <= engine.target.keys():
-        raise ValueError(f"engine {engine.name} is for no architecture or no version")
-    if not re.fullmatch(r"sm[0-9]{1,4}", engine.target["arch"]):
-        raise ValueError(f"engine {engine.name} is for no GPU's architecture")
-    if not _is_version(engine.target[engine.backend]):
-        raise ValueError(f"engine {engine.name} is for no version of TensorRT")
-    if engine.target["device"] != "cuda":
-        raise ValueError(f"engine {engine.name} is for device {engine.target['device']}")
-    if "denoiser" not in engine.files and not engine.files.keys() >= _EXPERT_ROLES:
-        raise ValueError(f"engine {engine.name} has no plan for an expert")
 
 
 def read_manifest(bundle: Path, name: str = MANIFEST) -> Manifest:
@@ -282,24 +295,24 @@ def read_manifest(bundle: Path, name: str = MANIFEST) -> Manifest:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         content = read_regular(path, at_most=MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise WanExportError(
+        raise BundleError(
             f"{bundle} is no bundle: it has no {MANIFEST}; "
             f"make one with: wanexport build -o {bundle}"
         ) from error
     except OSError as error:
-        raise WanExportError(f"cannot read {path}: {error.strerror}") from error
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error
     except WanExportError as error:
-        raise WanExportError(f"{error}; {_REMEDY}") from error
+        raise BundleError(f"{error}; {_REMEDY}") from error
     try:
         data = parse_json(content)
         schema = data["schema"]
-        if type(schema) is int and schema != SCHEMA:
-            raise WanExportError(
-                f"{path} has schema {reprlib.repr(schema)}, this wanexport reads {SCHEMA}: install "
-                f"the wanexport that wrote it, or build again into another folder with -o"
+        if type(schema) is int and schema not in (1, SCHEMA):
+            raise BundleError(
+                f"{path} has schema {reprlib.repr(schema)}, this wanexport reads 1 and {SCHEMA}: "
+                f"install the wanexport that wrote it, or build again into another folder with -o"
             )
-        return from_json(data)
+        return from_json(upgrade(data) if schema == 1 else data)
     except WanExportError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise WanExportError(f"{path} is damaged ({printable(error, 300)}): {_REMEDY}") from error
+        raise BundleError(f"{path} is damaged ({printable(error, 300)}): {_REMEDY}") from error

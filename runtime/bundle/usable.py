@@ -7,21 +7,18 @@ derived anew, and an engine whose record says otherwise is never opened.
 from collections.abc import Mapping
 from pathlib import Path
 
-from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, TensorSpec
-from wanexport.runtime.bundle.signature import (
-    input_shapes,
-    key_lengths,
-    region_parameters,
-    weights_header_sha256,
-)
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.bundle.manifest import EngineRecord, Manifest
+from wanexport.runtime.bundle.signature import layout_sha256, program_of
+from wanexport.runtime.errors import BundleError
+from wanexport.runtime.family import FAMILIES, family_of
+from wanexport.runtime.program import Program, TensorSpec
 from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 
 def check_usable(bundle: Path, manifest: Manifest, engine: EngineRecord) -> None:
-    """Raise WanExportError when this version cannot use the engine, whatever the machine."""
+    """Raise BundleError when this version cannot use the engine, whatever the machine."""
     if reason := why_unusable(bundle, manifest, engine):
-        raise WanExportError(reason)
+        raise BundleError(reason)
 
 
 def why_unusable(bundle: Path, manifest: Manifest, engine: EngineRecord) -> str:
@@ -29,12 +26,14 @@ def why_unusable(bundle: Path, manifest: Manifest, engine: EngineRecord) -> str:
     unfamiliar = engine.unfamiliar
     if not unfamiliar and set(manifest.experts) - set(EXPERTS):
         unfamiliar = f"experts {' and '.join(manifest.experts)}"
+    if not unfamiliar and manifest.config.family not in FAMILIES:
+        unfamiliar = f"family {manifest.config.family}"
     if unfamiliar:
         return (
             f"engine {engine.name} has {unfamiliar}, which this wanexport does not know: install "
             f"the one that built it, wanexport {manifest.wanexport}, or build another engine"
         )
-    if reason := mismatch(manifest.config, engine):
+    if reason := mismatch(manifest.config, engine) or _lacks(manifest, engine):
         geometry = engine.geometry
         size = f"{geometry.height}x{geometry.width}"
         return (
@@ -45,35 +44,48 @@ def why_unusable(bundle: Path, manifest: Manifest, engine: EngineRecord) -> str:
     return ""
 
 
+def _lacks(manifest: Manifest, engine: EngineRecord) -> str:
+    """What a model with or without experts must have beside an engine of it."""
+    boundary, experts = engine.sampling.boundary, manifest.experts
+    if (boundary is not None) != bool(experts) or (boundary is not None and not 0 < boundary < 1):
+        return f"boundary {boundary} does not fit {len(experts)} experts"
+    served = {expert for records in manifest.sets(engine.layout).values() for expert in records}
+    return "" if served >= set(experts or ("",)) else "the bundle lacks weights of an expert"
+
+
 def mismatch(config: WanConfig, engine: EngineRecord) -> str:
     """What an engine of a known kind records otherwise than config and geometry make it."""
-    stride = engine.geometry.spatial_stride
-    if stride != config.spatial_stride:
-        return f"it is for a VAE of stride {stride}, the model's has {config.spatial_stride}"
-    shapes = input_shapes(config, engine.geometry)
-    expected = {name: TensorSpec(shape) for name, shape in shapes.items()}
-    if list(engine.inputs.items()) != list(expected.items()):
-        return f"its inputs are {_shown(engine.inputs)}, the model takes {_shown(expected)}"
-    if engine.output != expected["latent"]:
-        output, latent = _shown({"output": engine.output}), _shown({"output": expected["latent"]})
-        return f"it has {output}, the model {latent}"
-    if engine.weights_header_sha256 != weights_header_sha256(config, engine.dtype):
+    if engine.fault:
+        return engine.fault
+    stride, expected = engine.geometry.spatial_stride, family_of(config).vae.spatial_stride
+    if stride != expected:
+        return f"it is for a VAE of stride {stride}, the model's has {expected}"
+    program = program_of(config, engine.geometry)
+    if len(engine.program.calls) < len(program.calls):
+        program = program.whole()
+    if differing := _difference(engine.program, program):
+        return differing
+    if engine.layout != layout_sha256(config, engine.dtype):
         return "it is for weights of another layout than this wanexport gives the model"
-    return _region_mismatch(config, engine) if engine.backend == "aoti" else ""
-
-
-def _region_mismatch(config: WanConfig, engine: EngineRecord) -> str:
-    """What of an AOTInductor engine's calls differs from what its regions take."""
-    for region, names in region_parameters(config).items():
-        own = engine.parameters[region]
-        if own != names:
-            wrong = next((a for a, b in zip(own, names) if a != b), f"{len(own)} of {len(names)}")
-            return f"its {region} takes other parameters than the model has, {wrong:.60} for one"
-    lengths = {str(length) for length in key_lengths(config, engine.geometry)}
-    if engine.attention.keys() != lengths:
-        found, needed = ", ".join(engine.attention) or "none", ", ".join(sorted(lengths))
-        return f"it has attention to {found:.60} keys, the model to {needed}"
+    kernels = getattr(engine.details, "attention", {})
+    if isinstance(kernels, dict) and kernels.keys() != program.attention.keys():
+        found, needed = ", ".join(kernels) or "none", ", ".join(program.attention)
+        return f"it has kernels for attention of kind {found:.60}, the model needs {needed}"
     return ""
+
+
+def _difference(own: Program, model: Program) -> str:
+    """What of a recorded Program is not the model's, in words; empty when all is."""
+    if list(own.inputs.items()) != list(model.inputs.items()):
+        return f"its inputs are {_shown(own.inputs)}, the model takes {_shown(model.inputs)}"
+    if own.outputs != model.outputs:
+        return f"its output is {_shown(own.outputs)}, the model's {_shown(model.outputs)}"
+    for call, expected in zip(own.calls, model.calls):
+        if call.parameters != expected.parameters:
+            pairs = zip(call.parameters, expected.parameters)
+            wrong = next((a for a, b in pairs if a != b), f"{len(call.parameters)} of them")
+            return f"its {call.name} takes other parameters than the model has, {wrong:.60} for one"
+    return "" if own == model else "its calls are not the model's"
 
 
 def _shown(specs: Mapping[str, TensorSpec]) -> str:

@@ -1,0 +1,112 @@
+"""What each backend's engines record of themselves that decides how they are opened."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from packaging.version import InvalidVersion, Version
+
+from wanexport.runtime.decode import Count, Name
+from wanexport.runtime.program import WHOLE, Program
+from wanexport.runtime.wan_config import EXPERTS
+
+
+class Details(Protocol):
+    """The typed details of one backend's engines."""
+
+    def fault(
+        self, backend: str, target: Mapping[str, str], calls: Sequence[str], files: Collection[str]
+    ) -> str:
+        """What a record of these details lacks or has wrong, in words; empty when nothing.
+
+        calls are the names of the Program's calls, files the roles of the engine's files.
+        """
+
+
+@dataclass(frozen=True)
+class OnnxDetails:
+    """An ONNX graph: its operator of attention, and the bytes of one layer's scores in fp32."""
+
+    attention: Name = "native"
+    attention_score_bytes: Count = 0
+
+    def fault(
+        self, backend: str, target: Mapping[str, str], calls: Sequence[str], files: Collection[str]
+    ) -> str:
+        """See Details."""
+        return _missing(calls, files)
+
+
+@dataclass(frozen=True)
+class AotiDetails:
+    """AOTInductor packages: the kernel of each kind of attention."""
+
+    attention: dict[Name, Name] = field(default_factory=dict)
+
+    def fault(
+        self, backend: str, target: Mapping[str, str], calls: Sequence[str], files: Collection[str]
+    ) -> str:
+        """See Details."""
+        return _missing(calls, files)
+
+
+@dataclass(frozen=True)
+class TensorRtDetails:
+    """A TensorRT plan: whether it serves newer GPUs and versions than those it was built with."""
+
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+
+    def fault(
+        self, backend: str, target: Mapping[str, str], calls: Sequence[str], files: Collection[str]
+    ) -> str:
+        """See Details."""
+        if not re.fullmatch(r"sm[0-9]{1,4}", target.get("arch", "")):
+            return "it is for no GPU's architecture"
+        if not _is_version(target.get(backend, "")):
+            return "it is for no version of TensorRT"
+        if target.get("device") != "cuda":
+            return f"it is for device {target.get('device')}"
+        return "" if any(is_plan(role) for role in files) else "it has no plan"
+
+
+class Kind(NamedTuple):
+    """What the manifest holds of a backend's engines: the type of details, and roles of files."""
+
+    details: type[OnnxDetails] | type[AotiDetails] | type[TensorRtDetails]
+    files: frozenset[str] = frozenset()  # beside those that are named as the Program's calls
+
+
+_PLANS = frozenset({"layers", *(f"{WHOLE}-{expert}" for expert in EXPERTS)})
+KINDS = {
+    "onnx": Kind(OnnxDetails),
+    "aoti": Kind(AotiDetails, frozenset({"flash_attention"})),
+    "tensorrt": Kind(TensorRtDetails, _PLANS),
+    "tensorrt-rtx": Kind(TensorRtDetails, _PLANS),
+}
+
+
+def unknown_file(backend: str, program: Program, files: Collection[str]) -> str:
+    """The role of a file that the backend's engines do not have; empty when there is none."""
+    known = {call.name for call in program.calls} | KINDS[backend].files
+    return next((role for role in files if role not in known), "")
+
+
+def is_plan(role: str) -> bool:
+    """Whether a file of this role is a plan: one for all, or one with an expert's weights."""
+    return role == WHOLE or role.startswith(f"{WHOLE}-")
+
+
+def _is_version(text: str) -> bool:
+    """Whether a text is a version of a package, as 10.16.1.11 or 10.14.1.48.post1."""
+    try:
+        return len(text) <= 100 and bool(Version(text).release)
+    except InvalidVersion:
+        return False
+
+
+def _missing(calls: Sequence[str], files: Collection[str]) -> str:
+    """That a call's file is not there, in words."""
+    missing = [call for call in calls if call not in files]
+    return f"it has no file for its call {missing[0]}" if missing else ""

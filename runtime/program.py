@@ -1,0 +1,131 @@
+"""What an engine is, as data: its inputs, the calls it is made of, and the values between them.
+
+Calls read and write values by name. `{i}` in a name stands for the number of a layer: a call that
+repeats runs once a layer, with that layer's parameters and state.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+from wanexport.runtime.decode import Line, Name, Range, Size, Text
+
+ENGINE_DTYPE = "engine"  # of a value: whatever precision the engine has
+MOMENTS = ("prompt", "step")  # when a call runs: once for a prompt, or at every step
+LAYER = "{i}"
+WHOLE = "denoiser"  # the call that an engine of one graph is
+_MOST_LAYERS = 1024
+_Templated = Annotated[str, Text(r"[A-Za-z0-9][A-Za-z0-9._+{}-]*", 64)]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor."""
+
+    shape: tuple[Size, ...]
+    dtype: Name = "fp32"
+
+
+@dataclass(frozen=True)
+class Input(TensorSpec):
+    """An input of an engine; `draw` says how a seeded one is made, `normal` by default.
+
+    `rows` are fewer rows than the shape has, zero-padded, as text embeddings are; `masked` begins
+    with 4 channels that are 1 in the first latent frame and 0 in the others.
+    """
+
+    draw: Name = "normal"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention operators of one kind: how many a forward has, of how many tokens to which."""
+
+    count: Size
+    queries: Size
+    keys: Size
+
+
+@dataclass(frozen=True)
+class Call:
+    """One compiled function, called as `name(parameters, reads, state) -> writes`.
+
+    parameters are names of the weights, in order; state is written in place. A call with `repeat`
+    runs for layer 0 to repeat - 1, each time reading what the one before wrote.
+    """
+
+    name: Name
+    reads: tuple[Name, ...]
+    writes: tuple[Name, ...]
+    parameters: tuple[Line, ...] = ()
+    state: tuple[_Templated, ...] = ()
+    repeat: Annotated[int, Range(1, _MOST_LAYERS)] = 1
+    when: Name = "step"
+
+    def layers(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+        """The names of the parameters and of the state of each layer."""
+        for index in range(self.repeat):
+            yield of_layer(self.parameters, index), of_layer(self.state, index)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Calls in order, from `inputs` and earlier calls' `values` to `outputs`.
+
+    `state` lives as long as a session, begins as zeros, and is named per layer. The dtype `engine`
+    of a value is the engine's precision. `attention` has the operators by their kind: `self`, of
+    the video's tokens to one another, `text` and `image`, to those tokens.
+    """
+
+    inputs: dict[Name, Input]
+    outputs: dict[Name, TensorSpec]
+    calls: tuple[Call, ...]
+    values: dict[Name, TensorSpec] = field(default_factory=dict)
+    state: dict[_Templated, TensorSpec] = field(default_factory=dict)
+    attention: dict[Name, Attention] = field(default_factory=dict)
+
+    @property
+    def output(self) -> TensorSpec:
+        """The one output of a denoiser: the velocity."""
+        (spec,) = self.outputs.values()
+        return spec
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every call runs at every step and nothing is kept between steps."""
+        return not self.state and all(call.when == "step" for call in self.calls)
+
+    def states(self) -> dict[str, TensorSpec]:
+        """Every tensor of the state by its own name, that of a layer with the layer's number."""
+        repeats = {name: call.repeat for call in self.calls for name in call.state}
+        return {
+            name.replace(LAYER, str(index)): spec
+            for name, spec in self.state.items()
+            for index in range(repeats.get(name, 1) if LAYER in name else 1)
+        }
+
+    def whole(self) -> "Program":
+        """The same as one call at every step, as an ONNX graph or a TensorRT plan is.
+
+        The call knows its parameters by their names, so it lists none.
+        """
+        call = Call(WHOLE, tuple(self.inputs), tuple(self.outputs), state=tuple(self.states()))
+        return replace(self, calls=(call,), values={}, state=self.states())
+
+    def fault(self) -> str:
+        """What is wrong with the order of calls and names, in words; empty when nothing is."""
+        known: set[str] = set(self.inputs)
+        for call in self.calls:
+            if missing := [name for name in call.reads if name not in known]:
+                return f"call {call.name} reads {missing[0]}, which nothing before it writes"
+            if call.when not in MOMENTS:
+                return f"call {call.name} runs at each {call.when}"
+            known |= set(call.writes)
+        missing = [name for name in self.outputs if name not in known]
+        return f"no call writes {missing[0]}" if missing else ""
+
+
+def of_layer(names: tuple[str, ...], index: int) -> tuple[str, ...]:
+    """Templated names as they are for one layer."""
+    return tuple(name.replace(LAYER, str(index)) for name in names)
+
