@@ -17,10 +17,11 @@ from wanexport.graphs.places import check_listed, find_parts, weight_files
 from wanexport.graphs.stated import boundary_of, check_config, read_config, read_index, settings
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.bundle.tensorfile import TensorEntry, read_header, read_metadata
+from wanexport.runtime.dtypes import DTYPES, PRECISIONS
 from wanexport.runtime.errors import WanExportError, WanExportWarning, printable
 from wanexport.runtime.wan_config import WanConfig
 
-STORED_DTYPES = ("F32", "BF16", "F16")
+STORED_DTYPES = tuple(DTYPES[name].stored for name in PRECISIONS)
 
 # diffusers name -> official name; {} is the block's number, * is weight or bias.
 _KEY_TABLE = {
@@ -247,7 +248,7 @@ def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path:
         if entry.shape != expected[name]:
             problems.append(f"{name} is {list(entry.shape)}, expected {list(expected[name])}")
         elif entry.dtype not in STORED_DTYPES:
-            problems.append(f"{name} is {entry.dtype}, expected F32, BF16 or F16")
+            problems.append(f"{name} is {entry.dtype}, expected {', '.join(STORED_DTYPES)}")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise WanExportError(
