@@ -17,13 +17,14 @@ from wanexport.graphs.places import check_listed, find_parts, weight_files
 from wanexport.graphs.stated import boundary_of, check_config, read_config, read_index, settings
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.bundle.tensorfile import TensorEntry, read_header, read_metadata
-from wanexport.runtime.errors import WanExportError, WanExportWarning, printable
+from wanexport.runtime.dtypes import DTYPES, PRECISIONS
+from wanexport.runtime.errors import BadRequest, WanExportError, WanExportWarning, printable
+from wanexport.runtime.parts.key_tables import key_table, required
 from wanexport.runtime.wan_config import WanConfig
 
-STORED_DTYPES = ("F32", "BF16", "F16")
+STORED_DTYPES = tuple(DTYPES[name].stored for name in PRECISIONS)
 
-# diffusers name -> official name; {} is the block's number, * is weight or bias.
-_KEY_TABLE = {
+_ROWS = {  # diffusers name -> official name
     "patch_embedding.*": "patch_embedding.*",
     "condition_embedder.text_embedder.linear_1.*": "text_embedding.0.*",
     "condition_embedder.text_embedder.linear_2.*": "text_embedding.2.*",
@@ -57,6 +58,7 @@ _KEY_TABLE = {
     "scale_shift_table": "head.modulation",
     "proj_out.*": "head.head.*",
 }
+official_name = key_table(_ROWS)
 _UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")  # diffusers ignores it too
 
 
@@ -178,18 +180,6 @@ def _read_file(file: Path, expert: str) -> dict[str, TensorEntry]:
     return entries
 
 
-def official_name(name: str) -> str:
-    """Translate a diffusers parameter name; a name the table lacks is returned as it is."""
-    number = re.match(r"blocks\.(\d+)\.", name)
-    generic = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
-    stem, _, last = generic.rpartition(".")
-    wild = f"{stem}.*" if last in ("weight", "bias") else generic
-    if wild not in _KEY_TABLE:
-        return name
-    official = _KEY_TABLE[wild].replace("*", last)
-    return official.replace("{}", number[1]) if number else official
-
-
 def recognise(
     tensors: Mapping[str, SourceTensor], stated: Mapping[str, Any], path: Path, config_file: Path
 ) -> WanConfig:
@@ -197,15 +187,9 @@ def recognise(
 
     Raises WanExportError when a tensor that decides the config is missing.
     """
-
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        if name not in tensors or len(tensors[name].entry.shape) != rank:
-            raise WanExportError(
-                f"{printable(path)} is no Wan diffusion transformer: it has no {name} of rank "
-                f"{rank}; expected the official or the diffusers layout"
-            )
-        return tensors[name].entry.shape
-
+    what = f"{printable(path)} is no Wan diffusion transformer"
+    shapes = {name: tensor.entry.shape for name, tensor in tensors.items()}
+    shape = required(shapes, what, "the official or the diffusers layout", BadRequest)
     dim, in_channels = shape("patch_embedding.weight", 5)[:2]
     out_channels = shape("head.head.weight", 2)[0] // 4
     if (in_channels, out_channels) == (48, 16):
@@ -247,7 +231,7 @@ def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path:
         if entry.shape != expected[name]:
             problems.append(f"{name} is {list(entry.shape)}, expected {list(expected[name])}")
         elif entry.dtype not in STORED_DTYPES:
-            problems.append(f"{name} is {entry.dtype}, expected F32, BF16 or F16")
+            problems.append(f"{name} is {entry.dtype}, expected {', '.join(STORED_DTYPES)}")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise WanExportError(

@@ -16,16 +16,24 @@ import torch
 from torch import Tensor
 
 from wanexport.graphs.checkpoint import SourceTensor
+from wanexport.runtime import dtypes
 from wanexport.runtime.bundle.durable import durable_file
 from wanexport.runtime.bundle.regular_file import open_regular
-from wanexport.runtime.bundle.signature import SAFETENSORS_DTYPES, parameter_shapes, weights_layout
-from wanexport.runtime.bundle.tensorfile import read_at, read_header
+from wanexport.runtime.bundle.signature import parameter_shapes, weights_layout
+from wanexport.runtime.bundle.tensorfile import TensorEntry, read_at, read_header
 from wanexport.runtime.errors import WanExportError, printable
 from wanexport.runtime.wan_config import WanConfig
 
 CHUNK = 1 << 23  # elements converted at a time: 32 MB of fp32
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_TORCH_DTYPES = {SAFETENSORS_DTYPES[name]: dtype for name, dtype in DTYPES.items()}
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, dtypes.DTYPES[name].torch) for name in dtypes.PRECISIONS
+}
+
+
+def _torch_dtype(entry: TensorEntry) -> torch.dtype:
+    """What PyTorch calls the dtype of a tensor in a file."""
+    dtype: torch.dtype = getattr(torch, dtypes.STORED[entry.dtype].torch)
+    return dtype
 
 
 class WeightSource(Protocol):
@@ -50,7 +58,7 @@ class CheckpointWeights:
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The parameter's elements in order. Raises WanExportError when its file ends early."""
         file, entry = self.tensors[name].file, self.tensors[name].entry
-        dtype = _TORCH_DTYPES[entry.dtype]
+        dtype = _torch_dtype(entry)
         buffer = bytearray(min(entry.size, CHUNK * dtype.itemsize))
         digest, done = hashlib.sha256(), 0
         with open(open_regular(file), "rb") as stream:
@@ -135,7 +143,7 @@ def write_weights(
     with durable_file(path) as file:
         file.write(header)
         for name, entry in entries.items():
-            stored = _TORCH_DTYPES[entry.dtype]
+            stored = _torch_dtype(entry)
             check = _FiniteCheck(name, stored)
             for chunk in source.chunks(name):
                 check.add(chunk)
@@ -198,7 +206,7 @@ def read_tensor(source: SourceTensor, *, fits: torch.dtype | None = None) -> Ten
             raise WanExportError(
                 f"{printable(source.file)} ended while it was read: write it again"
             )
-    tensor = torch.frombuffer(buffer, dtype=_TORCH_DTYPES[entry.dtype])
+    tensor = torch.frombuffer(buffer, dtype=_torch_dtype(entry))
     check = _FiniteCheck(source.name, fits or tensor.dtype)
     check.add(tensor)
     check.refuse()

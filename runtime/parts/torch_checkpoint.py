@@ -18,10 +18,11 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from wanexport.runtime.bundle.regular_file import open_regular
+from wanexport.runtime.dtypes import DTYPES, PRECISIONS
 from wanexport.runtime.errors import WanExportError, printable
 
 _SHOWN = 4  # of the tensors that do not fit, in an error
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = [DTYPES[name].torch for name in PRECISIONS]
 _ZIP = b"PK\x03\x04"  # what torch.save writes since PyTorch 1.6; an older file cannot be mapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -91,8 +92,8 @@ def load_converted(model: Model, tensors: Mapping[str, Tensor], path: Path) -> M
         shape, dtype = list(tensors[name].shape), tensors[name].dtype
         if shape != list(expected[name].shape):
             problems.append(f"{name} is {shape}, expected {list(expected[name].shape)}")
-        elif dtype not in _FLOATS:
-            problems.append(f"{name} is {dtype}, expected float32, bfloat16 or float16")
+        elif str(dtype).removeprefix("torch.") not in _FLOATS:
+            problems.append(f"{name} is {dtype}, expected {', '.join(_FLOATS)}")
     _refuse(problems, type(model), path)
     model.load_state_dict(dict(tensors), assign=True)
     return model.eval().requires_grad_(False)

@@ -23,7 +23,7 @@ from wanexport.runtime.machine.memory import (
     limit_bytes,
     physical_bytes,
 )
-from wanexport.runtime.parts.key_tables import config_of, diffusers_name
+from wanexport.runtime.parts.vae_keys import config_of, diffusers_name
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -34,7 +34,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"arrays", "solvers", "wan_config"}),
         frozenset({"geometry"}),
         frozenset({"machine"}),
-        frozenset({"errors"}),
+        frozenset({"errors", "dtypes"}),
     ),
 }
 Arrows = frozenset[tuple[str, str]]

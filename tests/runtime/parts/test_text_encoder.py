@@ -198,7 +198,7 @@ def test_close_frees_the_model_at_once(encoder: UMT5TextEncoder) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("token_embedding.weight"), "is no umT5 encoder, it has no matrix token_"),
+        (lambda t: t.pop("token_embedding.weight"), "is no umT5 encoder: it has no token_"),
         (lambda t: t.pop("blocks.1.ffn.fc2.weight"), r"missing .*\.1\.DenseReluDense\.wo\.weight"),
         (lambda t: t.update(extra=torch.ones(1)), "unexpected extra"),
         (lambda t: t.update({"norm.weight": torch.ones(5)}), r"final_layer_norm.weight is \[5\]"),

@@ -30,8 +30,8 @@ from tests.oracles.official_vae import (
 )
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 from wanexport.runtime.parts import vae as vae_module
-from wanexport.runtime.parts.key_tables import config_of, diffusers_name
 from wanexport.runtime.parts.vae import Vae, needed_bytes, open_vae
+from wanexport.runtime.parts.vae_keys import config_of, diffusers_name
 from wanexport.runtime.parts.vae_tiling import run_tiled
 
 VERSIONS = ("Wan2.1", "Wan2.2")
