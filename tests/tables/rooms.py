@@ -27,7 +27,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     "runtime": (
         frozenset({"serving", "drop_in"}),
         frozenset({"load"}),
-        frozenset({"denoiser", "sample"}),
+        frozenset({"denoiser", "sample", "settings"}),
         frozenset({"engines", "parts"}),
         frozenset({"family"}),
         frozenset({"bundle"}),
