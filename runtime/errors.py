@@ -92,13 +92,13 @@ def explain(error: Exception) -> str:
 
 
 def refuse_empty(**names: str | Path | None) -> None:
-    """Raise WanExportError for a name or path that is an empty text, which would be `.` as a path.
+    """Raise BadRequest for a name or path that is an empty text, which would be `.` as a path.
 
     It is what a script's variable has that was never set.
     """
     for what, name in names.items():
         if isinstance(name, str) and not name.strip():
-            raise WanExportError(f"{what} is empty: name one, or leave it out")
+            raise BadRequest(f"{what} is empty: name one, or leave it out")
 
 
 _LONGEST_PATH = 4096

@@ -41,7 +41,7 @@ _FUSED = ".to_qkv."  # the official tensor stacks query, key and value
 _transformers_name = key_table(_ROWS)
 
 
-def open_image_encoder(weights: Path, *, device: str = "cpu") -> "CLIPImageEncoder":
+def open_image_encoder(weights: str | Path, *, device: str = "cpu") -> "CLIPImageEncoder":
     """Open the image encoder of a diffusers folder or of the official .pth file.
 
     It computes in fp16 on a GPU, as the official code does, and in fp32 on a CPU, which is slow in
@@ -52,6 +52,7 @@ def open_image_encoder(weights: Path, *, device: str = "cpu") -> "CLIPImageEncod
         import torch
         import transformers  # noqa: F401
 
+    weights = Path(weights)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     open_model = _open_diffusers if weights.is_dir() else _open_official
     model = open_model(weights, dtype)

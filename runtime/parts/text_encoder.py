@@ -62,7 +62,7 @@ def clean_prompt(text: str) -> str:
 
 
 def open_text_encoder(
-    weights: Path, tokenizer: Path, *, device: str = "cpu", dtype: str = "bf16"
+    weights: str | Path, tokenizer: str | Path, *, device: str = "cpu", dtype: str = "bf16"
 ) -> "UMT5TextEncoder":
     """Open the text encoder of a diffusers folder or of an official .pth file.
 
@@ -79,6 +79,7 @@ def open_text_encoder(
         import tokenizers  # noqa: F401
         import torch
         import transformers  # noqa: F401
+    weights, tokenizer = Path(weights), Path(tokenizer)
     words = _open_tokenizer(tokenizer)
     open_model = _open_diffusers if weights.is_dir() else _open_official
     model = open_model(weights, getattr(torch, DTYPES[dtype].torch))

@@ -42,7 +42,7 @@ _BYTES = {
 }
 
 
-def open_vae(weights: Path, *, device: str = "cpu", tiling: bool | None = None) -> "Vae":
+def open_vae(weights: str | Path, *, device: str = "cpu", tiling: bool | None = None) -> "Vae":
     """Open a VAE: a folder in diffusers' layout, or the official Wan2.1_VAE.pth or Wan2.2_VAE.pth.
 
     tiling True cuts a picture of more than 256 pixels a side into tiles, False never does, and None
@@ -54,6 +54,7 @@ def open_vae(weights: Path, *, device: str = "cpu", tiling: bool | None = None) 
     with needing_extra("pipeline", "the VAE"):
         import torch
         from diffusers import AutoencoderKLWan
+    weights = Path(weights)
     read = _read_folder if weights.is_dir() else _read_official
     model = read(AutoencoderKLWan, weights)
     try:
