@@ -11,6 +11,7 @@ from wanexport.runtime.arrays import Array, is_finite, is_torch, to_fp32_like, t
 from wanexport.runtime.denoiser import check_rows, open_session
 from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.family import MAX_GUIDANCE, SamplingDefaults
+from wanexport.runtime.settings import Settings
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS, SOLVERS, Schedule, make_schedule
 
 
@@ -63,9 +64,7 @@ def sample(
     the denoiser's to raise, at a step.
     """
     defaults = getattr(denoiser, "sampling", None)
-    plan = make_plan(
-        defaults, solver=solver, steps=steps, shift=shift, guidance=guidance, timesteps=timesteps
-    )
+    plan = make_plan(defaults, Settings(steps, shift, guidance, solver, timesteps))
     if negative is None and any(g != 1 for g in plan.guidance):
         raise BadRequest(
             f"guidance {max(plan.guidance)} needs negative text embeddings: "
@@ -95,37 +94,37 @@ def denoise(denoiser: Callable[..., Array], **options: Any) -> Step:
     return step
 
 
-def make_plan(
-    defaults: SamplingDefaults | None,
-    *,
-    solver: str | None = None,
-    steps: int | None = None,
-    shift: float | None = None,
-    guidance: float | tuple[float, float] | None = None,
-    timesteps: Sequence[float] | None = None,
-) -> Plan:
+def make_plan(defaults: SamplingDefaults | None, settings: Settings) -> Plan:
     """Fill what is None from the defaults. Raises BadRequest when something is left open."""
-    if timesteps is not None:
-        if steps is not None or shift is not None:
-            raise BadRequest("timesteps name every step: leave out steps and shift")
-        timesteps = _numbers(timesteps)
-        steps, shift = len(timesteps), 1.0
-        solver, guidance = solver or "euler", 1.0 if guidance is None else guidance
-    if defaults is not None:
-        solver = solver or defaults.solver
-        steps = defaults.steps if steps is None else steps
-        shift = defaults.shift if shift is None else shift
-        guidance = defaults.guidance if guidance is None else guidance
+    asked = _distilled(settings) if settings.timesteps is not None else settings
+    solver, steps, shift, guidance = (
+        getattr(defaults, name, None) if (value := getattr(asked, name)) is None else value
+        for name in ("solver", "steps", "shift", "guidance")
+    )
     if solver is None or steps is None or shift is None or guidance is None:
         raise BadRequest(
             "this denoiser has no sampling defaults: pass solver, steps, shift and guidance"
         )
-    schedule = make_schedule(solver, steps=steps, shift=shift, timesteps=timesteps)
+    schedule = make_schedule(solver, steps=steps, shift=shift, timesteps=asked.timesteps)
     boundary = None if defaults is None else defaults.boundary
     return Plan(solver, schedule, _guidance_per_step(guidance, schedule, boundary))
 
 
-def _numbers(timesteps: Sequence[float]) -> list[float]:
+def _distilled(settings: Settings) -> Settings:
+    """The settings of a distilled model, whose timesteps are given."""
+    if settings.steps is not None or settings.shift is not None:
+        raise BadRequest("timesteps name every step: leave out steps and shift")
+    timesteps = _numbers(settings.timesteps)
+    return Settings(
+        steps=len(timesteps),
+        shift=1.0,
+        guidance=1.0 if settings.guidance is None else settings.guidance,
+        solver=settings.solver or "euler",
+        timesteps=timesteps,
+    )
+
+
+def _numbers(timesteps: Any) -> list[float]:
     try:
         if isinstance(timesteps, str):  # whose letters would be numbers of one digit
             raise TypeError

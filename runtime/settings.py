@@ -22,7 +22,7 @@ class Settings:
 
     guidance is a number or Wan's (low noise, high noise) pair. timesteps are the explicit ones of a
     distilled model. The numbers of a list, array or iterator are kept, which its owner may change
-    or use up. Nothing is refused here: `make_plan` does that.
+    or use up. Nothing is refused here: `sample.make_plan` does that.
     """
 
     steps: int | None = None

@@ -118,6 +118,7 @@ class EngineRecord:
 
     backend: Name
     role: Name
+    family: Name
     dtype: Name
     geometry: Geometry
     program: Program

@@ -17,18 +17,18 @@ from typing import Any
 
 from wanexport.runtime.bundle.manifest import Manifest, read_manifest
 from wanexport.runtime.errors import BundleError, printable
+from wanexport.runtime.family import family_of
 from wanexport.runtime.parts.hub import HUB_ID, download, is_offline
 
 PARTS = ("text_encoder", "vae", "image_encoder")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_WAN22_CHANNELS = 48  # of the latent of Wan2.2's own VAE; all others have Wan2.1's 16
 
 # layout -> part -> its folder or file in the checkpoint
 _NAMES = {
     "official": {
         "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
         "tokenizer": "google/umt5-xxl",
-        "vae": "Wan2.1_VAE.pth",
+        "vae": "",  # the family says which
         "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
     },
     "diffusers": {
@@ -125,30 +125,17 @@ def _owner(part: str) -> str:
 def _names_of(manifest: Manifest) -> dict[str, dict[str, str]]:
     """The names of the parts that this bundle's model has, in each layout."""
     names = {layout: dict(parts) for layout, parts in _NAMES.items()}
-    if _has_wan22_vae(manifest):
-        names["official"]["vae"] = "Wan2.2_VAE.pth"
-    if not _takes_image(manifest):
+    family = family_of(manifest.config)
+    names["official"]["vae"] = family.vae.file
+    if not family.clip_tokens:
         for parts in names.values():
             del parts["image_encoder"]
     return names
 
 
-def _has_wan22_vae(manifest: Manifest) -> bool:
-    return any(engine.output.shape[1] == _WAN22_CHANNELS for engine in manifest.engines)
-
-
-def _takes_image(manifest: Manifest) -> bool:
-    return any("image" in engine.inputs for engine in manifest.engines)
-
-
 def _hub_id(manifest: Manifest, layout: str = "official") -> str:
     """The published checkpoint that has the parts of this bundle's model."""
-    if _has_wan22_vae(manifest):
-        name = "Wan-AI/Wan2.2-TI2V-5B"
-    elif _takes_image(manifest):
-        name = "Wan-AI/Wan2.1-I2V-14B-480P"
-    else:
-        name = "Wan-AI/Wan2.1-T2V-1.3B"
+    name = family_of(manifest.config).hub
     return f"{name}-Diffusers" if layout == "diffusers" else name
 
 

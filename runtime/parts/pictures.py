@@ -14,6 +14,7 @@ import numpy as np
 
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.errors import BadRequest, needing_extra
+from wanexport.runtime.family import family_named
 from wanexport.runtime.geometry import PATCH, TEMPORAL_STRIDE, Geometry
 from wanexport.runtime.parts.picture_reading import Picture, picture_name, read_picture
 from wanexport.runtime.parts.protocols import ImageEncoder, VideoCodec
@@ -21,7 +22,6 @@ from wanexport.runtime.parts.protocols import ImageEncoder, VideoCodec
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_TWO_IMAGES = 514  # CLIP tokens of a first and a last image
 # Areas of the official --size, by resampling: image-to-video's and TI2V's.
 _OFFICIAL_AREAS = {"bicubic": (480 * 832, 720 * 1280), "lanczos": (704 * 1280,)}
 _LEAST_SHARE = 0.9  # of such an area, after both sides were floored
@@ -42,19 +42,15 @@ class FittedImage:
 
 
 def takes_image(record: EngineRecord) -> bool:
-    """Whether the model can be given a first image."""
-    return "condition" in record.inputs or _blends_first_frame(record)
+    """Whether the model can be given a first image: one that blends it needs frames after it."""
+    family = family_named(record.family)
+    is_too_short = family.blends_first_frame and record.geometry.frames == 1
+    return "first" in family.takes and not is_too_short
 
 
 def takes_last_image(record: EngineRecord) -> bool:
     """Whether the model goes from a first to a last image, and needs both."""
-    image = record.inputs.get("image")
-    return image is not None and image.shape[1] == _TWO_IMAGES
-
-
-def _blends_first_frame(record: EngineRecord) -> bool:
-    """Whether the model is TI2V, and the video has frames that follow the first."""
-    return record.inputs["timestep"].shape[0] > 1
+    return "last" in family_named(record.family).takes
 
 
 def fit_images(
@@ -66,7 +62,7 @@ def fit_images(
     no picture.
     """
     _check_images(record, image is not None, last_image is not None)
-    resample = "bicubic" if "condition" in record.inputs else "lanczos"
+    resample = "lanczos" if family_named(record.family).blends_first_frame else "bicubic"
     given = {"image": image, "last_image": last_image}
     return [
         fit_image(
@@ -80,23 +76,22 @@ def fit_images(
 def _check_images(record: EngineRecord, has_first: bool, has_last: bool) -> None:
     name = record.name
     if has_first and not takes_image(record):
-        one_frame = record.geometry.spatial_stride == 16
-        reason = "makes a single frame" if one_frame else "is text-to-video"
+        takes = "first" in family_named(record.family).takes
+        reason = "makes a single frame" if takes else "is text-to-video"
         raise BadRequest(f"engine {name} {reason} and takes no image: leave out the image")
     if has_last and not takes_last_image(record):
         raise BadRequest(
             f"engine {name} takes no last image: leave out the last image, or build a "
             f"first-last-frame model (Wan-AI/Wan2.1-FLF2V-14B-720P)"
         )
-    if "condition" not in record.inputs:
-        return
-    if not has_first:
+    needs = family_named(record.family).needs
+    if "first" in needs and not has_first:
         raise BadRequest(f"engine {name} is image-to-video: give it a first image (--image)")
-    if takes_last_image(record) and not has_last:
+    if "last" in needs and not has_last:
         raise BadRequest(
             f"engine {name} goes from a first to a last image: give it that too (--last-image)"
         )
-    if takes_last_image(record) and record.geometry.frames == 1:
+    if "last" in needs and record.geometry.frames == 1:
         raise BadRequest(
             f"engine {name} has one frame for a first and a last image: build one of 5 frames"
         )
@@ -248,7 +243,7 @@ def image_inputs(
     """
     if not images:
         return {}
-    if "condition" not in record.inputs:
+    if family_named(record.family).blends_first_frame:
         return {"first_frame": vae.encode(images[0].pixels[:, None])}
     inputs = {"condition": _condition(record.geometry, images, vae)}
     if "image" in record.inputs:

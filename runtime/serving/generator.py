@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from wanexport.runtime.arrays import Array, is_finite, to_numpy
-from wanexport.runtime.bundle.manifest import TensorSpec
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import BadRequest, EngineFailure
-from wanexport.runtime.family import negative_prompt
+from wanexport.runtime.family import family_named
 from wanexport.runtime.parts.open import Parts
 from wanexport.runtime.parts.pictures import (
     FittedImage,
@@ -27,6 +26,7 @@ from wanexport.runtime.parts.pictures import (
 )
 from wanexport.runtime.parts.protocols import VideoCodec
 from wanexport.runtime.parts.text_encoder import clean_prompt
+from wanexport.runtime.program import TensorSpec
 from wanexport.runtime.sample import Plan, Step, make_plan, sample, seeded_noise
 from wanexport.runtime.serving.jobs import Check
 from wanexport.runtime.serving.prompt_cache import PromptCache
@@ -63,7 +63,7 @@ class Generator:
     ) -> None:
         self.denoiser, self.parts, self.prompts = denoiser, parts, prompts
         self.gpu, self.keep_text_encoder = gpu, keep_text_encoder
-        self._own_weights: str = getattr(denoiser, "weights", "")
+        self._own_weights = denoiser.weights
         self._holds_others = False  # than its own weights
         self._warm: set[str] = set()  # stages
 
@@ -75,7 +75,7 @@ class Generator:
         """
         check_request(request)
         self._use_weights(request.weights)
-        plan = make_plan(self.denoiser.sampling, **vars(request.settings))
+        plan = make_plan(self.denoiser.sampling, request.settings)
         conditioning = self._condition(request, plan, check)
         generations = []
         for seed in map(int, request.seeds):  # of any kind of whole numbers
@@ -91,13 +91,9 @@ class Generator:
         """
         if name is None and not self._holds_others:
             return
-        use = getattr(self.denoiser, "use", None)
-        if use is None:
-            engine = self.denoiser.record.name
-            raise BadRequest(f"engine {engine} has one set of weights: leave {name!r:.40} out")
         self._holds_others = True  # even where the change fails: what it holds then is not known
         with _computing(self.gpu):
-            use(self._own_weights if name is None else name)
+            self.denoiser.use(self._own_weights if name is None else name)
         self._holds_others = name is not None
 
     def _condition(self, request: Request, plan: Plan, check: Check) -> _Conditioning:
@@ -105,7 +101,7 @@ class Generator:
         seconds: dict[str, float] = {}
         prompts = {"text": request.prompt}
         if any(scale != 1 for scale in plan.guidance):
-            official = negative_prompt(self.denoiser.record)
+            official = family_named(self.denoiser.record.family).negative
             prompts["negative"] = official if request.negative is None else request.negative
         texts = {name: clean_prompt(prompt) for name, prompt in prompts.items()}
         if not texts["text"]:
@@ -233,7 +229,7 @@ class Generator:
         """Do what a first request would pay for; see `Pipeline.prewarm`."""
         started = time.perf_counter()
         record = self.denoiser.record
-        negative = clean_prompt(negative_prompt(record))
+        negative = clean_prompt(family_named(record.family).negative)
         self._find_parts([negative], image=takes_image(record), decode=decode)
         warm_ups: dict[str, Callable[[], object]] = {
             "text": lambda: self._embed([negative]),

@@ -7,9 +7,10 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar, Unpack
+from typing import Self, TypeVar, Unpack
 
 from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.engines.engine import EngineKeywords
 from wanexport.runtime.errors import BadRequest, refuse_empty
 from wanexport.runtime.load import load
 from wanexport.runtime.parts.open import Parts
@@ -61,17 +62,17 @@ class Pipeline:
         keep_text_encoder: bool = True,
         vae_tiling: bool | None = None,
         max_waiting: int = MAX_WAITING,
-        **load_options: Any,
+        **load_options: Unpack[EngineKeywords],
     ) -> None:
         refuse_empty(model=model)
         prompts = PromptCache(prompt_cache)
         self.denoiser: Denoiser = load(bundle, **load_options)
-        gpu = _current_gpu(self.denoiser)
+        gpu = _gpu_of(self.denoiser)
         self._parts = Parts(
             Path(bundle),
             model,
             self.denoiser.record,
-            device="cpu" if gpu is None else f"cuda:{gpu}",
+            device=self.denoiser.device,
             given={"text_encoder": text_encoder, "vae": vae, "image_encoder": image_encoder},
             vae_tiling=vae_tiling,
         )
@@ -185,9 +186,7 @@ class Pipeline:
             self._parts.close()
         finally:
             self._generator.prompts.clear()
-            close_engine = getattr(self.denoiser, "close", None)
-            if close_engine is not None:
-                close_engine()
+            self.denoiser.close()
 
     def __enter__(self) -> Self:
         return self
@@ -211,10 +210,7 @@ class Pipeline:
             del job  # an error keeps this frame, and the job keeps the error
 
 
-def _current_gpu(denoiser: Denoiser) -> int | None:
-    """The GPU that `load` has just opened an engine on; another thread would take the first."""
-    if denoiser.record.target["device"] != "cuda":
-        return None
-    import torch
-
-    return torch.cuda.current_device()
+def _gpu_of(denoiser: Denoiser) -> int | None:
+    """The number of the GPU that runs the engine; None for a CPU."""
+    kind, _, number = denoiser.device.partition(":")
+    return int(number) if kind == "cuda" else None
