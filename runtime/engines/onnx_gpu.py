@@ -24,7 +24,7 @@ from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
 from wanexport.runtime.engines.onnx import import_onnxruntime, reading_weights
 from wanexport.runtime.engines.onnx_providers import PROVIDERS, RTX_PLUGIN, Provider, gpu_obstacle
-from wanexport.runtime.errors import WanExportError, WanExportWarning, first_line
+from wanexport.runtime.errors import WanExportError, WanExportWarning, first_line, installing
 
 # What takes the time of a forward: none of it may land on the CPU.
 _HEAVY = frozenset(
@@ -137,7 +137,7 @@ class OnnxSession:
         if _HEAVY & on_host.keys():
             raise WanExportError(
                 f"ONNX Runtime's {PROVIDERS[self.provider.name]} leaves {counts} of {graph} to the "
-                f"CPU: install onnxruntime-gpu 1.31 or newer, or build with another --dtype"
+                f"CPU: {installing('onnxruntime-gpu>=1.31')}, or build with another --dtype"
             )
         warnings.warn(
             f"ONNX Runtime runs {counts} on the CPU, which the GPU waits for",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from packaging.version import Version
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, installing
 
 
 class Flavour(NamedTuple):
@@ -23,12 +23,12 @@ class Flavour(NamedTuple):
 
 
 FLAVOURS = {
-    "tensorrt": Flavour("TensorRT", ("tensorrt",), "10.14", "pip install 'tensorrt-cu13>=10.14'"),
+    "tensorrt": Flavour("TensorRT", ("tensorrt",), "10.14", installing("tensorrt-cu13>=10.14")),
     "tensorrt-rtx": Flavour(
         "TensorRT for RTX",
         ("tensorrt_rtx", "tensorrt_rtx_bindings"),
         "1.7",
-        "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13 tensorrt-rtx-cu13-bindings",
+        installing("onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings"),
     ),
 }
 _KEPT = 100  # errors of all threads
