@@ -33,6 +33,7 @@ from wanexport.runtime.errors import (
     WanExportError,
     WanExportWarning,
     first_line,
+    installing,
 )
 from wanexport.runtime.program import Program
 
@@ -152,7 +153,7 @@ class OnnxGpuSession:
         if _HEAVY & on_host.keys():
             raise BundleError(
                 f"ONNX Runtime's {PROVIDERS[self.provider.name]} leaves {counts} of {graph} to the "
-                f"CPU: install onnxruntime-gpu 1.31 or newer, or build with another --dtype"
+                f"CPU: {installing('onnxruntime-gpu>=1.31')}, or build with another --dtype"
             )
         warnings.warn(
             f"ONNX Runtime runs {counts} on the CPU, which the GPU waits for",

@@ -15,7 +15,7 @@ from torch import Tensor
 from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.engines.flash_attention import FlashAttention
 from wanexport.runtime.engines.kernels import KERNELS, check_kind
-from wanexport.runtime.errors import BadRequest, BundleError
+from wanexport.runtime.errors import BadRequest, BundleError, installing
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k and v [B, T, H, D]
 
@@ -147,7 +147,7 @@ def open_kernel(name: str, flash_library: Path | PinnedFile | None) -> Kernel:
         raise BadRequest(f"unknown attention kernel {name!r}: expected one of {', '.join(KERNELS)}")
     if flash_library is None:
         raise BundleError(
-            "this bundle has no FlashAttention-4 kernel: pip install flash-attn-4 and run "
-            "wanexport build again, or choose cudnn"
+            f"this bundle has no FlashAttention-4 kernel: {installing('flash-attn-4')} and run "
+            f"wanexport build again, or choose cudnn"
         )
     return FlashAttention(flash_library)

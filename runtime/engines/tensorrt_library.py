@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from packaging.version import Version
 
-from wanexport.runtime.errors import BundleError
+from wanexport.runtime.errors import BundleError, installing
 
 
 class Flavour(NamedTuple):
@@ -25,13 +25,13 @@ class Flavour(NamedTuple):
 
 FLAVOURS = {
     "tensorrt": Flavour(
-        "TensorRT", ("tensorrt",), "10.14", "pip install 'tensorrt-cu13>=10.14'", False
+        "TensorRT", ("tensorrt",), "10.14", installing("tensorrt-cu13>=10.14"), False
     ),
     "tensorrt-rtx": Flavour(
         "TensorRT for RTX",
         ("tensorrt_rtx", "tensorrt_rtx_bindings"),
         "1.7",
-        "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13 tensorrt-rtx-cu13-bindings",
+        installing("onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings"),
         True,
     ),
 }

@@ -13,7 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.errors import BundleError, WanExportError, needing_extra, printable
+from wanexport.runtime.errors import (
+    BadRequest,
+    BundleError,
+    EngineFailure,
+    needing_extra,
+    printable,
+)
 from wanexport.runtime.machine.memory import free_bytes
 from wanexport.runtime.parts.key_tables import key_table, required
 
@@ -59,7 +65,7 @@ def open_image_encoder(weights: str | Path, *, device: str = "cpu") -> "CLIPImag
     try:
         return CLIPImageEncoder(model.to(device))
     except torch.OutOfMemoryError as error:
-        raise WanExportError(
+        raise EngineFailure(
             f"the GPU has {free_bytes(device) / 1e9:.1f} GB free, which do not hold the image "
             f"encoder: free some, or run it on the CPU"
         ) from error
@@ -74,10 +80,10 @@ class CLIPImageEncoder:
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Features [1, 257 * len(images), 1280] in fp32 of images [3, H, W] in [-1, 1].
 
-        Raises WanExportError after `close`, and for what is no image.
+        Raises EngineFailure after `close`, and BadRequest for what is no image.
         """
         if self._model is None:
-            raise WanExportError("the image encoder is closed: open it again")
+            raise EngineFailure("the image encoder is closed: open it again")
         import torch
 
         with torch.inference_mode():
@@ -92,7 +98,7 @@ class CLIPImageEncoder:
         from torch.nn import functional
 
         if image.ndim != 3 or image.shape[0] != 3:
-            raise WanExportError(f"image has shape {list(image.shape)}, expected [3, H, W]")
+            raise BadRequest(f"image has shape {list(image.shape)}, expected [3, H, W]")
         model, side = self._model, self._model.config.image_size
         pixels = torch.as_tensor(image, dtype=torch.float32, device=model.device)[None]
         pixels = functional.interpolate(pixels, (side, side), mode="bicubic", align_corners=False)
@@ -137,7 +143,7 @@ def _open_official(path: Path, dtype: Any) -> Any:
 def _config(tensors: Mapping[str, Any], path: Path) -> Any:
     """The CLIPVisionConfig that follows from the official tensors.
 
-    Raises WanExportError when one that decides it is missing.
+    Raises BundleError when one that decides it is missing.
     """
     from transformers import CLIPVisionConfig
 
