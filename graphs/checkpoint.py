@@ -18,7 +18,7 @@ from wanexport.graphs.stated import boundary_of, check_config, read_config, read
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.bundle.tensorfile import TensorEntry, read_header, read_metadata
 from wanexport.runtime.dtypes import DTYPES, PRECISIONS
-from wanexport.runtime.errors import BadRequest, WanExportError, WanExportWarning, printable
+from wanexport.runtime.errors import BadRequest, WanExportWarning, printable
 from wanexport.runtime.parts.key_tables import key_table, required
 from wanexport.runtime.plain_wan import family_name
 from wanexport.runtime.wan_config import WanConfig
@@ -101,7 +101,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open(path)
     except OSError as error:
         place = path if error.filename is None else error.filename
-        raise WanExportError(f"cannot read {printable(place)}: {error.strerror}") from error
+        raise BadRequest(f"cannot read {printable(place)}: {error.strerror}") from error
 
 
 def _open(path: Path) -> Checkpoint:
@@ -112,7 +112,7 @@ def _open(path: Path) -> Checkpoint:
     found = {expert: _open_model(part, expert, experts) for expert, part in parts.items()}
     configs = {config for config, _, _ in found.values()}
     if len(configs) > 1:
-        raise WanExportError(
+        raise BadRequest(
             f"the two experts in {printable(path)} differ in size: expected one config for both"
         )
     config = configs.pop()
@@ -148,7 +148,7 @@ def _open_model(
         for stored, entry in own.items():
             name = stored.removeprefix(PREFIX)
             if name in tensors:
-                raise WanExportError(
+                raise BadRequest(
                     f"{printable(name)} is in {printable(tensors[name].file)} and in "
                     f"{printable(file)}: pass -m one of the files, or a folder with one model"
                 )
@@ -174,12 +174,12 @@ def _read_file(file: Path, expert: str) -> dict[str, TensorEntry]:
     entries = read_header(file)
     refuse_foreign_tensors(entries, file, partial=True)
     if "_quantization_metadata" in read_metadata(file):
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(file)} is quantised, as its header's _quantization_metadata says, which "
             f"is not read yet: take the fp32, bf16 or fp16 file of the same model"
         )
     if expert and expert_of_name(file.name) not in ("", expert):
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(file)} lies where the {expert.replace('_', '-')} expert belongs, and is "
             f"named as the other: put each into its own folder"
         )
@@ -197,7 +197,7 @@ def recognise(
     """The config that follows from the tensors; config.json adds only heads, text_len and eps.
 
     experts is how many the model has, 0 for a model that is one.
-    Raises WanExportError when a tensor that decides the config is missing.
+    Raises BadRequest when a tensor that decides the config is missing.
     """
     what = f"{printable(path)} is no Wan diffusion transformer"
     shapes = {name: tensor.entry.shape for name, tensor in tensors.items()}
@@ -205,14 +205,14 @@ def recognise(
     dim, in_channels = shape("patch_embedding.weight", 5)[:2]
     out_channels = shape("head.head.weight", 2)[0] // 4
     if (in_channels, out_channels) == (48, 16):
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(path)} is of Wan-Fun-Control (48 channels in, 16 out), which is not read "
             f"yet: take a plain Wan: T2V, I2V, FLF2V, TI2V or an A14B"
         )
     matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors)
     blocks = {int(match[1]) for match in matches if match}
     if blocks != set(range(len(blocks))):
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(path)} has blocks up to {max(blocks)}, but not all: download again"
         )
     heads, text_len, eps = settings(stated, dim, config_file)
@@ -247,7 +247,7 @@ def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path:
             problems.append(f"{name} is {entry.dtype}, expected {', '.join(STORED_DTYPES)}")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(path)} does not fit a Wan of dim {config.dim} and {config.num_layers} "
             f"blocks: {'; '.join(sorted(problems)[:8])}{more}"
         )

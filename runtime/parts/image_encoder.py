@@ -13,7 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.errors import BundleError, WanExportError, needing_extra, printable
+from wanexport.runtime.errors import (
+    BadRequest,
+    BundleError,
+    EngineFailure,
+    needing_extra,
+    printable,
+)
 from wanexport.runtime.machine.memory import free_bytes
 from wanexport.runtime.parts.key_tables import key_table, required
 
@@ -41,7 +47,7 @@ _FUSED = ".to_qkv."  # the official tensor stacks query, key and value
 _transformers_name = key_table(_ROWS)
 
 
-def open_image_encoder(weights: Path, *, device: str = "cpu") -> "CLIPImageEncoder":
+def open_image_encoder(weights: str | Path, *, device: str = "cpu") -> "CLIPImageEncoder":
     """Open the image encoder of a diffusers folder or of the official .pth file.
 
     It computes in fp16 on a GPU, as the official code does, and in fp32 on a CPU, which is slow in
@@ -52,13 +58,14 @@ def open_image_encoder(weights: Path, *, device: str = "cpu") -> "CLIPImageEncod
         import torch
         import transformers  # noqa: F401
 
+    weights = Path(weights)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     open_model = _open_diffusers if weights.is_dir() else _open_official
     model = open_model(weights, dtype)
     try:
         return CLIPImageEncoder(model.to(device))
     except torch.OutOfMemoryError as error:
-        raise WanExportError(
+        raise EngineFailure(
             f"the GPU has {free_bytes(device) / 1e9:.1f} GB free, which do not hold the image "
             f"encoder: free some, or run it on the CPU"
         ) from error
@@ -73,10 +80,10 @@ class CLIPImageEncoder:
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Features [1, 257 * len(images), 1280] in fp32 of images [3, H, W] in [-1, 1].
 
-        Raises WanExportError after `close`, and for what is no image.
+        Raises EngineFailure after `close`, and BadRequest for what is no image.
         """
         if self._model is None:
-            raise WanExportError("the image encoder is closed: open it again")
+            raise EngineFailure("the image encoder is closed: open it again")
         import torch
 
         with torch.inference_mode():
@@ -91,7 +98,7 @@ class CLIPImageEncoder:
         from torch.nn import functional
 
         if image.ndim != 3 or image.shape[0] != 3:
-            raise WanExportError(f"image has shape {list(image.shape)}, expected [3, H, W]")
+            raise BadRequest(f"image has shape {list(image.shape)}, expected [3, H, W]")
         model, side = self._model, self._model.config.image_size
         pixels = torch.as_tensor(image, dtype=torch.float32, device=model.device)[None]
         pixels = functional.interpolate(pixels, (side, side), mode="bicubic", align_corners=False)
@@ -136,7 +143,7 @@ def _open_official(path: Path, dtype: Any) -> Any:
 def _config(tensors: Mapping[str, Any], path: Path) -> Any:
     """The CLIPVisionConfig that follows from the official tensors.
 
-    Raises WanExportError when one that decides it is missing.
+    Raises BundleError when one that decides it is missing.
     """
     from transformers import CLIPVisionConfig
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.errors import (
+    BadRequest,
     BundleError,
-    WanExportError,
+    EngineFailure,
     WanExportWarning,
     needing_extra,
     printable,
@@ -62,7 +63,7 @@ def clean_prompt(text: str) -> str:
 
 
 def open_text_encoder(
-    weights: Path, tokenizer: Path, *, device: str = "cpu", dtype: str = "bf16"
+    weights: str | Path, tokenizer: str | Path, *, device: str = "cpu", dtype: str = "bf16"
 ) -> "UMT5TextEncoder":
     """Open the text encoder of a diffusers folder or of an official .pth file.
 
@@ -74,16 +75,17 @@ def open_text_encoder(
     model, or when the tokenizer knows more tokens than the model.
     """
     if dtype not in _PRECISIONS:
-        raise WanExportError(f"dtype of a text encoder is bf16 or fp32, got {dtype!r}")
+        raise BadRequest(f"dtype of a text encoder is bf16 or fp32, got {dtype!r}")
     with needing_extra("pipeline", "the text encoder"):
         import tokenizers  # noqa: F401
         import torch
         import transformers  # noqa: F401
+    weights, tokenizer = Path(weights), Path(tokenizer)
     words = _open_tokenizer(tokenizer)
     open_model = _open_diffusers if weights.is_dir() else _open_official
     model = open_model(weights, getattr(torch, DTYPES[dtype].torch))
     if words.get_vocab_size() > model.config.vocab_size:
-        raise WanExportError(
+        raise BundleError(
             f"{tokenizer} knows {words.get_vocab_size()} tokens, the text encoder {weights} "
             f"{model.config.vocab_size}: take both from one checkpoint"
         )
@@ -106,10 +108,11 @@ class UMT5TextEncoder:
         """One fp32 [n, text_dim] for each prompt, of its n <= 512 tokens, the end token included.
 
         A WanExportWarning says where a longer prompt is cut.
-        Raises WanExportError after `close`, and for a prompt of which the tokenizer makes no token.
+        Raises EngineFailure after `close`, and BadRequest for a prompt of which the tokenizer makes
+        no token.
         """
         if self._model is None:
-            raise WanExportError("the text encoder is closed: open it again")
+            raise EngineFailure("the text encoder is closed: open it again")
         return [self._encode(prompt) for prompt in prompts]
 
     def _encode(self, prompt: str) -> np.ndarray:
@@ -126,7 +129,7 @@ class UMT5TextEncoder:
                 stacklevel=3,
             )
         if not ids:
-            raise WanExportError(
+            raise BadRequest(
                 f"the tokenizer makes no token of the prompt {prompt!r:.60}, not even one for its "
                 f"end: expected umT5's tokenizer, or another prompt"
             )
@@ -176,14 +179,14 @@ def _open_tokenizer(folder: Path) -> Any:
 
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise WanExportError(
+        raise BundleError(
             f"{folder} has no tokenizer.json: expected the checkpoint's folder google/umt5-xxl/ or "
             f"tokenizer/"
         )
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise WanExportError(f"{file} is damaged ({error}): download it again") from error
+        raise BundleError(f"{file} is damaged ({error}): download it again") from error
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.no_padding()
     return tokenizer
@@ -209,7 +212,7 @@ def _open_official(path: Path, dtype: Any) -> Any:
 def _config(tensors: Mapping[str, Any], path: Path) -> Any:
     """The UMT5Config that follows from the official tensors.
 
-    Raises WanExportError when one that decides it is missing.
+    Raises BundleError when one that decides it is missing.
     """
     from transformers import UMT5Config
 
