@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import click
 
 from wanexport.exporter.cli.streams import minding_the_reader, printing
-from wanexport.runtime.engines.choose import BACKENDS
+from wanexport.runtime.engines.choose import check_device
 from wanexport.runtime.engines.kernels import KERNELS
 from wanexport.runtime.engines.onnx_providers import PROVIDERS
+from wanexport.runtime.engines.table import BACKENDS
 from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.solvers import SOLVERS
 
@@ -33,9 +34,10 @@ class Device(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The name as it is. Raises BadParameter for what names no device."""
-        if re.fullmatch(r"cpu|cuda(:\d{1,4})?", str(value)):
-            return str(value)
-        self.fail(f"{value!r} is not one of cpu, cuda, cuda:N", param, ctx)
+        try:
+            return check_device(str(value))
+        except BadRequest as error:
+            self.fail(str(error), param, ctx)
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         """How the help shows it."""
@@ -215,7 +217,9 @@ engine_options = _adding(  # the fields of EngineOptions
         "--weights", metavar="NAME|FOLDER|FILE",
         help="A weights set of the bundle, or other weights of the same layout. Default: base.",
     ),
-    click.option("--attention", type=click.Choice(KERNELS), help="Self-attention in an aoti engine."),
+    click.option(
+        "--attention", type=click.Choice(KERNELS), help="Self-attention in an aoti engine."
+    ),
     click.option("--offload", is_flag=True, help="Keep one of two experts on the GPU, swap them."),
     click.option(
         "--cuda-graph/--no-cuda-graph", default=None,

@@ -77,7 +77,9 @@ def save_calls(
     """
     record = denoiser.record
     saved, commands = [], []
-    note = _obstacle(denoiser, weights) or ("" if files.inputs else "it needs the inputs: add --save-inputs")
+    note = _obstacle(denoiser, weights) or (
+        "" if files.inputs else "it needs the inputs: add --save-inputs"
+    )
     for expert, own in _by_expert(denoiser, calls).items():
         written = files.of(expert)
         _write(written, own, record, reference)
