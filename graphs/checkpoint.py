@@ -17,13 +17,14 @@ from wanexport.graphs.places import check_listed, find_parts, weight_files
 from wanexport.graphs.stated import boundary_of, check_config, read_config, read_index, settings
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.bundle.tensorfile import TensorEntry, read_header, read_metadata
-from wanexport.runtime.errors import WanExportError, WanExportWarning, printable
+from wanexport.runtime.dtypes import DTYPES, PRECISIONS
+from wanexport.runtime.errors import BadRequest, WanExportWarning, printable
+from wanexport.runtime.parts.key_tables import key_table, required
 from wanexport.runtime.wan_config import WanConfig
 
-STORED_DTYPES = ("F32", "BF16", "F16")
+STORED_DTYPES = tuple(DTYPES[name].stored for name in PRECISIONS)
 
-# diffusers name -> official name; {} is the block's number, * is weight or bias.
-_KEY_TABLE = {
+_ROWS = {  # diffusers name -> official name
     "patch_embedding.*": "patch_embedding.*",
     "condition_embedder.text_embedder.linear_1.*": "text_embedding.0.*",
     "condition_embedder.text_embedder.linear_2.*": "text_embedding.2.*",
@@ -57,6 +58,7 @@ _KEY_TABLE = {
     "scale_shift_table": "head.modulation",
     "proj_out.*": "head.head.*",
 }
+official_name = key_table(_ROWS)
 _UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")  # diffusers ignores it too
 
 
@@ -96,7 +98,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open(path)
     except OSError as error:
         place = path if error.filename is None else error.filename
-        raise WanExportError(f"cannot read {printable(place)}: {error.strerror}") from error
+        raise BadRequest(f"cannot read {printable(place)}: {error.strerror}") from error
 
 
 def _open(path: Path) -> Checkpoint:
@@ -106,7 +108,7 @@ def _open(path: Path) -> Checkpoint:
     found = {expert: _open_model(part, expert) for expert, part in parts.items()}
     configs = {config for config, _, _ in found.values()}
     if len(configs) > 1:
-        raise WanExportError(
+        raise BadRequest(
             f"the two experts in {printable(path)} differ in size: expected one config for both"
         )
     config = configs.pop()
@@ -140,7 +142,7 @@ def _open_model(path: Path, expert: str) -> tuple[WanConfig, str, dict[str, Sour
         for stored, entry in own.items():
             name = stored.removeprefix(PREFIX)
             if name in tensors:
-                raise WanExportError(
+                raise BadRequest(
                     f"{printable(name)} is in {printable(tensors[name].file)} and in "
                     f"{printable(file)}: pass -m one of the files, or a folder with one model"
                 )
@@ -166,28 +168,16 @@ def _read_file(file: Path, expert: str) -> dict[str, TensorEntry]:
     entries = read_header(file)
     refuse_foreign_tensors(entries, file, partial=True)
     if "_quantization_metadata" in read_metadata(file):
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(file)} is quantised, as its header's _quantization_metadata says, which "
             f"is not read yet: take the fp32, bf16 or fp16 file of the same model"
         )
     if expert and expert_of_name(file.name) not in ("", expert):
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(file)} lies where the {expert.replace('_', '-')} expert belongs, and is "
             f"named as the other: put each into its own folder"
         )
     return entries
-
-
-def official_name(name: str) -> str:
-    """Translate a diffusers parameter name; a name the table lacks is returned as it is."""
-    number = re.match(r"blocks\.(\d+)\.", name)
-    generic = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
-    stem, _, last = generic.rpartition(".")
-    wild = f"{stem}.*" if last in ("weight", "bias") else generic
-    if wild not in _KEY_TABLE:
-        return name
-    official = _KEY_TABLE[wild].replace("*", last)
-    return official.replace("{}", number[1]) if number else official
 
 
 def recognise(
@@ -195,28 +185,22 @@ def recognise(
 ) -> WanConfig:
     """The config that follows from the tensors; config.json adds only heads, text_len and eps.
 
-    Raises WanExportError when a tensor that decides the config is missing.
+    Raises BadRequest when a tensor that decides the config is missing.
     """
-
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        if name not in tensors or len(tensors[name].entry.shape) != rank:
-            raise WanExportError(
-                f"{printable(path)} is no Wan diffusion transformer: it has no {name} of rank "
-                f"{rank}; expected the official or the diffusers layout"
-            )
-        return tensors[name].entry.shape
-
+    what = f"{printable(path)} is no Wan diffusion transformer"
+    shapes = {name: tensor.entry.shape for name, tensor in tensors.items()}
+    shape = required(shapes, what, "the official or the diffusers layout", BadRequest)
     dim, in_channels = shape("patch_embedding.weight", 5)[:2]
     out_channels = shape("head.head.weight", 2)[0] // 4
     if (in_channels, out_channels) == (48, 16):
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(path)} is of Wan-Fun-Control (48 channels in, 16 out), which is not read "
             f"yet: take a plain Wan: T2V, I2V, FLF2V, TI2V or an A14B"
         )
     matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors)
     blocks = {int(match[1]) for match in matches if match}
     if blocks != set(range(len(blocks))):
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(path)} has blocks up to {max(blocks)}, but not all: download again"
         )
     heads, text_len, eps = settings(stated, dim, config_file)
@@ -247,10 +231,10 @@ def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path:
         if entry.shape != expected[name]:
             problems.append(f"{name} is {list(entry.shape)}, expected {list(expected[name])}")
         elif entry.dtype not in STORED_DTYPES:
-            problems.append(f"{name} is {entry.dtype}, expected F32, BF16 or F16")
+            problems.append(f"{name} is {entry.dtype}, expected {', '.join(STORED_DTYPES)}")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(path)} does not fit a Wan of dim {config.dim} and {config.num_layers} "
             f"blocks: {'; '.join(sorted(problems)[:8])}{more}"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from wanexport.runtime.bundle.regular_file import open_regular
 from wanexport.runtime.bundle.tensorfile import TensorEntry
-from wanexport.runtime.errors import WanExportError, printable
+from wanexport.runtime.errors import BadRequest, WanExportError, printable
 
 PREFIX = "model.diffusion_model."  # of ComfyUI's files, which is read
 _HEAD = 1 << 16  # bytes of a file that tell what it is
@@ -106,17 +106,17 @@ _SCALES = re.compile(
 
 
 def refuse_foreign_file(path: Path) -> None:
-    """Raise WanExportError for a file that its first bytes tell to be no safetensors file."""
+    """Raise BadRequest for a file that its first bytes tell to be no safetensors file."""
     try:
         descriptor = open_regular(path)
     except OSError as error:
-        raise WanExportError(f"cannot read {printable(path)}: {error.strerror}") from error
+        raise BadRequest(f"cannot read {printable(path)}: {error.strerror}") from error
     try:
         head = os.read(descriptor, _HEAD)
     finally:
         os.close(descriptor)
     if what := _file_kind(head):
-        raise WanExportError(f"{printable(path)} {what}")
+        raise BadRequest(f"{printable(path)} {what}")
 
 
 def find_unread_file(files: Iterable[Path]) -> str | None:
@@ -143,12 +143,12 @@ def _file_kind(head: bytes) -> str | None:
 def refuse_foreign_tensors(
     entries: Mapping[str, TensorEntry], path: Path, *, partial: bool = False
 ) -> None:
-    """Raise WanExportError when tensors are of another thing than a readable Wan.
+    """Raise BadRequest when tensors are of another thing than a readable Wan.
 
     partial is for one file of several, which may lack what tells a Wan.
     """
     if what := _tensors_kind(entries, partial):
-        raise WanExportError(f"{printable(path)} {what}")
+        raise BadRequest(f"{printable(path)} {what}")
 
 
 def _tensors_kind(entries: Mapping[str, TensorEntry], partial: bool) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.runtime.bundle.regular_file import read_regular
-from wanexport.runtime.errors import WanExportError, printable
+from wanexport.runtime.errors import BadRequest, WanExportError, printable
 
 _MAX_JSON = 8 << 20  # bytes: the index of a published 14B takes 0.1 MB
 
@@ -26,13 +26,13 @@ def read_object(path: Path) -> dict[str, Any]:
     except WanExportError:
         raise
     except OSError as error:
-        raise WanExportError(f"cannot read {printable(path)}: {error.strerror}") from error
+        raise BadRequest(f"cannot read {printable(path)}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise WanExportError(
+        raise BadRequest(
             f"cannot read {printable(path)} ({printable(error)}): download it again"
         ) from error
     if not isinstance(data, dict):
-        raise WanExportError(
+        raise BadRequest(
             f"cannot read {printable(path)}: it is {_kind(data)}, expected an object: download it "
             "again"
         )

@@ -10,7 +10,7 @@ from typing import Any
 from wanexport.graphs.experts import expert_of_name
 from wanexport.graphs.foreign import find_unread_file
 from wanexport.graphs.json_file import read_object
-from wanexport.runtime.errors import WanExportError, printable
+from wanexport.runtime.errors import BadRequest, printable
 from wanexport.runtime.wan_config import EXPERTS
 
 _NAMES = "diffusion_pytorch_model*.safetensors"
@@ -22,7 +22,7 @@ _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 def find_parts(path: Path, index: Mapping[str, Any]) -> dict[str, Path]:
     """The folder or file of each expert, or of the one model, which is called "".
 
-    Raises WanExportError when an expert did not arrive, or more than one model did.
+    Raises BadRequest when an expert did not arrive, or more than one model did.
     """
     if not path.is_dir():
         return {"": path}
@@ -33,7 +33,7 @@ def find_parts(path: Path, index: Mapping[str, Any]) -> dict[str, Path]:
     if any(fnmatch(name, _NAMES) for name in os.listdir(path)):
         found.append(_NAMES)
     if len(found) > 1:
-        raise WanExportError(
+        raise BadRequest(
             f"{where} has a model in {' and in '.join(found)}: pass -m a folder with one of them"
         )
     _check_index(path, index, present)
@@ -46,7 +46,7 @@ def find_parts(path: Path, index: Mapping[str, Any]) -> dict[str, Path]:
     if present == {"transformer"}:
         return {"": path / "transformer"}
     (other,) = present
-    raise WanExportError(_lacks(path, missing[0], other, "the other expert is there"))
+    raise BadRequest(_lacks(path, missing[0], other, "the other expert is there"))
 
 
 def _check_index(path: Path, index: Mapping[str, Any], present: Collection[str]) -> None:
@@ -55,14 +55,14 @@ def _check_index(path: Path, index: Mapping[str, Any], present: Collection[str])
         other = "transformer" if name == "transformer_2" else "transformer_2"
         if name in index and (index[name] not in (None, [None, None])) != (name in present):
             if name in present:
-                raise WanExportError(
+                raise BadRequest(
                     f"{printable(path)} has {name}/, but its model_index.json says that there is "
                     f"none: download it again, or pass -m {printable(path / name)}"
                 )
-            raise WanExportError(_lacks(path, name, other, "model_index.json names it"))
+            raise BadRequest(_lacks(path, name, other, "model_index.json names it"))
     if index.get("boundary_ratio") is not None and "transformer_2" not in present:
         reason = f"model_index.json has boundary_ratio {index['boundary_ratio']}"
-        raise WanExportError(_lacks(path, "transformer_2", "transformer", reason))
+        raise BadRequest(_lacks(path, "transformer_2", "transformer", reason))
 
 
 def _lacks(path: Path, name: str, other: str, reason: str) -> str:
@@ -75,12 +75,12 @@ def _lacks(path: Path, name: str, other: str, reason: str) -> str:
 def weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The files of one model, and the file of each tensor where an index lists them.
 
-    Raises WanExportError when there is no safetensors file, or one is missing.
+    Raises BadRequest when there is no safetensors file, or one is missing.
     """
     if not path.is_dir():
         shard = _SHARD.fullmatch(path.name)
         if shard and int(shard[3]) > 1:
-            raise WanExportError(
+            raise BadRequest(
                 f"{printable(path)} is one of {int(shard[3])} shards: pass -m its folder"
             )
         return [path], None
@@ -91,7 +91,7 @@ def weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     chosen = chosen or [name for name in names if name.endswith(".safetensors")]
     if not chosen:
         foreign = find_unread_file(path / name for name in names if (path / name).is_file())
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(path)} is no Wan checkpoint: expected *.safetensors in it, in "
             f"high_noise_model/ and low_noise_model/, or in transformer/"
             + (f"; {foreign}" if foreign else "")
@@ -105,20 +105,20 @@ def _listed_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     index = path / _INDEX
     listed = read_object(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise WanExportError(f"{printable(index)} has no weight_map: download it again")
+        raise BadRequest(f"{printable(index)} has no weight_map: download it again")
     values = list(listed.values())
     if not all(isinstance(value, str) and Path(value).name == value for value in values):
-        raise WanExportError(f"{printable(index)} names what are no files: download it again")
+        raise BadRequest(f"{printable(index)} names what are no files: download it again")
     names = sorted(set(values))
     there = os.listdir(path)
     missing = [printable(name) for name in names if name not in there]
     if missing:
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(path)} lacks {_few(missing)}, which its index lists: download again"
         )
     strays = [printable(name) for name in there if fnmatch(name, _NAMES) and name not in names]
     if strays:
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(path)} has {_few(sorted(strays))}, which its index does not list: move "
             f"what is of another model to a folder of its own, or delete the index"
         )
@@ -130,7 +130,7 @@ def _few(names: list[str]) -> str:
 
 
 def check_listed(listed: Mapping[str, str] | None, names: Collection[str], file: Path) -> None:
-    """Raise WanExportError when a file and the index of its model list other tensors."""
+    """Raise BadRequest when a file and the index of its model list other tensors."""
     if listed is None:
         return
     expected = {name for name, place in listed.items() if place == file.name}
@@ -140,14 +140,14 @@ def check_listed(listed: Mapping[str, str] | None, names: Collection[str], file:
     ):
         if some:
             few = _few(sorted(map(printable, some)))
-            raise WanExportError(f"{printable(file)} {what} ({few}): download both again")
+            raise BadRequest(f"{printable(file)} {what} ({few}): download both again")
 
 
 def _check_pair(path: Path, names: list[str]) -> None:
     """Refuse the two experts of an A14B as single files of one folder."""
     files = {expert_of_name(name): printable(path / name) for name in names}
     if {*EXPERTS} <= files.keys():
-        raise WanExportError(
+        raise BadRequest(
             f"the experts of an A14B are in {files['high_noise']} and in {files['low_noise']}: "
             f"move them to high_noise_model/ and low_noise_model/ of one folder and pass -m that, "
             f"or to build one by itself pass -m its file with --expert-alone"
@@ -162,6 +162,6 @@ def _check_shards(path: Path, names: list[str]) -> None:
             whole = (f"{stem}-{k:05}-of-{count:05}.safetensors" for k in range(1, count + 1))
             missing = [printable(other) for other in whole if other not in names]
             if missing:
-                raise WanExportError(
+                raise BadRequest(
                     f"{printable(path)} lacks {_few(missing)} of {count} shards: download again"
                 )

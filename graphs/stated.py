@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.graphs.json_file import brief, read_object
-from wanexport.runtime.errors import WanExportError, WanExportWarning, printable
+from wanexport.runtime.errors import BadRequest, WanExportWarning, printable
 from wanexport.runtime.wan_config import IMAGE_DIM, WanConfig
 
 HEAD_DIM = 128  # of every published Wan; used when a checkpoint comes without a Wan's config.json
@@ -75,7 +75,7 @@ def read_config(file: Path, *, owned: bool) -> dict[str, Any]:
     if other is None:
         return stated
     if owned:
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(file)} is of {other}, but the tensors beside it are a Wan's: put the "
             f"Wan's own config.json there, or delete it"
         )
@@ -99,7 +99,7 @@ def _whose(stated: Mapping[str, Any], file: Path) -> str | None:
         others.append(brief(name))
     kind = stated.get("model_type")
     if kind in _RELATED_TYPES:
-        raise WanExportError(_unread(file, f"model_type {brief(kind)}", "a relative of Wan"))
+        raise BadRequest(_unread(file, f"model_type {brief(kind)}", "a relative of Wan"))
     if others:
         return f"another model ({', '.join(others)})"
     if "_class_name" not in stated and kind is not None and _is_unknown_type(kind):
@@ -112,12 +112,12 @@ def _is_unknown_type(kind: object) -> bool:
 
 
 def refuse_relative(name: object, field: str, file: Path) -> None:
-    """Raise WanExportError when a class is of a relative of Wan, which has no graph here."""
+    """Raise BadRequest when a class is of a relative of Wan, which has no graph here."""
     lower = name.lower() if isinstance(name, str) else ""
     is_part = "autoencoder" in lower or "scheduler" in lower
     for part, whose in _RELATIVES:
         if part in lower and not is_part:
-            raise WanExportError(_unread(file, f"{field} {brief(name)}", whose))
+            raise BadRequest(_unread(file, f"{field} {brief(name)}", whose))
 
 
 def _unread(file: Path, statement: str, whose: str) -> str:
@@ -130,22 +130,20 @@ def _unread(file: Path, statement: str, whose: str) -> str:
 def settings(stated: Mapping[str, Any], dim: int, file: Path) -> tuple[int, int, float]:
     """num_heads, text_len and eps, which no tensor tells, from config.json or their defaults.
 
-    Raises WanExportError, naming the file, when one of them cannot be meant.
+    Raises BadRequest, naming the file, when one of them cannot be meant.
     """
     name = "num_attention_heads" if "num_attention_heads" in stated else "num_heads"
     heads = stated.get(name, max(1, dim // HEAD_DIM))
     text_len, eps = stated.get("text_len", 512), stated.get("eps", 1e-6)
     for field, value, largest in ((name, heads, dim), ("text_len", text_len, MAX_TEXT_LEN)):
         if type(value) is not int or not 1 <= value <= largest:
-            raise WanExportError(
+            raise BadRequest(
                 f"{printable(file)} has {field} {brief(value)}: expected from 1 to {largest}"
             )
     if not isinstance(eps, float) or not 0 < eps < 1:
-        raise WanExportError(
-            f"{printable(file)} has eps {brief(eps)}: expected a number from 0 to 1"
-        )
+        raise BadRequest(f"{printable(file)} has eps {brief(eps)}: expected a number from 0 to 1")
     if dim % heads:
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(file)} has {name} {heads}, but the tensors have dim {dim}, which that "
             f"does not divide: put this model's own config.json there, or delete it"
         )
@@ -155,7 +153,7 @@ def settings(stated: Mapping[str, Any], dim: int, file: Path) -> tuple[int, int,
 def check_config(stated: Mapping[str, Any], config: WanConfig, file: Path) -> None:
     """Hold everything that config.json states against the config that follows from the tensors.
 
-    Warns of fields that are not known. Raises WanExportError, naming the field and both values,
+    Warns of fields that are not known. Raises BadRequest, naming the field and both values,
     when something stated is otherwise, and when heads are not 128 wide by what may be another's.
     """
     unknown = []
@@ -164,17 +162,17 @@ def check_config(stated: Mapping[str, Any], config: WanConfig, file: Path) -> No
         allowed = expected.get(field)
         if whose := _RELATIVE_FIELDS.get(field):
             if value not in _NOTHING:
-                raise WanExportError(_unread(file, f"{field} {brief(value)}", whose))
+                raise BadRequest(_unread(file, f"{field} {brief(value)}", whose))
         elif allowed is None:
             unknown += [] if field in _IGNORED or field.startswith("_") else [field]
         elif not any(type(value) is type(right) and value == right for right in allowed):
             right = " or ".join(map(brief, allowed))
-            raise WanExportError(
+            raise BadRequest(
                 f"{printable(file)} has {field} {brief(value)}, but the tensors are of a Wan with "
                 f"{right}: put this model's own config.json there"
             )
     if config.head_dim != HEAD_DIM and not _is_a_wans(stated):
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(file)} has num_heads {config.num_heads}, which would make heads of "
             f"{config.head_dim}, and does not say that it is a Wan's, whose heads are {HEAD_DIM} "
             f'wide: delete it, or add "_class_name": "WanModel" if it is'
@@ -248,7 +246,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         if value is None or value == [None, None]:
             continue
         if not isinstance(value, list) or len(value) != 2:
-            raise WanExportError(
+            raise BadRequest(
                 f"{printable(file)} has {part} {brief(value)}: expected a library and a class"
             )
         _check_class(value[1], _WAN_CLASSES, part, file)
@@ -259,7 +257,7 @@ def _check_class(name: object, expected: tuple[str, ...], field: str, file: Path
     if name is None or name in expected:
         return
     refuse_relative(name, field, file)
-    raise WanExportError(
+    raise BadRequest(
         f"{printable(file)} has {field} {brief(name)}: expected {' or '.join(expected)}"
     )
 
@@ -267,11 +265,11 @@ def _check_class(name: object, expected: tuple[str, ...], field: str, file: Path
 def boundary_of(index: Mapping[str, Any], folder: Path) -> float | None:
     """Where the experts meet, as model_index.json states it.
 
-    Raises WanExportError when that is no fraction.
+    Raises BadRequest when that is no fraction.
     """
     boundary = index.get("boundary_ratio")
     if boundary is not None and not (isinstance(boundary, float) and 0 < boundary < 1):
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(folder)}/model_index.json has boundary_ratio {brief(boundary)}: expected "
             f"one from 0 to 1, both excluded, or null for a model without experts"
         )

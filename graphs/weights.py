@@ -16,16 +16,24 @@ import torch
 from torch import Tensor
 
 from wanexport.graphs.checkpoint import SourceTensor
+from wanexport.runtime import dtypes
 from wanexport.runtime.bundle.durable import durable_file
 from wanexport.runtime.bundle.regular_file import open_regular
-from wanexport.runtime.bundle.signature import SAFETENSORS_DTYPES, parameter_shapes, weights_layout
-from wanexport.runtime.bundle.tensorfile import read_at, read_header
-from wanexport.runtime.errors import WanExportError, printable
+from wanexport.runtime.bundle.signature import parameter_shapes, weights_layout
+from wanexport.runtime.bundle.tensorfile import TensorEntry, read_at, read_header
+from wanexport.runtime.errors import BadRequest, BundleError, printable
 from wanexport.runtime.wan_config import WanConfig
 
 CHUNK = 1 << 23  # elements converted at a time: 32 MB of fp32
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_TORCH_DTYPES = {SAFETENSORS_DTYPES[name]: dtype for name, dtype in DTYPES.items()}
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, dtypes.DTYPES[name].torch) for name in dtypes.PRECISIONS
+}
+
+
+def _torch_dtype(entry: TensorEntry) -> torch.dtype:
+    """What PyTorch calls the dtype of a tensor in a file."""
+    dtype: torch.dtype = getattr(torch, dtypes.STORED[entry.dtype].torch)
+    return dtype
 
 
 class WeightSource(Protocol):
@@ -48,16 +56,16 @@ class CheckpointWeights:
         self._hashes: dict[str, str] = {}
 
     def chunks(self, name: str) -> Iterator[Tensor]:
-        """The parameter's elements in order. Raises WanExportError when its file ends early."""
+        """The parameter's elements in order. Raises BadRequest when its file ends early."""
         file, entry = self.tensors[name].file, self.tensors[name].entry
-        dtype = _TORCH_DTYPES[entry.dtype]
+        dtype = _torch_dtype(entry)
         buffer = bytearray(min(entry.size, CHUNK * dtype.itemsize))
         digest, done = hashlib.sha256(), 0
         with open(open_regular(file), "rb") as stream:
             while done < entry.size:
                 view = memoryview(buffer)[: min(entry.size - done, len(buffer))]
                 if not read_at(stream.fileno(), view, entry.offset + done):
-                    raise WanExportError(
+                    raise BadRequest(
                         f"{printable(file)} ended while it was read: download it again"
                     )
                 digest.update(view)
@@ -126,7 +134,7 @@ def write_weights(
     """Stream a source into a weights file, casting each tensor once; return the file's SHA-256.
 
     The file appears under its name only when it is whole and on disk. progress is called with bytes
-    done and in all. Raises WanExportError, naming the tensor, when values are NaN or infinite, or
+    done and in all. Raises BadRequest, naming the tensor, when values are NaN or infinite, or
     do not fit the dtype.
     """
     header, entries = weights_layout(config, dtype)
@@ -135,7 +143,7 @@ def write_weights(
     with durable_file(path) as file:
         file.write(header)
         for name, entry in entries.items():
-            stored = _TORCH_DTYPES[entry.dtype]
+            stored = _torch_dtype(entry)
             check = _FiniteCheck(name, stored)
             for chunk in source.chunks(name):
                 check.add(chunk)
@@ -167,16 +175,16 @@ class _FiniteCheck:
         self.beyond += int((~chunk.to(self.dtype).isfinite()).sum()) - nan - infinite
 
     def refuse(self) -> None:
-        """Raise WanExportError when there was any."""
+        """Raise BadRequest when there was any."""
         name = printable(self.name)
         if self.nan or self.infinite:
-            raise WanExportError(
+            raise BadRequest(
                 f"{name} has {self.nan} NaN and {self.infinite} infinite of {self.total} values: "
                 f"the checkpoint is damaged, download it again or take an earlier one"
             )
         if self.beyond:
             dtype, others = _TOO_NARROW[self.dtype]
-            raise WanExportError(
+            raise BadRequest(
                 f"{name} has values beyond {dtype}'s {torch.finfo(self.dtype).max:.6g} "
                 f"({self.beyond} of {self.total}): build with --dtype {others}"
             )
@@ -188,17 +196,15 @@ _TOO_NARROW = {torch.float16: ("fp16", "bf16 or fp32"), torch.bfloat16: ("bf16",
 def read_tensor(source: SourceTensor, *, fits: torch.dtype | None = None) -> Tensor:
     """One tensor in its stored dtype.
 
-    Raises WanExportError when its file ends early, or a value is not finite, or would not be in the
-    dtype that it must fit.
+    Raises BundleError when its file ends early, and BadRequest when a value is not finite, or would
+    not be in the dtype that it must fit.
     """
     entry = source.entry
     buffer = bytearray(entry.size)
     with open(open_regular(source.file), "rb") as stream:
         if not read_at(stream.fileno(), memoryview(buffer), entry.offset):
-            raise WanExportError(
-                f"{printable(source.file)} ended while it was read: write it again"
-            )
-    tensor = torch.frombuffer(buffer, dtype=_TORCH_DTYPES[entry.dtype])
+            raise BundleError(f"{printable(source.file)} ended while it was read: write it again")
+    tensor = torch.frombuffer(buffer, dtype=_torch_dtype(entry))
     check = _FiniteCheck(source.name, fits or tensor.dtype)
     check.add(tensor)
     check.refuse()

@@ -1,38 +1,52 @@
 """The callable that a sampling loop sees: checks its inputs, picks the expert, runs the engine."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import astuple
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import astuple, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from wanexport.runtime.arrays import Array, count_not_finite, is_on_gpu, is_torch, like, to_numpy
-from wanexport.runtime.bundle.manifest import EngineRecord, SamplingDefaults, TensorSpec
-from wanexport.runtime.engines.engine import Engine
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.bundle.manifest import EngineRecord
+from wanexport.runtime.bundle.pinned_file import PinnedFile
+from wanexport.runtime.engines.engine import Engine, Memory
+from wanexport.runtime.errors import BadRequest, BundleError
+from wanexport.runtime.family import SamplingDefaults
 from wanexport.runtime.geometry import PATCH, TEMPORAL_STRIDE, Geometry
-from wanexport.runtime.machine.memory import limit_bytes
+from wanexport.runtime.program import Input
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
+
+
+class WeightsSet(NamedTuple):
+    """A weights set by name, or by the path that it was named by, and its files by expert."""
+
+    name: str
+    files: Mapping[str, PinnedFile]
 
 
 class Denoiser:
     """Velocity of a latent at a timestep, from one engine of a bundle.
 
-    `engines` maps each expert to its engine; a model without experts has the one key "". `array`
-    makes of a caller's array what the engine takes: fp32 in numpy, or a torch tensor on its device.
+    `engines` maps each expert to its engine; a model without experts has the one key "".
+    `weights` is the set that calls use, None where engines have their own; `find` returns another
+    one by name or path.
     """
 
     def __init__(
         self,
         record: EngineRecord,
         engines: Mapping[str, Engine],
-        array: Callable[[Array], Array] | None = None,
+        weights: WeightsSet | None = None,
+        find: Callable[[str | Path], WeightsSet] | None = None,
     ) -> None:
         self.record = record
         self.engines = dict(engines)
-        self.array = array or to_numpy
+        self._weights, self._find = weights, find
 
     @property
-    def inputs(self) -> dict[str, TensorSpec]:
+    def inputs(self) -> dict[str, Input]:
         """Shape and dtype of every input the engine takes."""
         return self.record.inputs
 
@@ -46,45 +60,84 @@ class Denoiser:
         """The model's official sampling defaults at this geometry."""
         return self.record.sampling
 
-    def __call__(
-        self,
-        *,
-        latent: Array,
-        timestep: Array | float,
-        text: Array,
-        condition: Array | None = None,
-        image: Array | None = None,
-    ) -> Array:
+    @property
+    def device(self) -> str:
+        """PyTorch's name of the device that runs the engine: `cpu` or `cuda:1`."""
+        return next(iter(self.engines.values())).device
+
+    @property
+    def weights(self) -> str:
+        """The name, or path, of the weights set in use; empty where the engine holds its own."""
+        return self._weights.name if self._weights is not None else ""
+
+    def array(self, value: Array) -> Array:
+        """A caller's array as the engine takes it: fp32, in numpy or on the engine's device."""
+        return next(iter(self.engines.values())).array(value)
+
+    def only(self, expert: str) -> "Denoiser":
+        """A denoiser of one of this one's experts, which serves all timesteps."""
+        record = replace(self.record, sampling=replace(self.sampling, boundary=None))
+        return Denoiser(record, {expert: self.engines[expert]}, self._weights, self._find)
+
+    def use(self, weights: str | Path) -> None:
+        """Use another weights set of the engine's layout from the next call on.
+
+        weights is as in `load`. The set is read in place of the one before, which waits for calls
+        that run; no engine is built or opened, except that ONNX Runtime on a CPU opens a session. A
+        call has one set, whole: that of the moment it began. Denoisers of a process that share
+        weights on a device take turns from then on, and read anew at each.
+        Raises BadRequest when there is no such set, BundleError when a file is missing, was altered
+        or is laid out otherwise, EngineFailure when the device fails; the set before stays in use.
+        """
+        if self._find is None or self._weights is None:
+            raise BadRequest(
+                f"engine {self.record.name} holds its weights inside and cannot change them"
+            )
+        found = self._find(weights)
+        for file in self._read_ahead(found):
+            file[0].use(file[1])
+        self._weights = found
+
+    def _read_ahead(self, found: WeightsSet) -> list[tuple[Engine, PinnedFile]]:
+        """The engines that can hold their part of a set by now: of two that take turns, the first,
+        with which a run begins."""
+        held: dict[int, tuple[Engine, PinnedFile]] = {}
+        for expert, engine in self.engines.items():
+            shared = getattr(engine, "weights", None) or engine
+            held.setdefault(id(shared), (engine, found.files[expert]))
+        return list(held.values())
+
+    def close(self) -> None:
+        """Free the memory that the engine has on its device. A call then raises EngineFailure."""
+        for engine in self.engines.values():
+            engine.close()
+
+    def __call__(self, **inputs: Array) -> Array:
         """Return the velocity: shaped and placed like latent, in fp32.
 
-        latent [1, C, F, h, w]; timestep a number or [1], for TI2V also [F]; text [n, 4096] or
-        [1, n, 4096] with n <= 512, zero-padded to 512 here; condition and image as in `inputs`.
-        Raises WanExportError, a ValueError, for a missing, unexpected or wrongly shaped input, for
-        one with NaN or Inf, for a timestep outside 0 to 1000, and when the engine needs more memory
-        than there can be. Tensors on a GPU are not searched for NaN, and nothing waits for them; a
-        timestep there is waited for.
+        The inputs are those of `inputs`, by name. Of plain Wan: latent [1, C, F, h, w]; timestep a
+        number or [1], for TI2V also [F]; text [n, 4096] or [1, n, 4096] with n <= 512, zero-padded
+        to 512 here; condition and image as in `inputs`.
+        Raises BadRequest, a ValueError, for a missing, unexpected or wrongly shaped input, for one
+        with NaN or Inf, for a timestep outside 0 to 1000, and for a model that keeps a state
+        between steps, which needs a session; EngineFailure when the device cannot. Tensors on a GPU
+        are not searched for NaN, and nothing waits for them; a timestep there is waited for.
         """
-        self._check_memory()
-        given = {"latent": latent, "text": text, "condition": condition, "image": image}
-        arrays = {name: _fp32(value) for name, value in given.items() if value is not None}
-        times = self._broadcast(to_numpy(timestep))
-        if "text" in arrays:
-            arrays["text"] = pad_text(arrays["text"], self.inputs["text"].shape)
-        self._check({**arrays, "timestep": times})
-        if not ((times >= 0) & (times <= NUM_TRAIN_TIMESTEPS)).all():
-            raise WanExportError(
-                f"timestep is from {times.min():g} to {times.max():g}: expected from 0 to "
-                f"{NUM_TRAIN_TIMESTEPS}, a sigma times {NUM_TRAIN_TIMESTEPS}"
+        if self.record.program.state:
+            raise BadRequest(
+                f"engine {self.record.name} keeps a state from step to step: call what "
+                f"session() returns"
             )
-        on_device = {name: self.array(value) for name, value in arrays.items()}
-        on_device["timestep"] = self.array(times)
-        velocity = self.engines[self.expert(float(times.max()))](on_device)
-        if tuple(velocity.shape) != self.record.output.shape:
-            raise WanExportError(
-                f"engine {self.record.name} gave {list(velocity.shape)}, its record says "
-                f"{list(self.record.output.shape)}: run wanexport build again"
-            )
-        return like(velocity, latent)
+        return self.session()(**inputs)
+
+    def session(self, **constant: Array) -> "Session":
+        """What is called at every step of one video, with the inputs that are not given here.
+
+        Inputs that stay the same, as text, are checked and moved to the device here, once. A
+        session has its own state, which begins as zeros, and what is computed once a prompt.
+        Raises BadRequest as a call does.
+        """
+        return Session(self, constant)
 
     @property
     def switch_seconds(self) -> list[float]:
@@ -99,51 +152,61 @@ class Denoiser:
         high = timestep >= self.sampling.boundary * NUM_TRAIN_TIMESTEPS
         return "high_noise" if high else "low_noise"
 
-    def _broadcast(self, timestep: np.ndarray) -> np.ndarray:
-        shape = self.inputs["timestep"].shape
-        if timestep.size == 1:
-            return np.full(shape, timestep.item(), np.float32)
-        return timestep
+    def check(self, inputs: Mapping[str, Array], known: Collection[str]) -> dict[str, Array]:
+        """Inputs in fp32 and in their shapes, on the host unless they are on a GPU.
 
-    def _check(self, arrays: Mapping[str, Array]) -> None:
-        missing = [name for name in self.inputs if name not in arrays]
-        extra = [name for name in arrays if name not in self.inputs]
-        if missing or extra:
-            raise WanExportError(
-                f"engine {self.record.name} takes {', '.join(self.inputs)}: "
-                + "; ".join(
-                    f"{', '.join(names)} {what}"
-                    for names, what in ((missing, "missing"), (extra, "not expected"))
-                    if names
-                )
+        known are names that need not be among them. Raises BadRequest for an input that is missing,
+        that the engine does not take, or that it takes otherwise.
+        """
+        self._check_names([*inputs, *known], inputs)
+        arrays = {n: _fp32(value) for n, value in inputs.items() if n != "timestep"}
+        for name, value in arrays.items():
+            if self.inputs[name].draw == "rows":
+                arrays[name] = pad_rows(value, self.inputs[name].shape, name=name)
+        if "timestep" in inputs:
+            arrays["timestep"] = self._times(inputs["timestep"])
+        for name, array in arrays.items():
+            self._check_array(name, array)
+        return arrays
+
+    def _check_names(self, there: Collection[str], given: Collection[str]) -> None:
+        faults = {
+            "missing": [name for name in self.inputs if name not in there],
+            "not expected": [name for name in given if name not in self.inputs],
+        }
+        wrong = [f"{', '.join(names)} {what}" for what, names in faults.items() if names]
+        if wrong:
+            raise BadRequest(
+                f"engine {self.record.name} takes {', '.join(self.inputs)}: {'; '.join(wrong)}"
             )
-        for name, spec in self.inputs.items():
-            shape = tuple(arrays[name].shape)
-            if shape != spec.shape:
-                raise WanExportError(
-                    f"{name} has shape {list(shape)}, engine {self.record.name} takes "
-                    f"{list(spec.shape)}{self._rebuild_hint(name, shape)}"
-                )
-            if bad := count_not_finite(arrays[name]):
-                raise WanExportError(
-                    f"{name} has {bad} values that are NaN or Inf: expected finite ones; "
-                    f"look at what made it"
-                )
 
-    def _check_memory(self) -> None:
-        """Refuse what the system would kill: on a CPU ONNX Runtime holds the scores twice."""
-        needed = 2 * self.record.build.get("attention_score_bytes", 0)
-        on_cpu = self.record.backend == "onnx" and self.record.target.get("device") != "cuda"
-        if on_cpu and needed > limit_bytes():
-            raise WanExportError(
-                f"engine {self.record.name} needs {needed / 1e9:.0f} GB for attention in ONNX "
-                f"Runtime on a CPU, of {limit_bytes() / 1e9:.0f} GB here: "
-                f"build one of a smaller --resolution or fewer --frames"
+    def _times(self, timestep: Array) -> np.ndarray:
+        """The timestep in the input's shape, which one number fills."""
+        times, shape = to_numpy(timestep), self.inputs["timestep"].shape
+        return np.full(shape, times.item(), np.float32) if times.size == 1 else times
+
+    def _check_array(self, name: str, array: Array) -> None:
+        shape, spec = tuple(array.shape), self.inputs[name]
+        if shape != spec.shape:
+            raise BadRequest(
+                f"{name} has shape {list(shape)}, engine {self.record.name} takes "
+                f"{list(spec.shape)}{self._rebuild_hint(name, shape)}"
+            )
+        if bad := count_not_finite(array):
+            raise BadRequest(
+                f"{name} has {bad} values that are NaN or Inf: expected finite ones; "
+                f"look at what made it"
+            )
+        if name == "timestep" and not ((array >= 0) & (array <= NUM_TRAIN_TIMESTEPS)).all():
+            raise BadRequest(
+                f"timestep is from {array.min():g} to {array.max():g}: expected from 0 to "
+                f"{NUM_TRAIN_TIMESTEPS}, a sigma times {NUM_TRAIN_TIMESTEPS}"
             )
 
     def _rebuild_hint(self, name: str, shape: tuple[int, ...]) -> str:
         """For a latent of another geometry: the nearest legal build options."""
-        if name not in ("latent", "condition") or len(shape) != 5 or 0 in shape:
+        is_video = self.inputs[name].shape[2:] == self.geometry.latent
+        if not is_video or len(shape) != 5 or 0 in shape:
             return ""
         side = PATCH * self.geometry.spatial_stride
         height, width = (max(1, round(n / PATCH)) * side for n in shape[3:])
@@ -152,6 +215,60 @@ class Denoiser:
             return ""
         return f": build an engine with --resolution {height}x{width} --frames {frames}"
 
+    def run(self, expert: str, arrays: Mapping[str, Array], memory: Memory) -> Array:
+        """The velocity of checked inputs on the device, by one expert, with a session's memory."""
+        weights = self._weights
+        file = weights.files[expert] if weights is not None else None
+        velocity = self.engines[expert](arrays, file, memory)
+        if tuple(velocity.shape) != self.record.output.shape:
+            raise BundleError(
+                f"engine {self.record.name} gave {list(velocity.shape)}, its record says "
+                f"{list(self.record.output.shape)}: run wanexport build again"
+            )
+        return velocity
+
+
+class Session:
+    """The calls for one video: its constant inputs, and what the model keeps between steps."""
+
+    def __init__(self, denoiser: Denoiser, constant: Mapping[str, Array]) -> None:
+        self.denoiser = denoiser
+        self._given = {name: value for name, value in constant.items() if value is not None}
+        checked = denoiser.check(self._given, known=denoiser.inputs)
+        self._times = checked.get("timestep")
+        self._constant = {name: denoiser.array(value) for name, value in checked.items()}
+        self._memories: dict[str, Memory] = {}  # by expert
+        self._state: dict[str, Array] = {}
+
+    def __call__(self, **inputs: Array) -> Array:
+        """The velocity, shaped and placed like latent, in fp32; raises as the denoiser does."""
+        denoiser = self.denoiser
+        given = {name: value for name, value in inputs.items() if value is not None}
+        checked = denoiser.check(given, known=self._constant)
+        times = checked["timestep"] if "timestep" in checked else self._times
+        assert times is not None  # or its name would have been missed
+        arrays = {**self._constant, **{n: denoiser.array(value) for n, value in checked.items()}}
+        velocity = self._run(denoiser.expert(float(times.max())), arrays)
+        return like(velocity, {**self._given, **given}["latent"])
+
+    def _run(self, expert: str, arrays: Mapping[str, Array]) -> Array:
+        """One expert's call; the state goes on from what the other left."""
+        if expert not in self._memories:
+            self._memories[expert] = self.denoiser.engines[expert].memory()
+            self._state = self._state or self._memories[expert].state
+        memory = self._memories[expert]
+        memory.state = self._state
+        velocity = self.denoiser.run(expert, arrays, memory)
+        self._state = memory.state
+        return velocity
+
+
+def open_session(denoiser: Callable[..., Array], **constant: Array) -> Callable[..., Array]:
+    """A session of a denoiser; of any other callable, itself with these inputs at every call."""
+    session = getattr(denoiser, "session", None)
+    given = {name: value for name, value in constant.items() if value is not None}
+    return partial(denoiser, **given) if session is None else session(**given)
+
 
 def _fp32(value: Array) -> Array:
     """A tensor on a GPU as it is, anything else as an fp32 numpy array."""
@@ -159,26 +276,26 @@ def _fp32(value: Array) -> Array:
 
 
 def check_rows(**texts: Array | None) -> None:
-    """Raise WanExportError, naming them, for text embeddings [n, D] or [1, n, D] with n = 0."""
+    """Raise BadRequest, naming them, for text embeddings [n, D] or [1, n, D] with n = 0."""
     for name, text in texts.items():
         shape: tuple[int, ...] = tuple(getattr(text, "shape", ()))
         if len(shape) > 1 and shape[-2] == 0:
-            raise WanExportError(
+            raise BadRequest(
                 f"{name} has shape {list(shape)}, no row: expected one for each token of a prompt, "
                 f"an empty prompt has one too"
             )
 
 
-def pad_text(text: Array, shape: tuple[int, ...]) -> Array:
+def pad_rows(text: Array, shape: tuple[int, ...], *, name: str = "text") -> Array:
     """Zero-pad text embeddings [n, D] or [1, n, D] to [1, 512, D]: Wan attends to the zero rows.
 
-    Raises WanExportError when there are no rows, or more than the model takes.
+    Raises BadRequest when there are no rows, or more than the model takes.
     """
-    check_rows(text=text)
+    check_rows(**{name: text})
     text = text[None] if text.ndim == 2 else text
     if text.ndim == 3 and text.shape[1] > shape[1]:
-        raise WanExportError(
-            f"text has {text.shape[1]} rows, the model takes at most {shape[1]}: "
+        raise BadRequest(
+            f"{name} has {text.shape[1]} rows, the model takes at most {shape[1]}: "
             f"truncate the prompt"
         )
     if text.ndim != 3 or text.shape[1] == shape[1]:

@@ -1,6 +1,7 @@
 """The exceptions for what a user can put right, the warning beside them, and their words."""
 
 import errno
+import shlex
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
@@ -44,7 +45,12 @@ def needing_extra(extra: str, what: str) -> AbstractContextManager[None]:
 
 def needing_package(package: str, what: str) -> AbstractContextManager[None]:
     """The same around the import of one package, which is in no extra."""
-    return _needing(what, f"pip install {package}")
+    return _needing(what, installing(package))
+
+
+def installing(*requirements: str) -> str:
+    """The command that installs packages of a registry, each named as pip takes it."""
+    return f"pip install {shlex.join(requirements)}"
 
 
 @contextmanager
@@ -92,13 +98,13 @@ def explain(error: Exception) -> str:
 
 
 def refuse_empty(**names: str | Path | None) -> None:
-    """Raise WanExportError for a name or path that is an empty text, which would be `.` as a path.
+    """Raise BadRequest for a name or path that is an empty text, which would be `.` as a path.
 
     It is what a script's variable has that was never set.
     """
     for what, name in names.items():
         if isinstance(name, str) and not name.strip():
-            raise WanExportError(f"{what} is empty: name one, or leave it out")
+            raise BadRequest(f"{what} is empty: name one, or leave it out")
 
 
 _LONGEST_PATH = 4096

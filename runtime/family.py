@@ -50,9 +50,10 @@ class Family:
     """What all models of one kind have in common.
 
     `needs` are the pictures that a model cannot do without, of `first` and `last`, and `takes`
-    those that it can be given; where `blends_first_frame`, the first picture is no input but
-    replaces the latent's frame 0, whose timestep is 0. `shift_480p` is the shift of small videos,
-    where it is another. `graph` is the module and class of the graph, which only a build imports.
+    those that it can be given. Where `blends_first_frame`, each latent frame has its timestep, and
+    the first picture is no input but replaces frame 0, whose timestep is 0. `shift_480p` is the
+    shift of small videos, where it is another. `graph` is the module and class of the graph, which
+    only a build imports.
     """
 
     vae: VaeKind
@@ -147,9 +148,14 @@ FAMILIES = {
 
 def family_of(config: WanConfig) -> Family:
     """The row of a model's family. Raises BundleError when this version does not know it."""
-    if config.family not in FAMILIES:
+    return family_named(config.family)
+
+
+def family_named(name: str) -> Family:
+    """The row of a family. Raises BundleError when this version does not know it."""
+    if name not in FAMILIES:
         raise BundleError(
-            f"family {config.family!r} is not known to this wanexport, which knows "
+            f"family {name!r} is not known to this wanexport, which knows "
             f"{', '.join(FAMILIES)}: install the one that wrote it"
         )
-    return FAMILIES[config.family]
+    return FAMILIES[name]

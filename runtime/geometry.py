@@ -1,13 +1,17 @@
 """Video geometry: which resolutions and frame counts Wan accepts, and what they become."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest
 
 PATCH = 2  # the patch embedding's stride along height and width
 MAX_PIXELS = 16384  # of a side, and frames: over ten times what any Wan was trained for
 TEMPORAL_STRIDE = 4  # pixel frames per latent frame, after the first
+
+Resolution = str | tuple[int, int] | list[int]  # what `parse_resolution` understands
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class Geometry:
     """A video of height x width pixels and `frames` frames, seen through a VAE.
 
     `spatial_stride` is the VAE's pixels per latent pixel: 8 for Wan2.1, 16 for Wan2.2's 5B.
-    Raises WanExportError, naming the nearest legal values, when Wan has no such geometry.
+    Raises BadRequest, naming the nearest legal values, when Wan has no such geometry.
     """
 
     height: int
@@ -26,9 +30,9 @@ class Geometry:
     def __post_init__(self) -> None:
         numbers = (self.height, self.width, self.frames, self.spatial_stride)
         if any(type(n) is not int for n in numbers) or self.spatial_stride < 1:
-            raise WanExportError(f"{numbers} is no video: expected whole height, width and frames")
+            raise BadRequest(f"{numbers} is no video: expected whole height, width and frames")
         if max(numbers) > MAX_PIXELS:
-            raise WanExportError(
+            raise BadRequest(
                 f"{self.name} (height x width x frames) is beyond any Wan: "
                 f"expected at most {MAX_PIXELS} of each"
             )
@@ -39,16 +43,14 @@ class Geometry:
                 for h, w in self._nearest_sides(side)
                 if (h, w) != (self.height, self.width)
             )
-            raise WanExportError(
+            raise BadRequest(
                 f"resolution {self.height}x{self.width} (height x width) is not legal: "
-                f"both sides must be multiples of {side}; nearest: --resolution {near}"
+                f"both sides must be multiples of {side}; nearest: {near}"
             )
         if self.frames < 1 or (self.frames - 1) % TEMPORAL_STRIDE:
             low = max(1, (self.frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1)
             near = " or ".join(str(n) for n in (low, low + TEMPORAL_STRIDE) if n >= 1)
-            raise WanExportError(
-                f"{self.frames} frames are not legal: expected 4k+1; nearest: --frames {near}"
-            )
+            raise BadRequest(f"{self.frames} frames are not legal: expected 4k+1; nearest: {near}")
 
     def _nearest_sides(self, side: int) -> list[tuple[int, int]]:
         lower = tuple(max(side, n // side * side) for n in (self.height, self.width))
@@ -89,16 +91,30 @@ class Geometry:
         return Geometry(grid[1] * side, grid[2] * side, frames, self.spatial_stride)
 
 
-def parse_resolution(text: str) -> tuple[int, int]:
-    """Return (height, width) of `480x832` (height x width) or Wan's own `832*480` (width * height).
+def parse_resolution(resolution: Resolution) -> tuple[int, int]:
+    """The height and width that a resolution names, in pixels.
 
-    Raises WanExportError for any other form.
+    It is `480x832` (height x width), Wan's own `832*480` (width * height), or a tuple or list of
+    two whole numbers, (height, width). Raises BadRequest for anything else.
     """
-    match = re.fullmatch(r"(\d{1,9})([xX*])(\d{1,9})", str(text).strip())
+    if isinstance(resolution, tuple | list):
+        return _sides(resolution)
+    match = re.fullmatch(r"(\d{1,9})([xX*])(\d{1,9})", str(resolution).strip())
     if match is None:
-        raise WanExportError(
-            f"resolution {str(text)[:40]!r} is not understood: write HEIGHTxWIDTH as in 480x832, "
-            f"or Wan's WIDTH*HEIGHT as in 832*480"
-        )
+        raise _not_understood(str(resolution)[:40])
     first, second = int(match[1]), int(match[3])
     return (second, first) if match[2] == "*" else (first, second)
+
+
+def _sides(sides: Sequence[object]) -> tuple[int, int]:
+    whole = [int(n) for n in sides if isinstance(n, Integral) and not isinstance(n, bool)]
+    if len(whole) != len(sides) or len(whole) != 2 or min(whole) < 0:
+        raise _not_understood(sides)
+    return whole[0], whole[1]
+
+
+def _not_understood(resolution: object) -> BadRequest:
+    return BadRequest(
+        f"resolution {resolution!r:.60} is not understood: write HEIGHTxWIDTH as in 480x832, Wan's "
+        f"WIDTH*HEIGHT as in 832*480, or (height, width) in Python"
+    )

@@ -128,4 +128,3 @@ class Program:
 def of_layer(names: tuple[str, ...], index: int) -> tuple[str, ...]:
     """Templated names as they are for one layer."""
     return tuple(name.replace(LAYER, str(index)) for name in names)
-

@@ -1,17 +1,18 @@
 """Wan's sampling loop around any denoiser: solver, guidance, and the TI2V first frame."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from wanexport.runtime.arrays import Array, is_finite, is_torch, to_fp32_like, to_numpy
-from wanexport.runtime.bundle.manifest import SamplingDefaults
-from wanexport.runtime.denoiser import check_rows
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.denoiser import check_rows, open_session
+from wanexport.runtime.errors import BadRequest
+from wanexport.runtime.family import MAX_GUIDANCE, SamplingDefaults
+from wanexport.runtime.settings import Settings
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS, SOLVERS, Schedule, make_schedule
-
-MAX_GUIDANCE = 1000
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,13 @@ def sample(
     noise: Array,
     text: Array,
     negative: Array | None = None,
-    condition: Array | None = None,
-    image: Array | None = None,
     first_frame: Array | None = None,
     solver: str | None = None,
     steps: int | None = None,
     shift: float | None = None,
     guidance: float | tuple[float, float] | None = None,
     timesteps: Sequence[float] | None = None,
+    **inputs: Array | None,
 ) -> Iterator[Step]:
     """Denoise from noise [1, C, F, h, w] and yield every step; the last latent is the result.
 
@@ -56,71 +56,86 @@ def sample(
     is 1. None for solver, steps, shift or guidance takes the denoiser's own default. guidance is a
     number or Wan's (low noise, high noise) pair. timesteps are the explicit float timesteps of a
     distilled model: Euler and no guidance unless named. first_frame [1, C, 1, h, w] is TI2V's image
-    latent: it replaces frame 0 before the run and after every step, and is given timestep 0.
+    latent: it replaces frame 0 before the run and after every step, and is given timestep 0. inputs
+    are the model's others, as condition and image: every step is given them.
 
     The step's velocity is uncond + guidance * (cond - uncond), in fp32.
-    Raises WanExportError, before any work, for settings that do not fit; wrongly shaped inputs are
-    the denoiser's to refuse, at the first step.
+    Raises BadRequest, before any work, for settings and inputs that do not fit; what else fails is
+    the denoiser's to raise, at a step.
     """
     defaults = getattr(denoiser, "sampling", None)
-    plan = make_plan(
-        defaults, solver=solver, steps=steps, shift=shift, guidance=guidance, timesteps=timesteps
-    )
-    if negative is None and any(g != 1 for g in plan.guidance):
-        raise WanExportError(
-            f"guidance {max(plan.guidance)} needs negative text embeddings: "
-            f"pass them, or set guidance to 1"
-        )
+    plan = make_plan(defaults, Settings(steps, shift, guidance, solver, timesteps))
+    texts = _texts(plan, text, negative)
     latent = to_fp32_like(noise, noise)
     if latent.ndim != 5:
-        raise WanExportError(f"noise has shape {list(latent.shape)}, expected [1, C, F, h, w]")
+        raise BadRequest(f"noise has shape {list(latent.shape)}, expected [1, C, F, h, w]")
     if first_frame is not None:
         _check_first_frame(denoiser, latent, first_frame)
         first_frame = to_fp32_like(first_frame, latent)
+    _check_finite(noise=noise, text=text, negative=negative, first_frame=first_frame, **inputs)
+    sessions = [open_session(denoiser, text=own, **inputs) for own in texts]
+    return _run(sessions, plan, latent, first_frame)
+
+
+def _texts(plan: Plan, text: Array, negative: Array | None) -> list[Array]:
+    """The texts that the plan calls the model with. Raises BadRequest when one is not there."""
     check_rows(text=text, negative=negative)
-    constant = {"condition": condition, "image": image}
-    _check_finite(noise=noise, text=text, negative=negative, first_frame=first_frame, **constant)
-    extras = {name: value for name, value in constant.items() if value is not None}
-    return _run(denoiser, plan, latent, text, negative, first_frame, extras)
+    if all(scale == 1 for scale in plan.guidance):
+        return [text]
+    if negative is None:
+        raise BadRequest(
+            f"guidance {max(plan.guidance)} needs negative text embeddings: "
+            f"pass them, or set guidance to 1"
+        )
+    return [text, negative]
 
 
-def make_plan(
-    defaults: SamplingDefaults | None,
-    *,
-    solver: str | None = None,
-    steps: int | None = None,
-    shift: float | None = None,
-    guidance: float | tuple[float, float] | None = None,
-    timesteps: Sequence[float] | None = None,
-) -> Plan:
-    """Fill what is None from the defaults. Raises WanExportError when something is left open."""
-    if timesteps is not None:
-        if steps is not None or shift is not None:
-            raise WanExportError("timesteps name every step: leave out steps and shift")
-        timesteps = _numbers(timesteps)
-        steps, shift = len(timesteps), 1.0
-        solver, guidance = solver or "euler", 1.0 if guidance is None else guidance
-    if defaults is not None:
-        solver = solver or defaults.solver
-        steps = defaults.steps if steps is None else steps
-        shift = defaults.shift if shift is None else shift
-        guidance = defaults.guidance if guidance is None else guidance
+def denoise(denoiser: Callable[..., Array], **options: Any) -> Step:
+    """Run `sample` with these options to its end, and return the last step.
+
+    Raises as `sample` does.
+    """
+    (step,) = deque(sample(denoiser, **options), maxlen=1)
+    return step
+
+
+def make_plan(defaults: SamplingDefaults | None, settings: Settings) -> Plan:
+    """Fill what is None from the defaults. Raises BadRequest when something is left open."""
+    asked = _distilled(settings) if settings.timesteps is not None else settings
+    solver, steps, shift, guidance = (
+        getattr(defaults, name, None) if (value := getattr(asked, name)) is None else value
+        for name in ("solver", "steps", "shift", "guidance")
+    )
     if solver is None or steps is None or shift is None or guidance is None:
-        raise WanExportError(
+        raise BadRequest(
             "this denoiser has no sampling defaults: pass solver, steps, shift and guidance"
         )
-    schedule = make_schedule(solver, steps=steps, shift=shift, timesteps=timesteps)
+    schedule = make_schedule(solver, steps=steps, shift=shift, timesteps=asked.timesteps)
     boundary = None if defaults is None else defaults.boundary
     return Plan(solver, schedule, _guidance_per_step(guidance, schedule, boundary))
 
 
-def _numbers(timesteps: Sequence[float]) -> list[float]:
+def _distilled(settings: Settings) -> Settings:
+    """The settings of a distilled model, whose timesteps are given."""
+    if settings.steps is not None or settings.shift is not None:
+        raise BadRequest("timesteps name every step: leave out steps and shift")
+    timesteps = _numbers(settings.timesteps)
+    return Settings(
+        steps=len(timesteps),
+        shift=1.0,
+        guidance=1.0 if settings.guidance is None else settings.guidance,
+        solver=settings.solver or "euler",
+        timesteps=timesteps,
+    )
+
+
+def _numbers(timesteps: Any) -> list[float]:
     try:
         if isinstance(timesteps, str):  # whose letters would be numbers of one digit
             raise TypeError
         return [float(t) for t in timesteps]
     except (TypeError, ValueError) as error:
-        raise WanExportError(
+        raise BadRequest(
             f"timesteps must be numbers, as [1000, 750, 500, 250], got {timesteps!r:.80}"
         ) from error
 
@@ -134,13 +149,13 @@ def _guidance_per_step(
     except (TypeError, ValueError):
         pair = np.array([])
     if pair.size not in (1, 2) or not ((pair > 0) & (pair <= MAX_GUIDANCE)).all():
-        raise WanExportError(
+        raise BadRequest(
             f"guidance {guidance!r:.80}: expected a number or (low noise, high noise), above 0 and "
             f"of at most {MAX_GUIDANCE}; 1 is no guidance, 0 would leave the prompt out"
         )
     low, high = float(pair[0]), float(pair[-1])
     if low != high and boundary is None:
-        raise WanExportError(
+        raise BadRequest(
             f"guidance {low}, {high} is a (low noise, high noise) pair, "
             f"but this model has one expert: pass one number"
         )
@@ -150,25 +165,21 @@ def _guidance_per_step(
 
 
 def _run(
-    denoiser: Callable[..., Array],
+    sessions: Sequence[Callable[..., Array]],
     plan: Plan,
     latent: Array,
-    text: Array,
-    negative: Array | None,
     first_frame: Array | None,
-    extras: dict[str, Array],
 ) -> Iterator[Step]:
+    """The loop over sessions of the prompt, and where it is guided of the negative one."""
     solver = SOLVERS[plan.solver](plan.schedule.sigmas)
     latent = set_first_frame(latent, first_frame)
     for index, (timestep, scale) in enumerate(
         zip(plan.schedule.timesteps, plan.guidance, strict=True)
     ):
         given = frame_timesteps(timestep, latent, first_frame)
-        cond = denoiser(latent=latent, timestep=given, text=text, **extras)
-        velocity = to_fp32_like(cond, latent)
+        velocity = to_fp32_like(sessions[0](latent=latent, timestep=given), latent)
         if scale != 1:
-            uncond = denoiser(latent=latent, timestep=given, text=negative, **extras)
-            uncond = to_fp32_like(uncond, latent)
+            uncond = to_fp32_like(sessions[1](latent=latent, timestep=given), latent)
             velocity = uncond + scale * (velocity - uncond)
         latent = set_first_frame(solver.step(latent, velocity), first_frame)
         yield Step(index, timestep, latent)
@@ -178,7 +189,7 @@ def _check_finite(**inputs: Array | None) -> None:
     """Name an input by what the caller called it, before it becomes part of something else."""
     for name, value in inputs.items():
         if value is not None and not is_finite(value if is_torch(value) else to_numpy(value)):
-            raise WanExportError(f"{name} has NaN or Inf: expected finite values")
+            raise BadRequest(f"{name} has NaN or Inf: expected finite values")
 
 
 def _check_first_frame(denoiser: Callable[..., Array], latent: Array, first_frame: Array) -> None:
@@ -186,14 +197,12 @@ def _check_first_frame(denoiser: Callable[..., Array], latent: Array, first_fram
     expected = [*latent.shape[:2], 1, *latent.shape[3:]]
     inputs = getattr(denoiser, "inputs", {})
     if frames == 1 or ("timestep" in inputs and inputs["timestep"].shape != (frames,)):
-        raise WanExportError(
+        raise BadRequest(
             f"first_frame is for TI2V at more than one latent frame; this latent has {frames} and "
             f"the model takes {inputs['timestep'].shape[0] if inputs else 'other'} timesteps"
         )
     if list(first_frame.shape) != expected:
-        raise WanExportError(
-            f"first_frame has shape {list(first_frame.shape)}, expected {expected}"
-        )
+        raise BadRequest(f"first_frame has shape {list(first_frame.shape)}, expected {expected}")
 
 
 def frame_timesteps(

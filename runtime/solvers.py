@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from wanexport.runtime.arrays import Array
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import BadRequest, WanExportWarning
 
 NUM_TRAIN_TIMESTEPS = 1000
 MAX_STEPS = 10_000
@@ -49,14 +49,14 @@ class Solver(Protocol):
 def official_schedule(steps: int, shift: float, sigma_max: float) -> Schedule:
     """Wan's grid: linear from sigma_max to 0, shifted; the model sees truncated integer timesteps.
 
-    Raises WanExportError when steps or shift are out of range.
+    Raises BadRequest when steps or shift are out of range.
     """
     # bool is a number to Python alone.
     if isinstance(steps, bool) or not isinstance(steps, Integral) or not 1 <= steps <= MAX_STEPS:
-        raise WanExportError(f"steps must be from 1 to {MAX_STEPS}, got {steps}")
+        raise BadRequest(f"steps must be from 1 to {MAX_STEPS}, got {steps}")
     is_number = isinstance(shift, Real) and not isinstance(shift, bool)
     if not is_number or not 1 / MAX_SHIFT <= shift <= MAX_SHIFT:
-        raise WanExportError(f"shift must be from {1 / MAX_SHIFT:g} to {MAX_SHIFT}, got {shift}")
+        raise BadRequest(f"shift must be from {1 / MAX_SHIFT:g} to {MAX_SHIFT}, got {shift}")
     grid = np.linspace(sigma_max, 0, steps + 1)[:-1]
     sigmas = shift * grid / (1 + (shift - 1) * grid)
     timesteps = (sigmas * NUM_TRAIN_TIMESTEPS).astype(np.int64)
@@ -66,28 +66,28 @@ def official_schedule(steps: int, shift: float, sigma_max: float) -> Schedule:
 def explicit_schedule(timesteps: Sequence[float]) -> Schedule:
     """The schedule of a distilled model: the given float timesteps, sigma = t / 1000.
 
-    Raises WanExportError unless they fall strictly and lie in (0, 1000]; for sigmas from 0 to 1 and
+    Raises BadRequest unless they fall strictly and lie in (0, 1000]; for sigmas from 0 to 1 and
     for a final 0, which are not timesteps, it says what to pass in their place. A schedule that
     begins in the lower half, as one for pure noise does not, is a WanExportWarning.
     """
     times = [float(t) for t in timesteps]
     if any(times) and all(0 <= t <= 1 for t in times):
         meant = sorted({NUM_TRAIN_TIMESTEPS * t for t in times if t}, reverse=True)
-        raise WanExportError(
+        raise BadRequest(
             f"timesteps {_listed(times)}: these are sigmas from 0 to 1; as timesteps: "
             f"{_listed(meant)}"
         )
     legal = f"timesteps must fall from at most {NUM_TRAIN_TIMESTEPS} to above 0"
     if not 1 <= len(times) <= MAX_STEPS:
-        raise WanExportError(f"{legal}, got {len(times)} of them: expected 1 to {MAX_STEPS}")
+        raise BadRequest(f"{legal}, got {len(times)} of them: expected 1 to {MAX_STEPS}")
     if times[-1] == 0 < times[0]:
-        raise WanExportError(
+        raise BadRequest(
             f"{legal}, got {_listed(times)}: leave out the final 0, where every run ends"
         )
     if not all(0 < t <= NUM_TRAIN_TIMESTEPS for t in times):
-        raise WanExportError(f"{legal}, got {_listed(times)}")
+        raise BadRequest(f"{legal}, got {_listed(times)}")
     if not all(now > after for now, after in pairwise(times)):
-        raise WanExportError(f"timesteps must fall from step to step, got {_listed(times)}")
+        raise BadRequest(f"timesteps must fall from step to step, got {_listed(times)}")
     schedule = Schedule(_fp32(np.array(times) / NUM_TRAIN_TIMESTEPS), tuple(times))
     if times[0] < NUM_TRAIN_TIMESTEPS / 2:
         warnings.warn(
@@ -108,11 +108,11 @@ def _listed(numbers: Sequence[float]) -> str:
 def _fp32(sigmas: np.ndarray) -> tuple[float, ...]:
     """Round as the official solvers do, which hold their sigmas in fp32, and append the final 0.
 
-    Raises WanExportError when two levels are one after rounding: every solver divides by their gap.
+    Raises BadRequest when two levels are one after rounding: every solver divides by their gap.
     """
     rounded = (*(float(s) for s in sigmas.astype(np.float32)), 0.0)
     if not all(now > after for now, after in pairwise(rounded)):
-        raise WanExportError(
+        raise BadRequest(
             f"timesteps must fall from step to step, got noise levels {_listed(rounded)}"
         )
     return rounded
@@ -242,10 +242,10 @@ def make_schedule(
 ) -> Schedule:
     """The official grid of a solver, or the given timesteps.
 
-    Raises WanExportError for an unknown solver or values outside the grid's domain.
+    Raises BadRequest for an unknown solver or values outside the grid's domain.
     """
     if solver not in SOLVERS:
-        raise WanExportError(f"unknown solver {solver!r}: expected one of {', '.join(SOLVERS)}")
+        raise BadRequest(f"unknown solver {solver!r}: expected one of {', '.join(SOLVERS)}")
     if timesteps is not None:
         return explicit_schedule(timesteps)
     return official_schedule(steps, shift, _UNIPC_SIGMA_MAX if solver == "unipc" else 1.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from wanexport.runtime.bundle.manifest import FileRecord, WeightsRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.bundle.tensorfile import header_sha256
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BundleError, WanExportError
 
 _CHUNK = 1 << 24
 
@@ -29,7 +29,7 @@ def _sha256(file: io.FileIO) -> str:
 def check_size(bundle: Path, file: FileRecord) -> PinnedFile:
     """Return the file as it is now.
 
-    Raises WanExportError when it is missing, no regular file, not readable, or of another size.
+    Raises BundleError when it is missing, no regular file, not readable, or of another size.
     """
     path = bundle / file.path
     try:
@@ -37,11 +37,11 @@ def check_size(bundle: Path, file: FileRecord) -> PinnedFile:
     except WanExportError as error:
         if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
             raise
-        raise WanExportError(
+        raise BundleError(
             f"{path} is missing from the bundle: run the same wanexport build again"
         ) from error
     if pinned.identity.size != file.size:
-        raise WanExportError(
+        raise BundleError(
             f"{path} has {pinned.identity.size} bytes, the manifest says {file.size}: "
             f"run the same wanexport build again"
         )
@@ -51,13 +51,13 @@ def check_size(bundle: Path, file: FileRecord) -> PinnedFile:
 def check_weights(bundle: Path, record: WeightsRecord) -> PinnedFile:
     """Return the weights' file after checking size and header, not every byte.
 
-    Raises WanExportError when the file is missing or another one.
+    Raises BundleError when the file is missing or another one.
     """
     pinned = check_size(bundle, record.file)
     with pinned.opened() as descriptor:
         found = header_sha256(descriptor)
-    if found != record.header_sha256:
-        raise WanExportError(
+    if found != record.layout:
+        raise BundleError(
             f"{pinned.path} has another header than the manifest says: run wanexport build again"
         )
     return pinned
@@ -66,13 +66,11 @@ def check_weights(bundle: Path, record: WeightsRecord) -> PinnedFile:
 def check_content(bundle: Path, file: FileRecord) -> PinnedFile:
     """Return the file after hashing it whole.
 
-    Raises WanExportError when it is missing or was altered.
+    Raises BundleError when it is missing or was altered.
     """
     pinned = check_size(bundle, file)
     with pinned.opened() as descriptor, open(descriptor, "rb", buffering=0, closefd=False) as raw:
         found = _sha256(raw)
     if found != file.sha256:
-        raise WanExportError(
-            f"{pinned.path} was altered after the build: run wanexport build again"
-        )
+        raise BundleError(f"{pinned.path} was altered after the build: run wanexport build again")
     return replace(pinned, sha256=found)

@@ -18,7 +18,6 @@ from wanexport.runtime.bundle.details import KINDS, Details, unknown_file
 from wanexport.runtime.bundle.path import check_path
 from wanexport.runtime.bundle.regular_file import read_regular
 from wanexport.runtime.bundle.schema1 import upgrade
-from wanexport.runtime.bundle.signature import SAFETENSORS_DTYPES
 from wanexport.runtime.decode import (
     Count,
     Figure,
@@ -31,6 +30,7 @@ from wanexport.runtime.decode import (
     decode,
     parse_json,
 )
+from wanexport.runtime.dtypes import PRECISIONS
 from wanexport.runtime.errors import BundleError, WanExportError, printable
 from wanexport.runtime.family import SamplingDefaults
 from wanexport.runtime.geometry import Geometry
@@ -118,6 +118,7 @@ class EngineRecord:
 
     backend: Name
     role: Name
+    family: Name
     dtype: Name
     geometry: Geometry
     program: Program
@@ -155,7 +156,7 @@ class EngineRecord:
             return f"role {self.role}"
         if self.backend not in KINDS:
             return f"backend {self.backend}"
-        if self.dtype not in SAFETENSORS_DTYPES:
+        if self.dtype not in PRECISIONS:
             return f"dtype {self.dtype}"
         if self.target.get("device", "cpu") not in DEVICES:
             return f"device {self.target['device']}"
@@ -262,7 +263,7 @@ def _read_engine(data: Any, where: str) -> EngineRecord | dict[str, Any]:
 
 def _is_of_later(data: Mapping[str, Any]) -> bool:
     """Whether what an engine says of itself is a kind that this version does not know."""
-    known = {"role": (DENOISER,), "backend": KINDS, "dtype": SAFETENSORS_DTYPES}
+    known = {"role": (DENOISER,), "backend": KINDS, "dtype": PRECISIONS}
     stated = {name: data.get(name) for name in known}
     return any(isinstance(v, str) and v not in known[name] for name, v in stated.items())
 

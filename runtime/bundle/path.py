@@ -4,6 +4,7 @@ import os
 from pathlib import PurePosixPath
 
 ARTEFACTS = ("weights", "engines")  # the folders of what a manifest lists
+WEIGHTS_FILE = "denoiser.safetensors"  # in the folder of each expert of a weights set
 RESERVED = {  # the bundle's own names
     "manifest.json",
     "manifest.partial.json",

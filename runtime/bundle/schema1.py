@@ -51,6 +51,7 @@ def _engine(config: WanConfig, record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **rest,
         "role": "denoiser",
+        "family": config.family,
         "layout": layout,
         "program": _program(program, *recorded),
         "details": {

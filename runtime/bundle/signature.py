@@ -9,16 +9,12 @@ from functools import lru_cache
 from hashlib import sha256
 
 from wanexport.runtime.bundle.tensorfile import TensorEntry, make_header
+from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.program import Program
 from wanexport.runtime.wan_config import WanConfig
 
-SAFETENSORS_DTYPES = {
-    "fp32": "F32",
-    "bf16": "BF16",
-    "fp16": "F16",
-}  # as safetensors names them
 _FP32_PARAMETERS = re.compile(
     r"time_embedding\.|time_projection\.|head\.|.*modulation$|.*norm|img_emb\.(proj\.[04]\.|emb_pos)"
 )
@@ -46,7 +42,7 @@ def weights_layout(config: WanConfig, dtype: str) -> tuple[bytes, dict[str, Tens
     """Header and entries of the weights file of this config in fp32, bf16 or fp16."""
     return make_header(
         {
-            name: ("F32" if stays_fp32(name) else SAFETENSORS_DTYPES[dtype], shape)
+            name: ("F32" if stays_fp32(name) else DTYPES[dtype].stored, shape)
             for name, shape in parameter_shapes(config).items()
         }
     )

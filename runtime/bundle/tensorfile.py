@@ -19,28 +19,9 @@ import numpy as np
 
 from wanexport.runtime.bundle.durable import durable_file
 from wanexport.runtime.bundle.regular_file import open_regular
+from wanexport.runtime.dtypes import STORED
 from wanexport.runtime.errors import WanExportError, printable
 
-BITS = {  # of one element, for every dtype that safetensors 0.8 writes
-    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32,
-    "BF16": 16, "F16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-}  # fmt: skip
-_NUMPY_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "I64": np.int64,
-    "U64": np.uint64,
-    "I32": np.int32,
-    "U32": np.uint32,
-    "I16": np.int16,
-    "U16": np.uint16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
 # A Wan's header takes 0.2 MB. The rest is for metadata, which may hold a picture or a workflow.
 # Parsing takes up to 40 bytes for each of the header.
 _MAX_HEADER = 16 << 20
@@ -159,7 +140,7 @@ def _entry(name: str, fields: Mapping[str, Any], data_start: int) -> TensorEntry
     if not isinstance(fields, dict) or len(name) > _MAX_NAME:
         raise ValueError(f"{printable(name)} is no tensor")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in STORED:
         raise ValueError(
             f"{printable(name)} has the dtype {reprlib.repr(dtype)}, which safetensors lacks"
         )
@@ -171,7 +152,7 @@ def _entry(name: str, fields: Mapping[str, Any], data_start: int) -> TensorEntry
     begin, end = offsets
     if any(type(n) is not int or not 0 <= n < _MAX_SIZE for n in (begin, end, *shape)):
         raise ValueError(f"the offsets or the shape of {printable(name)} are no sizes")
-    if end < begin or prod(shape) * BITS[dtype] != 8 * (end - begin):
+    if end < begin or prod(shape) * STORED[dtype].bits != 8 * (end - begin):
         raise ValueError(f"offsets {begin}..{end} do not hold {printable(name)}, {dtype} {shape}")
     return TensorEntry(dtype, tuple(shape), data_start + begin, end - begin)
 
@@ -202,11 +183,11 @@ def make_header(
     The bytes depend on nothing else: keys are sorted, there is no metadata, wide dtypes lie first
     so that every tensor is aligned to its item, and the data starts at a multiple of 64.
     """
-    order = sorted(tensors, key=lambda name: (-BITS[tensors[name][0]], name))
+    order = sorted(tensors, key=lambda name: (-STORED[tensors[name][0]].bits, name))
     spans, position = {}, 0
     for name in order:
         dtype, shape = tensors[name]
-        spans[name] = (position, position + prod(shape) * BITS[dtype] // 8)
+        spans[name] = (position, position + prod(shape) * STORED[dtype].bits // 8)
         position = spans[name][1]
     fields = {
         name: {"dtype": dtype, "shape": list(shape), "data_offsets": spans[name]}
@@ -227,9 +208,9 @@ def read_array(file: Path | int, entry: TensorEntry) -> np.ndarray:
 
     Raises WanExportError for a dtype that numpy lacks, and when the file ends early.
     """
-    bits = np.uint16 if entry.dtype == "BF16" else _NUMPY_DTYPES.get(entry.dtype)
+    bits = "uint16" if entry.dtype == "BF16" else STORED[entry.dtype].numpy
     with _opened(file) as (descriptor, name):
-        if bits is None:
+        if not bits:
             raise WanExportError(
                 f"{name} holds a {entry.dtype} tensor, which is not read: expected F32, BF16 or F16"
             )

@@ -57,6 +57,8 @@ def mismatch(config: WanConfig, engine: EngineRecord) -> str:
     """What an engine of a known kind records otherwise than config and geometry make it."""
     if engine.fault:
         return engine.fault
+    if engine.family != config.family:
+        return f"it is of family {engine.family}, the model of {config.family}"
     stride, expected = engine.geometry.spatial_stride, family_of(config).vae.spatial_stride
     if stride != expected:
         return f"it is for a VAE of stride {stride}, the model's has {expected}"

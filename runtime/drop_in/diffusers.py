@@ -7,7 +7,7 @@ modules are not there. diffusers is imported when an engine is opened, not with 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ from wanexport.runtime.drop_in.experts import (
     images_by_video,
     one_for_each,
     open_experts,
-    velocity_of_one,
+    velocities,
 )
-from wanexport.runtime.errors import WanExportError, needing_extra, refuse_empty
+from wanexport.runtime.engines.engine import EngineKeywords
+from wanexport.runtime.errors import BadRequest, needing_extra, refuse_empty
 from wanexport.runtime.geometry import PATCH
 from wanexport.runtime.wan_config import WanConfig
 
@@ -40,14 +41,18 @@ class CompiledWanTransformer(EngineModule):
     load_options are those of `load`. The engine of one expert of two is passed as `denoiser`: see
     `compiled_experts`, which makes both. Inputs and outputs are fp32 whatever the engine's
     precision, so a pipeline guides and steps in fp32, as the official code does.
-    Raises WanExportError as `load` does, without diffusers, and for a bundle of two experts.
+    Raises BadRequest as `load` does, without diffusers, and for a bundle of two experts.
     """
 
     def __init__(
-        self, bundle: str | Path, *, denoiser: Denoiser | None = None, **load_options: Any
+        self,
+        bundle: str | Path,
+        *,
+        denoiser: Denoiser | None = None,
+        **load_options: Unpack[EngineKeywords],
     ) -> None:
         if denoiser is not None and load_options:
-            raise WanExportError(
+            raise BadRequest(
                 f"this engine is open already: pass {', '.join(load_options)} where you open it"
             )
         self.config = transformer_config(bundle)
@@ -68,32 +73,22 @@ class CompiledWanTransformer(EngineModule):
         hidden_states is [B, C, F, h, w], for image-to-video latent and condition [B, 16 + 20, ...];
         timestep [B], or [B, L] with one value for all tokens of a frame; encoder_hidden_states
         [B, 512, 4096]; encoder_hidden_states_image [B or 2 B, 257, 1280]. Text and images of one
-        video serve all of a batch, whose videos run one after the other. Raises WanExportError for
+        video serve all of a batch, whose videos run one after the other. Raises BadRequest for
         shapes that the engine does not take, for sigmas in the place of timesteps, and for options
         that it cannot honour.
         """
         _refuse_options(attention_kwargs, options)
-        latent, condition = self._split(hidden_states)
+        inputs = self._split(hidden_states)
         self._check_rows(encoder_hidden_states)
-        batch, image = latent.shape[0], encoder_hidden_states_image
+        batch, image = hidden_states.shape[0], encoder_hidden_states_image
         times = np.atleast_1d(to_numpy(timestep))
         check_count("timestep", times.shape[0], batch)
-        text = one_for_each("encoder_hidden_states", encoder_hidden_states, batch)
+        inputs["text"] = one_for_each("encoder_hidden_states", encoder_hidden_states, batch)
         if image is not None:
-            image = self._images(image, batch)
+            inputs |= self._images(image, batch)
         self.check_times("timestep", times)
-        velocities = [
-            velocity_of_one(
-                self.denoiser,
-                latent=latent[i : i + 1],
-                timestep=times[i],
-                text=text[i],
-                condition=None if condition is None else condition[i : i + 1],
-                image=None if image is None else image[i : i + 1],
-            )
-            for i in range(batch)
-        ]
-        velocity = torch.cat(velocities)
+        by_video = {name: value.split(1) for name, value in inputs.items()}
+        velocity = torch.cat(velocities(self.denoiser, times, by_video))
         if not return_dict:
             return (velocity,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -104,34 +99,34 @@ class CompiledWanTransformer(EngineModule):
         """Where a pipeline tells its caches about the call: an engine has none."""
         return nullcontext()
 
-    def _images(self, image: Tensor, batch: int) -> Tensor:
-        """CLIP features [n, 257, 1280] as [batch, tokens of a video, 1280]."""
+    def _images(self, image: Tensor, batch: int) -> dict[str, Tensor]:
+        """CLIP features [n, 257, 1280] as the input [batch, tokens of a video, 1280]."""
         name, spec = "encoder_hidden_states_image", self.denoiser.inputs.get("image")
         images = image.shape[0] * image.shape[1] if image.ndim == 3 else 0
         videos = batch if spec is None else images // spec.shape[1]
         if videos != 1:
-            return images_by_video(name, image, batch)
-        return one_for_each(name, images_by_video(name, image, 1), batch)
+            return {"image": images_by_video(name, image, batch)}
+        return {"image": one_for_each(name, images_by_video(name, image, 1), batch)}
 
-    def _split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _split(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """Latent and condition, which diffusers concatenates in this order."""
         wanted = self.config["in_channels"]
         if hidden_states.ndim != 5 or 0 in hidden_states.shape or hidden_states.shape[1] != wanted:
-            raise WanExportError(
+            raise BadRequest(
                 f"hidden_states has shape {list(hidden_states.shape)}, engine "
                 f"{self.denoiser.record.name} takes [B, {wanted}, F, h, w]: use the pipeline and "
                 f"the bundle of one model"
             )
         channels = self.config["out_channels"]
         if channels == wanted:
-            return hidden_states, None
-        return hidden_states[:, :channels], hidden_states[:, channels:]
+            return {"latent": hidden_states}
+        return {"latent": hidden_states[:, :channels], "condition": hidden_states[:, channels:]}
 
     def _check_rows(self, text: Tensor) -> None:
         """Refuse fewer rows: diffusers' model attends to them alone, the engine to zeros after."""
         rows = self.denoiser.inputs["text"].shape[1]
         if text.ndim != 3 or text.shape[1] != rows:
-            raise WanExportError(
+            raise BadRequest(
                 f"encoder_hidden_states has shape {list(text.shape)}, the engine takes "
                 f"[B, {rows}, {self.config['text_dim']}]: encode prompts with "
                 f"max_sequence_length={rows}"
@@ -139,17 +134,17 @@ class CompiledWanTransformer(EngineModule):
 
 
 def compiled_experts(
-    bundle: str | Path, **load_options: Any
+    bundle: str | Path, **load_options: Unpack[EngineKeywords]
 ) -> tuple[CompiledWanTransformer, CompiledWanTransformer]:
     """`pipe.transformer` and `pipe.transformer_2` of a model with two experts, opened together.
 
     The first is the high-noise expert. The pipeline's `boundary_ratio` says which one serves a
     step. load_options are those of `load`, `offload` among them.
-    Raises WanExportError as `load` does, and for a bundle of one model.
+    Raises BadRequest as `load` does, and for a bundle of one model.
     """
     denoisers = open_experts(bundle, **load_options)
     if set(denoisers) != {HIGH_NOISE, LOW_NOISE}:
-        raise WanExportError(f"{bundle} has one model, not two: use CompiledWanTransformer")
+        raise BadRequest(f"{bundle} has one model, not two: use CompiledWanTransformer")
     high, low = (
         CompiledWanTransformer(bundle, denoiser=denoisers[expert])
         for expert in (HIGH_NOISE, LOW_NOISE)
@@ -160,7 +155,7 @@ def compiled_experts(
 def transformer_config(bundle: str | Path) -> Mapping[str, Any]:
     """The config of a bundle's model as `WanTransformer3DModel` has it, with keys as attributes.
 
-    Raises WanExportError without diffusers, and for a manifest that cannot be read.
+    Raises BadRequest without diffusers, and for a manifest that cannot be read.
     """
     with needing_extra("diffusers", "a transformer for diffusers"):
         from diffusers.configuration_utils import FrozenDict
@@ -191,10 +186,10 @@ def diffusers_names(config: WanConfig) -> dict[str, Any]:
     }
 
 
-def _only_model(bundle: str | Path, load_options: Mapping[str, Any]) -> Denoiser:
+def _only_model(bundle: str | Path, load_options: EngineKeywords) -> Denoiser:
     denoisers = open_experts(bundle, **load_options)
     if len(denoisers) > 1:
-        raise WanExportError(
+        raise BadRequest(
             f"{bundle} has two experts: pipe.transformer, pipe.transformer_2 = "
             f"compiled_experts(bundle)"
         )
@@ -206,6 +201,6 @@ def _refuse_options(attention_kwargs: Mapping[str, Any] | None, options: Mapping
     refused = {k: v for k, v in (attention_kwargs or {}).items() if (k, v) != ("scale", 1)}
     if refused or options:
         given = ", ".join(f"{key}={value!r:.40}" for key, value in {**refused, **options}.items())
-        raise WanExportError(
+        raise BadRequest(
             f"a compiled transformer cannot honour {given}: leave it out, or use diffusers' own"
         )

@@ -3,17 +3,17 @@
 An engine takes one video a call; the pipelines' models take several.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.engines.engine import EngineKeywords
+from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.load import load
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
@@ -53,16 +53,16 @@ class EngineModule:
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Raise WanExportError unless mode is False."""
+        """Raise BadRequest unless mode is False."""
         return self._without_training(mode)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Raise WanExportError unless requires_grad is False."""
+        """Raise BadRequest unless requires_grad is False."""
         return self._without_training(requires_grad)
 
     def _without_training(self, asked: bool) -> Self:
         if asked:
-            raise WanExportError(
+            raise BadRequest(
                 "an engine has no gradients and cannot be trained: train the pipeline's own model"
             )
         return self
@@ -83,42 +83,42 @@ class EngineModule:
         """
         time = times.max(initial=0)
         if 0 < time <= 1 and not (self._last_time > 1 or self._last_time == time):
-            raise WanExportError(
+            raise BadRequest(
                 f"{name} is {time:g}: this is a sigma from 0 to 1; as timestep: "
                 f"{NUM_TRAIN_TIMESTEPS * time:g}"
             )
         self._last_time = time
 
 
-def open_experts(bundle: str | Path, **load_options: Any) -> dict[str, Denoiser]:
+def open_experts(bundle: str | Path, **load_options: Unpack[EngineKeywords]) -> dict[str, Denoiser]:
     """Open the engine of a bundle once, and return a denoiser for each expert.
 
     A model without experts has the one key "". A pipeline names the expert of every step itself,
     so each denoiser serves all timesteps. load_options are those of `load`, whose errors these are.
     """
     opened = load(bundle, **load_options)
-    sampling = replace(opened.sampling, boundary=None)
-    record = replace(opened.record, sampling=sampling)
-    return {
-        expert: Denoiser(record, {expert: engine}, opened.array)
-        for expert, engine in opened.engines.items()
-    }
+    return {expert: opened.only(expert) for expert in opened.engines}
 
 
 def engine_device(denoiser: Denoiser) -> torch.device:
-    """The kind of device that the engine runs on."""
-    return torch.device(denoiser.record.target["device"])
+    """The device that the engine runs on."""
+    return torch.device(denoiser.device)
 
 
-def velocity_of_one(
-    denoiser: Denoiser, *, latent: Tensor, timestep: np.ndarray, **inputs: Any
-) -> Tensor:
-    """The velocity [1, C, F, h, w] of one video in fp32; timestep is a scalar or [L], by token."""
-    times = per_frame(timestep, denoiser.geometry)
-    # Pipelines may call under autocast, which would round what the engine keeps in fp32.
-    with torch.autocast(latent.device.type, enabled=False):
-        velocity: Tensor = denoiser(latent=latent, timestep=times, **inputs)
-    return velocity
+def velocities(
+    denoiser: Denoiser, times: np.ndarray, inputs: Mapping[str, Sequence[Tensor]]
+) -> list[Tensor]:
+    """The velocity [1, C, F, h, w] in fp32 of each video, which run one after the other.
+
+    times [N] or [N, L], by token, and inputs have an entry for each video.
+    """
+    found = []
+    for index, time in enumerate(times):
+        own = {name: values[index] for name, values in inputs.items()}
+        # Pipelines may call under autocast, which would round what the engine keeps in fp32.
+        with torch.autocast(own["latent"].device.type, enabled=False):
+            found.append(denoiser(timestep=per_frame(time, denoiser.geometry), **own))
+    return found
 
 
 def per_frame(timestep: np.ndarray, geometry: Geometry) -> np.ndarray:
@@ -126,7 +126,7 @@ def per_frame(timestep: np.ndarray, geometry: Geometry) -> np.ndarray:
 
     Tokens are in the order of the patch embedding: by frame, row, column. What has another length
     is returned as it is, for the denoiser to accept or refuse.
-    Raises WanExportError when the tokens of one frame have different timesteps.
+    Raises BadRequest when the tokens of one frame have different timesteps.
     """
     frames, rows, columns = geometry.grid
     if timestep.shape != (frames * rows * columns,):
@@ -134,7 +134,7 @@ def per_frame(timestep: np.ndarray, geometry: Geometry) -> np.ndarray:
     by_frame = timestep.reshape(frames, rows * columns)
     differing = (by_frame != by_frame[:, :1]).any(axis=1)
     if differing.any():
-        raise WanExportError(
+        raise BadRequest(
             f"timestep differs among the tokens of latent frame {int(differing.argmax())}: "
             f"the engine takes one for each frame, use the same for all of its tokens"
         )
@@ -145,10 +145,10 @@ def per_frame(timestep: np.ndarray, geometry: Geometry) -> np.ndarray:
 def images_by_video(name: str, images: Tensor, videos: int) -> Tensor:
     """CLIP features [n * videos, T, D], each video's n together, as [videos, n * T, D].
 
-    Raises WanExportError when they cannot be shared out evenly.
+    Raises BadRequest when they cannot be shared out evenly.
     """
     if images.ndim != 3 or images.shape[0] == 0 or images.shape[0] % videos:
-        raise WanExportError(
+        raise BadRequest(
             f"{name} has shape {list(images.shape)} for {videos} videos: "
             f"expected [n * {videos}, tokens, width], as many images for each"
         )
@@ -158,12 +158,12 @@ def images_by_video(name: str, images: Tensor, videos: int) -> Tensor:
 def one_for_each(name: str, given: Tensor, videos: int) -> Tensor:
     """The given entries, of which one alone serves every video.
 
-    Raises WanExportError when there is another number of them.
+    Raises BadRequest when there is another number of them.
     """
     if given.shape[0] == 1 < videos:
         return given.expand(videos, *given.shape[1:])
     if given.shape[0] != videos or videos == 0:
-        raise WanExportError(
+        raise BadRequest(
             f"{name} has {given.shape[0]} entries for {videos} videos: pass one for each, or one "
             f"for all"
         )
@@ -171,6 +171,6 @@ def one_for_each(name: str, given: Tensor, videos: int) -> Tensor:
 
 
 def check_count(name: str, given: int, videos: int) -> None:
-    """Raise WanExportError when there is not one for each video."""
+    """Raise BadRequest when there is not one for each video."""
     if given != videos or videos == 0:
-        raise WanExportError(f"{name} has {given} entries for {videos} videos: pass one for each")
+        raise BadRequest(f"{name} has {given} entries for {videos} videos: pass one for each")

@@ -6,7 +6,7 @@ of them is imported: what matters is which attributes hold their models, and how
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -20,24 +20,27 @@ from wanexport.runtime.drop_in.experts import (
     check_count,
     images_by_video,
     open_experts,
-    velocity_of_one,
+    velocities,
 )
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.engines.engine import EngineKeywords
+from wanexport.runtime.errors import BadRequest
 
 _MODEL_OF_EXPERT = {"": "model", HIGH_NOISE: "high_noise_model", LOW_NOISE: "low_noise_model"}
 _Pipeline = TypeVar("_Pipeline")
 
 
-def patch(wan_pipeline: _Pipeline, bundle: str | Path, **load_options: Any) -> _Pipeline:
+def patch(
+    wan_pipeline: _Pipeline, bundle: str | Path, **load_options: Unpack[EngineKeywords]
+) -> _Pipeline:
     """Replace the models of an official pipeline by the bundle's engine, and return the pipeline.
 
     The pipeline keeps its text encoder, VAE, schedule and choice of expert; its own models are
     moved to the CPU, lest they take the memory that the engine needs, and let go once the engine is
-    open. load_options are those of `load`. Raises WanExportError as `load` does, and when pipeline
+    open. load_options are those of `load`. Raises BadRequest as `load` does, and when pipeline
     and bundle do not have the same number of models; the pipeline then keeps its own, on the CPU.
     """
     if getattr(wan_pipeline, "sp_size", 1) > 1:
-        raise WanExportError(
+        raise BadRequest(
             "the engine runs on one GPU: make the pipeline without sequence parallelism"
         )
     names = [name for name in _MODEL_OF_EXPERT.values() if hasattr(wan_pipeline, name)]
@@ -49,13 +52,22 @@ def patch(wan_pipeline: _Pipeline, bundle: str | Path, **load_options: Any) -> _
         for expert, denoiser in open_experts(bundle, **load_options).items()
     }
     if set(models) != set(names):
-        raise WanExportError(
+        raise BadRequest(
             f"{type(wan_pipeline).__name__} has {', '.join(names) or 'no model'}, {bundle} is for "
             f"{', '.join(models)}: use the pipeline and the bundle of one Wan"
         )
     for name, model in models.items():
         setattr(wan_pipeline, name, model)
     return wan_pipeline
+
+
+def _embeddings(
+    context: Sequence[Tensor], clip_fea: Tensor | None, videos: int
+) -> dict[str, Sequence[Tensor]]:
+    """What is attended to, by the engine's names, an entry for each video."""
+    if clip_fea is None:
+        return {"text": context}
+    return {"text": context, "image": images_by_video("clip_fea", clip_fea, videos).split(1)}
 
 
 class CompiledWanModel(EngineModule):
@@ -77,34 +89,27 @@ class CompiledWanModel(EngineModule):
         For N videos, which run one after the other: x is N latents [C, F, h, w]; t [N], or
         [N, seq_len] with one value for all tokens of a frame; context N times [n, 4096] with
         n <= 512; y N conditions [20, F, h, w]; clip_fea [N or 2 N, 257, 1280].
-        Raises WanExportError for what the engine does not take, for a padded sequence, and for
+        Raises BadRequest for what the engine does not take, for a padded sequence, and for
         sigmas in the place of timesteps.
         """
         if options:
-            raise WanExportError(f"the engine takes no {', '.join(options)}: leave it out")
+            raise BadRequest(f"the engine takes no {', '.join(options)}: leave it out")
         count, times = len(x), np.atleast_1d(to_numpy(t))
         for name, given in (("t", times), ("context", context), ("y", x if y is None else y)):
             check_count(name, len(given), count)
         self._check_length(x[0], seq_len)
         self.check_times("t", times)
-        images = None if clip_fea is None else images_by_video("clip_fea", clip_fea, count)
-        return [
-            velocity_of_one(
-                self.denoiser,
-                latent=x[i][None],
-                timestep=times[i],
-                text=context[i],
-                condition=None if y is None else y[i][None],
-                image=None if images is None else images[i : i + 1],
-            )[0]
-            for i in range(count)
-        ]
+        inputs: dict[str, Sequence[Tensor]] = {"latent": [latent[None] for latent in x]}
+        if y is not None:
+            inputs["condition"] = [condition[None] for condition in y]
+        inputs |= _embeddings(context, clip_fea, count)
+        return [velocity[0] for velocity in velocities(self.denoiser, times, inputs)]
 
     def _check_length(self, latent: Tensor, seq_len: int) -> None:
         """Refuse padding; a latent of another shape is the denoiser's to refuse."""
         tokens = self.denoiser.geometry.num_tokens
         if tuple(latent.shape) == self.denoiser.inputs["latent"].shape[1:] and seq_len != tokens:
-            raise WanExportError(
+            raise BadRequest(
                 f"seq_len is {seq_len}, engine {self.denoiser.record.name} has {tokens} tokens: "
                 f"run without sequence parallelism, which pads them"
             )

@@ -1,4 +1,4 @@
-"""An AOTInductor engine: embedding, one compiled block called for every layer, and head.
+"""An AOTInductor engine: a Program's calls, each a compiled package, run in their order.
 
 Nothing here compiles anything or imports Inductor: the packages are opened by libtorch's own
 loader, and attention runs kernels that are in the bundle or in PyTorch.
@@ -7,199 +7,352 @@ loader, and attention runs kernels that are in the bundle or in PyTorch.
 import platform
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
-from wanexport.runtime.bundle.signature import BLOCK, REGIONS
-from wanexport.runtime.engines.device_weights import DeviceWeights
-from wanexport.runtime.engines.operators import Kernel, attention_kernels
+from wanexport.runtime.engines.device import gpu_or_cpu, on_device, to_device
+from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
+from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory, new_memory
+from wanexport.runtime.engines.kernels import check_kernel
+from wanexport.runtime.engines.operators import Kernel, attention_kernels, open_kernel
 from wanexport.runtime.engines.processor import level_for, level_here, runs_here
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import (
+    BundleError,
+    EngineFailure,
+    WanExportError,
+    WanExportWarning,
+)
 from wanexport.runtime.machine.temporary import check_temporary_folder
+from wanexport.runtime.program import Program
 
 # What compiled code depends on, of what `versions` says.
 BINDING = ("device", "arch", "march", "instructions", "torch", "cuda")
-_LAUNCH_BOUND = 0.7  # of a block's GPU time: when its launch takes more, a CUDA graph pays
-_WARM_UPS, _TIMED = 2, 5  # block calls
+OPTIONS = frozenset({"attention", "offload", "cuda_graph"})
+_LAUNCH_BOUND = 0.7  # of a call's GPU time: when its launch takes more, a CUDA graph pays
+_WARM_UPS, _TIMED = 2, 5  # calls of the repeated function
 
 
 class Regions:
     """The opened packages of one engine: code, without weights.
 
-    `parameters` names each region's parameters in the order of its inputs, the block's as the first
-    block's. Raises WanExportError when a package cannot be opened, or is not what was pinned.
+    `files` has the package of each call of the Program by the call's name; `kernels` are those of
+    the kinds of attention. Raises BundleError when a package cannot be opened, or is not what was
+    pinned.
     """
 
     def __init__(
         self,
         files: Mapping[str, Path | PinnedFile],
-        parameters: Mapping[str, Sequence[str]],
-        num_layers: int,
-        kernels: Mapping[int, Kernel],
+        program: Program,
+        kernels: Mapping[str, Kernel],
         device: torch.device,
     ) -> None:
-        self.num_layers, self.kernels, self.device = num_layers, kernels, device
-        self.parameters = parameters
+        self.program, self.kernels, self.device = program, kernels, device
         check_temporary_folder(runs_code=True)
-        self.runners = {name: _open(files[name], device) for name in REGIONS}
+        self.runners = {call.name: _open(files[call.name], device) for call in program.calls}
         self.lock = threading.Lock()  # a runner serves one caller at a time
 
     def bind(self, tensors: Mapping[str, Tensor]) -> "BoundRegions":
         """The regions with the weights of one expert.
 
-        Raises WanExportError when a parameter is not among them.
+        Raises BundleError when a parameter is not among them.
         """
-        suffixes = [name.removeprefix(BLOCK.format(0)) for name in self.parameters["block"]]
-        try:
-            blocks = [
-                [tensors[BLOCK.format(i) + suffix] for suffix in suffixes]
-                for i in range(self.num_layers)
-            ]
-            embed, head = ([tensors[n] for n in self.parameters[r]] for r in ("embed", "head"))
-        except KeyError as error:
-            raise WanExportError(
-                f"the engine takes a parameter {error} that its weights lack: "
-                f"run wanexport build again"
-            ) from error
-        return BoundRegions(self, embed, blocks, head)
+        return BoundRegions(self, tensors)
+
+
+class _BoundCall(NamedTuple):
+    """One layer of a call: its function, and where its arguments and results are."""
+
+    run: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    parameters: list[Tensor]
+    reads: list[int]  # slots
+    writes: list[int]
+    state: tuple[str, ...]
 
 
 class BoundRegions:
-    """The forward of one expert; every tensor is on the device."""
+    """The forward of one expert; every tensor is on the device.
 
-    def __init__(
-        self, regions: Regions, embed: list[Tensor], blocks: list[list[Tensor]], head: list[Tensor]
-    ) -> None:
-        self.regions, self.embed, self.blocks, self.head = regions, embed, blocks, head
+    Names are resolved to slots here, so that a forward is calls and nothing else.
+    """
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The velocity, from the graph's inputs in its order."""
-        run = self.regions.runners
+    def __init__(self, regions: Regions, tensors: Mapping[str, Tensor]) -> None:
+        self.regions, program = regions, regions.program
+        self.slots = {name: i for i, name in enumerate(_names(program))}
+        self.calls: dict[str, list[_BoundCall]] = {}
+        for call in program.calls:
+            bound = self.calls.setdefault(call.when, [])
+            reads, writes = ([self.slots[n] for n in own] for own in (call.reads, call.writes))
+            for names, state in call.layers():
+                run = regions.runners[call.name].run
+                bound.append(_BoundCall(run, _found(tensors, names), reads, writes, state))
+        self.output = self.slots[next(iter(program.outputs))]
+
+    def __call__(self, inputs: Mapping[str, Tensor], memory: Memory) -> Tensor:
+        """The velocity; what the prompt's calls write is kept in memory."""
+        values: list[Any] = [None] * len(self.slots)
         with attention_kernels(self.regions.kernels), torch.no_grad():
-            x, time_embedding, *conditioning = run["embed"].run([*self.embed, *inputs])
-            for parameters in self.blocks:
-                (x,) = run["block"].run([*parameters, x, *conditioning])
-            (velocity,) = run["head"].run([*self.head, x, time_embedding])
+            for name, tensor in inputs.items():
+                values[self.slots[name]] = tensor
+            if memory.values is None:
+                memory.values = self._prompt(values, memory)
+            for name, tensor in memory.values.items():
+                values[self.slots[name]] = tensor
+            _run(self.calls.get("step", ()), values, memory)
+        velocity: Tensor = values[self.output]
         return velocity
 
-    def warm_up(self, inputs: Sequence[Tensor]) -> tuple[float, float]:
-        """Run every kernel once or more, and return a block's launch and GPU time in seconds.
+    def _prompt(self, values: list[Any], memory: Memory) -> dict[str, Tensor]:
+        """What the calls that run once for a prompt write, by name."""
+        calls = self.calls.get("prompt", ())
+        _run(calls, values, memory)
+        written = {slot for call in calls for slot in call.writes}
+        return {name: values[slot] for name, slot in self.slots.items() if slot in written}
+
+    def warm_up(self, inputs: Mapping[str, Tensor], memory: Memory) -> tuple[float, float]:
+        """Run every kernel once or more, and return the launch and GPU time in seconds of one layer
+        of the call that repeats most.
 
         The first call of a kernel loads it and sets libraries up, which would fall on a first step.
         On a CPU there is nothing to set up, and what it would take is as long as a step.
         """
         if self.regions.device.type != "cuda":
             return 0.0, 0.0
-        run, parameters = self.regions.runners, self.blocks[0]
+        values: list[Any] = [None] * len(self.slots)
+        for name, tensor in inputs.items():
+            values[self.slots[name]] = tensor
         with attention_kernels(self.regions.kernels), torch.no_grad():
-            x, time_embedding, *conditioning = run["embed"].run([*self.embed, *inputs])
-            for _ in range(_WARM_UPS):
-                (x,) = run["block"].run([*parameters, x, *conditioning])
-            run["head"].run([*self.head, x, time_embedding])
+            for layers in self._layers():
+                _run(layers[:1] * (_WARM_UPS if len(layers) > 1 else 1), values, memory)
+            layer = max(self._layers(), key=len)[:1]
             torch.cuda.synchronize(self.regions.device)
             started = time.perf_counter()
-            for _ in range(_TIMED):
-                (x,) = run["block"].run([*parameters, x, *conditioning])
+            _run(layer * _TIMED, values, memory)
             launched = time.perf_counter()
             torch.cuda.synchronize(self.regions.device)
         return (launched - started) / _TIMED, (time.perf_counter() - started) / _TIMED
+
+    def _layers(self) -> list[list[_BoundCall]]:
+        """The layers of each call, in the Program's order."""
+        remaining = {when: iter(calls) for when, calls in self.calls.items()}
+        return [
+            [next(remaining[call.when]) for _ in range(call.repeat)]
+            for call in self.regions.program.calls
+        ]
+
+
+def _names(program: Program) -> dict[str, None]:
+    """Every name that a call reads or writes, once, in order of appearance."""
+    names = dict.fromkeys(program.inputs)
+    for call in program.calls:
+        names |= dict.fromkeys((*call.reads, *call.writes))
+    return names
+
+
+def _found(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
+    try:
+        return [tensors[name] for name in names]
+    except KeyError as error:
+        raise BundleError(
+            f"the engine takes a parameter {error} that its weights lack: run wanexport build again"
+        ) from error
+
+
+def _run(calls: Sequence[_BoundCall], values: list[Any], memory: Memory) -> None:
+    """Run calls in order over the values' slots; the state is written in place."""
+    for run, parameters, reads, writes, state in calls:
+        kept = [memory.state[name] for name in state]
+        results = run([*parameters, *[values[slot] for slot in reads], *kept])
+        for slot, result in zip(writes, results):
+            values[slot] = result
 
 
 class AotiEngine:
     """Calls the regions with one expert's weights; torch tensors on the device in and out.
 
-    `file` is the weights file that `weights` must hold during a call: with --offload two engines
-    share one buffer. cuda_graph None captures a graph when launching takes as long as running.
+    `weights` hold by turns the files that calls name: with --offload two engines share one buffer.
+    cuda_graph None captures a graph when launching takes as long as running; a Program with state,
+    or with calls that run once a prompt, is never captured.
     """
 
     def __init__(
         self,
         regions: Regions,
         weights: DeviceWeights,
-        file: Path | PinnedFile,
-        shapes: Mapping[str, tuple[int, ...]],
+        file: PinnedFile,
         *,
         cuda_graph: bool | None = None,
     ) -> None:
-        self.regions, self.weights, self.file = regions, weights, file
-        self.names = tuple(shapes)
-        self.device = regions.device
-        self.bound = regions.bind(weights.tensors)
+        self.regions, self.file = regions, file
+        self.weights: DeviceWeights | None = weights
+        self.device_of = regions.device
+        self.bound: BoundRegions | None = regions.bind(weights.tensors)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: dict[str, Tensor] = {}  # of the graph, as its output
+        self._output: Tensor | None = None
+        inputs = regions.program.inputs
         # Of a caller in inference mode, calls outside it could not write them.
-        with torch.inference_mode(False):
-            zeros = [torch.zeros(shape, device=self.device) for shape in shapes.values()]
-        with _on(self.device):
-            self.launch_seconds, self.block_seconds = self.bound.warm_up(zeros)
+        with torch.inference_mode(False), on_device(self.device_of):
+            zeros = {n: torch.zeros(i.shape, device=self.device_of) for n, i in inputs.items()}
+            self.launch_seconds, self.block_seconds = self.bound.warm_up(zeros, self.memory())
             if cuda_graph is None:
                 cuda_graph = self.launch_seconds > _LAUNCH_BOUND * self.block_seconds > 0
-            if cuda_graph and self.device.type == "cuda":
-                self._capture(zeros)
+            if cuda_graph and self.device_of.type == "cuda" and regions.program.is_plain:
+                self._capture(self.bound, zeros)
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    @property
+    def device(self) -> str:
+        """PyTorch's name of the device."""
+        return str(self.device_of)
+
+    def array(self, value: Any) -> Tensor:
+        """An fp32 tensor on the device."""
+        return to_device(value, self.device_of)
+
+    def memory(self) -> Memory:
+        """What a new session keeps: a state of zeros."""
+        with torch.inference_mode(False):
+            return new_memory(
+                self.regions.program, lambda shape: torch.zeros(shape, device=self.device_of)
+            )
+
+    def use(self, weights: PinnedFile) -> None:
+        """Read the weights of a file now, when calls that run have ended."""
+        with self._held(weights):
+            pass
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Tensor],
+        weights: PinnedFile | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
         """Return the velocity; the caller's current CUDA stream does the work, the host waits not.
 
-        Raises WanExportError when the device has too little memory.
+        Raises EngineFailure when the device has too little memory, and after `close`.
         """
-        given = [inputs[name] for name in self.names]
-        with self.regions.lock, _on(self.device):
-            self.weights.use(self.file)
-            if self.graph is None:
-                return self.bound(given)
-            return self._replay(self.graph, given)
+        file = weights or self.file
+        memory = self.memory() if memory is None else memory
+        with self._held(file), self.regions.lock, on_device(self.device_of):
+            if self.bound is None:
+                raise EngineFailure(CLOSED)
+            if self.graph is not None:
+                return self._replay(self.graph, inputs)
+            if memory.weights != file:  # what the prompt's calls wrote is of other weights
+                memory.values, memory.weights = None, file
+            return self.bound(inputs, memory)
 
-    def _replay(self, graph: torch.cuda.CUDAGraph, given: Sequence[Tensor]) -> Tensor:
-        """The graph's one set of buffers serves callers on several streams, one after the other."""
-        caller = torch.cuda.current_stream(self.device)
+    def close(self) -> None:
+        """Let go of weights and captured memory; a call then raises EngineFailure."""
+        with self.regions.lock:
+            self._inputs, self._output = {}, None
+            self.bound = self.graph = self.weights = None
+
+    def _held(self, file: PinnedFile) -> AbstractContextManager[None]:
+        weights = self.weights
+        if weights is None:
+            raise EngineFailure(CLOSED)
+        return weights.held(file)
+
+    def _replay(self, graph: torch.cuda.CUDAGraph, given: Mapping[str, Tensor]) -> Tensor:
+        """Run the graph in the order of the caller's stream, after what another replay left."""
+        caller = torch.cuda.current_stream(self.device_of)
         caller.wait_event(self._idle)
         try:
-            for static, tensor in zip(self._inputs, given):
-                static.copy_(tensor)
+            for name, static in self._inputs.items():
+                static.copy_(given[name])
             graph.replay()
+            assert self._output is not None
             return self._output.clone()
         finally:  # what was launched before a failure uses them too
             self._idle.record(caller)
 
-    def _capture(self, inputs: list[Tensor]) -> None:
+    def _capture(self, bound: BoundRegions, inputs: dict[str, Tensor]) -> None:
         self._inputs, self._idle = inputs, torch.cuda.Event()
         self.graph = torch.cuda.CUDAGraph()
         # PyTorch's own stream for captures is on the GPU of the process's first capture, and other
         # threads of the process may use the GPU meanwhile.
         with torch.cuda.graph(
             self.graph,
-            stream=torch.cuda.Stream(self.device),
+            stream=torch.cuda.Stream(self.device_of),
             capture_error_mode="thread_local",
         ):
-            self._output = self.bound(inputs)
+            self._output = bound(inputs, Memory())
 
 
-def to_device(value: Any, device: torch.device) -> Tensor:
-    """An fp32 tensor on the device, contiguous; the host does not wait for the copy."""
-    tensor = value if isinstance(value, Tensor) else torch.from_numpy(value)
-    return tensor.detach().to(device, torch.float32, non_blocking=True).contiguous()
+def open_engines(
+    record: EngineRecord,
+    files: Mapping[str, PinnedFile],
+    weights: Callable[[], Mapping[str, PinnedFile]],
+    options: EngineOptions,
+    device: str,
+) -> dict[str, AotiEngine]:
+    """The engine of each expert; weights gives the files by expert.
+
+    With offload the experts take turns in one buffer. Raises BadRequest for a kernel of attention
+    that cannot run there, BundleError when a file is not what it was, EngineFailure when the device
+    is too small.
+    """
+    check_kernel(options.attention, record.target, record.dtype)
+    place = gpu_or_cpu(device)
+    kernels = attention_of(record, files, options.attention)
+    regions = Regions(files, record.program, kernels, place)
+    held: DeviceWeights | None = None
+    engines = {}
+    for expert, file in weights().items():
+        if held is None or not options.offload:
+            held = device_weights(file, place, private=options.offload)
+        engines[expert] = AotiEngine(regions, held, file, cuda_graph=options.cuda_graph)
+    return engines
 
 
-@contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    """Run on a device; what libtorch raises there becomes one line."""
+def attention_of(
+    record: EngineRecord, files: Mapping[str, PinnedFile], chosen: str | None
+) -> dict[str, Kernel]:
+    """The kernel of each kind of attention; one that cannot be had here is replaced aloud.
+
+    chosen is that of self-attention, in place of the recorded one.
+    """
+    library = files.get("flash_attention")
+    fallback = "cudnn" if record.target["device"] == "cuda" else "sdpa"
+    kernels = {}
+    for kind, recorded in record.details.attention.items():
+        if chosen and kind == "self":
+            kernels[kind] = open_kernel(chosen, library)
+            continue
+        try:
+            kernels[kind] = open_kernel(recorded, library)
+        except WanExportError as error:
+            warnings.warn(
+                f"attention runs on {fallback} instead of {recorded}, which is slower: {error}",
+                WanExportWarning,
+                stacklevel=2,
+            )
+            kernels[kind] = open_kernel(fallback, library)
+    return kernels
+
+
+def refusal(record: EngineRecord, device: str, options: EngineOptions, rebuild: str) -> str:
+    """Why this machine cannot execute the engine on a device; empty when it can.
+
+    rebuild is the command that makes an engine for it.
+    """
     try:
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                yield
-        else:
-            yield
-    except RuntimeError as error:  # a package does not say of what kind
-        reason = " ".join(str(error).split())[:160]
-        raise WanExportError(
-            f"the engine failed on {device} ({reason}), for want of memory most likely: close what "
-            f"else uses it, or build an engine of a smaller --resolution or fewer --frames"
-        ) from error
+        differing = mismatches(record.target, device)
+    except WanExportError as error:
+        return f"engine {record.name} is for a GPU: {error}"
+    if not differing:
+        return ""
+    found = "; ".join(differing)
+    return f"engine {record.name} was compiled for {found}: build it here with {rebuild}"
 
 
 def _open(file: Path | PinnedFile, device: torch.device) -> Any:
@@ -214,42 +367,42 @@ def _open(file: Path | PinnedFile, device: torch.device) -> Any:
             return torch._C._aoti.AOTIModelPackageLoader(path, "model", True, 1, index)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise WanExportError(f"libtorch cannot open {file.path}: {reason}") from error
+            raise BundleError(f"libtorch cannot open {file.path}: {reason}") from error
 
 
 def versions(device: str) -> dict[str, str]:
-    """What an engine compiled here is bound to; the manifest records it and `load` compares.
+    """What an engine compiled for a device here is bound to; the manifest records it and `load`
+    compares. The device is PyTorch's name, `cpu`, `cuda` or `cuda:1`.
 
-    Raises WanExportError when the device is not there.
+    Raises EngineFailure when it is not there.
     """
     if device == "cpu":
         return {
             "device": "cpu",
             "arch": platform.machine(),
-            "march": level_for(device),
+            "march": level_for("cpu"),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__,
         }
-    if not torch.cuda.is_available():
-        raise WanExportError("there is no CUDA device here; choose --device cpu")
-    major, minor = torch.cuda.get_device_capability()
+    gpu = gpu_or_cpu(device)
+    major, minor = torch.cuda.get_device_capability(gpu)
     return {
         "device": "cuda",
         "arch": f"sm{major}{minor}",
-        "march": level_for(device),
+        "march": level_for("cuda"),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name(gpu),
     }
 
 
-def mismatches(target: Mapping[str, str]) -> list[str]:
+def mismatches(target: Mapping[str, str], device: str | None = None) -> list[str]:
     """What of an engine's target is not so here, as `torch 2.11.0, here 2.13.0`.
 
-    Raises WanExportError when its device is not there.
+    Raises EngineFailure when its device is not there.
     """
-    here = versions(target["device"])
+    here = versions(device or target["device"])
     # A package runs on any processor that has the instructions it was compiled for.
     here["march"] = target["march"] if runs_here(target.get("march", "?")) else level_here()
     differing = [name for name in BINDING if here.get(name) != target.get(name)]

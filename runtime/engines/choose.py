@@ -2,178 +2,226 @@
 
 import importlib.util
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from wanexport.runtime.bundle.manifest import EngineRecord, Manifest
+from wanexport.runtime.bundle.manifest import DEVICES, EngineRecord, Manifest
 from wanexport.runtime.bundle.usable import why_unusable
-from wanexport.runtime.engines.onnx_providers import PROVIDERS, gpu_obstacle
-from wanexport.runtime.engines.tensorrt_library import FLAVOURS
-from wanexport.runtime.errors import WanExportError, WanExportWarning, needing_package
+from wanexport.runtime.engines.engine import EngineOptions
+from wanexport.runtime.engines.onnx_providers import PROVIDERS
+from wanexport.runtime.engines.table import BACKENDS, ENGINES
+from wanexport.runtime.errors import (
+    BadRequest,
+    BundleError,
+    WanExportError,
+    WanExportWarning,
+    installing,
+    needing_package,
+)
 from wanexport.runtime.geometry import parse_resolution
 
-BACKENDS = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")
-DEVICES = ("cpu", "cuda")
-RUNNABLE_DTYPES = ("fp16", "fp32")  # what ONNX Runtime executes on a CPU
-# The fastest on a GPU, on a CPU the exact one, and of two exact ones the one that maps its weights.
-_PREFERENCE = [
-    *(("aoti", "cuda", dtype) for dtype in ("bf16", "fp16", "fp32")),
-    *(("tensorrt", "cuda", dtype) for dtype in ("bf16", "fp16", "fp32")),
-    *(("tensorrt-rtx", "cuda", dtype) for dtype in ("bf16", "fp16", "fp32")),
-    *(("onnx", "cuda", dtype) for dtype in ("bf16", "fp16", "fp32")),
-    *(("onnx", "cpu", dtype) for dtype in ("fp32", "fp16")),
-    *(("aoti", "cpu", dtype) for dtype in ("fp32", "bf16", "fp16")),
-]
+
+class Choice(NamedTuple):
+    """An engine, and the device to open it on: `cpu`, `cuda` or `cuda:1`."""
+
+    record: EngineRecord
+    device: str
 
 
-def choose_engine(
-    bundle: Path,
-    manifest: Manifest,
-    *,
-    backend: str | None = None,
-    device: str | None = None,
-    resolution: str | None = None,
-    frames: int | None = None,
-    dtype: str | None = None,
-    provider: str | None = None,
-) -> EngineRecord:
-    """The engine that fits and runs here; the target of an ONNX engine names the device.
+def choose_engine(bundle: Path, manifest: Manifest, options: EngineOptions) -> Choice:
+    """The engine that fits and runs here.
 
-    Warns when one that would come first cannot run here. Raises WanExportError when none fits or
-    none can run, and when engines of several shapes fit, whether they can run here or not.
+    Warns when one that would come first cannot run here. Raises BadRequest when none fits and when
+    engines of several shapes fit, whether they can run here or not, BundleError when none can run.
     """
-    if provider is not None:
-        backend, device = _of_provider(provider, backend, device)
-    for what, value, known in (("device", device, DEVICES), ("backend", backend, BACKENDS)):
-        if value not in (None, *known):
-            raise WanExportError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
-    size = None if resolution is None else parse_resolution(resolution)
-    fitting = [
-        engine
-        for engine in manifest.engines
-        if engine.backend in BACKENDS
-        and backend in (None, engine.backend)
-        and dtype in (None, engine.dtype)
-        and frames in (None, engine.geometry.frames)
-        and size in (None, (engine.geometry.height, engine.geometry.width))
-    ]
-    fitting = [placed for engine in fitting for placed in _on_devices(engine, device)]
-    held = ", ".join(engine.name for engine in manifest.engines)
+    options = _with_provider(options)
+    _check(options)
+    fitting = [choice for choice in _candidates(manifest, options) if _fits(choice, options)]
+    held = ", ".join(_held(manifest)) or "none"
     if not fitting:
-        raise WanExportError(
+        raise BadRequest(
             f"{bundle} has no such engine; it holds {held}: "
             f"choose one, or add yours with wanexport build"
         )
-    if len({engine.geometry for engine in fitting}) > 1:
-        raise WanExportError(f"{bundle} holds several shapes ({held}): name resolution and frames")
+    if len({choice.record.geometry for choice in fitting}) > 1:
+        raise BadRequest(f"{bundle} holds several shapes ({held}): name resolution and frames")
     refusals = [
-        why_unusable(bundle, manifest, engine) or _refusal(bundle, engine, provider or "cuda")
-        for engine in fitting
+        why_unusable(bundle, manifest, choice.record) or _refusal(bundle, choice, options)
+        for choice in fitting
     ]
-    runnable = [engine for engine, refusal in zip(fitting, refusals) if not refusal]
+    runnable = [choice for choice, refusal in zip(fitting, refusals) if not refusal]
     if not runnable:
-        raise WanExportError("; ".join(dict.fromkeys(refusals)))
+        raise BundleError("; ".join(dict.fromkeys(refusals)))
     chosen = min(runnable, key=_preference)
     _tell_of_better(chosen, dict(zip(refusals, fitting)))
     return chosen
 
 
-def _tell_of_better(chosen: EngineRecord, refused: Mapping[str, EngineRecord]) -> None:
+def check_device(device: str) -> str:
+    """A device's name as it is. Raises BadRequest unless it is `cpu`, `cuda` or `cuda:N`."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise BadRequest(f"unknown device {device!r}: expected one of cpu, cuda, cuda:N")
+    return device
+
+
+def device_kind(device: str) -> str:
+    """`cpu` or `cuda`, without the number of a GPU."""
+    return device.partition(":")[0]
+
+
+def _held(manifest: Manifest) -> list[str]:
+    """What a bundle's engines are called, those of a kind unknown here too."""
+    unread = [f"{e.get('role', '?')} {e.get('backend', '?')}" for e in manifest.unread]
+    return [*(engine.name for engine in manifest.engines), *map("{:.60}".format, unread)]
+
+
+def _check(options: EngineOptions) -> None:
+    if options.backend not in (None, *BACKENDS):
+        raise BadRequest(
+            f"unknown backend {options.backend!r}: expected one of {', '.join(BACKENDS)}"
+        )
+    if options.device is not None:
+        check_device(options.device)
+
+
+def _with_provider(options: EngineOptions) -> EngineOptions:
+    """The options with what a provider of ONNX Runtime implies.
+
+    Raises BadRequest when another backend or device was chosen.
+    """
+    provider = options.provider
+    if provider is None:
+        return options
+    if provider not in PROVIDERS:
+        raise BadRequest(f"unknown provider {provider!r}: expected one of {', '.join(PROVIDERS)}")
+    kind = "cpu" if provider == "cpu" else "cuda"
+    wanted = {"backend": "onnx", "device": kind}
+    for name, own in wanted.items():
+        given = getattr(options, name)
+        if given is not None and device_kind(given) != own:
+            raise BadRequest(f"provider {provider} is of {own}, not of {given}: leave one out")
+    return replace(options, backend="onnx", device=options.device or kind)
+
+
+def _candidates(manifest: Manifest, options: EngineOptions) -> list[Choice]:
+    """Every engine on each device that it could run on."""
+    return [
+        Choice(record, _numbered(device, options))
+        for record in manifest.engines
+        for device in _devices(record)
+    ]
+
+
+def _devices(record: EngineRecord) -> Sequence[str]:
+    kind = ENGINES.get(record.backend)
+    if kind is not None and kind.portable:
+        return DEVICES
+    return (record.target.get("device", ""),)
+
+
+def _numbered(device: str, options: EngineOptions) -> str:
+    """The device with the number that was asked for, where it is of that kind."""
+    asked = options.device or ""
+    return asked if device_kind(asked) == device else device
+
+
+def _fits(choice: Choice, options: EngineOptions) -> bool:
+    record, size = choice.record, options.resolution
+    geometry = record.geometry
+    return (
+        record.backend in BACKENDS
+        and options.backend in (None, record.backend)
+        and options.dtype in (None, record.dtype)
+        and options.device in (None, choice.device)
+        and options.frames in (None, geometry.frames)
+        and (size is None or parse_resolution(size) == (geometry.height, geometry.width))
+    )
+
+
+def _tell_of_better(chosen: Choice, refused: Mapping[str, Choice]) -> None:
     """Warn of engines that would run in the chosen one's place, by the reason why they cannot."""
     reasons = [
         reason
-        for reason, engine in refused.items()
-        if reason and _place(engine) < _place(chosen) and (engine.backend != "onnx" or _has_gpu())
+        for reason, choice in refused.items()
+        if reason and _place(choice) < _place(chosen) and (_is_bound(choice) or _has_gpu())
     ]
     if reasons:
         warnings.warn(
-            f"{'; '.join(reasons)}: engine {chosen.name} runs on {chosen.target['device']} instead",
+            f"{'; '.join(reasons)}: engine {chosen.record.name} runs on {chosen.device} instead",
             WanExportWarning,
             stacklevel=3,
         )
 
 
+def _is_bound(choice: Choice) -> bool:
+    """Whether the engine is for its target's device alone."""
+    return not ENGINES[choice.record.backend].portable
+
+
 def _has_gpu() -> bool:
     """Whether this machine has a GPU that the user has not hidden: without one, a CPU is what an
-    ONNX engine, which is bound to no device, is meant to run on."""
+    engine that is bound to no device is meant to run on."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return not hidden and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))
 
 
-def _of_provider(provider: str, backend: str | None, device: str | None) -> tuple[str, str]:
-    """Backend and device that a provider implies. Raises WanExportError when others were chosen."""
-    if provider not in PROVIDERS:
-        raise WanExportError(
-            f"unknown provider {provider!r}: expected one of {', '.join(PROVIDERS)}"
-        )
-    implied = ("onnx", "cpu" if provider == "cpu" else "cuda")
-    for chosen, own in zip((backend, device), implied):
-        if chosen not in (None, own):
-            raise WanExportError(f"provider {provider} is of {own}, not of {chosen}: leave one out")
-    return implied
-
-
-def _on_devices(engine: EngineRecord, device: str | None) -> list[EngineRecord]:
-    """The engine for each device that it could run on: an ONNX engine is bound to none."""
-    if engine.backend != "onnx":
-        return [engine] if device in (None, engine.target.get("device")) else []
-    return [
-        replace(engine, target={**engine.target, "device": name})
-        for name in ((device,) if device else DEVICES)
-    ]
-
-
-def _preference(engine: EngineRecord) -> tuple[int, bool]:
-    """What sorts first runs best; a TensorRT plan that serves more GPUs or versions is slower."""
+def _preference(choice: Choice) -> tuple[int, bool]:
+    """What sorts first runs best; a plan that serves more GPUs or versions is slower."""
     names = ("hardware_compatible", "version_compatible")
-    return _place(engine), any(engine.build.get(name) for name in names)
+    return _place(choice), any(getattr(choice.record.details, name, False) for name in names)
 
 
-def _place(engine: EngineRecord) -> int:
-    kind = (engine.backend, engine.target.get("device"), engine.dtype)
+def _place(choice: Choice) -> int:
+    """The fastest on a GPU first; on a CPU the exact one, and of two the one that maps weights."""
+    kind = (choice.record.backend, device_kind(choice.device), choice.record.dtype)
     return _PREFERENCE.index(kind) if kind in _PREFERENCE else len(_PREFERENCE)
 
 
-def _refusal(bundle: Path, engine: EngineRecord, provider: str) -> str:
+def _order() -> list[tuple[str, str, str]]:
+    ordered = [
+        (name, device, dtype)
+        for name, kind in ENGINES.items()
+        for device, dtype in kind.preferred
+        if device != "cpu"
+    ]
+    portable_first = sorted(ENGINES.items(), key=lambda item: not item[1].portable)
+    return ordered + [
+        (name, device, dtype)
+        for name, kind in portable_first
+        for device, dtype in kind.preferred
+        if device == "cpu"
+    ]
+
+
+_PREFERENCE = _order()
+
+
+def _refusal(bundle: Path, choice: Choice, options: EngineOptions) -> str:
     """Why this machine cannot execute the engine; empty when it can."""
-    if engine.backend == "onnx" and engine.target["device"] == "cuda":
-        obstacle = gpu_obstacle(provider)
-        return obstacle and f"engine {engine.name} cannot run on a GPU: {obstacle}"
-    if engine.backend == "onnx":
-        if engine.dtype in RUNNABLE_DTYPES:
-            return ""
-        return (
-            f"engine {engine.name} is {engine.dtype}, which ONNX Runtime cannot execute "
-            f"on a CPU: add an engine with wanexport build --dtype fp32, or run this one on a GPU "
-            f"with onnxruntime-gpu"
-        )
-    size = f"{engine.geometry.height}x{engine.geometry.width}"
+    record, kind = choice.record, ENGINES[choice.record.backend]
+    if kind.needs_torch and (reason := _torch_obstacle(record)):
+        return reason
+    size = f"{record.geometry.height}x{record.geometry.width}"
     rebuild = (
-        f"wanexport build --backend {engine.backend} --resolution {size} "
-        f"--frames {engine.geometry.frames} -o {bundle}"
+        f"wanexport build --backend {record.backend} --resolution {size} "
+        f"--frames {record.geometry.frames} -o {bundle}"
     )
+    return kind.backend().refusal(record, choice.device, options, rebuild)
+
+
+def _torch_obstacle(record: EngineRecord) -> str:
+    """Why PyTorch cannot be had for an engine; empty when it can."""
     if importlib.util.find_spec("torch") is None:
-        bound = "torch" in engine.target
-        wanted = "==" + engine.target["torch"].partition("+")[0] if bound else ""
-        return f"engine {engine.name} needs PyTorch: pip install torch{wanted}"
+        bound = "torch" in record.target
+        wanted = "==" + record.target["torch"].partition("+")[0] if bound else ""
+        return f"engine {record.name} needs PyTorch: {installing(f'torch{wanted}')}"
     try:
-        with needing_package("torch", f"engine {engine.name}"):
+        with needing_package("torch", f"engine {record.name}"):
             import torch  # noqa: F401
     except WanExportError as error:  # installed, and broken
         return str(error)
-    if engine.backend in FLAVOURS:
-        from wanexport.runtime.engines.tensorrt_target import refusal
-
-        return refusal(engine, rebuild)
-    from wanexport.runtime.engines import aoti as aoti_engine
-
-    try:
-        differing = aoti_engine.mismatches(engine.target)
-    except WanExportError as error:
-        return f"engine {engine.name} is for a GPU: {error}"
-    if not differing:
-        return ""
-    found = "; ".join(differing)
-    return f"engine {engine.name} was compiled for {found}: build it here with {rebuild}"
+    return ""

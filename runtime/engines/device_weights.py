@@ -4,7 +4,9 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +17,9 @@ from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.bundle.tensorfile import TensorEntry, header_sha256, read_header
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.dtypes import STORED
+from wanexport.runtime.errors import BundleError, EngineFailure
 
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _ALIGNMENT = 256  # bytes: what compiled kernels expect, and the caching allocator gives
 _PIECE = 16 << 20  # bytes read at a time, by each thread
 _TIMED = 1000  # of the last switches
@@ -38,20 +40,21 @@ class _Piece(NamedTuple):
 class DeviceWeights:
     """The tensors of a weights file on a device, by name.
 
-    Files of one layout share a buffer by turns: `use` replaces its content, and the tensors, being
-    views of it, stay valid. `switches` has the seconds of each replacement, the last 1000. What is
-    shared keeps the first file's content.
-    Raises WanExportError when the file cannot be read or is not what was pinned, and when the
-    device has too little memory.
+    Files of one layout share the buffer by turns: `held` replaces its content, and the tensors,
+    being views of it, stay valid, in a captured graph too. Forwards that need the same file run
+    side by side; a replacement waits for those of another. `generation` counts what the buffer has
+    held, and `switches` has the seconds of each replacement, the last 1000.
+    Raises BundleError when the file cannot be read or is not what was pinned, and EngineFailure
+    when the device has too little memory.
     """
 
-    def __init__(
-        self, file: Path | PinnedFile, device: torch.device, *, shared: bool = False
-    ) -> None:
+    def __init__(self, file: Path | PinnedFile, device: torch.device) -> None:
         file = pin(file)
-        self.device, self.shared = device, shared
-        self.file: PinnedFile | None = file  # None while its content is neither
+        self.device, self.generation = device, 0
+        self.file: PinnedFile | None = None  # None while its content is neither
         self.switches: deque[float] = deque(maxlen=_TIMED)
+        self._turn, self._holders = threading.Condition(), 0
+        self._queue = threading.Lock()  # who waits for a replacement lets nobody overtake
         with file.opened():
             self._entries, self._header = read_header(file.path), header_sha256(file.path)
         offsets, total = _offsets(self._entries)
@@ -69,33 +72,48 @@ class DeviceWeights:
             for name, entry in self._entries.items()
             for done in range(0, entry.size, _PIECE)
         ]
-        self._fill(file)
+        self._replace(file)
+        self.switches.clear()
 
-    def use(self, file: Path | PinnedFile) -> None:
-        """Hold the tensors of this file, whose header is that of the first.
+    def holds(self, file: PinnedFile) -> bool:
+        """Whether the content is that of a file, whatever name it was opened by."""
+        return self.file is not None and self.file.identity == file.identity
 
-        Shared weights hold them already, whatever name the file was opened by.
-        Raises WanExportError when the file cannot be read, is not what was pinned, or is laid out
+    @contextmanager
+    def held(self, file: PinnedFile) -> Iterator[None]:
+        """Have the tensors of this file, whose layout is that of the first, until the block ends.
+
+        Raises BundleError when the file cannot be read, is not what was pinned, or is laid out
         otherwise; what is held then is neither, until the next call.
         """
-        if self.shared:
-            return
-        file = pin(file)
-        if file != self.file:
-            started, self.file = time.perf_counter(), None
-            self._fill(file)
-            self.file = file
-            self.switches.append(time.perf_counter() - started)
+        with self._queue, self._turn:
+            while self._holders and not self.holds(file):
+                self._turn.wait()
+            if not self.holds(file):
+                self._replace(file)
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._holders -= 1
+                self._turn.notify_all()
+
+    def _replace(self, file: PinnedFile) -> None:
+        started, self.file = time.perf_counter(), None
+        self._fill(file)
+        self.file, self.generation = file, self.generation + 1
+        self.switches.append(time.perf_counter() - started)
 
     def _view(self, entry: TensorEntry, offset: int) -> Tensor:
         raw = self.buffer[offset : offset + entry.size]
-        return raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+        return raw.view(getattr(torch, STORED[entry.dtype].torch)).view(entry.shape)
 
     def _fill(self, file: PinnedFile) -> None:
         """Read with several threads; through pinned memory where the buffer is on a GPU."""
         with file.opened() as handle:
             if header_sha256(file.path) != self._header:
-                raise WanExportError(
+                raise BundleError(
                     f"{file.path} is laid out otherwise than the weights in whose place it is to "
                     f"go: run wanexport build again"
                 )
@@ -131,15 +149,16 @@ def device_weights(
     file: Path | PinnedFile, device: torch.device, *, private: bool = False
 ) -> DeviceWeights:
     """The weights of a file on a device: those already there, if any engine of this process holds
-    them, or read anew. private ones are never shared: their content will be replaced."""
+    them, or read anew. private ones are never given to others: experts take turns in them."""
     if private:
         return DeviceWeights(file, device)
     file = pin(file)
     key = (str(device), file.identity)
     with _lock:
         weights = _resident.get(key)
-        if weights is None:
-            weights = _resident[key] = DeviceWeights(file, device, shared=True)
+        # Whose engine uses another set keeps its buffer for that.
+        if weights is None or not weights.holds(file):
+            weights = _resident[key] = DeviceWeights(file, device)
     return weights
 
 
@@ -153,11 +172,11 @@ def _offsets(entries: dict[str, TensorEntry]) -> tuple[dict[str, int], int]:
 
 
 def check_room(size: int, device: torch.device, what: str, advice: str) -> None:
-    """Raise WanExportError when the GPU has not so many bytes free, PyTorch's cache included."""
+    """Raise EngineFailure when the GPU has not so many bytes free, PyTorch's cache included."""
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if size > free:
-        raise WanExportError(
+        raise EngineFailure(
             f"{what} takes {size / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} of "
             f"{total / 1e9:.1f} GB free: close what else uses it, or {advice}"
         )
@@ -169,5 +188,5 @@ def _read_piece(handle: int, file: Path, piece: _Piece, target: Tensor) -> None:
     while done < piece.size:
         count = os.preadv(handle, [view[done:]], piece.source + done)
         if not count:
-            raise WanExportError(f"{file} ended while it was read: write it again")
+            raise BundleError(f"{file} ended while it was read: write it again")
         done += count

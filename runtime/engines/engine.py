@@ -9,6 +9,8 @@ from wanexport.runtime.arrays import Array
 from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.program import Program
 
+CLOSED = "the engine was closed: load it again"
+
 
 @dataclass
 class Memory:

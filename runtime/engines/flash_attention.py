@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
-from wanexport.runtime.errors import WanExportError, needing_package
+from wanexport.runtime.errors import WanExportError, installing, needing_package
 
 FUNCTION = "flash_attention"  # the symbol in the library is __tvm_ffi_<FUNCTION>
 # How PyTorch gives tvm-ffi its tensors and its current stream: the name now, and that before.
@@ -26,7 +26,7 @@ class FlashAttention:
         if not any(hasattr(Tensor, name) for name in EXCHANGES):
             raise WanExportError(
                 f"FlashAttention-4 cannot be called by PyTorch {torch.__version__}: "
-                f"pip install 'torch>=2.11'"
+                f"{installing('torch>=2.11')}"
             )
         with needing_package("apache-tvm-ffi", "calling FlashAttention-4"):
             import tvm_ffi

@@ -1,12 +1,20 @@
-"""The kernels of attention in AOTInductor engines, and where each runs."""
+"""The kinds of attention, the kernels of AOTInductor engines for them, and where each runs."""
 
 from collections.abc import Mapping
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest
 
+ATTENTION_KINDS = ("self", "text", "image")  # of the video to itself, to text, to image tokens
 KERNELS = ("fa4", "cudnn", "sdpa")
 _HALF = ("bf16", "fp16")
 _CUDNN_NEEDS = 80  # compute capability: NVIDIA's Ampere
+
+
+def check_kind(kind: str) -> None:
+    """Raise BadRequest for a kind of attention that no kernel is chosen by."""
+    if kind not in ATTENTION_KINDS:
+        expected = ", ".join(ATTENTION_KINDS)
+        raise BadRequest(f"unknown kind of attention {kind!r}: expected one of {expected}")
 
 
 def kernel_obstacle(kernel: str, target: Mapping[str, str], dtype: str) -> str:
@@ -28,7 +36,7 @@ def kernel_obstacle(kernel: str, target: Mapping[str, str], dtype: str) -> str:
 
 
 def check_kernel(kernel: str | None, target: Mapping[str, str], dtype: str) -> None:
-    """Raise WanExportError when a kernel cannot run on a target in a dtype; None is no choice."""
+    """Raise BadRequest when a kernel cannot run on a target in a dtype; None is no choice."""
     obstacle = kernel_obstacle(kernel, target, dtype) if kernel is not None else ""
     if obstacle:
-        raise WanExportError(f"attention: {obstacle}, or leave it out")
+        raise BadRequest(f"attention: {obstacle}, or leave it out")

@@ -2,34 +2,50 @@
 
 import os
 import platform
+import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from wanexport.runtime.arrays import Array, to_numpy
+from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
+from wanexport.runtime.engines.cache_folder import cache_folder
+from wanexport.runtime.engines.engine import CLOSED, Engine, EngineOptions, Memory, new_memory
 from wanexport.runtime.engines.onnx_location import with_location
 from wanexport.runtime.engines.onnx_providers import gpu_obstacle
-from wanexport.runtime.errors import WanExportError, first_line, needing_extra
+from wanexport.runtime.errors import (
+    BadRequest,
+    BundleError,
+    EngineFailure,
+    first_line,
+    needing_extra,
+)
+from wanexport.runtime.machine.memory import limit_bytes
+from wanexport.runtime.program import WHOLE, Program
+
+OPTIONS = frozenset({"provider", "provider_options", "offload"})
+RUNNABLE_DTYPES = ("fp16", "fp32")  # what ONNX Runtime executes on a CPU
 
 
-class OnnxEngine:
-    """Calls one `denoiser.onnx` with the weights in a file; fp32 arrays in and out.
+class OnnxSession:
+    """One `denoiser.onnx` with the weights in a file, on the CPU; fp32 arrays in and out.
 
     Prepacking is off so that fp32 weights stay a mapping of the file: no copy, shared by processes.
     fp16 weights ONNX Runtime widens to fp32 in memory, having few fp16 kernels for a CPU.
     `keep_casts` is for a graph that widens its own weights: it does so at every call, in the memory
     of one weight, instead of once for all when the session is created.
-    Raises WanExportError when ONNX Runtime is missing or refuses the graph, and when a file is not
+    Raises BundleError when ONNX Runtime is missing or refuses the graph, and when a file is not
     what was pinned.
     """
 
     def __init__(
         self, graph: Path | PinnedFile, weights: Path | PinnedFile, *, keep_casts: bool = False
     ) -> None:
-        graph, self._weights = pin(graph), pin(weights)
+        graph, self.weights = pin(graph), pin(weights)
         onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised; it need not be printed too
@@ -37,36 +53,152 @@ class OnnxEngine:
         skipped = ["ConstantFolding"] if keep_casts else []
         options.enable_cpu_mem_arena = not keep_casts  # it keeps what the largest weight took
         content = graph.read()
-        with self._weights.opened() as descriptor:
+        with self.weights.opened() as descriptor:
             try:
                 self.session = onnxruntime.InferenceSession(
-                    reading_weights(content, self._weights, options),
+                    reading_weights(content, self.weights, options),
                     options,
                     providers=["CPUExecutionProvider"],
                     disabled_optimizers=skipped,
                 )
             except Exception as error:  # ONNX Runtime's own exceptions have no base but this
-                raise WanExportError(
+                raise BundleError(
                     f"ONNX Runtime cannot load {graph.path}: {first_line(error)}"
                 ) from error
             # Of what is mapped, whatever file has its name by then.
             self._mapped = os.dup(descriptor)
             weakref.finalize(self, os.close, self._mapped)
 
-    def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Run the graph and return its one output.
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Run the graph and return its outputs.
 
-        Raises WanExportError when ONNX Runtime cannot, for want of memory most likely, and when the
-        weights were written to since they were opened.
+        Raises EngineFailure when ONNX Runtime cannot, for want of memory most likely, and
+        BundleError when the weights were written to since they were opened.
         """
-        self._weights.check(self._mapped)
+        self.weights.check(self._mapped)
         try:
-            output: np.ndarray = self.session.run(None, dict(inputs))[0]
+            outputs: list[np.ndarray] = self.session.run(None, dict(inputs))
         except Exception as error:
-            raise WanExportError(
+            raise EngineFailure(
                 f"ONNX Runtime cannot run the engine: {first_line(error)}"
             ) from error
-        return output
+        return outputs
+
+
+class OnnxEngine:
+    """Calls a graph with one expert's weights; another file is another session over the graph.
+
+    `needs` is how many bytes attention takes at a call: what is beyond any memory here is refused,
+    lest the system kill the process.
+    """
+
+    device = "cpu"
+
+    def __init__(
+        self, graph: PinnedFile, file: PinnedFile, program: Program, *, needs: int = 0
+    ) -> None:
+        self.graph, self.program, self.needs = graph, program, needs
+        self._lock = threading.Lock()
+        self._session: OnnxSession | None = OnnxSession(graph, file)
+
+    def array(self, value: Array) -> np.ndarray:
+        """An fp32 numpy array."""
+        return to_numpy(value)
+
+    def memory(self) -> Memory:
+        """What a new session keeps: a state of zeros."""
+        return new_memory(self.program, lambda shape: np.zeros(shape, np.float32))
+
+    def use(self, weights: PinnedFile) -> None:
+        """Open a session with the weights of a file; calls that run keep theirs."""
+        with self._lock:
+            if self._session is None:
+                raise EngineFailure(CLOSED)
+            if self._session.weights.identity != weights.identity:
+                self._session = OnnxSession(self.graph, weights)
+
+    def __call__(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        weights: PinnedFile | None = None,
+        memory: Memory | None = None,
+    ) -> np.ndarray:
+        """Return the velocity. Raises EngineFailure for want of memory, and after `close`."""
+        if self.needs > limit_bytes():
+            raise EngineFailure(
+                f"attention in ONNX Runtime on a CPU needs {self.needs / 1e9:.0f} GB, of "
+                f"{limit_bytes() / 1e9:.0f} GB here: build an engine of a smaller --resolution or "
+                f"fewer --frames"
+            )
+        session = self._of(weights)
+        memory = self.memory() if memory is None else memory
+        velocity, *state = session({**inputs, **memory.state})
+        memory.state = dict(zip(memory.state, state, strict=True))
+        return velocity
+
+    def _of(self, weights: PinnedFile | None) -> OnnxSession:
+        """The session of a file, which a swap may replace while it runs."""
+        if weights is not None:
+            self.use(weights)
+        session = self._session
+        if session is None:
+            raise EngineFailure(CLOSED)
+        return session
+
+    def close(self) -> None:
+        """Let go of the session; a call then raises EngineFailure."""
+        with self._lock:
+            self._session = None
+
+
+def refusal(record: EngineRecord, device: str, options: EngineOptions, rebuild: str) -> str:
+    """Why this machine cannot execute the engine on a device; empty when it can."""
+    if device != "cpu":
+        obstacle = gpu_obstacle(options.provider or "cuda")
+        return obstacle and f"engine {record.name} cannot run on a GPU: {obstacle}"
+    if record.dtype in RUNNABLE_DTYPES:
+        return ""
+    return (
+        f"engine {record.name} is {record.dtype}, which ONNX Runtime cannot execute on a CPU: add "
+        f"an engine with wanexport build --dtype fp32, or run this one on a GPU with "
+        f"onnxruntime-gpu"
+    )
+
+
+def open_engines(
+    record: EngineRecord,
+    files: Mapping[str, PinnedFile],
+    weights: Callable[[], Mapping[str, PinnedFile]],
+    options: EngineOptions,
+    device: str,
+) -> Mapping[str, Engine]:
+    """The engine of each expert; weights gives the files by expert.
+
+    Raises BadRequest for options that a CPU has not, BundleError when ONNX Runtime refuses a file.
+    """
+    graph = files[WHOLE]
+    if device != "cpu":
+        from wanexport.runtime.engines import onnx_gpu
+        from wanexport.runtime.engines.device import gpu_or_cpu
+        from wanexport.runtime.engines.onnx_providers import Provider
+
+        name = options.provider or "cuda"
+        # Of this very graph: what another left there would be code of unknown origin.
+        cache = cache_folder() if name.startswith("tensorrt") else None
+        provider = Provider(name, options.provider_options or {}, cache and cache / graph.sha256)
+        return onnx_gpu.open_engines(
+            graph, weights(), gpu_or_cpu(device), provider, record.program, offload=options.offload
+        )
+    if options.offload or options.provider_options:
+        raise BadRequest(
+            f"engine {record.name} on a CPU offloads nothing and has no provider options: these "
+            f"are for --device cuda"
+        )
+    needs = 2 * record.details.attention_score_bytes  # it holds the scores twice
+    return {
+        expert: OnnxEngine(graph, file, record.program, needs=needs)
+        for expert, file in weights().items()
+    }
 
 
 def reading_weights(graph: bytes, weights: PinnedFile, options: Any) -> bytes:
@@ -86,12 +218,17 @@ def reading_weights(graph: bytes, weights: PinnedFile, options: Any) -> bytes:
 def versions(device: str = "cpu") -> dict[str, str]:
     """What the manifest records about this backend on this machine.
 
-    Raises WanExportError when ONNX Runtime is missing or cannot use the device.
+    Raises BundleError when ONNX Runtime is missing, EngineFailure when it cannot use the device,
+    PyTorch's name of one.
     """
     version = import_onnxruntime().__version__
-    if device == "cuda" and (reason := gpu_obstacle()):
-        raise WanExportError(reason)
-    return {"device": device, "machine": platform.machine(), "onnxruntime": version}
+    if device != "cpu" and (reason := gpu_obstacle()):
+        raise EngineFailure(reason)
+    return {
+        "device": device.partition(":")[0],
+        "machine": platform.machine(),
+        "onnxruntime": version,
+    }
 
 
 def import_onnxruntime() -> Any:

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,10 +21,21 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
+from wanexport.runtime.engines.device import to_device
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
+from wanexport.runtime.engines.engine import CLOSED, Memory, new_memory
 from wanexport.runtime.engines.onnx import import_onnxruntime, reading_weights
 from wanexport.runtime.engines.onnx_providers import PROVIDERS, RTX_PLUGIN, Provider, gpu_obstacle
-from wanexport.runtime.errors import WanExportError, WanExportWarning, first_line
+from wanexport.runtime.errors import (
+    BadRequest,
+    BundleError,
+    EngineFailure,
+    WanExportError,
+    WanExportWarning,
+    first_line,
+    installing,
+)
+from wanexport.runtime.program import Program
 
 # What takes the time of a forward: none of it may land on the CPU.
 _HEAVY = frozenset(
@@ -35,7 +46,7 @@ _CURAND = "libcurand.so.10"  # of CUDA 12 and 13
 _OVERHEAD = 2 << 30  # bytes of GPU memory that a session may take beside its weights
 
 
-class OnnxSession:
+class OnnxGpuSession:
     """One graph and its weights on a device; fp32 torch tensors there, in and out.
 
     `weights` is the file, and `tensors` its content on the device by the names of the graph's
@@ -59,7 +70,8 @@ class OnnxSession:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # ONNX Runtime holds their addresses as long as the session lives.
         self.values = {} if provider.compiles else _values(tensors)
-        graph, weights = pin(graph), pin(weights)
+        self.graph, self.file = graph, weights = pin(graph), pin(weights)
+        self._tensors = dict(tensors)
         before, content = _free_bytes(device), graph.read()
         with weights.opened():
             try:
@@ -67,18 +79,22 @@ class OnnxSession:
             except WanExportError:
                 raise
             except Exception as error:  # ONNX Runtime's own exceptions have no base but this
-                raise WanExportError(
+                raise BundleError(
                     f"ONNX Runtime cannot load {graph.path}: {first_line(error)}"
                 ) from error
         self.grown = before - _free_bytes(device)
         self.names = tuple(value.name for value in self.session.get_inputs())
-        (output,) = self.session.get_outputs()
-        self.output_name, self.output_shape = output.name, tuple(output.shape)
+        outputs = self.session.get_outputs()
+        self.outputs = {output.name: tuple(output.shape) for output in outputs}
         self.run_options = import_onnxruntime().RunOptions()
         self.run_options.log_severity_level = 4  # what goes wrong is raised
         self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.assigned = _assigned(self.session)
         self._check_assignment(graph.path)
+
+    def with_weights(self, file: PinnedFile) -> "OnnxGpuSession":
+        """Another session over the same graph, with the weights of a file."""
+        return OnnxGpuSession(self.graph, file, self._tensors, self.device, self.provider)
 
     def _open(self, graph: bytes, weights: PinnedFile) -> Any:
         onnxruntime = import_onnxruntime()
@@ -119,7 +135,7 @@ class OnnxSession:
             onnxruntime.set_default_logger_severity(2)  # as it is by default
         if wanted not in session.get_providers():
             needed = "TensorRT 10 and the CUDA" if self.provider.name == "tensorrt" else "the CUDA"
-            raise WanExportError(
+            raise BundleError(
                 f"ONNX Runtime cannot use its {wanted}, whose libraries it does not find: "
                 f"install {needed} version that this onnxruntime-gpu is for"
             )
@@ -135,9 +151,9 @@ class OnnxSession:
             return
         counts = ", ".join(f"{count} {operator}" for operator, count in sorted(on_host.items()))
         if _HEAVY & on_host.keys():
-            raise WanExportError(
+            raise BundleError(
                 f"ONNX Runtime's {PROVIDERS[self.provider.name]} leaves {counts} of {graph} to the "
-                f"CPU: install onnxruntime-gpu 1.31 or newer, or build with another --dtype"
+                f"CPU: {installing('onnxruntime-gpu>=1.31')}, or build with another --dtype"
             )
         warnings.warn(
             f"ONNX Runtime runs {counts} on the CPU, which the GPU waits for",
@@ -145,10 +161,10 @@ class OnnxSession:
             stacklevel=2,
         )
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The velocity; the host does not wait for it.
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The outputs; the host does not wait for them.
 
-        The caller's current stream goes on after it. Raises WanExportError when ONNX Runtime
+        The caller's current stream goes on after them. Raises EngineFailure when ONNX Runtime
         cannot, for want of memory most likely.
         """
         binding = self.session.io_binding()
@@ -158,19 +174,19 @@ class OnnxSession:
             shape, address = list(tensor.shape), tensor.data_ptr()
             binding.bind_input(name, kind, index, np.float32, shape, address)
         try:
-            output = torch.empty(self.output_shape, device=self.device)
-            binding.bind_output(
-                self.output_name, kind, index, np.float32, list(output.shape), output.data_ptr()
-            )
+            outputs = [torch.empty(shape, device=self.device) for shape in self.outputs.values()]
+            for name, output in zip(self.outputs, outputs):
+                shape, address = list(output.shape), output.data_ptr()
+                binding.bind_output(name, kind, index, np.float32, shape, address)
             with self._in_order():
                 self.session.run_with_iobinding(binding, self.run_options)
         except Exception as error:
-            raise WanExportError(
+            raise EngineFailure(
                 f"ONNX Runtime failed on {self.device} ({first_line(error)[:160]}), for want of "
                 f"memory most likely: close what else uses it, or build an engine of a smaller "
                 f"--resolution or fewer --frames"
             ) from error
-        return output
+        return outputs
 
     @contextmanager
     def _in_order(self) -> Iterator[None]:
@@ -187,26 +203,79 @@ class OnnxSession:
                 current.wait_stream(self.stream)
 
 
-class OnnxCudaEngine:
-    """Calls a session with one expert's weights; `file` is what `weights` must hold during a call.
+class OnnxGpuEngine:
+    """Calls a session with one expert's weights: with a provider that reads them where they lie,
+    `weights` hold by turns the files that calls name.
 
-    `weights` is None where the session has its own copy.
+    Where the session compiled its own copy in, weights is None and another file another session.
     """
 
     def __init__(
-        self, session: OnnxSession, weights: DeviceWeights | None, file: Path | PinnedFile
+        self,
+        session: OnnxGpuSession,
+        weights: DeviceWeights | None,
+        file: PinnedFile,
+        program: Program,
     ) -> None:
-        self.session, self.weights, self.file = session, weights, file
+        self.file, self.program = file, program
+        self.session: OnnxGpuSession | None = session
+        self.weights = weights
+        self._device = session.device
+        self._lock = threading.Lock()
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    @property
+    def device(self) -> str:
+        """PyTorch's name of the device."""
+        return str(self._device)
+
+    def array(self, value: Any) -> Tensor:
+        """An fp32 tensor on the device."""
+        return to_device(value, self._device)
+
+    def memory(self) -> Memory:
+        """What a new session keeps: a state of zeros."""
+        with torch.inference_mode(False):
+            return new_memory(self.program, lambda shape: torch.zeros(shape, device=self._device))
+
+    def use(self, weights: PinnedFile) -> None:
+        """Read the weights of a file now, when calls that run have ended."""
+        if self.weights is not None:
+            with self.weights.held(weights):
+                return
+        with self._lock:
+            session = self._open_session()
+            if session.file.identity != weights.identity:
+                self.session = session.with_weights(weights)
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Tensor],
+        weights: PinnedFile | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
         """Return the velocity; the caller's current stream does the work, the host waits not.
 
-        Raises WanExportError when the device has too little memory.
+        Raises EngineFailure when the device has too little memory, and after `close`.
         """
-        with self.session.lock:
-            if self.weights is not None:
-                self.weights.use(self.file)
-            return self.session(inputs)
+        file = weights or self.file
+        memory = self.memory() if memory is None else memory
+        if self.weights is None:
+            self.use(file)
+        session = self._open_session()
+        held = nullcontext() if self.weights is None else self.weights.held(file)
+        with held, session.lock:
+            velocity, *state = session({**inputs, **memory.state})
+        memory.state = dict(zip(memory.state, state, strict=True))
+        return velocity
+
+    def _open_session(self) -> OnnxGpuSession:
+        if self.session is None:
+            raise EngineFailure(CLOSED)
+        return self.session
+
+    def close(self) -> None:
+        """Let go of session and weights; a call then raises EngineFailure."""
+        self.session = self.weights = None
 
 
 def open_engines(
@@ -214,48 +283,60 @@ def open_engines(
     weights: Mapping[str, Path | PinnedFile],
     device: torch.device,
     provider: Provider,
+    program: Program,
     *,
     offload: bool = False,
-) -> dict[str, OnnxCudaEngine]:
+) -> dict[str, OnnxGpuEngine]:
     """The engine of each expert; weights are files by expert.
 
     A path is taken as its file is now. With offload the experts share one session, whose weights
     are replaced at the switch.
-    Raises WanExportError when the provider is missing, refuses the graph, or copies the weights
-    that offload would replace.
+    Raises BadRequest when the provider copies the weights that offload would replace, EngineFailure
+    when it is missing, BundleError when it refuses the graph.
     """
     if device.type == "cuda" and (reason := gpu_obstacle(provider.name)):
-        raise WanExportError(reason)
-    if provider.compiles:
-        if offload:
-            raise WanExportError(
-                f"provider {provider.name} has its weights inside and cannot offload them: "
-                f"choose --provider cuda"
-            )
-        return {
-            expert: OnnxCudaEngine(OnnxSession(graph, file, {}, device, provider), None, file)
-            for expert, file in weights.items()
-        }
-    engines: dict[str, OnnxCudaEngine] = {}
+        raise EngineFailure(reason)
+    if provider.compiles and offload:
+        raise BadRequest(
+            f"provider {provider.name} has its weights inside and cannot offload them: "
+            f"choose --provider cuda"
+        )
+    engines: dict[str, OnnxGpuEngine] = {}
     for expert, file in {expert: pin(file) for expert, file in weights.items()}.items():
-        if engines and offload:
-            first = next(iter(engines.values()))
-            engines[expert] = OnnxCudaEngine(first.session, first.weights, file)
-            continue
-        held = device_weights(file, device, private=offload)
-        session = OnnxSession(graph, file, held.tensors, device, provider)
-        most = max(held.buffer.numel(), _OVERHEAD)
-        if offload and session.grown > most:
-            # What a neighbour on the GPU took meanwhile counts as grown: it will not do so twice.
-            del session
-            session = OnnxSession(graph, file, held.tensors, device, provider)
-        if offload and session.grown > most:
-            raise WanExportError(
-                f"ONNX Runtime {import_onnxruntime().__version__} copies the weights, which "
-                f"--offload would replace: leave it out"
-            )
-        engines[expert] = OnnxCudaEngine(session, held, file)
+        first = next(iter(engines.values()), None)
+        if provider.compiles:
+            session = OnnxGpuSession(graph, file, {}, device, provider)
+            engines[expert] = OnnxGpuEngine(session, None, file, program)
+        elif first is not None and first.session is not None and offload:
+            engines[expert] = OnnxGpuEngine(first.session, first.weights, file, program)
+        else:
+            held = device_weights(file, device, private=offload)
+            if offload:
+                session = _in_place(graph, file, held, device, provider)
+            else:
+                session = OnnxGpuSession(graph, file, held.tensors, device, provider)
+            engines[expert] = OnnxGpuEngine(session, held, file, program)
     return engines
+
+
+def _in_place(
+    graph: Path | PinnedFile,
+    file: PinnedFile,
+    held: DeviceWeights,
+    device: torch.device,
+    provider: Provider,
+) -> OnnxGpuSession:
+    """A session whose weights can be replaced. Raises BadRequest when ONNX Runtime copies them."""
+    most = max(held.buffer.numel(), _OVERHEAD)
+    for _ in range(2):  # what a neighbour took meanwhile counts as grown: not so twice
+        session = OnnxGpuSession(graph, file, held.tensors, device, provider)
+        if session.grown <= most:
+            return session
+        del session
+    raise BadRequest(
+        f"ONNX Runtime {import_onnxruntime().__version__} copies the weights, which "
+        f"--offload would replace: leave it out"
+    )
 
 
 def _values(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -285,7 +366,7 @@ def _add_rtx(
         _register_rtx(onnxruntime, name)
         devices = _rtx_devices(onnxruntime, name)
     if len(devices) <= device.index:
-        raise WanExportError(
+        raise BundleError(
             f"{name} offers {len(devices)} devices, {device} is not among them: it is for "
             f"GeForce RTX GPUs, choose --provider cuda"
         )

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.bundle.tensorfile import read_header
-from wanexport.runtime.errors import WanExportError, WanExportWarning, explain, needing_package
+from wanexport.runtime.errors import (
+    WanExportError,
+    WanExportWarning,
+    explain,
+    installing,
+    needing_package,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +38,10 @@ def gpu_obstacle(provider: str = "cuda") -> str:
     """
     if reason := _missing(provider):
         return reason
-    if find_spec("torch") is None:
-        return "ONNX engines on a GPU need PyTorch for its memory: pip install torch"
     try:
         with needing_package("torch", "an ONNX engine on a GPU"):
             import torch
-    except WanExportError as error:  # installed, and broken
+    except WanExportError as error:
         return str(error)
     if not torch.cuda.is_available():
         return "there is no CUDA device here: choose --device cpu"
@@ -49,19 +53,17 @@ def _missing(provider: str) -> str:
     if provider == "tensorrt-rtx":
         if find_spec(RTX_PLUGIN) and find_spec("onnxruntime"):
             return ""
-        return (
-            "ONNX Runtime's provider for TensorRT for RTX is not installed: "
-            "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13"
+        return "ONNX Runtime's provider for TensorRT for RTX is not installed: " + installing(
+            "onnxruntime-ep-nv-tensorrt-rtx-cu13"
         )
     if not _has_library(provider):
         return (
             f"this ONNX Runtime has no {PROVIDERS[provider]}: pip uninstall onnxruntime, then "
-            f"pip install onnxruntime-gpu (the two must not be installed together)"
+            f"{installing('onnxruntime-gpu')} (the two must not be installed together)"
         )
     if provider == "tensorrt" and not (find_spec("tensorrt") or _opens("libnvinfer.so.10")):
-        return (
-            "ONNX Runtime's provider for TensorRT needs TensorRT 10: "
-            "pip install 'tensorrt-cu13>=10.14,<11'"
+        return "ONNX Runtime's provider for TensorRT needs TensorRT 10: " + installing(
+            "tensorrt-cu13>=10.14,<11"
         )
     return ""
 

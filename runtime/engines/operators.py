@@ -14,13 +14,14 @@ from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.engines.flash_attention import FlashAttention
-from wanexport.runtime.engines.kernels import KERNELS
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.engines.kernels import KERNELS, check_kind
+from wanexport.runtime.errors import BadRequest, BundleError, installing
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k and v [B, T, H, D]
 
 # An operator has no other way to learn which engine calls it.
-_kernels: ContextVar[Mapping[int, Kernel]] = ContextVar("attention kernels")
+_kernels: ContextVar[Mapping[str, Kernel]] = ContextVar("attention kernels")
+_IMAGE_KEYS = (257, 514)  # CLIP tokens of one image, and of two
 
 
 # Defined by hand: torch.library.custom_op imports the compiler's front end when it is first called.
@@ -29,18 +30,23 @@ _library.define(
     "attention(Tensor q, Tensor k, Tensor v) -> Tensor", tags=torch.Tag.pt2_compliant_tag
 )
 _library.define(
+    "attention.kind(Tensor q, Tensor k, Tensor v, str kind) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
     "linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor", tags=torch.Tag.pt2_compliant_tag
 )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v as [B, S, H, D]; there is no mask.
 
-    q is [B, S, H, D], k and v are [B, T, H, D], and all three have one dtype. The kernel is that of
-    `attention_kernels` for T keys; where none are set, it is PyTorch's choice.
-    Raises WanExportError when some are set, but none for T keys.
+    q is [B, S, H, D], k and v are [B, T, H, D], and all three have one dtype. kind is one of
+    `ATTENTION_KINDS`. The kernel is that of `attention_kernels` for the kind; where none are set,
+    it is PyTorch's choice.
+    Raises BadRequest for an unknown kind, and when kernels are set, but none for this one.
     """
-    out: Tensor = torch.ops.wanexport.attention(q, k, v)
+    out: Tensor = torch.ops.wanexport.attention.kind(q, k, v, kind)
     return out
 
 
@@ -54,16 +60,23 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
+    check_kind(kind)
     kernels = _kernels.get({})
-    kernel = kernels.get(k.shape[1]) if kernels else sdpa
-    if kernel is None:
-        named = ", ".join(map(str, kernels))
-        raise WanExportError(
-            f"no attention kernel is chosen for {k.shape[1]} keys, only for {named}: "
+    if kernels and kind not in kernels:
+        raise BadRequest(
+            f"no kernel is chosen for attention of kind {kind}, only for {', '.join(kernels)}: "
             f"run wanexport build again"
         )
-    return kernel(q, k, v)
+    return (kernels[kind] if kernels else sdpa)(q, k, v)
+
+
+def _attention_of_schema_1(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Packages of bundles of schema 1 do not say the kind: it follows from the number of keys."""
+    keys = k.shape[1]
+    if keys == q.shape[1]:
+        return _attention(q, k, v, "self")
+    return _attention(q, k, v, "image" if keys in _IMAGE_KEYS else "text")
 
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -73,12 +86,19 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 for _device in ("CPU", "CUDA"):
-    _library.impl("attention", _attention, _device)
+    _library.impl("attention.kind", _attention, _device)
+    _library.impl("attention", _attention_of_schema_1, _device)
     _library.impl("linear_gelu", _linear_gelu, _device)
 
 
 @torch.library.register_fake("wanexport::attention", lib=_library)  # type: ignore[untyped-decorator]
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("wanexport::attention.kind", lib=_library)  # type: ignore[untyped-decorator]
+def _(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
+    check_kind(kind)
     return q.new_empty(q.shape)
 
 
@@ -88,8 +108,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @contextmanager
-def attention_kernels(kernels: Mapping[int, Kernel]) -> Iterator[None]:
-    """Choose the kernel of the operator by its number of keys, within the block and its thread.
+def attention_kernels(kernels: Mapping[str, Kernel]) -> Iterator[None]:
+    """Choose the kernel of each kind of attention, within the block and its thread.
 
     No kernels at all leave the choice to PyTorch.
     """
@@ -113,21 +133,21 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2).contiguous()
 
 
+_OF_PYTORCH: Mapping[str, Kernel] = {"cudnn": cudnn, "sdpa": sdpa}
+
+
 def open_kernel(name: str, flash_library: Path | PinnedFile | None) -> Kernel:
     """The kernel `fa4`, `cudnn` or `sdpa`; flash_library is the bundle's compiled FlashAttention-4.
 
-    Raises WanExportError when the kernel is unknown or cannot be had.
+    Raises BadRequest for an unknown kernel, BundleError when it cannot be had.
     """
-    if name == "fa4":
-        if flash_library is None:
-            raise WanExportError(
-                "this bundle has no FlashAttention-4 kernel: pip install flash-attn-4 and run "
-                "wanexport build again, or choose cudnn"
-            )
-        return FlashAttention(flash_library)
-    kernels = {"cudnn": cudnn, "sdpa": sdpa}
-    if name not in kernels:
-        raise WanExportError(
-            f"unknown attention kernel {name!r}: expected one of {', '.join(KERNELS)}"
+    if name in _OF_PYTORCH:
+        return _OF_PYTORCH[name]
+    if name not in KERNELS:
+        raise BadRequest(f"unknown attention kernel {name!r}: expected one of {', '.join(KERNELS)}")
+    if flash_library is None:
+        raise BundleError(
+            f"this bundle has no FlashAttention-4 kernel: {installing('flash-attn-4')} and run "
+            f"wanexport build again, or choose cudnn"
         )
-    return kernels[name]
+    return FlashAttention(flash_library)

@@ -8,23 +8,33 @@ stay. Nothing goes through the host, and the host does not wait.
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wanexport.runtime.bundle.manifest import EngineRecord, TensorSpec
+from wanexport.runtime.bundle.details import is_plan
+from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
-from wanexport.runtime.engines.aoti import to_device
 from wanexport.runtime.engines.cache_folder import cache_folder
+from wanexport.runtime.engines.device import gpu_or_cpu, on_device, to_device
 from wanexport.runtime.engines.device_weights import DeviceWeights, check_room, device_weights
-from wanexport.runtime.engines.tensorrt_plan import OUTPUT, Plan, on_gpu
-from wanexport.runtime.engines.tensorrt_target import arch, is_version_compatible
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory
+from wanexport.runtime.engines.tensorrt_library import FLAVOURS
+from wanexport.runtime.engines.tensorrt_plan import OUTPUT, Plan
+from wanexport.runtime.engines.tensorrt_target import arch
+from wanexport.runtime.engines.tensorrt_target import refusal as target_refusal
+from wanexport.runtime.errors import BadRequest, EngineFailure
+from wanexport.runtime.program import WHOLE, TensorSpec
 
+OPTIONS = frozenset({"offload", "cuda_graph"})
+_BAKED = (
+    "{} holds its weights inside and can neither offload nor change them: build one without "
+    "--bake-weights"
+)
 _LAUNCH_BOUND = 0.7  # of an execution's time: when its launch takes more, a CUDA graph pays
 _LONG = 10.0  # seconds of the first execution, beyond which no launch is worth measuring
 
@@ -42,7 +52,7 @@ class Buffers:
         check_room(size, device, "the engine's activation memory", advice)
         self.device = device
         # Of a caller in inference mode, calls outside it could not write them.
-        with on_gpu(device), torch.inference_mode(False):
+        with on_device(device), torch.inference_mode(False):
             self.inputs = {
                 name: torch.zeros(spec.shape, device=device) for name, spec in inputs.items()
             }
@@ -54,7 +64,7 @@ class Buffers:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Have the buffers for what the caller's current stream is given meanwhile."""
-        with self.lock, on_gpu(self.device):
+        with self.lock, on_device(self.device):
             caller = torch.cuda.current_stream(self.device)
             caller.wait_event(self.idle)
             try:
@@ -80,10 +90,10 @@ class Buffers:
 class TensorRtEngine:
     """Executes a plan with one expert's weights; torch tensors on the device in and out.
 
-    `file` is the weights file that `weights` must hold during a call: with --offload two engines
-    share one buffer. Both are None where weights were baked in. The plan runs once here, which
-    loads its kernels; cuda_graph None captures a graph when launching takes as long as running.
-    Raises WanExportError when TensorRT refuses a tensor or fails.
+    `weights` hold by turns the files that calls name: with --offload two engines share one buffer.
+    They and `file` are None where weights were baked in. The plan runs once here, which loads its
+    kernels; cuda_graph None captures a graph when launching takes as long as running.
+    Raises BundleError when TensorRT refuses a tensor, EngineFailure when it fails.
     """
 
     def __init__(
@@ -95,35 +105,78 @@ class TensorRtEngine:
         *,
         cuda_graph: bool | None = None,
     ) -> None:
-        self.plan, self.buffers, self.weights, self.file = plan, buffers, weights, file
+        self.plan, self.file = plan, file
+        self.buffers: Buffers | None = buffers
+        self.weights = weights
         self.graph: torch.cuda.CUDAGraph | None = None
         # Before the context and the memory bound to it go: an execution may still use them.
         weakref.finalize(self, buffers.idle.synchronize)
         tensors = {**(weights.tensors if weights else {}), **buffers.inputs, OUTPUT: buffers.output}
         with buffers.turn():
             self.context = plan.bind(tensors, buffers.activations)
-            self.launch_seconds, self.seconds = self._warm_up()
+            self.launch_seconds, self.seconds = self._warm_up(buffers)
             if cuda_graph is None:
                 cuda_graph = self.launch_seconds > _LAUNCH_BOUND * self.seconds
             if cuda_graph:
-                self._capture()
+                self._capture(buffers)
         plan.save_kernels()
+        self._device = buffers.device
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    @property
+    def device(self) -> str:
+        """PyTorch's name of the device."""
+        return str(self._device)
+
+    def array(self, value: Any) -> Tensor:
+        """An fp32 tensor on the device."""
+        return to_device(value, self._device)
+
+    def memory(self) -> Memory:
+        """Nothing: a plan keeps no state."""
+        return Memory()
+
+    def use(self, weights: PinnedFile) -> None:
+        """Read the weights of a file now, when calls that run have ended."""
+        with self._held(weights):
+            pass
+
+    def _held(self, file: PinnedFile | None) -> AbstractContextManager[None]:
+        weights = self.weights
+        if weights is None and file is not None and self.buffers is not None:
+            raise BadRequest(_BAKED.format(self.plan.path))
+        if weights is None or self.file is None:
+            return nullcontext()
+        return weights.held(file or self.file)
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Tensor],
+        weights: PinnedFile | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
         """Return the velocity; the caller's current CUDA stream does the work, the host waits not.
 
-        Raises WanExportError when TensorRT fails.
+        Raises EngineFailure when TensorRT fails, and after `close`.
         """
-        with self.buffers.turn():
-            if self.weights is not None and self.file is not None:
-                self.weights.use(self.file)
-            for name, buffer in self.buffers.inputs.items():
+        buffers = self.buffers
+        if buffers is None:
+            raise EngineFailure(CLOSED)
+        with self._held(weights), buffers.turn():
+            for name, buffer in buffers.inputs.items():
                 buffer.copy_(inputs[name])
             if self.graph is None:
-                self._execute()
+                self._execute(buffers)
             else:
                 self.graph.replay()
-            return self.buffers.output.clone()
+            return buffers.output.clone()
+
+    def close(self) -> None:
+        """Let go of context, buffers and weights; a call then raises EngineFailure."""
+        if self.buffers is not None:
+            with self.buffers.turn():
+                self.buffers.idle.synchronize()
+                self.context = self.graph = self.weights = None
+        self.buffers = None
 
     @property
     def device_memory(self) -> dict[str, int]:
@@ -131,96 +184,97 @@ class TensorRtEngine:
         weights = self.plan.weights_bytes
         if self.weights is not None:
             weights += self.weights.buffer.nbytes
-        return {"activations": self.buffers.activations.nbytes, "weights": weights}
+        activations = self.buffers.activations.nbytes if self.buffers is not None else 0
+        return {"activations": activations, "weights": weights}
 
-    def _execute(self) -> None:
+    def _execute(self, buffers: Buffers) -> None:
         self.plan.log.clear()
-        with self.buffers.stream() as handle:
+        with buffers.stream() as handle:
             if not self.context.execute_async_v3(handle):
                 raise self.plan.failure("execute")
 
-    def _warm_up(self) -> tuple[float, float]:
+    def _warm_up(self, buffers: Buffers) -> tuple[float, float]:
         """Seconds to launch the plan and to run it, which the first execution would not tell: it
         loads kernels. One that is long is not repeated, and its launch counts nothing."""
-        _, first = self._timed_execution()
-        return (0.0, first) if first > _LONG else self._timed_execution()
+        _, first = self._timed_execution(buffers)
+        return (0.0, first) if first > _LONG else self._timed_execution(buffers)
 
-    def _timed_execution(self) -> tuple[float, float]:
-        torch.cuda.synchronize(self.buffers.device)
+    def _timed_execution(self, buffers: Buffers) -> tuple[float, float]:
+        torch.cuda.synchronize(buffers.device)
         started = time.perf_counter()
-        self._execute()
+        self._execute(buffers)
         launched = time.perf_counter()
-        torch.cuda.synchronize(self.buffers.device)
+        torch.cuda.synchronize(buffers.device)
         return launched - started, time.perf_counter() - started
 
-    def _capture(self) -> None:
+    def _capture(self, buffers: Buffers) -> None:
         self.graph = torch.cuda.CUDAGraph()
         # PyTorch's own stream for captures is on the GPU of the process's first capture, and other
         # threads of the process may use the GPU meanwhile.
         with torch.cuda.graph(
-            self.graph, stream=self.buffers.own_stream, capture_error_mode="thread_local"
+            self.graph, stream=buffers.own_stream, capture_error_mode="thread_local"
         ):
-            self._execute()
+            self._execute(buffers)
+
+
+def refusal(record: EngineRecord, device: str, options: EngineOptions, rebuild: str) -> str:
+    """Why this machine cannot execute the engine on a device; empty when it can.
+
+    rebuild is the command that makes an engine for it.
+    """
+    return target_refusal(record, device, rebuild)
 
 
 def open_engines(
-    engine: EngineRecord,
+    record: EngineRecord,
     files: Mapping[str, PinnedFile],
-    experts: Sequence[str],
     weights: Callable[[], Mapping[str, PinnedFile]],
-    *,
-    own_weights: bool = True,
-    offload: bool = False,
-    cuda_graph: bool | None = None,
+    options: EngineOptions,
+    device: str,
 ) -> dict[str, TensorRtEngine]:
-    """The engine of each expert. weights gives the files by expert, where the plans take any;
-    own_weights is whether they are the bundle's.
+    """The engine of each expert. weights gives the files by expert, where the plans take any.
 
-    Raises WanExportError when a plan cannot be opened or does not fit, or the GPU is too small.
+    Raises BundleError when a plan cannot be opened or does not fit, BadRequest for other weights or
+    offload where they were baked in, EngineFailure when the GPU is too small.
     """
-    device = gpu()
-    plans = _open_plans(engine, files, experts, device)
-    is_baked = not any(plan.parameters(engine.inputs) for plan in plans.values())
-    if is_baked and (offload or not own_weights):
-        raise WanExportError(
-            f"engine {engine.name} holds its weights inside and can neither offload nor change "
-            f"them: build one without --bake-weights"
-        )
+    place = gpu_or_cpu(device)
+    plans = _open_plans(record, files, place)
+    is_baked = not any(plan.parameters(record.inputs) for plan in plans.values())
+    if is_baked and (options.offload or options.weights is not None):
+        raise BadRequest(_BAKED.format(f"engine {record.name}"))
     chosen = {} if is_baked else weights()
+    plans = plans if is_baked else {expert: plans[""] for expert in chosen}
     for expert, plan in plans.items():
-        plan.check(engine.inputs, engine.output, chosen.get(expert))
+        plan.check(record.inputs, record.output, chosen.get(expert))
     size = max(plan.activation_bytes for plan in plans.values())
-    buffers = Buffers(engine.inputs, engine.output, size, device)
+    buffers = Buffers(record.inputs, record.output, size, place)
     held: DeviceWeights | None = None
     engines: dict[str, TensorRtEngine] = {}
     for expert, plan in plans.items():
         file = chosen.get(expert)
-        if file is not None and not (held and offload):
-            held = device_weights(file, device, private=offload)
-        engines[expert] = TensorRtEngine(plan, buffers, held, file, cuda_graph=cuda_graph)
+        if file is not None and not (held and options.offload):
+            held = device_weights(file, place, private=options.offload)
+        engines[expert] = TensorRtEngine(plan, buffers, held, file, cuda_graph=options.cuda_graph)
     return engines
 
 
 def _open_plans(
-    engine: EngineRecord,
-    files: Mapping[str, PinnedFile],
-    experts: Sequence[str],
-    device: torch.device,
+    record: EngineRecord, files: Mapping[str, PinnedFile], device: torch.device
 ) -> dict[str, Plan]:
-    """The plan of each expert: one for all unless weights were baked in."""
-    opened: dict[str, Plan] = {}
-    kernels = cache_folder() if engine.backend == "tensorrt-rtx" else None
-    for role in dict.fromkeys(plan_role(files, expert) for expert in experts):
-        file = files[role]
-        opened[role] = Plan(
-            engine.backend,
+    """The plans by the expert whose weights are baked in; the one key "" for one that takes any."""
+    kernels = cache_folder() if FLAVOURS[record.backend].keeps_kernels else None
+    return {
+        role.removeprefix(WHOLE).removeprefix("-"): Plan(
+            record.backend,
             file,
             device,
             # Of this very plan: another's kernels would be code of unknown origin.
-            kernels=kernels and kernels / f"{file.sha256}-{arch()}.kernels",
-            version_compatible=is_version_compatible(engine),
+            kernels=kernels and kernels / f"{file.sha256}-{arch(device)}.kernels",
+            version_compatible=record.details.version_compatible,
         )
-    return {expert: opened[plan_role(files, expert)] for expert in experts}
+        for role, file in files.items()
+        if is_plan(role)
+    }
 
 
 def run_once(
@@ -231,25 +285,21 @@ def run_once(
     inputs: Mapping[str, TensorSpec],
     output: TensorSpec,
     values: Mapping[str, Any],
+    device: str = "cuda",
     version_compatible: bool = False,
 ) -> Any:
     """The velocity of a plan for these values, in numpy, leaving nothing on the GPU."""
-    device = gpu()
-    plan = Plan(flavour, path, device, version_compatible=version_compatible)
+    place = gpu_or_cpu(device)
+    plan = Plan(flavour, path, place, version_compatible=version_compatible)
     file = pin(weights) if plan.parameters(inputs) else None
     plan.check(inputs, output, file)
-    buffers = Buffers(inputs, output, plan.activation_bytes, device)
-    held = device_weights(file, device) if file else None
+    buffers = Buffers(inputs, output, plan.activation_bytes, place)
+    held = device_weights(file, place) if file else None
     engine = TensorRtEngine(plan, buffers, held, file, cuda_graph=False)
-    return engine({name: to_device(v, device) for name, v in values.items()}).cpu().numpy()
+    return engine({name: to_device(v, place) for name, v in values.items()}).cpu().numpy()
 
 
 def plan_role(files: Mapping[str, Any], expert: str) -> str:
     """The role of the file that serves an expert: its own plan where weights were baked in."""
-    own = f"denoiser-{expert}"
-    return own if own in files else "denoiser"
-
-
-def gpu() -> torch.device:
-    """The current GPU."""
-    return torch.device("cuda", torch.cuda.current_device())
+    own = f"{WHOLE}-{expert}"
+    return own if own in files else WHOLE

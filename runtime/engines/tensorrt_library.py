@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from packaging.version import Version
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BundleError, installing
 
 
 class Flavour(NamedTuple):
@@ -20,15 +20,19 @@ class Flavour(NamedTuple):
     modules: tuple[str, ...]  # the first that is there
     oldest: str
     install: str
+    keeps_kernels: bool  # which it compiles for the GPU that it finds
 
 
 FLAVOURS = {
-    "tensorrt": Flavour("TensorRT", ("tensorrt",), "10.14", "pip install 'tensorrt-cu13>=10.14'"),
+    "tensorrt": Flavour(
+        "TensorRT", ("tensorrt",), "10.14", installing("tensorrt-cu13>=10.14"), False
+    ),
     "tensorrt-rtx": Flavour(
         "TensorRT for RTX",
         ("tensorrt_rtx", "tensorrt_rtx_bindings"),
         "1.7",
-        "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13 tensorrt-rtx-cu13-bindings",
+        installing("onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings"),
+        True,
     ),
 }
 _KEPT = 100  # errors of all threads
@@ -39,13 +43,13 @@ _RTX_LIBRARIES = "onnxruntime_ep_nv_tensorrt_rtx"
 def import_tensorrt(flavour: str) -> Any:
     """The module of `tensorrt` or `tensorrt-rtx`.
 
-    Raises WanExportError, naming the packages to install, when it is missing, cannot be loaded or
+    Raises BundleError, naming the packages to install, when it is missing, cannot be loaded or
     is too old.
     """
-    title, modules, oldest, install = FLAVOURS[flavour]
+    title, modules, oldest, install, _ = FLAVOURS[flavour]
     name = next((name for name in modules if find_spec(name)), None)
     if name is None:
-        raise WanExportError(f"{title} is not installed: {install}")
+        raise BundleError(f"{title} is not installed: {install}")
     if flavour == "tensorrt-rtx" and not find_spec("tensorrt_rtx_libs"):
         with suppress(ImportError):  # installed otherwise, its libraries may be found all the same
             importlib.import_module(_RTX_LIBRARIES)
@@ -53,9 +57,9 @@ def import_tensorrt(flavour: str) -> Any:
         module = importlib.import_module(name)
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise WanExportError(f"{title} cannot be loaded ({reason}): {install}") from error
+        raise BundleError(f"{title} cannot be loaded ({reason}): {install}") from error
     if Version(module.__version__) < Version(oldest):
-        raise WanExportError(
+        raise BundleError(
             f"{title} {module.__version__} is too old, {oldest} or newer is needed: {install}"
         )
     return module

@@ -3,8 +3,7 @@
 import mmap
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,21 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.bundle.durable import remove_partials, write_durably
-from wanexport.runtime.bundle.manifest import TensorSpec
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.bundle.tensorfile import read_header
+from wanexport.runtime.dtypes import STORED
+from wanexport.runtime.engines.device import on_device
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS, import_tensorrt, message_log
-from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
+from wanexport.runtime.errors import (
+    BundleError,
+    EngineFailure,
+    WanExportError,
+    WanExportWarning,
+    explain,
+)
+from wanexport.runtime.program import TensorSpec
 
 OUTPUT = "velocity"
-_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}  # safetensors' names -> the manifest's
 
 
 class Plan:
@@ -44,7 +50,7 @@ class Plan:
         self.title = FLAVOURS[flavour].title
         self.path = file.path if isinstance(file, PinnedFile) else file
         self.log = message_log(trt)
-        with on_gpu(device):
+        with on_device(device):
             self.engine = engine = self._deserialize(trt, file, version_compatible)
             self.config = engine.create_runtime_config()
             self._kernels = _KernelCache(self.config, kernels) if kernels is not None else None
@@ -88,13 +94,13 @@ class Plan:
             with weights.opened():
                 entries = read_header(weights.path)
             for name, entry in entries.items():
-                expected[name] = TensorSpec(entry.shape, _DTYPES.get(entry.dtype, entry.dtype))
+                expected[name] = TensorSpec(entry.shape, STORED[entry.dtype].name)
         for name in sorted(expected.keys() | self.tensors.keys()):
             wanted, found = expected.get(name), self.tensors.get(name)
             if wanted != found:
                 is_parameter = weights and name not in inputs and name != OUTPUT
                 source = weights.path if weights and is_parameter else "the manifest"
-                raise WanExportError(
+                raise BundleError(
                     f"{self.path} has {_in_words(found)} for {name}, {source} has "
                     f"{_in_words(wanted)}: run wanexport build again"
                 )
@@ -128,7 +134,7 @@ class Plan:
                 "close what else uses the GPU, or build an engine of a smaller --resolution or "
                 "fewer --frames"
             )
-        return WanExportError(f"{self.title} cannot {what} {self.path} ({reason}): {cure}")
+        return EngineFailure(f"{self.title} cannot {what} {self.path} ({reason}): {cure}")
 
 
 class _KernelCache:
@@ -168,7 +174,9 @@ class _KernelCache:
 
 def _tensors(trt: Any, engine: Any) -> dict[str, TensorSpec]:
     """Shape and dtype of what a deserialised engine takes and gives."""
-    dtypes = {trt.DataType.FLOAT: "fp32", trt.DataType.BF16: "bf16", trt.DataType.HALF: "fp16"}
+    dtypes = {
+        getattr(trt.DataType, row.tensorrt): row.name for row in STORED.values() if row.tensorrt
+    }
     tensors = {}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
@@ -181,17 +189,3 @@ def _tensors(trt: Any, engine: Any) -> dict[str, TensorSpec]:
 
 def _in_words(spec: TensorSpec | None) -> str:
     return "nothing" if spec is None else f"{list(spec.shape)} in {spec.dtype}"
-
-
-@contextmanager
-def on_gpu(device: torch.device) -> Iterator[None]:
-    """Run on a device; what PyTorch raises there becomes one line."""
-    try:
-        with torch.cuda.device(device):
-            yield
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise WanExportError(
-            f"the engine failed on {device} ({reason}): close what else uses it, or build an "
-            f"engine of a smaller --resolution or fewer --frames"
-        ) from error

@@ -5,18 +5,19 @@ import torch
 from packaging.version import Version
 
 from wanexport.runtime.bundle.manifest import EngineRecord
+from wanexport.runtime.engines.device import gpu_or_cpu
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS, import_tensorrt
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import EngineFailure, WanExportError
 
 _COMPATIBLE_FROM = 80  # Ampere, where TensorRT's hardware compatibility begins
 
 
-def refusal(engine: EngineRecord, rebuild: str) -> str:
-    """Why this machine cannot execute the engine, empty when it can; rebuild is the command that
-    makes one for it."""
+def refusal(engine: EngineRecord, device: str, rebuild: str) -> str:
+    """Why this machine cannot execute the engine on a device, empty when it can; rebuild is the
+    command that makes one for it."""
     flavour = engine.backend
     try:
-        here = versions(flavour)
+        here = versions(flavour, device)
     except WanExportError as error:
         return f"engine {engine.name} cannot run here: {error}"
     differing = [
@@ -30,38 +31,33 @@ def refusal(engine: EngineRecord, rebuild: str) -> str:
     return f"engine {engine.name} was built for {found}: build it here with {rebuild}"
 
 
-def versions(flavour: str) -> dict[str, str]:
-    """What a plan that is built for this machine is bound to.
+def versions(flavour: str, device: str = "cuda") -> dict[str, str]:
+    """What a plan that is built for a GPU of this machine is bound to.
 
-    Raises WanExportError when TensorRT is not installed, or there is no GPU.
+    Raises BundleError when TensorRT is not installed, EngineFailure when there is no such GPU.
     """
     trt = import_tensorrt(flavour)
     if not torch.cuda.is_available():
-        raise WanExportError(
+        raise EngineFailure(
             f"{FLAVOURS[flavour].title} needs an NVIDIA GPU and PyTorch for CUDA, which finds "
             f"none: choose one of another --backend"
         )
-    return {"device": "cuda", "arch": arch(), flavour: trt.__version__}
+    return {"device": "cuda", "arch": arch(gpu_or_cpu(device)), flavour: trt.__version__}
 
 
-def arch() -> str:
-    """The current GPU's architecture, as in `sm89`."""
-    major, minor = torch.cuda.get_device_capability()
+def arch(device: torch.device | None = None) -> str:
+    """The architecture of a GPU, by default the current one, as in `sm89`."""
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 
 
-def is_version_compatible(engine: EngineRecord) -> bool:
-    """Whether later versions of TensorRT can execute the plan."""
-    return bool(engine.build.get("version_compatible"))
-
-
 def _fits_arch(engine: EngineRecord, built: str, here: str) -> bool:
-    if engine.build.get("hardware_compatible"):
+    if engine.details.hardware_compatible:
         return int(here.removeprefix("sm")) >= _COMPATIBLE_FROM
     return built == here
 
 
 def _fits_version(engine: EngineRecord, built: str, here: str) -> bool:
-    if is_version_compatible(engine):
+    if engine.details.version_compatible:
         return Version(here) >= Version(built)
     return built == here

@@ -1,31 +1,34 @@
-"""What stands around the denoiser: the protocols of its parts, and where a checkpoint has them.
+"""Where a checkpoint has the parts that stand around the denoiser.
 
 A checkpoint in diffusers' layout keeps each part in a folder, one in the official layout (the
 Wan-AI repositories without `-Diffusers`) in one file each. This file finds them; `text_encoder.py`,
 `image_encoder.py` and `vae.py` open them.
 """
 
+import ntpath
 import os
+import posixpath
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from wanexport.runtime.bundle.manifest import Manifest, read_manifest
-from wanexport.runtime.errors import WanExportError, printable
+from wanexport.runtime.errors import BundleError, printable
+from wanexport.runtime.family import family_of
 from wanexport.runtime.parts.hub import HUB_ID, download, is_offline
 
 PARTS = ("text_encoder", "vae", "image_encoder")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_WAN22_CHANNELS = 48  # of the latent of Wan2.2's own VAE; all others have Wan2.1's 16
 
 # layout -> part -> its folder or file in the checkpoint
 _NAMES = {
     "official": {
         "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
         "tokenizer": "google/umt5-xxl",
-        "vae": "Wan2.1_VAE.pth",
+        "vae": "",  # the family says which
         "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
     },
     "diffusers": {
@@ -56,17 +59,18 @@ class ComponentFiles:
 
 
 def find_components(
-    bundle: Path, model: str | None = None, *, needs: Collection[str] = PARTS
+    bundle: str | Path, model: str | Path | None = None, *, needs: Collection[str] = PARTS
 ) -> ComponentFiles:
     """Find the parts in the checkpoint the bundle came from, or in `model`, a folder or hub id.
 
     Only the parts in `needs` are downloaded and looked for: the paths of the others may not exist.
     What a bundle names may be a stranger's choice: only who wants its parts calls this, and
     `origin_note` says beforehand what will be followed.
-    Raises WanExportError, naming what is missing and where to get it, when the bundle came from
-    random weights, the checkpoint has moved, or it lacks a part, and when the bundle names what no
-    build would have written.
+    Raises BundleError, naming what is missing and where to get it, when the bundle came from random
+    weights, the checkpoint has moved, or it lacks a part, and when the bundle names what no build
+    would have written; BadRequest when `model` is neither a folder nor a hub id.
     """
+    bundle, model = Path(bundle), None if model is None else str(model)
     manifest = read_manifest(bundle)
     names = _names_of(manifest)
     wanted = [part for part in ("text_encoder", "tokenizer", "vae", "image_encoder")
@@ -84,7 +88,7 @@ def find_components(
         get = f"get it from {_hub_id(manifest, layout)}"
         if is_offline() and not os.path.exists(origin):
             get = "it is not in the hub's cache, and HF_HUB_OFFLINE forbids downloads: unset that"
-        raise WanExportError(f"{origin} lacks {lacks}: {get}, or name another checkpoint with -m")
+        raise BundleError(f"{origin} lacks {lacks}: {get}, or name another checkpoint (-m, model=)")
     return ComponentFiles(
         origin=origin,
         layout=layout,
@@ -95,11 +99,14 @@ def find_components(
     )
 
 
-def origin_note(bundle: Path, model: str | None, *, needs: Collection[str] = PARTS) -> str:
+def origin_note(
+    bundle: str | Path, model: str | Path | None, *, needs: Collection[str] = PARTS
+) -> str:
     """Which source that the bundle names will be followed for these parts; empty for none.
 
-    Nothing is followed yet. Raises WanExportError when it names what no build would have written.
+    Nothing is followed yet. Raises BundleError when it names what no build would have written.
     """
+    bundle = Path(bundle)
     manifest = read_manifest(bundle)
     source = _followed(bundle, manifest) if model is None else None
     if source is None:
@@ -118,30 +125,17 @@ def _owner(part: str) -> str:
 def _names_of(manifest: Manifest) -> dict[str, dict[str, str]]:
     """The names of the parts that this bundle's model has, in each layout."""
     names = {layout: dict(parts) for layout, parts in _NAMES.items()}
-    if _has_wan22_vae(manifest):
-        names["official"]["vae"] = "Wan2.2_VAE.pth"
-    if not _takes_image(manifest):
+    family = family_of(manifest.config)
+    names["official"]["vae"] = family.vae.file
+    if not family.clip_tokens:
         for parts in names.values():
             del parts["image_encoder"]
     return names
 
 
-def _has_wan22_vae(manifest: Manifest) -> bool:
-    return any(engine.output.shape[1] == _WAN22_CHANNELS for engine in manifest.engines)
-
-
-def _takes_image(manifest: Manifest) -> bool:
-    return any("image" in engine.inputs for engine in manifest.engines)
-
-
 def _hub_id(manifest: Manifest, layout: str = "official") -> str:
     """The published checkpoint that has the parts of this bundle's model."""
-    if _has_wan22_vae(manifest):
-        name = "Wan-AI/Wan2.2-TI2V-5B"
-    elif _takes_image(manifest):
-        name = "Wan-AI/Wan2.1-I2V-14B-480P"
-    else:
-        name = "Wan-AI/Wan2.1-T2V-1.3B"
+    name = family_of(manifest.config).hub
     return f"{name}-Diffusers" if layout == "diffusers" else name
 
 
@@ -158,12 +152,12 @@ def _recorded(
         return source["path"], _folders(Path(source["path"]))
     sources = [record.source for record in manifest.weights.values()]
     titles = " and ".join(_TITLES[part] for part in wanted)
-    hint = f"name a checkpoint that has {titles} with -m, as {_hub_id(manifest)}"
+    hint = f"name a checkpoint that has {titles} (-m, model=), as {_hub_id(manifest)}"
     moved = [source["path"] for source in sources if "path" in source]
     if moved:
-        raise WanExportError(f"{moved[0]}, the checkpoint that {bundle} came from, is gone: {hint}")
-    text = ", or give text embeddings with --text" if "text_encoder" in wanted else ""
-    raise WanExportError(f"{bundle} came from random weights alone: {hint}{text}")
+        raise BundleError(f"{moved[0]}, the checkpoint that {bundle} came from, is gone: {hint}")
+    text = ", or give text embeddings (--text)" if "text_encoder" in wanted else ""
+    raise BundleError(f"{bundle} came from random weights alone: {hint}{text}")
 
 
 def _followed(bundle: Path, manifest: Manifest) -> Mapping[str, Any] | None:
@@ -178,17 +172,26 @@ def _followed(bundle: Path, manifest: Manifest) -> Mapping[str, Any] | None:
             return source
         if "path" in source:
             path = source["path"]
-            if not path.isprintable() or not os.path.isabs(path) or os.path.normpath(path) != path:
+            if not path.isprintable() or not _is_plain(path, posixpath) | _is_plain(path, ntpath):
                 raise _odd_source(bundle, path, "no absolute path")
-            if os.path.exists(path):
+            if _is_plain(path, os.path) and os.path.exists(path):
                 return source
     return None
 
 
-def _odd_source(bundle: Path, named: str, what: str) -> WanExportError:
-    return WanExportError(
+def _is_plain(path: str, system: ModuleType) -> bool:
+    """Whether it is how a system's builds write an absolute path, and on no other machine.
+
+    A bundle may come from another system. Whoever asks Windows for a machine's share logs in there.
+    """
+    is_share = path[:2] in ("//", "\\\\")
+    return not is_share and bool(system.isabs(path)) and path == system.normpath(path)
+
+
+def _odd_source(bundle: Path, named: str, what: str) -> BundleError:
+    return BundleError(
         f"{bundle} names {printable(named, 200)} as its checkpoint, which is {what} that a build "
-        f"writes: name the checkpoint with -m"
+        f"writes: name the checkpoint (-m, model=)"
     )
 
 

@@ -7,15 +7,21 @@ without a crop. diffusers' own image processor differs in both.
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.errors import WanExportError, needing_extra
+from wanexport.runtime.errors import (
+    BadRequest,
+    BundleError,
+    EngineFailure,
+    needing_extra,
+    printable,
+)
 from wanexport.runtime.machine.memory import free_bytes
+from wanexport.runtime.parts.key_tables import key_table, required
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green and blue in [0, 1]
 _STD = (0.26862954, 0.26130258, 0.27577711)
@@ -24,26 +30,24 @@ _OFFICIAL_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 _VISUAL = "visual."
 _HEAD = "visual.head"  # the projection to CLIP's own embedding, which Wan does not use
 
-# official name, without `visual.` -> transformers' name; {} is the block's number, * is weight or
-# bias.
-_KEY_TABLE = {
-    "cls_embedding": "embeddings.class_embedding",
-    "pos_embedding": "embeddings.position_embedding.weight",
-    "patch_embedding.*": "embeddings.patch_embedding.*",
-    "pre_norm.*": "pre_layrnorm.*",
-    "post_norm.*": "post_layernorm.*",
-    "transformer.{}.norm1.*": "encoder.layers.{}.layer_norm1.*",
-    "transformer.{}.attn.proj.*": "encoder.layers.{}.self_attn.out_proj.*",
-    "transformer.{}.norm2.*": "encoder.layers.{}.layer_norm2.*",
-    "transformer.{}.mlp.0.*": "encoder.layers.{}.mlp.fc1.*",
-    "transformer.{}.mlp.2.*": "encoder.layers.{}.mlp.fc2.*",
+_ROWS = {  # official name -> transformers' name
+    "visual.cls_embedding": "embeddings.class_embedding",
+    "visual.pos_embedding": "embeddings.position_embedding.weight",
+    "visual.patch_embedding.*": "embeddings.patch_embedding.*",
+    "visual.pre_norm.*": "pre_layrnorm.*",
+    "visual.post_norm.*": "post_layernorm.*",
+    "visual.transformer.{}.norm1.*": "encoder.layers.{}.layer_norm1.*",
+    "visual.transformer.{}.attn.to_qkv.*": "encoder.layers.{}.self_attn.qkv_proj.*",
+    "visual.transformer.{}.attn.proj.*": "encoder.layers.{}.self_attn.out_proj.*",
+    "visual.transformer.{}.norm2.*": "encoder.layers.{}.layer_norm2.*",
+    "visual.transformer.{}.mlp.0.*": "encoder.layers.{}.mlp.fc1.*",
+    "visual.transformer.{}.mlp.2.*": "encoder.layers.{}.mlp.fc2.*",
 }
-# The official tensor stacks query, key and value.
-_FUSED = "transformer.{}.attn.to_qkv.*"
-_SPLIT = tuple(f"encoder.layers.{{}}.self_attn.{part}_proj.*" for part in "qkv")
+_FUSED = ".to_qkv."  # the official tensor stacks query, key and value
+_transformers_name = key_table(_ROWS)
 
 
-def open_image_encoder(weights: Path, *, device: str = "cpu") -> "CLIPImageEncoder":
+def open_image_encoder(weights: str | Path, *, device: str = "cpu") -> "CLIPImageEncoder":
     """Open the image encoder of a diffusers folder or of the official .pth file.
 
     It computes in fp16 on a GPU, as the official code does, and in fp32 on a CPU, which is slow in
@@ -54,13 +58,14 @@ def open_image_encoder(weights: Path, *, device: str = "cpu") -> "CLIPImageEncod
         import torch
         import transformers  # noqa: F401
 
+    weights = Path(weights)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
     open_model = _open_diffusers if weights.is_dir() else _open_official
     model = open_model(weights, dtype)
     try:
         return CLIPImageEncoder(model.to(device))
     except torch.OutOfMemoryError as error:
-        raise WanExportError(
+        raise EngineFailure(
             f"the GPU has {free_bytes(device) / 1e9:.1f} GB free, which do not hold the image "
             f"encoder: free some, or run it on the CPU"
         ) from error
@@ -75,10 +80,10 @@ class CLIPImageEncoder:
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Features [1, 257 * len(images), 1280] in fp32 of images [3, H, W] in [-1, 1].
 
-        Raises WanExportError after `close`, and for what is no image.
+        Raises EngineFailure after `close`, and BadRequest for what is no image.
         """
         if self._model is None:
-            raise WanExportError("the image encoder is closed: open it again")
+            raise EngineFailure("the image encoder is closed: open it again")
         import torch
 
         with torch.inference_mode():
@@ -93,7 +98,7 @@ class CLIPImageEncoder:
         from torch.nn import functional
 
         if image.ndim != 3 or image.shape[0] != 3:
-            raise WanExportError(f"image has shape {list(image.shape)}, expected [3, H, W]")
+            raise BadRequest(f"image has shape {list(image.shape)}, expected [3, H, W]")
         model, side = self._model, self._model.config.image_size
         pixels = torch.as_tensor(image, dtype=torch.float32, device=model.device)[None]
         pixels = functional.interpolate(pixels, (side, side), mode="bicubic", align_corners=False)
@@ -118,7 +123,7 @@ def _open_official(path: Path, dtype: Any) -> Any:
     from wanexport.runtime.parts.torch_checkpoint import load_converted, read_state_dict
 
     official = {
-        name.removeprefix(_VISUAL): tensor
+        name: tensor
         for name, tensor in read_state_dict(path).items()
         if name.startswith(_VISUAL) and name != _HEAD
     }
@@ -138,24 +143,20 @@ def _open_official(path: Path, dtype: Any) -> Any:
 def _config(tensors: Mapping[str, Any], path: Path) -> Any:
     """The CLIPVisionConfig that follows from the official tensors.
 
-    Raises WanExportError when one that decides it is missing.
+    Raises BundleError when one that decides it is missing.
     """
     from transformers import CLIPVisionConfig
 
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        if name not in tensors or tensors[name].ndim != rank:
-            raise WanExportError(
-                f"{path} is no CLIP of Wan's, it has no {_VISUAL}{name} of rank {rank}: expected "
-                f"the official {_OFFICIAL_FILE}, or a folder image_encoder/"
-            )
-        return tuple(tensors[name].shape)
-
-    dim, _, patch_size, _ = shape("patch_embedding.weight", 4)
-    patches_a_side = math.isqrt(shape("pos_embedding", 3)[1] - 1)
-    blocks = {name.split(".")[1] for name in tensors if name.startswith("transformer.")}
+    what = f"{printable(path)} is no CLIP of Wan's"
+    expected = f"the official {_OFFICIAL_FILE}, or a folder image_encoder/"
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shape = required(shapes, what, expected, BundleError)
+    dim, _, patch_size, _ = shape("visual.patch_embedding.weight", 4)
+    patches_a_side = math.isqrt(shape("visual.pos_embedding", 3)[1] - 1)
+    blocks = {name.split(".")[2] for name in tensors if name.startswith("visual.transformer.")}
     return CLIPVisionConfig(
         hidden_size=dim,
-        intermediate_size=shape("transformer.0.mlp.0.weight", 2)[0],
+        intermediate_size=shape("visual.transformer.0.mlp.0.weight", 2)[0],
         num_hidden_layers=len(blocks),
         num_attention_heads=_NUM_HEADS,
         image_size=patches_a_side * patch_size,
@@ -170,19 +171,14 @@ def _converted(name: str, tensor: Any) -> Iterator[tuple[str, Any]]:
 
     A name that the table lacks is kept, and refused later.
     """
-    number = re.match(r"transformer\.(\d+)\.", name)
-    generic = re.sub(r"^transformer\.\d+\.", "transformer.{}.", name)
-    stem, _, last = generic.rpartition(".")
-    wild = f"{stem}.*" if last in ("weight", "bias") else generic
-    if wild == _FUSED:
-        parts = list(zip(_SPLIT, tensor.chunk(3)))
-    elif name in ("cls_embedding", "pos_embedding"):
-        parts = [(_KEY_TABLE[name], tensor.squeeze())]
+    translated = _transformers_name(name)
+    if _FUSED in name:
+        for part, rows in zip("qkv", tensor.chunk(3)):
+            yield translated.replace("qkv_proj", f"{part}_proj"), rows
+    elif name.endswith(("cls_embedding", "pos_embedding")):
+        yield translated, tensor.squeeze()
     else:
-        parts = [(_KEY_TABLE.get(wild, name), tensor)]
-    for target, part in parts:
-        translated = target.replace("*", last)
-        yield translated.replace("{}", number[1]) if number else translated, part
+        yield translated, tensor
 
 
 def _open_diffusers(folder: Path, dtype: Any) -> Any:

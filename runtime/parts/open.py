@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.runtime.bundle.manifest import EngineRecord
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BundleError, WanExportError
 from wanexport.runtime.parts.find import ComponentFiles, find_components
 from wanexport.runtime.parts.protocols import (
     ImageEncoder,
@@ -25,8 +25,8 @@ class Parts:
 
     def __init__(
         self,
-        bundle: Path,
-        model: str | None,
+        bundle: str | Path,
+        model: str | Path | None,
         record: EngineRecord,
         device: str,
         given: Mapping[str, Any],
@@ -42,7 +42,7 @@ class Parts:
     def find(self, parts: Sequence[str]) -> None:
         """Find the files of these parts, without opening them.
 
-        Raises WanExportError, as `find_components` does, when one is missing.
+        Raises BundleError, as `find_components` does, when one is missing.
         """
         missing = [part for part in parts if part not in self._given and part not in self._files]
         if missing:
@@ -50,15 +50,15 @@ class Parts:
             self._files.update(dict.fromkeys(missing, files))
 
     def text_encoder(self) -> TextEncoder:
-        """The text encoder. Raises WanExportError when there is none, or one of another width."""
+        """The text encoder. Raises BundleError when there is none, or one of another width."""
         return self._part("text_encoder")
 
     def vae(self) -> VideoCodec:
-        """The VAE. Raises WanExportError when there is none, or it makes other latents."""
+        """The VAE. Raises BundleError when there is none, or it makes other latents."""
         return self._part("vae")
 
     def image_encoder(self) -> ImageEncoder:
-        """The CLIP image encoder. Raises WanExportError when there is none."""
+        """The CLIP image encoder. Raises BundleError when there is none."""
         return self._part("image_encoder")
 
     def release(self, part: str) -> None:
@@ -108,7 +108,7 @@ def _open_image_encoder(files: ComponentFiles, device: str) -> Any:
     from wanexport.runtime.parts.image_encoder import open_image_encoder
 
     if files.image_encoder is None:
-        raise WanExportError(f"the model of {files.origin} takes no image features")
+        raise BundleError(f"the model of {files.origin} takes no image features")
     return open_image_encoder(files.image_encoder, device=device)
 
 

@@ -8,23 +8,20 @@ so the picture is cut to the engine's shape unless that is what the original wou
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from wanexport.runtime.bundle.manifest import EngineRecord
-from wanexport.runtime.bundle.regular_file import open_regular
-from wanexport.runtime.errors import WanExportError, needing_extra
+from wanexport.runtime.errors import BadRequest, needing_extra
+from wanexport.runtime.family import family_named
 from wanexport.runtime.geometry import PATCH, TEMPORAL_STRIDE, Geometry
+from wanexport.runtime.parts.picture_reading import Picture, picture_name, read_picture
 from wanexport.runtime.parts.protocols import ImageEncoder, VideoCodec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_TWO_IMAGES = 514  # CLIP tokens of a first and a last image
-_MOST_PIXELS = 89_478_485  # of which Pillow warns; a file of kilobytes can claim more
-_WHITE_16 = 257  # what a 16-bit value is divided by to be an 8-bit one
 # Areas of the official --size, by resampling: image-to-video's and TI2V's.
 _OFFICIAL_AREAS = {"bicubic": (480 * 832, 720 * 1280), "lanczos": (704 * 1280,)}
 _LEAST_SHARE = 0.9  # of such an area, after both sides were floored
@@ -45,111 +42,87 @@ class FittedImage:
 
 
 def takes_image(record: EngineRecord) -> bool:
-    """Whether the model can be given a first image."""
-    return "condition" in record.inputs or _blends_first_frame(record)
+    """Whether the model can be given a first image: one that blends it needs frames after it."""
+    family = family_named(record.family)
+    is_too_short = family.blends_first_frame and record.geometry.frames == 1
+    return "first" in family.takes and not is_too_short
 
 
 def takes_last_image(record: EngineRecord) -> bool:
     """Whether the model goes from a first to a last image, and needs both."""
-    image = record.inputs.get("image")
-    return image is not None and image.shape[1] == _TWO_IMAGES
-
-
-def _blends_first_frame(record: EngineRecord) -> bool:
-    """Whether the model is TI2V, and the video has frames that follow the first."""
-    return record.inputs["timestep"].shape[0] > 1
+    return "last" in family_named(record.family).takes
 
 
 def fit_images(
-    record: EngineRecord, image: str | Path | None, last_image: str | Path | None = None
+    record: EngineRecord, image: Picture | None, last_image: Picture | None = None
 ) -> list[FittedImage]:
     """The pictures that a run was given, fitted to the engine's shape; none for text alone.
 
-    Raises WanExportError when the model takes no image, needs one that is missing, or a file is no
-    picture.
+    Raises BadRequest when the model takes no image, needs one that is missing, or what was given is
+    no picture.
     """
-    _check_images(record, image, last_image)
-    resample = "bicubic" if "condition" in record.inputs else "lanczos"
-    paths = [Path(path) for path in (image, last_image) if path is not None]
+    _check_images(record, image is not None, last_image is not None)
+    resample = "lanczos" if family_named(record.family).blends_first_frame else "bicubic"
+    given = {"image": image, "last_image": last_image}
     return [
-        fit_image(path, record.geometry, resample=resample, tells_size=index == 0)
-        for index, path in enumerate(paths)
+        fit_image(
+            picture, record.geometry, resample=resample, tells_size=what == "image", what=what
+        )
+        for what, picture in given.items()
+        if picture is not None
     ]
 
 
-def _check_images(
-    record: EngineRecord, image: str | Path | None, last_image: str | Path | None
-) -> None:
+def _check_images(record: EngineRecord, has_first: bool, has_last: bool) -> None:
     name = record.name
-    if image is not None and not takes_image(record):
-        one_frame = record.geometry.spatial_stride == 16
-        reason = "makes a single frame" if one_frame else "is text-to-video"
-        raise WanExportError(f"engine {name} {reason} and takes no image: leave out --image")
-    if last_image is not None and not takes_last_image(record):
-        raise WanExportError(
-            f"engine {name} takes no last image: leave out --last-image, or build a "
+    if has_first and not takes_image(record):
+        takes = "first" in family_named(record.family).takes
+        reason = "makes a single frame" if takes else "is text-to-video"
+        raise BadRequest(f"engine {name} {reason} and takes no image: leave out the image")
+    if has_last and not takes_last_image(record):
+        raise BadRequest(
+            f"engine {name} takes no last image: leave out the last image, or build a "
             f"first-last-frame model (Wan-AI/Wan2.1-FLF2V-14B-720P)"
         )
-    if "condition" not in record.inputs:
-        return
-    if image is None:
-        raise WanExportError(f"engine {name} is image-to-video: name the first image with --image")
-    if takes_last_image(record) and last_image is None:
-        raise WanExportError(
-            f"engine {name} goes from a first to a last image: name that with --last-image"
+    needs = family_named(record.family).needs
+    if "first" in needs and not has_first:
+        raise BadRequest(f"engine {name} is image-to-video: give it a first image (--image)")
+    if "last" in needs and not has_last:
+        raise BadRequest(
+            f"engine {name} goes from a first to a last image: give it that too (--last-image)"
         )
-    if takes_last_image(record) and record.geometry.frames == 1:
-        raise WanExportError(
-            f"engine {name} has one frame for a first and a last image: build one of 5 --frames"
+    if "last" in needs and record.geometry.frames == 1:
+        raise BadRequest(
+            f"engine {name} has one frame for a first and a last image: build one of 5 frames"
         )
 
 
 def fit_image(
-    path: Path, geometry: Geometry, *, resample: str, tells_size: bool = True
+    picture: Picture,
+    geometry: Geometry,
+    *,
+    resample: str,
+    tells_size: bool = True,
+    what: str = "image",
 ) -> FittedImage:
     """Cut the middle of a picture to the geometry's aspect and scale it, as the official code does.
 
     resample is `bicubic` (image-to-video: torch's, without antialiasing) or `lanczos` (TI2V: scaled
     to cover the video, then cut). A picture from which image-to-video's official code would have
     derived the geometry's size is squeezed to it whole, as there. tells_size: whether the note
-    names the resolution that the official code would have derived from this picture.
-    Raises WanExportError when the file is no picture.
+    names the resolution that the official code would have derived from this picture. what is how
+    the note and errors call a picture that is no file.
+    Raises BadRequest when it is no picture.
     """
-    picture = _open_picture(path)
-    own, wanted = (picture.height, picture.width), (geometry.height, geometry.width)
+    rgb = read_picture(picture, what)
+    own, wanted = (rgb.height, rgb.width), (geometry.height, geometry.width)
     squeezes = resample == "bicubic" and _official_size(own, geometry, resample) == wanted
     top, left, height, width = (0, 0, *own) if squeezes else _middle(*own, geometry)
-    shown = _values(picture.crop((left, top, left + width, top + height)))
-    pixels = _lanczos(picture, geometry) if resample == "lanczos" else _bicubic(shown, geometry)
-    note = _note(path, picture, (height, width), geometry, resample if tells_size else "")
+    shown = _values(rgb.crop((left, top, left + width, top + height)))
+    pixels = _lanczos(rgb, geometry) if resample == "lanczos" else _bicubic(shown, geometry)
+    name = picture_name(picture, what)
+    note = _note(name, own, (height, width), geometry, resample if tells_size else "")
     return FittedImage(pixels, shown, note)
-
-
-def _open_picture(path: Path) -> "Image":
-    """The picture in RGB, upright. Raises WanExportError when there is none in the file."""
-    with needing_extra("pipeline", "an image"):
-        from PIL import Image, ImageOps, UnidentifiedImageError
-    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-    try:
-        if path.is_dir():
-            raise ValueError("Is a directory")
-        with open(open_regular(path), "rb") as stream, Image.open(stream) as file:
-            if file.width * file.height > _MOST_PIXELS:
-                raise ValueError(f"it has {file.height}x{file.width} pixels: scale it down first")
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16"):  # which convert() would clip
-                grey = np.asarray(picture).astype(np.uint16) // _WHITE_16
-                picture = Image.fromarray(grey.astype(np.uint8))
-            elif picture.mode in ("I", "F"):
-                raise ValueError("its pixels have no fixed white")
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, *bombs) as error:
-        reason = getattr(error, "strerror", None) or error
-        if isinstance(error, UnidentifiedImageError):
-            reason = "it is none"
-        raise WanExportError(
-            f"cannot read {path} as an image ({reason}): expected a PNG, JPEG or WebP file"
-        ) from error
 
 
 def _middle(height: int, width: int, geometry: Geometry) -> tuple[int, int, int, int]:
@@ -190,10 +163,11 @@ def _lanczos(picture: "Image", geometry: Geometry) -> np.ndarray:
 
 
 def _note(
-    path: Path, picture: "Image", cut: tuple[int, int], geometry: Geometry, resample: str
+    name: str, own: tuple[int, int], cut: tuple[int, int], geometry: Geometry, resample: str
 ) -> str:
-    """What was done to a picture, in one sentence; resample is empty to leave out the size."""
-    own, wanted = (picture.height, picture.width), (geometry.height, geometry.width)
+    """What was done to a picture of its own size, in one sentence; resample is empty to leave out
+    the size that the official code would have chosen."""
+    wanted = (geometry.height, geometry.width)
     done = []
     if cut != own:
         done.append(f"was cut to its middle {_size(cut)}")
@@ -202,12 +176,12 @@ def _note(
     if resample:
         official = _official_size(own, geometry, resample)
         if official != wanted:
-            done.append(f"would have made the official code choose --resolution {_size(official)}")
+            done.append(f"would have made the official code choose {_size(official)}")
     if not done:
         return ""
     *first, last = done
     clauses = f"{', '.join(first)} and {last}" if first else last
-    return f"{path.name}, {_size(own)} pixels (height x width), {clauses}"
+    return f"{name}, {_size(own)} pixels (height x width), {clauses}"
 
 
 def _size(sides: tuple[int, int]) -> str:
@@ -269,12 +243,12 @@ def image_inputs(
     """
     if not images:
         return {}
-    if "condition" not in record.inputs:
+    if family_named(record.family).blends_first_frame:
         return {"first_frame": vae.encode(images[0].pixels[:, None])}
     inputs = {"condition": _condition(record.geometry, images, vae)}
     if "image" in record.inputs:
         if image_encoder is None:
-            raise WanExportError(
+            raise BadRequest(
                 f"engine {record.name} takes CLIP features: a CLIP image encoder is needed"
             )
         inputs["image"] = image_encoder([image.shown for image in images])

@@ -7,7 +7,7 @@ import numpy as np
 
 from wanexport.runtime.arrays import Array
 from wanexport.runtime.bundle.manifest import EngineRecord
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BundleError
 
 
 class TextEncoder(Protocol):
@@ -35,22 +35,22 @@ class VideoCodec(Protocol):
 
 
 def check_text_encoder(encoder: TextEncoder, record: EngineRecord, origin: str) -> None:
-    """Raise WanExportError when the encoder's width, where it states one, is not the engine's."""
+    """Raise BundleError when the encoder's width, where it states one, is not the engine's."""
     found, expected = getattr(encoder, "text_dim", None), record.inputs["text"].shape[-1]
     if found not in (None, expected):
-        raise WanExportError(
+        raise BundleError(
             f"the text encoder of {origin} gives {found} values a token, engine {record.name} "
-            f"takes {expected}: name the checkpoint of this model with -m"
+            f"takes {expected}: name the checkpoint of this model (-m, model=)"
         )
 
 
 def check_vae(vae: VideoCodec, record: EngineRecord, origin: str) -> None:
-    """Raise WanExportError when the VAE's latents, where it states them, are not the engine's."""
+    """Raise BundleError when the VAE's latents, where it states them, are not the engine's."""
     stated = (getattr(vae, "channels", None), getattr(vae, "spatial_stride", None))
     expected = (record.output.shape[1], record.geometry.spatial_stride)
     if any(found not in (None, right) for found, right in zip(stated, expected)):
-        raise WanExportError(
+        raise BundleError(
             f"the VAE of {origin} has {stated[0]} latent channels, one for {stated[1]}x{stated[1]} "
             f"pixels; engine {record.name} takes {expected[0]} for {expected[1]}x{expected[1]}: "
-            f"name the checkpoint of this model with -m"
+            f"name the checkpoint of this model (-m, model=)"
         )

@@ -15,15 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.errors import WanExportError, WanExportWarning, needing_extra
+from wanexport.runtime.dtypes import DTYPES
+from wanexport.runtime.errors import (
+    BadRequest,
+    BundleError,
+    EngineFailure,
+    WanExportWarning,
+    needing_extra,
+    printable,
+)
 from wanexport.runtime.machine.memory import free_bytes
+from wanexport.runtime.parts.key_tables import key_table, required
 
 MAX_TOKENS = 512  # of a prompt; the rest is cut off
 _OFFICIAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+_PRECISIONS = ("bf16", "fp32")
 
-# official name -> transformers' name; {} is the block's number.
-_KEY_TABLE = {
+_ROWS = {  # official name -> transformers' name
     "token_embedding.weight": "shared.weight",
     "norm.weight": "encoder.final_layer_norm.weight",
     "blocks.{}.norm1.weight": "encoder.block.{}.layer.0.layer_norm.weight",
@@ -39,6 +47,7 @@ _KEY_TABLE = {
     "blocks.{}.ffn.fc1.weight": "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight",
     "blocks.{}.ffn.fc2.weight": "encoder.block.{}.layer.1.DenseReluDense.wo.weight",
 }
+_transformers_name = key_table(_ROWS)
 
 
 def clean_prompt(text: str) -> str:
@@ -54,7 +63,7 @@ def clean_prompt(text: str) -> str:
 
 
 def open_text_encoder(
-    weights: Path, tokenizer: Path, *, device: str = "cpu", dtype: str = "bf16"
+    weights: str | Path, tokenizer: str | Path, *, device: str = "cpu", dtype: str = "bf16"
 ) -> "UMT5TextEncoder":
     """Open the text encoder of a diffusers folder or of an official .pth file.
 
@@ -65,17 +74,18 @@ def open_text_encoder(
     Raises WanExportError without the packages, when a file is missing or damaged, holds another
     model, or when the tokenizer knows more tokens than the model.
     """
-    if dtype not in _DTYPES:
-        raise WanExportError(f"dtype of a text encoder is bf16 or fp32, got {dtype!r}")
+    if dtype not in _PRECISIONS:
+        raise BadRequest(f"dtype of a text encoder is bf16 or fp32, got {dtype!r}")
     with needing_extra("pipeline", "the text encoder"):
         import tokenizers  # noqa: F401
         import torch
         import transformers  # noqa: F401
+    weights, tokenizer = Path(weights), Path(tokenizer)
     words = _open_tokenizer(tokenizer)
     open_model = _open_diffusers if weights.is_dir() else _open_official
-    model = open_model(weights, getattr(torch, _DTYPES[dtype]))
+    model = open_model(weights, getattr(torch, DTYPES[dtype].torch))
     if words.get_vocab_size() > model.config.vocab_size:
-        raise WanExportError(
+        raise BundleError(
             f"{tokenizer} knows {words.get_vocab_size()} tokens, the text encoder {weights} "
             f"{model.config.vocab_size}: take both from one checkpoint"
         )
@@ -98,10 +108,11 @@ class UMT5TextEncoder:
         """One fp32 [n, text_dim] for each prompt, of its n <= 512 tokens, the end token included.
 
         A WanExportWarning says where a longer prompt is cut.
-        Raises WanExportError after `close`, and for a prompt of which the tokenizer makes no token.
+        Raises EngineFailure after `close`, and BadRequest for a prompt of which the tokenizer makes
+        no token.
         """
         if self._model is None:
-            raise WanExportError("the text encoder is closed: open it again")
+            raise EngineFailure("the text encoder is closed: open it again")
         return [self._encode(prompt) for prompt in prompts]
 
     def _encode(self, prompt: str) -> np.ndarray:
@@ -118,7 +129,7 @@ class UMT5TextEncoder:
                 stacklevel=3,
             )
         if not ids:
-            raise WanExportError(
+            raise BadRequest(
                 f"the tokenizer makes no token of the prompt {prompt!r:.60}, not even one for its "
                 f"end: expected umT5's tokenizer, or another prompt"
             )
@@ -168,14 +179,14 @@ def _open_tokenizer(folder: Path) -> Any:
 
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise WanExportError(
+        raise BundleError(
             f"{folder} has no tokenizer.json: expected the checkpoint's folder google/umt5-xxl/ or "
             f"tokenizer/"
         )
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise WanExportError(f"{file} is damaged ({error}): download it again") from error
+        raise BundleError(f"{file} is damaged ({error}): download it again") from error
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.no_padding()
     return tokenizer
@@ -201,40 +212,27 @@ def _open_official(path: Path, dtype: Any) -> Any:
 def _config(tensors: Mapping[str, Any], path: Path) -> Any:
     """The UMT5Config that follows from the official tensors.
 
-    Raises WanExportError when one that decides it is missing.
+    Raises BundleError when one that decides it is missing.
     """
     from transformers import UMT5Config
 
-    def shape(name: str) -> tuple[int, int]:
-        if name not in tensors or tensors[name].ndim != 2:
-            raise WanExportError(
-                f"{path} is no umT5 encoder, it has no matrix {name}: expected the official "
-                f"{_OFFICIAL_FILE}, or a folder text_encoder/"
-            )
-        rows, columns = tensors[name].shape
-        return rows, columns
-
-    vocab_size, dim = shape("token_embedding.weight")
-    buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
+    what = f"{printable(path)} is no umT5 encoder"
+    expected = f"the official {_OFFICIAL_FILE}, or a folder text_encoder/"
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shape = required(shapes, what, expected, BundleError)
+    vocab_size, dim = shape("token_embedding.weight", 2)
+    buckets, heads = shape("blocks.0.pos_embedding.embedding.weight", 2)
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
     return UMT5Config(
         vocab_size=vocab_size,
         d_model=dim,
-        d_kv=shape("blocks.0.attn.q.weight")[0] // max(1, heads),
-        d_ff=shape("blocks.0.ffn.fc1.weight")[0],
+        d_kv=shape("blocks.0.attn.q.weight", 2)[0] // max(1, heads),
+        d_ff=shape("blocks.0.ffn.fc1.weight", 2)[0],
         num_layers=len(blocks),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
         attn_implementation="eager",
     )
-
-
-def _transformers_name(name: str) -> str:
-    """Translate an official name; one the table lacks is returned as it is, and refused later."""
-    number = re.match(r"blocks\.(\d+)\.", name)
-    generic = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
-    translated = _KEY_TABLE.get(generic, name)
-    return translated.replace("{}", number[1]) if number else translated
 
 
 def _open_diffusers(folder: Path, dtype: Any) -> Any:

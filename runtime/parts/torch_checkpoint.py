@@ -18,10 +18,11 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from wanexport.runtime.bundle.regular_file import open_regular
-from wanexport.runtime.errors import WanExportError, printable
+from wanexport.runtime.dtypes import DTYPES, PRECISIONS
+from wanexport.runtime.errors import BundleError, printable
 
 _SHOWN = 4  # of the tensors that do not fit, in an error
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = [DTYPES[name].torch for name in PRECISIONS]
 _ZIP = b"PK\x03\x04"  # what torch.save writes since PyTorch 1.6; an older file cannot be mapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,30 +31,30 @@ Model = TypeVar("Model", bound=nn.Module)
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """All tensors of a .pth file by name, on the CPU and mapped to the file.
 
-    Raises WanExportError when there is no such file, it is damaged, it holds what could run code,
+    Raises BundleError when there is no such file, it is damaged, it holds what could run code,
     or it is no state dict.
     """
     try:
         descriptor = open_regular(path)
     except OSError as error:
-        raise WanExportError(
+        raise BundleError(
             f"cannot read {printable(path)}: {error.strerror}: pass a checkpoint that has it"
         ) from error
     try:
         state = _load(descriptor)
     except UnpicklingError as error:
-        raise WanExportError(
+        raise BundleError(
             f"{printable(path)} is damaged or holds more than tensors, which could run code, and "
             f"is not read: download the official file again"
         ) from error
     except Exception as error:  # of many kinds, for the places where a file may be damaged
-        raise WanExportError(
+        raise BundleError(
             f"{printable(path)} is no file of torch.save, or is cut short: download it again"
         ) from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
-        raise WanExportError(
+        raise BundleError(
             f"{printable(path)} is no state dict: expected tensors by name, download the official "
             f"file again"
         )
@@ -79,7 +80,7 @@ def load_converted(model: Model, tensors: Mapping[str, Tensor], path: Path) -> M
     """Give a model built on the meta device its tensors, without a copy; it is in eval mode then.
 
     Tied parameters become two that share memory: tie them again. `path` is named in errors.
-    Raises WanExportError when a tensor is missing, unexpected, not of the model's shape or not
+    Raises BundleError when a tensor is missing, unexpected, not of the model's shape or not
     fp32, bf16 or fp16.
     """
     expected = model.state_dict()
@@ -91,8 +92,8 @@ def load_converted(model: Model, tensors: Mapping[str, Tensor], path: Path) -> M
         shape, dtype = list(tensors[name].shape), tensors[name].dtype
         if shape != list(expected[name].shape):
             problems.append(f"{name} is {shape}, expected {list(expected[name].shape)}")
-        elif dtype not in _FLOATS:
-            problems.append(f"{name} is {dtype}, expected float32, bfloat16 or float16")
+        elif str(dtype).removeprefix("torch.") not in _FLOATS:
+            problems.append(f"{name} is {dtype}, expected {', '.join(_FLOATS)}")
     _refuse(problems, type(model), path)
     model.load_state_dict(dict(tensors), assign=True)
     return model.eval().requires_grad_(False)
@@ -101,13 +102,13 @@ def load_converted(model: Model, tensors: Mapping[str, Tensor], path: Path) -> M
 def load_pretrained(model_class: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Any:
     """transformers' `from_pretrained` of a local folder, for inference.
 
-    Raises WanExportError when the folder cannot be read, and when a tensor is missing or misshapen,
+    Raises BundleError when the folder cannot be read, and when a tensor is missing or misshapen,
     which transformers would fill with random numbers.
     """
     import transformers
 
     if not (folder / "config.json").is_file():  # transformers would take a model of its own choice
-        raise WanExportError(f"{folder} has no config.json: download it again")
+        raise BundleError(f"{folder} has no config.json: download it again")
     # transformers 4.56 renamed the argument.
     renamed = Version(transformers.__version__) >= Version("4.56")
     options["dtype" if renamed else "torch_dtype"] = dtype
@@ -124,7 +125,7 @@ def load_pretrained(model_class: Any, folder: Path, dtype: torch.dtype, **option
             )
     except Exception as error:  # of many kinds: config, index and every shard may be damaged
         reason = printable(str(error).strip().partition("\n")[0], 300)
-        raise WanExportError(f"cannot read {folder} ({reason}): download it again") from error
+        raise BundleError(f"cannot read {folder} ({reason}): download it again") from error
     problems = [f"missing {name}" for name in sorted(found["missing_keys"])]
     for entry in sorted(found["mismatched_keys"]):  # names, or with both shapes since version 5
         problems.append(f"misshapen {entry if isinstance(entry, str) else entry[0]}")
@@ -140,10 +141,10 @@ def free_unused_memory() -> None:
 
 
 def _refuse(problems: Sequence[str], model_class: type, path: Path) -> None:
-    """Raise WanExportError when there are any, with the first few of them."""
+    """Raise BundleError when there are any, with the first few of them."""
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise WanExportError(
+        raise BundleError(
             f"{printable(path)} does not fit {model_class.__name__}: {'; '.join(problems[:_SHOWN])}"
             f"{more}: download it again"
         )

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wanexport.runtime.arrays import Array, count_not_finite, to_numpy
-from wanexport.runtime.errors import WanExportError, WanExportWarning, first_line, needing_extra
+from wanexport.runtime.errors import (
+    BadRequest,
+    BundleError,
+    EngineFailure,
+    WanExportWarning,
+    first_line,
+    needing_extra,
+)
 from wanexport.runtime.geometry import TEMPORAL_STRIDE
 from wanexport.runtime.machine.memory import (
     available_bytes,
@@ -23,7 +30,7 @@ from wanexport.runtime.machine.memory import (
     limit_bytes,
     physical_bytes,
 )
-from wanexport.runtime.parts.key_tables import config_of, diffusers_name
+from wanexport.runtime.parts.vae_keys import config_of, diffusers_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +49,7 @@ _BYTES = {
 }
 
 
-def open_vae(weights: Path, *, device: str = "cpu", tiling: bool | None = None) -> "Vae":
+def open_vae(weights: str | Path, *, device: str = "cpu", tiling: bool | None = None) -> "Vae":
     """Open a VAE: a folder in diffusers' layout, or the official Wan2.1_VAE.pth or Wan2.2_VAE.pth.
 
     tiling True cuts a picture of more than 256 pixels a side into tiles, False never does, and None
@@ -54,12 +61,13 @@ def open_vae(weights: Path, *, device: str = "cpu", tiling: bool | None = None) 
     with needing_extra("pipeline", "the VAE"):
         import torch
         from diffusers import AutoencoderKLWan
+    weights = Path(weights)
     read = _read_folder if weights.is_dir() else _read_official
     model = read(AutoencoderKLWan, weights)
     try:
         return Vae(model, device=device, tiling=tiling)
     except torch.OutOfMemoryError as error:
-        raise WanExportError(
+        raise EngineFailure(
             f"the GPU has {free_bytes(device) / 1e9:.1f} GB free, which do not hold the VAE: "
             f"free some, or run the VAE on the CPU"
         ) from error
@@ -93,12 +101,12 @@ def _read_folder(model_class: Any, folder: Path) -> Any:
                 use_safetensors=use_safetensors,
             )
     except Exception as error:  # of many kinds: config, index and every shard may be damaged
-        raise WanExportError(
+        raise BundleError(
             f"cannot read the VAE in {folder} ({first_line(error)[:160]}): download it again"
         ) from error
     # diffusers fills with random numbers what the files lack, and drops what they have too much.
     if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
-        raise WanExportError(
+        raise BundleError(
             f"{folder} does not fit AutoencoderKLWan: {len(wrong)} tensors are missing or "
             f"unexpected, {wrong[0]} for one: download it again"
         )
@@ -119,17 +127,17 @@ def _quiet_diffusers() -> Iterator[None]:
 
 
 def _check_class(folder: Path) -> None:
-    """Raise WanExportError when config.json is missing, damaged or of another model."""
+    """Raise BundleError when config.json is missing, damaged or of another model."""
     path = folder / "config.json"
     try:
         name = json.loads(path.read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise WanExportError(
+        raise BundleError(
             f"{path} is missing or damaged: expected a folder in diffusers' layout, or the file "
             f"Wan2.1_VAE.pth or Wan2.2_VAE.pth"
         ) from error
     if name != "AutoencoderKLWan":
-        raise WanExportError(f"{path} is of {name!r:.60}: expected AutoencoderKLWan, Wan's VAE")
+        raise BundleError(f"{path} is of {name!r:.60}: expected AutoencoderKLWan, Wan's VAE")
 
 
 class Vae:
@@ -160,14 +168,14 @@ class Vae:
         """The normalised posterior mean, fp32 [1, C, f, h, w], of a video [3, F, H, W] in [-1, 1].
 
         f is (F - 1) / 4 + 1; h and w are H and W by the spatial stride.
-        Raises WanExportError when the video has another shape, NaN or Inf, or when memory does not
-        suffice.
+        Raises BadRequest when the video has another shape, NaN or Inf, and EngineFailure when
+        memory does not suffice.
         """
         pixels, stride = to_numpy(video), self.spatial_stride
         channels, frames, height, width = pixels.shape if pixels.ndim == 4 else (0, 0, 0, 0)
         fits = frames % TEMPORAL_STRIDE == 1 and height % stride == 0 == width % stride
         if channels != 3 or not fits or not pixels.size:
-            raise WanExportError(
+            raise BadRequest(
                 f"a video of shape {list(pixels.shape)} cannot be encoded: expected [3, F, H, W], "
                 f"F of 4k+1, H and W multiples of {stride}"
             )
@@ -178,12 +186,12 @@ class Vae:
 
         A value v, which the model clamps to [-1, 1], becomes (v + 1) / 2 * 255 without its
         fraction, as in the official cache_video (Wan2.1) and save_video (Wan2.2).
-        Raises WanExportError when the latent has another shape, NaN or Inf, or when memory does not
-        suffice.
+        Raises BadRequest when the latent has another shape, NaN or Inf, and EngineFailure when
+        memory does not suffice.
         """
         array = to_numpy(latent)
         if array.ndim != 5 or array.shape[:2] != (1, self.channels) or not array.size:
-            raise WanExportError(
+            raise BadRequest(
                 f"a latent of shape {list(array.shape)} cannot be decoded: this VAE takes "
                 f"[1, {self.channels}, F, h, w]"
             )
@@ -191,7 +199,7 @@ class Vae:
         return video.byte().permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
     def close(self) -> None:
-        """Free the model's memory, a GPU's too; later calls raise WanExportError."""
+        """Free the model's memory, a GPU's too; later calls raise EngineFailure."""
         from wanexport.runtime.parts.torch_checkpoint import free_unused_memory
 
         self._model = None
@@ -200,9 +208,9 @@ class Vae:
     def _run(self, task: str, array: np.ndarray) -> "Tensor":
         """Encode or decode an array, whole or in tiles; tiles where a GPU refuses the whole."""
         if self._model is None:
-            raise WanExportError("the VAE is closed: open it again")
+            raise EngineFailure("the VAE is closed: open it again")
         if bad := count_not_finite(array):
-            raise WanExportError(
+            raise BadRequest(
                 f"cannot {task} {bad} values that are NaN or Inf: look at what made them"
             )
         height, width = self._sides(task, array)
@@ -215,7 +223,7 @@ class Vae:
             self.tiled = True
             result = self._attempt(task, array)
         if result is None:
-            raise WanExportError(
+            raise EngineFailure(
                 f"the GPU's memory does not suffice to {task} {height}x{width}, with "
                 f"{free_bytes(self.device) / 1e9:.1f} GB free: free some, or run the VAE on the CPU"
             )
@@ -225,7 +233,7 @@ class Vae:
     def _is_short(self, task: str, array: np.ndarray, can_tile: bool) -> bool:
         """Whether a CPU's memory does not suffice for the whole; a GPU is asked by trying.
 
-        Warns when the whole is to be, and less is free. Raises WanExportError when there can never
+        Warns when the whole is to be, and less is free. Raises EngineFailure when there can never
         be enough, cut into tiles or not.
         """
         if self.device != "cpu":
@@ -238,7 +246,7 @@ class Vae:
         )
         least = whole if self.tiling is False else tiled
         if least > limit_bytes():
-            raise WanExportError(
+            raise EngineFailure(
                 f"to {task} {height}x{width} needs {least / 1e9:.1f} GB of memory, of "
                 f"{limit_bytes() / 1e9:.1f} GB here: use a GPU, or make a smaller video"
             )

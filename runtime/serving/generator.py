@@ -8,16 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from wanexport.runtime.arrays import Array, is_finite, to_numpy
-from wanexport.runtime.bundle.manifest import TensorSpec
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.family import negative_prompt
+from wanexport.runtime.errors import BadRequest, EngineFailure
+from wanexport.runtime.family import family_named
 from wanexport.runtime.parts.open import Parts
 from wanexport.runtime.parts.pictures import (
     FittedImage,
@@ -28,6 +26,7 @@ from wanexport.runtime.parts.pictures import (
 )
 from wanexport.runtime.parts.protocols import VideoCodec
 from wanexport.runtime.parts.text_encoder import clean_prompt
+from wanexport.runtime.program import TensorSpec
 from wanexport.runtime.sample import Plan, Step, make_plan, sample, seeded_noise
 from wanexport.runtime.serving.jobs import Check
 from wanexport.runtime.serving.prompt_cache import PromptCache
@@ -64,16 +63,19 @@ class Generator:
     ) -> None:
         self.denoiser, self.parts, self.prompts = denoiser, parts, prompts
         self.gpu, self.keep_text_encoder = gpu, keep_text_encoder
+        self._own_weights = denoiser.weights
+        self._holds_others = False  # than its own weights
         self._warm: set[str] = set()  # stages
 
     def __call__(self, request: Request, check: Check) -> list[Generation]:
         """One generation for each of the request's seeds; check is called between steps.
 
-        Raises WanExportError for a request that does not fit, for NaN or Inf in a step, and when a
-        part is missing.
+        Raises BadRequest for a request that does not fit, BundleError when a part is missing, and
+        EngineFailure for NaN or Inf in a step.
         """
         check_request(request)
-        plan = make_plan(self.denoiser.sampling, **request.settings)
+        self._use_weights(request.weights)
+        plan = make_plan(self.denoiser.sampling, request.settings)
         conditioning = self._condition(request, plan, check)
         generations = []
         for seed in map(int, request.seeds):  # of any kind of whole numbers
@@ -82,19 +84,30 @@ class Generator:
             conditioning = replace(conditioning, prompt_cached=True, seconds={})
         return generations
 
+    def _use_weights(self, name: str | None) -> None:
+        """Have the engine hold the set of this name, or again the one that it was opened with.
+
+        It is not even asked before a request has named one.
+        """
+        if name is None and not self._holds_others:
+            return
+        self._holds_others = True  # even where the change fails: what it holds then is not known
+        with _computing(self.gpu):
+            self.denoiser.use(self._own_weights if name is None else name)
+        self._holds_others = name is not None
+
     def _condition(self, request: Request, plan: Plan, check: Check) -> _Conditioning:
         """What the request's text and images become; what cannot work is refused first."""
         seconds: dict[str, float] = {}
         prompts = {"text": request.prompt}
         if any(scale != 1 for scale in plan.guidance):
-            official = negative_prompt(self.denoiser.record)
+            official = family_named(self.denoiser.record.family).negative
             prompts["negative"] = official if request.negative is None else request.negative
         texts = {name: clean_prompt(prompt) for name, prompt in prompts.items()}
         if not texts["text"]:
-            raise WanExportError("the prompt is empty: say what the video shows")
+            raise BadRequest("the prompt is empty: say what the video shows")
         with _timed(seconds, "image"):
-            paths = (None if p is None else Path(p) for p in (request.image, request.last_image))
-            images = fit_images(self.denoiser.record, *paths)
+            images = fit_images(self.denoiser.record, request.image, request.last_image)
         cached = self.prompts.get(texts["text"]) is not None
         self._find_parts(texts.values(), image=bool(images), decode=request.decode)
         with _timed(seconds, "text"):
@@ -200,7 +213,7 @@ class Generator:
         """The final latent, where the engine keeps it."""
         noise = self.denoiser.array(seeded_noise(self.denoiser.inputs["latent"].shape, seed))
         with _computing(self.gpu):
-            for step in sample(self.denoiser, noise=noise, **inputs, **request.settings):
+            for step in sample(self.denoiser, noise=noise, **inputs, **vars(request.settings)):
                 check_step(step, self.denoiser.record.name)
                 if request.on_step is not None:
                     request.on_step(step, steps)
@@ -216,7 +229,7 @@ class Generator:
         """Do what a first request would pay for; see `Pipeline.prewarm`."""
         started = time.perf_counter()
         record = self.denoiser.record
-        negative = clean_prompt(negative_prompt(record))
+        negative = clean_prompt(family_named(record.family).negative)
         self._find_parts([negative], image=takes_image(record), decode=decode)
         warm_ups: dict[str, Callable[[], object]] = {
             "text": lambda: self._embed([negative]),
@@ -253,18 +266,18 @@ class Generator:
 
 
 def check_step(step: Step, engine: str) -> None:
-    """Raise WanExportError when a step's latent has NaN or Inf; waits for the device."""
+    """Raise EngineFailure when a step's latent has NaN or Inf; waits for the device."""
     if not is_finite(step.latent):
-        raise WanExportError(
+        raise EngineFailure(
             f"engine {engine} gave NaN or Inf in step {step.index}: "
-            f"check the inputs, or use an engine of --dtype fp32"
+            f"check the inputs, or use an engine in fp32 (--dtype fp32)"
         )
 
 
 def _checked_embedding(given: Any, text: str, spec: TensorSpec) -> np.ndarray:
     """A copy of the one text embedding [n, text_dim] that an encoder gave for a text.
 
-    Raises WanExportError when it is none, or does not fit the engine, whose input is spec.
+    Raises EngineFailure when it is none, or does not fit the engine, whose input is spec.
     """
     rows, width = spec.shape[-2:]
     try:
@@ -279,7 +292,7 @@ def _checked_embedding(given: Any, text: str, spec: TensorSpec) -> np.ndarray:
             return copy
         else:
             found = "NaN or Inf"
-    raise WanExportError(
+    raise EngineFailure(
         f"the text encoder gave {found} for {text!r:.40}: expected finite [n, {width}] with n from "
         f"1 to {rows}"
     )

@@ -2,13 +2,14 @@
 
 import threading
 import traceback
+import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest, EngineFailure, WanExportWarning, printable
 
 MAX_WAITING = 64
 T = TypeVar("T")
@@ -19,36 +20,81 @@ Check = Callable[[], None]  # raises CancelledError when the job was cancelled
 class Job(Generic[T]):
     """Work that was submitted: its result comes later.
 
-    is_current tells whether the caller runs in the thread that does the work.
+    Wait for it with `result`, have it call back, or `await` it in an asyncio loop: any number of
+    threads and tasks may. is_current tells whether the caller runs in the thread that does the
+    work.
     """
 
     def __init__(self, is_current: Callable[[], bool]) -> None:
         self._is_current = is_current
         self._future: Future[T] = Future()
-        self._stopped = False
+        self._stopped = False  # `cancel` has promised that there will be no result
+        self._settled = False  # there is an outcome: `cancel` comes too late
+        self._callbacks: list[Callable[[Job[T]], object]] = []
         self._lock = threading.RLock()  # a garbage collection inside it may close a queue
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result, at most timeout seconds.
 
         Raises what the work raised, CancelledError when it was cancelled, TimeoutError when it is
-        not done by then, and WanExportError inside the work of its queue, which it would wait for.
+        not done by then, and BadRequest inside the work of its queue, which it would wait for.
         """
-        if self._is_current() and not self.done():
-            raise WanExportError(
-                "on_step cannot wait for another request of its own pipeline: use submit"
-            )
         try:
+            self._check_thread()
             return self._future.result(timeout)
         finally:
             del self  # an error keeps this frame, and the job keeps the error
 
+    def __await__(self) -> Generator[Any, None, T]:
+        """Wait in a task of any asyncio loop, and give or raise what `result` does.
+
+        Cancelling the task, as `asyncio.wait_for` does at its timeout, leaves the job alone, for
+        which others may wait: `cancel` stops it. A job that was cancelled raises CancelledError of
+        `concurrent.futures`, as `result` does, which does not cancel the task.
+        """
+        import asyncio
+
+        try:
+            self._check_thread()
+            loop = asyncio.get_running_loop()
+            ended: asyncio.Future[None] = loop.create_future()
+
+            def tell(_: Job[T]) -> None:
+                with suppress(RuntimeError):  # in a loop that was closed nobody waits
+                    loop.call_soon_threadsafe(_end, ended)
+
+            self.add_done_callback(tell)
+            try:
+                yield from ended.__await__()
+            finally:
+                with self._lock, suppress(ValueError):  # of one that was called
+                    self._callbacks.remove(tell)
+            return self.result()
+        finally:
+            del self  # as in `result`
+
+    def add_done_callback(self, call: "Callable[[Job[T]], object]") -> None:
+        """Have call(job) called once when the job is done, in order; at once where it is done.
+
+        It runs in the thread that ends the job: the pipeline's, whose next job waits for it, or
+        that of who cancels a job that has not begun. It may submit, and cannot wait for another job
+        of its pipeline. What it raises becomes a WanExportWarning, and changes nothing.
+        """
+        with self._lock:
+            if not self.done():
+                self._callbacks.append(call)
+                return
+        self._call(call)
+
     def cancel(self) -> bool:
         """Never begin the work, or stop it at its next check; whether it will have no result."""
-        with self._lock:
-            if not self._future.cancel() and not self._future.done():
-                self._stopped = True
-            return self._stopped or self._future.cancelled()
+        if not self._future.cancel():
+            with self._lock:
+                if not self._settled and not self.done():
+                    self._stopped = True
+                return self._stopped
+        self._call_back()
+        return True
 
     def done(self) -> bool:
         """Whether there is a result or an error, or the job was cancelled and has ended."""
@@ -68,24 +114,63 @@ class Job(Generic[T]):
         else:
             self._settle(self._future.set_result, result)
 
-    def abandon(self) -> None:
-        """End a job that would have no outcome, with an error, so that nobody waits for ever."""
+    def end(self) -> None:
+        """Call back, and end a job that would have no outcome, with an error: nobody waits for
+        ever."""
         with suppress(InvalidStateError):  # of a job that has ended
             self._future.set_exception(
-                WanExportError("the request was lost when its pipeline failed: put it again")
+                EngineFailure("the request was lost when its pipeline failed: put it again")
             )
+        self._call_back()
 
     def _check(self) -> None:
         if self._stopped:
             raise CancelledError
 
+    def _check_thread(self) -> None:
+        """Raise BadRequest in the thread that does the work, where waiting would never end."""
+        if self._is_current() and not self.done():
+            raise BadRequest(
+                "a callback cannot wait for another request of its own pipeline: use submit"
+            )
+
     def _settle(self, keep: Callable[[Outcome], None], outcome: Outcome) -> None:
         """Keep the outcome, unless `cancel` has promised that there will be none."""
         with self._lock:
-            if self._stopped:
-                self._future.set_exception(CancelledError())
-            else:
-                keep(outcome)
+            self._settled = True
+        if self._stopped:
+            self._future.set_exception(CancelledError())
+        else:
+            keep(outcome)
+
+    def _call_back(self) -> None:
+        """Call what was added and has not been called; each once, whoever calls this."""
+        while True:
+            with self._lock:
+                if not self._callbacks:
+                    return
+                call = self._callbacks.pop(0)
+            self._call(call)
+
+    def _call(self, call: "Callable[[Job[T]], object]") -> None:
+        try:
+            call(self)
+        except BaseException as error:
+            if not isinstance(error, Exception) and not self._is_current():
+                raise  # an interrupt of the thread that cancels
+            reason = printable(traceback.format_exception_only(error)[-1].strip())
+            with suppress(Exception):  # of a filter that makes it an error, which nobody catches
+                warnings.warn(
+                    f"a callback of a request failed ({reason}): the request is done all the same",
+                    WanExportWarning,
+                    stacklevel=2,
+                )
+
+
+def _end(waiting: Any) -> None:
+    """Wake the task that waits for an asyncio future, unless it was cancelled meanwhile."""
+    if not waiting.done():
+        waiting.set_result(None)
 
 
 def _drop_locals(error: BaseException) -> None:
@@ -105,12 +190,12 @@ class JobQueue:
     """One thread that runs what is submitted, in order, until the queue is closed.
 
     At most max_waiting jobs wait; a job that was cancelled does not count.
-    Raises WanExportError when that is no whole number of 1 or more.
+    Raises BadRequest when that is no whole number of 1 or more.
     """
 
     def __init__(self, name: str, max_waiting: int = MAX_WAITING) -> None:
         if isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or max_waiting < 1:
-            raise WanExportError(f"max_waiting is {max_waiting!r}: expected 1 or more")
+            raise BadRequest(f"max_waiting is {max_waiting!r}: expected 1 or more")
         self._max_waiting = max_waiting
         self._waiting: deque[tuple[Job[Any], Callable[[Check], Any]]] = deque()
         self._running: Job[Any] | None = None
@@ -123,14 +208,14 @@ class JobQueue:
     def submit(self, work: Callable[[Check], T]) -> Job[T]:
         """Queue the work, which is called with the function that it should check now and then.
 
-        Raises WanExportError when the queue is closed or full, and in a process that was forked.
+        Raises EngineFailure when the queue is closed or full, and in a process that was forked.
         """
         job: Job[T] = Job(self.is_current)
         with self._changed:
             if self._closed:
-                raise WanExportError("the pipeline is closed: open another one")
+                raise EngineFailure("the pipeline is closed: open another one")
             if not self._thread.is_alive():
-                raise WanExportError(
+                raise EngineFailure(
                     "the pipeline's thread is not in this process, which was forked: open a "
                     "pipeline where it is used"
                 )
@@ -140,12 +225,12 @@ class JobQueue:
         return job
 
     def _check_room(self) -> None:
-        """Raise WanExportError when as many jobs wait as may."""
+        """Raise EngineFailure when as many jobs wait as may."""
         if len(self._waiting) < self._max_waiting:
             return
         self._waiting = deque(pair for pair in self._waiting if not pair[0].done())
         if len(self._waiting) >= self._max_waiting:
-            raise WanExportError(
+            raise EngineFailure(
                 f"{self._max_waiting} requests wait already: try again when one is done (a server "
                 f"answers 503), or open the pipeline with a larger max_waiting"
             )
@@ -181,7 +266,7 @@ class JobQueue:
                 lost = [job for job, _ in self._waiting]
                 self._waiting.clear()
             for job in lost:
-                job.abandon()
+                job.end()
 
     def _run_next(self) -> bool:
         """Run one job; in a frame of its own, so that waiting keeps nothing of the last one."""
@@ -197,7 +282,7 @@ class JobQueue:
         except BaseException:  # of keeping the outcome, as want of memory: the queue goes on
             pass
         finally:
-            job.abandon()
+            job.end()
             del job, work  # an error keeps this frame too, which called where it was raised
         with self._changed:
             self._running = None

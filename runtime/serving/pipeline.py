@@ -7,17 +7,25 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.errors import WanExportError, refuse_empty
+from wanexport.runtime.engines.engine import EngineKeywords
+from wanexport.runtime.errors import BadRequest, refuse_empty
 from wanexport.runtime.load import load
 from wanexport.runtime.parts.open import Parts
+from wanexport.runtime.parts.picture_reading import Picture
 from wanexport.runtime.parts.protocols import ImageEncoder, TextEncoder, VideoCodec
 from wanexport.runtime.serving.generator import Generator
 from wanexport.runtime.serving.jobs import MAX_WAITING, Check, Job, JobQueue
 from wanexport.runtime.serving.prompt_cache import PromptCache
-from wanexport.runtime.serving.request import Generation, OnStep, Request
+from wanexport.runtime.serving.request import (
+    Generation,
+    OnStep,
+    Request,
+    RequestKeywords,
+    make_request,
+)
 
 __all__ = ["Generation", "Job", "Pipeline"]
 
@@ -37,15 +45,16 @@ class Pipeline:
     requests wait, another one is refused. load_options are those of `load`.
 
     A dropped pipeline closes itself once its jobs are done, and so does, after the step under way,
-    one that is open when the interpreter exits. The engine's memory is freed with the object.
-    Raises WanExportError as `load` does, and for a prompt_cache or max_waiting that is no number.
+    one that is open when the interpreter exits; the engine's memory is then freed with the object.
+    Raises WanExportError as `load` does, and BadRequest for a prompt_cache or max_waiting that is
+    no number.
     """
 
     def __init__(
         self,
         bundle: str | Path,
         *,
-        model: str | None = None,
+        model: str | Path | None = None,
         text_encoder: TextEncoder | None = None,
         vae: VideoCodec | None = None,
         image_encoder: ImageEncoder | None = None,
@@ -53,22 +62,26 @@ class Pipeline:
         keep_text_encoder: bool = True,
         vae_tiling: bool | None = None,
         max_waiting: int = MAX_WAITING,
-        **load_options: Any,
+        **load_options: Unpack[EngineKeywords],
     ) -> None:
         refuse_empty(model=model)
         prompts = PromptCache(prompt_cache)
         self.denoiser: Denoiser = load(bundle, **load_options)
-        gpu = _current_gpu(self.denoiser)
+        gpu = _gpu_of(self.denoiser)
         self._parts = Parts(
             Path(bundle),
             model,
             self.denoiser.record,
-            device="cpu" if gpu is None else f"cuda:{gpu}",
+            device=self.denoiser.device,
             given={"text_encoder": text_encoder, "vae": vae, "image_encoder": image_encoder},
             vae_tiling=vae_tiling,
         )
         self._generator = Generator(
-            self.denoiser, self._parts, prompts, gpu=gpu, keep_text_encoder=keep_text_encoder
+            self.denoiser,
+            self._parts,
+            prompts,
+            gpu=gpu,
+            keep_text_encoder=keep_text_encoder,
         )
         self._queue = JobQueue("wanexport pipeline", max_waiting)
         weakref.finalize(self, self._queue.close)
@@ -78,26 +91,37 @@ class Pipeline:
         prompt: str,
         *,
         negative: str | None = None,
-        image: str | Path | None = None,
-        last_image: str | Path | None = None,
+        image: Picture | None = None,
+        last_image: Picture | None = None,
         seed: int = 0,
         steps: int | None = None,
         shift: float | None = None,
         guidance: float | tuple[float, float] | None = None,
         solver: str | None = None,
         timesteps: Sequence[float] | None = None,
+        weights: str | None = None,
         decode: bool = True,
         on_step: OnStep | None = None,
     ) -> Generation:
         """Serve one request after those that wait, and return what it gave.
 
-        negative None is the family's official negative prompt; steps to timesteps are as in
-        `sample`. decode=False leaves the VAE out. on_step is called after every step, in the
-        pipeline's thread, with the step and the number of steps; what it raises ends this request.
-        Raises WanExportError for a request that does not fit, for NaN or Inf in a step, and when
-        a part is missing or the pipeline is closed or full; KeyboardInterrupt cancels the request.
+        negative None is the family's official negative prompt. steps to timesteps are as in
+        `sample`. weights names a set of the bundle that serves this request alone, None the set
+        that the pipeline was opened with. decode=False leaves the VAE out. on_step is called after
+        every step, in the pipeline's thread, with the step and the number of steps; what it raises
+        ends this request.
+
+        image and last_image are each a path; the bytes of a PNG, JPEG or WebP file; a PIL image of
+        any mode; or pixels in RGB as a numpy array or torch tensor [H, W, 3], uint8 or floating
+        point from 0 to 1, which is rounded to 8 bits. The same pixels give the same video in any
+        form. A file and a PIL image are turned upright as their EXIF says; of an alpha channel
+        nothing is used.
+
+        Raises BadRequest for a request that does not fit, BundleError when a part is missing, and
+        EngineFailure for NaN or Inf in a step, and when the pipeline is closed or full.
+        KeyboardInterrupt cancels the request.
         """
-        request = Request(
+        request = make_request(
             prompt,
             (seed,),
             negative=negative,
@@ -108,26 +132,33 @@ class Pipeline:
             guidance=guidance,
             solver=solver,
             timesteps=timesteps,
+            weights=weights,
             decode=decode,
             on_step=on_step,
         )
         return self._wait_for(partial(self._generator, request))[0]
 
-    def generate_seeds(self, prompt: str, seeds: Iterable[int], **options: Any) -> list[Generation]:
+    def generate_seeds(
+        self, prompt: str, seeds: Iterable[int], **asked: Unpack[RequestKeywords]
+    ) -> list[Generation]:
         """One generation for each seed, as one request: text and images are encoded once.
 
-        options and errors are those of `generate`.
+        What may be asked, and what is raised, are as in `generate`.
         """
         if not isinstance(seeds, Iterable):
-            raise WanExportError(f"seeds is {seeds!r:.40}: expected whole numbers, as [0, 1, 2]")
-        return self._wait_for(partial(self._generator, Request(prompt, tuple(seeds), **options)))
+            raise BadRequest(f"seeds is {seeds!r:.40}: expected whole numbers, as [0, 1, 2]")
+        request = make_request(prompt, tuple(seeds), **asked)
+        return self._wait_for(partial(self._generator, request))
 
-    def submit(self, prompt: str, *, seed: int = 0, **options: Any) -> Job[Generation]:
-        """Queue a request, and return at once; options are those of `generate`.
+    def submit(
+        self, prompt: str, *, seed: int = 0, **asked: Unpack[RequestKeywords]
+    ) -> Job[Generation]:
+        """Queue a request, and return at once; what may be asked is as in `generate`.
 
-        Its errors are the job's to raise, but for those of a closed or full pipeline.
+        The caller may change or close what it passed. Errors are the job's to raise, but for those
+        of a closed or full pipeline, and of an image that is neither a path nor bytes.
         """
-        request = Request(prompt, (seed,), **options)
+        request = make_request(prompt, (seed,), **asked)
         return self._queue.submit(partial(self._serve, request))
 
     def prewarm(self, *, decode: bool = True) -> float:
@@ -136,7 +167,7 @@ class Pipeline:
         Opens the parts, and runs each of them once and each expert once, on zeros and on the
         official negative prompt, whose embedding is kept. decode=False leaves out the decoding.
         What is warm already is not done again; no later result depends on it.
-        Raises WanExportError when a part is missing, before any is opened.
+        Raises BundleError when a part is missing, before any is opened.
         """
         return self._wait_for(partial(self._generator.prewarm, decode))
 
@@ -145,13 +176,17 @@ class Pipeline:
         self._generator.prompts.clear()
 
     def close(self) -> None:
-        """Cancel every request, wait for the step under way, and free encoders and VAE.
+        """Cancel every request, wait for the step under way, and free encoders, VAE and engine.
 
-        Closing again does nothing; a request after it is refused.
+        Parts that were given stay open. Closing again does nothing; a request after it is refused
+        with EngineFailure.
         """
         self._queue.close()
-        self._parts.close()
-        self._generator.prompts.clear()
+        try:
+            self._parts.close()
+        finally:
+            self._generator.prompts.clear()
+            self.denoiser.close()
 
     def __enter__(self) -> Self:
         return self
@@ -175,10 +210,7 @@ class Pipeline:
             del job  # an error keeps this frame, and the job keeps the error
 
 
-def _current_gpu(denoiser: Denoiser) -> int | None:
-    """The GPU that `load` has just opened an engine on; another thread would take the first."""
-    if denoiser.record.target["device"] != "cuda":
-        return None
-    import torch
-
-    return torch.cuda.current_device()
+def _gpu_of(denoiser: Denoiser) -> int | None:
+    """The number of the GPU that runs the engine; None for a CPU."""
+    kind, _, number = denoiser.device.partition(":")
+    return int(number) if kind == "cuda" else None

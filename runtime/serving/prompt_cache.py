@@ -5,18 +5,18 @@ from collections import OrderedDict
 
 import numpy as np
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest
 
 
 class PromptCache:
     """At most `capacity` embeddings, without the one that was unused for longest; thread-safe.
 
-    Raises WanExportError when capacity is no whole number of 0 or more.
+    Raises BadRequest when capacity is no whole number of 0 or more.
     """
 
     def __init__(self, capacity: int) -> None:
         if type(capacity) is not int or capacity < 0:
-            raise WanExportError(
+            raise BadRequest(
                 f"prompt_cache is a number of prompts, got {capacity!r}: expected 0 or more"
             )
         self.capacity = capacity

@@ -1,16 +1,17 @@
 """What a pipeline is asked for, and what it gives."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
 import numpy as np
 
-from wanexport.runtime.errors import WanExportError, refuse_empty
+from wanexport.runtime.errors import BadRequest, refuse_empty
+from wanexport.runtime.parts.picture_reading import Picture, own_picture
 from wanexport.runtime.sample import Step
+from wanexport.runtime.settings import Settings, SettingsKeywords
 
 STAGES = ("text", "image", "sampling", "decode")
 OnStep = Callable[[Step, int], None]  # a finished step, and how many there are
@@ -41,48 +42,72 @@ class Generation:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+class _OtherKeywords(TypedDict, total=False):
+    """The keywords of a request that it keeps as they are."""
+
+    negative: str | None
+    weights: str | None
+    decode: bool
+    on_step: OnStep | None
+
+
+class RequestKeywords(_OtherKeywords, SettingsKeywords, total=False):
+    """The keywords of every request, but for its seeds; `Pipeline.generate` says what they are."""
+
+    image: Picture | None
+    last_image: Picture | None
+
+
+@dataclass(frozen=True, eq=False)
 class Request:
-    """What a waiting job holds: names and numbers, no arrays."""
+    """What a waiting job holds: names, numbers, and the pixels of pictures that are no files."""
 
     prompt: str
     seeds: tuple[int, ...]
+    settings: Settings
     negative: str | None = None
-    image: str | Path | None = None
-    last_image: str | Path | None = None
-    steps: int | None = None
-    shift: float | None = None
-    guidance: float | tuple[float, float] | None = None
-    solver: str | None = None
-    timesteps: Sequence[float] | None = None
+    image: str | Path | bytes | np.ndarray | None = None
+    last_image: str | Path | bytes | np.ndarray | None = None
+    weights: str | None = None
     decode: bool = True
     on_step: OnStep | None = None
 
-    def __post_init__(self) -> None:
-        """Keep the numbers of a list, array or iterator, which its owner may change or use up."""
-        for name in ("guidance", "timesteps"):
-            value = getattr(self, name)
-            if isinstance(value, Iterable) and not isinstance(value, str):
-                with suppress(TypeError):  # an array without dimensions is a number
-                    object.__setattr__(self, name, tuple(value))
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of `sample`."""
-        names = ("steps", "shift", "guidance", "solver", "timesteps")
-        return {name: getattr(self, name) for name in names}
+def make_request(
+    prompt: str,
+    seeds: tuple[int, ...],
+    *,
+    steps: int | None = None,
+    shift: float | None = None,
+    guidance: float | tuple[float, float] | None = None,
+    solver: str | None = None,
+    timesteps: Sequence[float] | None = None,
+    image: Picture | None = None,
+    last_image: Picture | None = None,
+    **others: Unpack[_OtherKeywords],
+) -> Request:
+    """The request that keywords make, which holds nothing that its caller may change.
+
+    Raises BadRequest for an image that is neither a path nor bytes, and cannot be read.
+    """
+    return Request(
+        prompt,
+        seeds,
+        Settings(steps, shift, guidance, solver, timesteps),
+        image=own_picture(image, "image"),
+        last_image=own_picture(last_image, "last_image"),
+        **others,
+    )
 
 
 def check_request(request: Request) -> None:
-    """Raise WanExportError for a prompt, path or seed that is none."""
-    path = str | Path | None
-    kinds = {"prompt": str, "negative": str | None, "image": path, "last_image": path}
-    for name, kind in kinds.items():
-        value = getattr(request, name)
+    """Raise BadRequest for a prompt, path, name of weights, or seed that is none."""
+    for name in ("prompt", "negative", "weights"):
+        value, kind = getattr(request, name), str if name == "prompt" else str | None
         if not isinstance(value, kind):
-            expected = "a path" if kind is path else "text"
-            raise WanExportError(f"{name} is {value!r:.40}: expected {expected}")
-    refuse_empty(image=request.image, last_image=request.last_image)
+            raise BadRequest(f"{name} is {value!r:.40}: expected text")
+    given = {name: getattr(request, name) for name in ("image", "last_image", "weights")}
+    refuse_empty(**{name: value for name, value in given.items() if isinstance(value, str)})
     for seed in request.seeds:
         if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-            raise WanExportError(f"seed is {seed!r:.40}: expected a whole number of 0 or more")
+            raise BadRequest(f"seed is {seed!r:.40}: expected a whole number of 0 or more")

@@ -7,27 +7,37 @@ from typing import Any
 import numpy as np
 
 from wanexport.runtime.bundle.durable import durable_file
-from wanexport.runtime.errors import WanExportError, explain, needing_extra
+from wanexport.runtime.errors import (
+    BadRequest,
+    WanExportError,
+    explain,
+    needing_extra,
+    refuse_empty,
+)
 
 # x264's rate factor. The official code asks imageio for quality 8 of 10, which is this.
 CRF = 10
 _BT709 = 1  # the number in ITU-T H.273 of its matrix, primaries and transfer function
 
 
-def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
+def write_video(path: str | Path, frames: np.ndarray, fps: int) -> None:
     """Write frames, uint8 [F, H, W, 3] in RGB, at `fps` a second; the file appears whole or not.
 
-    Raises WanExportError when PyAV is missing, for another dtype or shape, for an odd side, which
-    yuv420p does not have, and when the file cannot be written.
+    Raises BadRequest for another dtype or shape, and for an odd side, which yuv420p does not have;
+    WanExportError when PyAV is missing, and when the file cannot be written.
     """
+    refuse_empty(path=path)
+    path = Path(path)
     with needing_extra("pipeline", "an .mp4 file"):
         import av
+    if not isinstance(frames, np.ndarray):  # but None, of a request that was not decoded
+        raise BadRequest(f"frames are of type {type(frames).__name__}: expected uint8 [F, H, W, 3]")
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
-        raise WanExportError(
+        raise BadRequest(
             f"frames are {frames.dtype} {list(frames.shape)}: expected uint8 [F, H, W, 3]"
         )
     if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise WanExportError(
+        raise BadRequest(
             f"frames of {frames.shape[1]}x{frames.shape[2]} are no H.264 video: "
             f"expected even sides, cut off a row or column"
         )

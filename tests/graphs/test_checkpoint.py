@@ -24,7 +24,7 @@ from tests.oracles.wan_reference import (
 )
 from wanexport.graphs.checkpoint import official_name, open_checkpoint
 from wanexport.graphs.weights import CheckpointWeights, write_weights
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import BadRequest, WanExportError, WanExportWarning
 from wanexport.runtime.wan_config import WanConfig
 
 
@@ -67,7 +67,7 @@ def test_shards_with_an_index_and_a_prefix_convert_alike(
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     assert convert(sharded, tmp_path / "c") == whole
     (sharded / files[1]).unlink()
-    with pytest.raises(WanExportError, match=f"lacks {files[1]}"):
+    with pytest.raises(BadRequest, match=f"lacks {files[1]}"):
         open_checkpoint(sharded)
 
 
@@ -105,7 +105,7 @@ def test_experts_of_different_size_are_refused(tmp_path: Path) -> None:
     for name, layers in (("high_noise_model", 1), ("low_noise_model", 2)):
         config = small_config("t2v-a14b", layers)
         write_official(tmp_path / name, official_state(diffusers_model(config)), config)
-    with pytest.raises(WanExportError, match="differ in size"):
+    with pytest.raises(BadRequest, match="differ in size"):
         open_checkpoint(tmp_path)
 
 
@@ -137,12 +137,12 @@ def test_blocks_with_gaps_are_refused_at_once(
     stray: str, state: dict[str, Tensor], config: WanConfig, tmp_path: Path
 ) -> None:
     write_official(tmp_path, {**state, f"blocks.{stray}.x": torch.zeros(0)}, config)
-    with pytest.raises(WanExportError, match=r"but not all|unexpected blocks\.1000000000000\.x"):
+    with pytest.raises(BadRequest, match=r"but not all|unexpected blocks\.1000000000000\.x"):
         open_checkpoint(tmp_path)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WanExportError, match="is no Wan checkpoint"):
+    with pytest.raises(BadRequest, match="is no Wan checkpoint"):
         open_checkpoint(tmp_path)
 
 
@@ -151,12 +151,12 @@ def test_one_tensor_in_two_files_is_refused(
 ) -> None:
     for name in ("wan_high_noise.safetensors", "wan_low_noise.safetensors"):
         save_file(state, tmp_path / name)
-    with pytest.raises(WanExportError, match=r"wan_high_noise.* and in .*wan_low_noise"):
+    with pytest.raises(BadRequest, match=r"wan_high_noise.* and in .*wan_low_noise"):
         open_checkpoint(tmp_path)
     assert open_checkpoint(tmp_path / "wan_low_noise.safetensors").config == config
     for name in ("high", "low"):
         (tmp_path / f"wan_{name}_noise.safetensors").rename(tmp_path / f"{name}ly.safetensors")
-    with pytest.raises(WanExportError, match=r"is in .*highly.* and in .*lowly.*: pass -m one of"):
+    with pytest.raises(BadRequest, match=r"is in .*highly.* and in .*lowly.*: pass -m one of"):
         open_checkpoint(tmp_path)
 
 
@@ -246,11 +246,11 @@ def test_what_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "open", forbidden)
     for path in (tmp_path, tmp_path / "x.safetensors"):
-        with pytest.raises(WanExportError, match=rf"^cannot read {path}.*: Permission denied"):
+        with pytest.raises(BadRequest, match=rf"^cannot read {path}.*: Permission denied"):
             open_checkpoint(path)
     monkeypatch.undo()
     monkeypatch.setattr(os, "listdir", forbidden)
-    with pytest.raises(WanExportError, match=rf"^cannot read {tmp_path}: Permission denied"):
+    with pytest.raises(BadRequest, match=rf"^cannot read {tmp_path}: Permission denied"):
         open_checkpoint(tmp_path)
 
 
@@ -278,11 +278,11 @@ def test_an_index_and_its_files_list_the_same_tensors(
         ),
     ):
         (tmp_path / INDEX).write_text(json.dumps({"weight_map": index["weight_map"] | changed}))
-        with pytest.raises(WanExportError, match=message):
+        with pytest.raises(BadRequest, match=message):
             open_checkpoint(tmp_path)
     (tmp_path / INDEX).write_text(json.dumps(index))
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(WanExportError, match=r"has diffusion_pytorch_model\.safetensors, which"):
+    with pytest.raises(BadRequest, match=r"has diffusion_pytorch_model\.safetensors, which"):
         open_checkpoint(tmp_path)
 
 
@@ -290,11 +290,11 @@ def test_a_shard_alone_and_a_set_with_gaps_are_refused(
     state: dict[str, Tensor], tmp_path: Path
 ) -> None:
     names = shards(tmp_path, state, 3)
-    with pytest.raises(WanExportError, match="is one of 3 shards: pass -m its folder"):
+    with pytest.raises(BadRequest, match="is one of 3 shards: pass -m its folder"):
         open_checkpoint(tmp_path / names[0])
     (tmp_path / INDEX).unlink()
     (tmp_path / names[2]).unlink()
-    with pytest.raises(WanExportError, match=rf"lacks {names[2]} of 3 shards"):
+    with pytest.raises(BadRequest, match=rf"lacks {names[2]} of 3 shards"):
         open_checkpoint(tmp_path)
 
 
@@ -304,5 +304,5 @@ def test_a_wan_with_other_inputs_is_named(
 ) -> None:
     wide = torch.zeros(256, channels, 1, 2, 2)
     write_official(tmp_path, with_changes(state, patch_embedding__weight=wide), config)
-    with pytest.raises(WanExportError, match=f"is of {whose}.*, which is not read yet: take"):
+    with pytest.raises(BadRequest, match=f"is of {whose}.*, which is not read yet: take"):
         open_checkpoint(tmp_path)

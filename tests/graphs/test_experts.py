@@ -11,7 +11,7 @@ from wanexport.exporter.build import build
 from wanexport.exporter.model_source import resolve
 from wanexport.graphs.checkpoint import open_checkpoint
 from wanexport.graphs.experts import expert_of_name
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest, WanExportError
 from wanexport.runtime.wan_config import WanConfig
 
 
@@ -81,7 +81,7 @@ def test_the_first_transformer_of_two_is_one_expert(
     (tmp_path / "model_index.json").write_text('{"boundary_ratio": 0.875}')
     with pytest.raises(WanExportError, match=r"is one expert of an A14B .* has a second expert"):
         resolve(str(folder), None)
-    with pytest.raises(WanExportError, match=r"pass -m .*/transformer with --expert-alone"):
+    with pytest.raises(BadRequest, match=r"pass -m .*/transformer with --expert-alone"):
         resolve(str(tmp_path), None)
     assert resolve(str(folder), None, expert_alone=True).experts == ()
 
@@ -99,7 +99,7 @@ def test_both_experts_as_single_files_say_where_they_belong(
     names = ("Wan2_2-T2V-A14B_HIGH.safetensors", "Wan2_2-T2V-A14B-LOW.safetensors")
     for name in names:
         save_file(state, tmp_path / name)
-    with pytest.raises(WanExportError, match="move them to high_noise_model/ and low_noise_model/"):
+    with pytest.raises(BadRequest, match="move them to high_noise_model/ and low_noise_model/"):
         resolve(str(tmp_path), None)
     for name, folder in zip(names, ("high_noise_model", "low_noise_model"), strict=True):
         (tmp_path / folder).mkdir()
@@ -115,5 +115,5 @@ def test_an_expert_in_the_others_folder_is_refused(
     for folder in ("high_noise_model", "low_noise_model"):
         (tmp_path / folder).mkdir()
         save_file(state, tmp_path / folder / "wan_low_noise.safetensors")
-    with pytest.raises(WanExportError, match="high-noise expert belongs, and is named as"):
+    with pytest.raises(BadRequest, match="high-noise expert belongs, and is named as"):
         open_checkpoint(tmp_path)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wanexport.graphs.checkpoint import open_checkpoint
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest, WanExportError
 
 
 def refusal(path: Path) -> str:
@@ -202,7 +202,7 @@ def test_a_safetensors_file_is_named_by_its_tensors(
 def test_a_part_beside_the_transformer_is_named(tmp_path: Path) -> None:
     save_file(wan(), tmp_path / "wan.safetensors")
     save_file(named("decoder.conv1.weight"), tmp_path / "vae.safetensors")
-    with pytest.raises(WanExportError, match=r"vae\.safetensors is a VAE, no diffusion transfor"):
+    with pytest.raises(BadRequest, match=r"vae\.safetensors is a VAE, no diffusion transfor"):
         open_checkpoint(tmp_path)
 
 

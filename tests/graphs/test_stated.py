@@ -14,7 +14,7 @@ from tests.oracles.wan_reference import diffusers_model, official_json, small_co
 from wanexport.graphs.checkpoint import open_checkpoint
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.stated import check_config, read_config
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import BadRequest, WanExportWarning
 from wanexport.runtime.wan_config import WanConfig
 
 UMT5 = {"architectures": ["UMT5EncoderModel"], "model_type": "umt5", "d_model": 4096,
@@ -42,7 +42,7 @@ def test_a_config_of_something_else_is_not_used_and_a_warning_says_so(
         with pytest.warns(WanExportWarning, match=r"config\.json is of another model .* not read"):
             assert open_checkpoint(place).config == config
     (tmp_path / "wan.safetensors").rename(tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(WanExportError, match=r"of another model .* but the tensors beside it are"):
+    with pytest.raises(BadRequest, match=r"of another model .* but the tensors beside it are"):
         open_checkpoint(tmp_path)
 
 
@@ -89,7 +89,7 @@ def test_what_does_not_fit_the_tensors_is_refused_with_both_values(
     wrong: dict[str, Any], config: WanConfig, tmp_path: Path
 ) -> None:
     ((field, value),) = wrong.items()
-    with pytest.raises(WanExportError) as refused:
+    with pytest.raises(BadRequest) as refused:
         check(OFFICIAL | wrong, config, tmp_path)
     message = str(refused.value)
     assert str(tmp_path / "config.json") in message and field in message and "\n" not in message
@@ -116,7 +116,7 @@ def test_what_does_not_fit_the_tensors_is_refused_with_both_values(
 def test_a_config_of_a_relative_is_refused_by_name(
     relative: dict[str, Any], config: WanConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(WanExportError, match=r"config\.json has .*, which is not read yet; take"):
+    with pytest.raises(BadRequest, match=r"config\.json has .*, which is not read yet; take"):
         check(relative, config, tmp_path)
 
 
@@ -131,10 +131,10 @@ def test_a_wans_config_may_have_narrow_heads_and_another_may_not(
     (folder / "config.json").write_text(json.dumps(stated))
     assert open_checkpoint(folder).config.num_heads == 8  # all its sizes agree
     (folder / "config.json").write_text('{"num_heads": 8}')
-    with pytest.raises(WanExportError, match=r"num_heads 8, which would make heads of 32, and"):
+    with pytest.raises(BadRequest, match=r"num_heads 8, which would make heads of 32, and"):
         open_checkpoint(folder)
     (folder / "config.json").write_text('{"num_heads": 5}')
-    with pytest.raises(WanExportError, match=r"num_heads 5, but the tensors have dim 256, which"):
+    with pytest.raises(BadRequest, match=r"num_heads 5, but the tensors have dim 256, which"):
         open_checkpoint(folder)
 
 
@@ -192,7 +192,7 @@ def test_a_pipeline_that_contradicts_itself_is_refused(
     pipeline(tmp_path, {"x": torch.ones(1)}, *(name for name in names if name != "."), **index)
     if "." in names:
         save_file({"x": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(WanExportError, match=message) as refused:
+    with pytest.raises(BadRequest, match=message) as refused:
         open_checkpoint(tmp_path)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 400 + 2 * len(str(tmp_path))
 

@@ -13,7 +13,7 @@ from wanexport.graphs import weights
 from wanexport.graphs.checkpoint import open_checkpoint
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights, read_tensor, write_weights
 from wanexport.runtime.bundle.signature import parameter_shapes, weights_layout
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.wan_config import WanConfig
 
 
@@ -37,7 +37,7 @@ def test_values_beyond_fp16_are_refused(
 ) -> None:
     large = with_changes(state, text_embedding__0__bias=torch.full((256,), 1e5))
     folder = write_official(tmp_path / "in", large, config)
-    with pytest.raises(WanExportError, match=r"text_embedding\.0\.bias has values beyond fp16"):
+    with pytest.raises(BadRequest, match=r"text_embedding\.0\.bias has values beyond fp16"):
         convert(folder, tmp_path / "out", "fp16")
     assert not (tmp_path / "out").exists()
 
@@ -55,11 +55,11 @@ def test_nan_and_infinity_are_counted_and_refused_by_name(
     folder = write_official(tmp_path / "in", stored_alike, config)
     message = r"blocks\.1\.ffn\.0\.weight has 2 NaN and 1 infinite of 131072 values"
     (tmp_path / "out").mkdir()
-    with pytest.raises(WanExportError, match=message):
+    with pytest.raises(BadRequest, match=message):
         convert(folder, tmp_path / "out" / "x", dtype)
     assert not any((tmp_path / "out").iterdir())
     tensor = open_checkpoint(folder).tensors[""]["blocks.1.ffn.0.weight"]
-    with pytest.raises(WanExportError, match=message):
+    with pytest.raises(BadRequest, match=message):
         read_tensor(tensor)
 
 
@@ -73,7 +73,7 @@ def test_all_chunks_of_a_tensor_are_counted(
     bad = state["head.head.weight"].clone()
     bad.flatten()[[0, 999, 1000, -1]] = float("nan")
     folder = write_official(tmp_path / "in", with_changes(state, head__head__weight=bad), config)
-    with pytest.raises(WanExportError, match=r"head\.weight has 4 NaN and 0 infinite of 16384"):
+    with pytest.raises(BadRequest, match=r"head\.weight has 4 NaN and 0 infinite of 16384"):
         convert(folder, tmp_path / "out")
 
 
@@ -86,13 +86,13 @@ def test_values_beyond_a_dtype_are_counted_and_the_remedy_told(
         tmp_path / "in", with_changes(state, text_embedding__0__bias=large), config
     )
     name = r"text_embedding\.0\.bias has values beyond"
-    with pytest.raises(WanExportError, match=rf"{name} fp16's 65504 \(3 of 256\): .* bf16 or fp32"):
+    with pytest.raises(BadRequest, match=rf"{name} fp16's 65504 \(3 of 256\): .* bf16 or fp32"):
         convert(folder, tmp_path / "out", "fp16")
-    with pytest.raises(WanExportError, match=rf"{name} bf16's 3.38953e\+38 \(1 .* --dtype fp32$"):
+    with pytest.raises(BadRequest, match=rf"{name} bf16's 3.38953e\+38 \(1 .* --dtype fp32$"):
         convert(folder, tmp_path / "out", "bf16")
     convert(folder, tmp_path / "out", "fp32")
     tensor = open_checkpoint(folder).tensors[""]["text_embedding.0.bias"]
-    with pytest.raises(WanExportError, match=name):
+    with pytest.raises(BadRequest, match=name):
         read_tensor(tensor, fits=torch.float16)
     torch.testing.assert_close(read_tensor(tensor, fits=torch.float32), large, atol=0, rtol=0)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wanexport.runtime.errors import WanExportError, needing_extra, needing_package
+from wanexport.runtime.errors import WanExportError, installing, needing_extra, needing_package
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -105,3 +105,17 @@ def test_no_message_installs_wanexport_from_a_registry() -> None:
     assert sources
     for file in (*sources, ROOT / "README.md"):
         assert not re.search(r"install '?wanexport", file.read_text()), file
+
+
+def test_requirements_are_quoted_for_a_shell() -> None:
+    assert installing("a-b", "c>=1,<2") == "pip install a-b 'c>=1,<2'"
+
+
+def test_only_the_room_of_errors_says_how_packages_are_installed() -> None:
+    wanted = {"runtime/errors.py"}
+    saying = set()
+    for package in ("runtime", "exporter", "graphs"):
+        for file in (ROOT / package).rglob("*.py"):
+            if "pip install" in file.read_text():
+                saying.add(file.relative_to(ROOT).as_posix())
+    assert saying <= wanted

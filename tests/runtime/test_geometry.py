@@ -1,8 +1,11 @@
 """Geometry is checked against the table of shapes in Wan's own documentation."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.geometry import Geometry, parse_resolution
 
 
@@ -31,20 +34,34 @@ def test_both_spellings_of_a_resolution(text: str, expected: tuple[int, int]) ->
     assert parse_resolution(text) == expected
 
 
+@pytest.mark.parametrize("sides", [(480, 832), [480, 832], tuple(np.array([480, 832]))])
+def test_a_resolution_is_a_pair_of_height_and_width_too(sides: Any) -> None:
+    assert repr(parse_resolution(sides)) == "(480, 832)"
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [(), (480,), (480, 832, 81), (480.0, 832), (True, 832), (-480, 832), ("480", "832"),
+     {480, 832}, np.array([480, 832]), None, ((480, 832), 81)],
+)  # fmt: skip
+def test_what_is_no_pair_of_whole_numbers_is_no_resolution(sides: Any) -> None:
+    with pytest.raises(BadRequest, match=r"is not understood: .* or \(height, width\)") as error:
+        parse_resolution(sides)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["480", "480x", "x832", "480x832x81", "-480x832", "480 832"])
 def test_other_spellings_are_refused(text: str) -> None:
-    with pytest.raises(WanExportError, match="HEIGHTxWIDTH"):
+    with pytest.raises(BadRequest, match="HEIGHTxWIDTH"):
         parse_resolution(text)
 
 
 def test_illegal_side_names_the_nearest_legal_ones() -> None:
-    with pytest.raises(
-        WanExportError, match="multiples of 16; nearest: --resolution 480x832 or 48"
-    ):
+    with pytest.raises(BadRequest, match="multiples of 16; nearest: 480x832 or 48"):
         Geometry(480, 833, 81)
-    with pytest.raises(WanExportError, match="multiples of 32; nearest: --resolution 704x1280 or"):
+    with pytest.raises(BadRequest, match="multiples of 32; nearest: 704x1280 or"):
         Geometry(720, 1280, 121, 16)
-    with pytest.raises(WanExportError, match="nearest: --resolution 16x16"):
+    with pytest.raises(BadRequest, match="nearest: 16x16"):
         Geometry(8, 8, 1)
 
 
@@ -52,7 +69,7 @@ def test_illegal_side_names_the_nearest_legal_ones() -> None:
     ("frames", "near"), [(80, "77 or 81"), (82, "81 or 85"), (0, "1 or 5"), (-3, "1 or 5")]
 )
 def test_illegal_frames_name_the_nearest_legal_ones(frames: int, near: str) -> None:
-    with pytest.raises(WanExportError, match=f"nearest: --frames {near}"):
+    with pytest.raises(BadRequest, match=f"nearest: {near}"):
         Geometry(480, 832, frames)
 
 
@@ -65,11 +82,11 @@ def test_reduced_fits_and_stays_legal() -> None:
 
 @pytest.mark.parametrize("numbers", [(16, 16, 4 * 10**9 + 1), (160000, 160000, 1), (64, 96, 9.0)])
 def test_what_no_video_has_is_refused(numbers: tuple[int, int, int]) -> None:
-    with pytest.raises(WanExportError, match=r"beyond any Wan|is no video"):
+    with pytest.raises(BadRequest, match=r"beyond any Wan|is no video"):
         Geometry(*numbers)
 
 
 @pytest.mark.parametrize("text", ["9" * 5000 + "x64", 480, "9999999999x16"])
 def test_what_is_no_resolution_is_refused(text: str) -> None:
-    with pytest.raises(WanExportError, match="is not understood"):
+    with pytest.raises(BadRequest, match="is not understood"):
         parse_resolution(text)

@@ -27,14 +27,14 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     "runtime": (
         frozenset({"serving", "drop_in"}),
         frozenset({"load"}),
-        frozenset({"denoiser", "sample"}),
+        frozenset({"denoiser", "sample", "settings"}),
         frozenset({"engines", "parts"}),
-        frozenset({"family"}),
         frozenset({"bundle"}),
-        frozenset({"arrays", "solvers", "wan_config"}),
-        frozenset({"geometry"}),
+        frozenset({"family", "plain_wan"}),
+        frozenset({"arrays", "solvers", "wan_config", "program"}),
+        frozenset({"geometry", "decode"}),
         frozenset({"machine"}),
-        frozenset({"errors"}),
+        frozenset({"errors", "dtypes"}),
     ),
 }
 Arrows = frozenset[tuple[str, str]]

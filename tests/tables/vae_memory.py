@@ -14,8 +14,8 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from tests.oracles.official_vae import GOLDEN, STRIDES
-from wanexport.runtime.parts.key_tables import config_of
 from wanexport.runtime.parts.vae import needed_bytes
+from wanexport.runtime.parts.vae_keys import config_of
 
 
 def status_bytes(field: str) -> int:

@@ -22,7 +22,7 @@ from wanexport.exporter.child.child import known, main, run_process
 from wanexport.exporter.child.process import Lifeline, environment_of, last_words, run_command
 from wanexport.runtime.engines.flash_attention import FUNCTION
 from wanexport.runtime.engines.processor import level_for
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import WanExportError, installing
 
 PACKAGES = ("flash-attn-4", "nvidia-cutlass-dsl", "apache-tvm-ffi")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -68,7 +68,7 @@ def flash_attention_versions() -> dict[str, str]:
         return {name: version(name) for name in PACKAGES}
     except PackageNotFoundError as error:
         raise WanExportError(
-            f"FlashAttention-4 needs {error.name}, which is not installed: pip install flash-attn-4"
+            f"FlashAttention-4 needs {error.name}: {installing('flash-attn-4')}"
         ) from error
 
 
@@ -244,7 +244,7 @@ def compile_kernel(job: KernelJob) -> dict[str, str]:
     try:
         return _compile(Path(job.kernel), job.dtype, job.head_dim)
     except ImportError as error:
-        raise WanExportError(f"{_in_one_line(error)}: pip install flash-attn-4") from error
+        raise WanExportError(f"{_in_one_line(error)}: {installing('flash-attn-4')}") from error
     except Exception as error:
         raise WanExportError(known(error) or _in_one_line(error)) from error
 

@@ -24,6 +24,7 @@ from tests.oracles.bindings import (
     signatures,
     stand_ins,
 )
+from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.engines.tensorrt_library import import_tensorrt
 
 MODULE = "trt"  # what our code calls either module
@@ -213,6 +214,13 @@ def test_what_we_use_is_in_tensorrt(file: str, tensorrt: Description) -> None:
 @pytest.mark.parametrize("file", OBJECTS)
 def test_what_we_use_is_in_tensorrt_for_rtx(file: str, rtx: Description) -> None:
     assert faults(rtx, file, (ROOT / file).read_text(), is_rtx=True) == []
+
+
+def test_the_names_of_dtypes_are_theirs(tensorrt: Description, rtx: Description) -> None:
+    for row in DTYPES.values():
+        use = Use("", ("DataType", row.tensorrt), 0)
+        for description in (tensorrt, rtx):
+            assert not row.tensorrt or fault(use, description) == ""
 
 
 def test_what_is_said_to_be_of_rtx_alone_is(tensorrt: Description) -> None:

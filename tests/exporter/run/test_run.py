@@ -558,7 +558,7 @@ def test_images_that_do_not_fit_the_model(i2v: Family, tmp_path: Path) -> None:
     assert "name the first image with --image" in refusal_of(*arguments)
     (image,) = saved_pictures(i2v, tmp_path, 1)
     both = ("--image", image, "--last-image", image)
-    assert "leave out --last-image" in refusal_of(*arguments, *both)
+    assert "leave out the last image" in refusal_of(*arguments, *both)
     message = refusal_of(*arguments, "--image", tmp_path / "text.png")
     assert "cannot read" in message and "it is none" in message
 

@@ -15,7 +15,7 @@ from wanexport.exporter.model_source import resolve
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import family as prompts
 from wanexport.runtime.bundle.manifest import FileRecord, Manifest, WeightsRecord
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest, BundleError, WanExportError
 from wanexport.runtime.parts.find import find_components, origin_note
 from wanexport.runtime.parts.protocols import check_text_encoder, check_vae
 
@@ -74,7 +74,7 @@ def filled(folder: Path, names: tuple[str, ...]) -> Path:
 
 
 def message_of(bundle: Path, model: str | None = None, **options: Any) -> str:
-    with pytest.raises(WanExportError) as refusal:
+    with pytest.raises(BundleError if model is None else BadRequest) as refusal:
         find_components(bundle, model, **options)
     assert "\n" not in str(refusal.value)
     return str(refusal.value)
@@ -196,6 +196,8 @@ def test_the_build_gets_the_transformer_of_the_same_hub(
         {"hub": "a/b", "revision": "../../x"}, {"hub": "a/b", "revision": "refs/pr/1"},
         {"path": "models"}, {"path": "~/models"}, {"path": "/tmp/../etc"}, {"path": "/a//b"},
         {"path": "/tmp/\x1b[2J"}, {"path": ""}, {"path": "file:///etc"}, {"path": "/tmp/"},
+        {"path": "//server/share/x"}, {"path": r"\\server\share\x"}, {"path": "C:x"},
+        {"path": r"C:\x\..\y"}, {"path": "C:/x"},
     ],
 )  # fmt: skip
 def test_a_source_that_no_build_writes_is_not_followed(
@@ -203,7 +205,7 @@ def test_a_source_that_no_build_writes_is_not_followed(
 ) -> None:
     bundle = bundle_of(tmp_path / "bundle", "t2v-1.3b", source)
     message = message_of(bundle)
-    assert "as its checkpoint, which is no " in message and "name the checkpoint with -m" in message
+    assert "as its checkpoint, which is no " in message and "name the checkpoint (-m" in message
     assert message.isprintable() and not hub.calls
     other = filled(tmp_path / "other", OFFICIAL)
     assert find_components(bundle, str(other)).origin == str(other)
@@ -229,7 +231,8 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     bundle = bundle_of(tmp_path / "bundle", "t2v-1.3b", {"hub": "a/b", "revision": "c"})
     message = message_of(bundle)
-    assert "cannot get a/b from the hub: no route to host" in message and "-m FOLDER" in message
+    assert "cannot get a/b from the hub: no route to host" in message
+    assert "name the folder (-m" in message
 
 
 def test_a_part_that_is_not_in_the_cache_of_an_offline_hub(
@@ -257,7 +260,7 @@ def test_random_weights_come_without_encoders(tmp_path: Path) -> None:
         source = {"random_seed": 0, "preset": preset}
         message = message_of(bundle_of(tmp_path / preset, preset, source))
         assert f"{preset} came from random weights alone" in message
-        assert f"-m, as {hub_id}, or give text embeddings with --text" in message
+        assert f"(-m, model=), as {hub_id}, or give text embeddings (--text)" in message
         assert ("the CLIP image encoder" in message) == (preset == "i2v-14b")
     assert "--text" not in message_of(tmp_path / "tiny", needs=("vae",))
 
@@ -266,7 +269,22 @@ def test_a_checkpoint_that_has_moved(tmp_path: Path) -> None:
     bundle = bundle_of(tmp_path / "bundle", "t2v-1.3b", {"path": str(tmp_path / "gone")})
     message = message_of(bundle)
     assert f"{tmp_path / 'gone'}, the checkpoint that {bundle} came from, is gone" in message
-    assert "-m, as Wan-AI/Wan2.1-T2V-1.3B" in message
+    assert "(-m, model=), as Wan-AI/Wan2.1-T2V-1.3B" in message
+
+
+def test_a_checkpoint_of_a_machine_with_windows_is_not_here(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path / "bundle", "t2v-1.3b", {"path": r"C:\models\wan"})
+    assert rf"C:\models\wan, the checkpoint that {bundle} came from, is gone" in message_of(bundle)
+
+
+def test_bundle_and_model_are_paths_in_either_form(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "model", OFFICIAL)
+    bundle = bundle_of(tmp_path / "bundle", "t2v-1.3b", {"path": str(folder)})
+    assert find_components(str(bundle), folder) == find_components(bundle, str(folder))
+    assert find_components(str(bundle)) == find_components(bundle)
+    assert origin_note(str(bundle), None) == origin_note(bundle, None) != ""
+    with pytest.raises(BadRequest, match="does not exist"):
+        find_components(bundle, tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -289,7 +307,7 @@ def test_a_checkpoint_that_lacks_a_part(
     bundle = bundle_of(tmp_path / "bundle", "i2v-14b", {"path": str(folder)})
     message = message_of(bundle)
     assert message.startswith(f"{folder} lacks {lacks}: get it from ")
-    assert hub_id in message and "with -m" in message
+    assert hub_id in message and "(-m, model=)" in message
 
 
 def test_what_is_neither_a_folder_nor_a_hub_id(tmp_path: Path) -> None:
@@ -302,14 +320,14 @@ def test_a_text_encoder_of_another_width_is_refused() -> None:
     engine = record(PRESETS["t2v-1.3b"].config)
     check_text_encoder(SimpleNamespace(text_dim=4096), engine, "x")
     check_text_encoder(lambda prompts: [], engine, "x")  # states none
-    with pytest.raises(WanExportError, match=r"encoder of some/x gives 512 .* takes 4096.* -m"):
+    with pytest.raises(BundleError, match=r"encoder of some/x gives 512 .* takes 4096.*model=\)"):
         check_text_encoder(SimpleNamespace(text_dim=512), engine, "some/x")
 
 
 @pytest.mark.parametrize(("channels", "stride"), [(16, 8), (16, 16), (48, 8)])
 def test_the_vae_of_another_model_is_refused(channels: int, stride: int) -> None:
     vae: Any = SimpleNamespace(channels=channels, spatial_stride=stride)
-    with pytest.raises(WanExportError, match=r"VAE of some/x has .* takes 48 .* -m"):
+    with pytest.raises(BundleError, match=r"VAE of some/x has .* takes 48 .*model=\)"):
         check_vae(vae, record(PRESETS["ti2v-5b"].config), "some/x")
     check_vae(SimpleNamespace(), record(PRESETS["ti2v-5b"].config), "x")
     vae.channels, vae.spatial_stride = 48, 16

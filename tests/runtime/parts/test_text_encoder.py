@@ -27,7 +27,13 @@ from tests.oracles.official_encoders import (
     write_tokenizer,
 )
 from tests.runtime.parts.test_torch_checkpoint import mapped_ranges
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import (
+    BadRequest,
+    BundleError,
+    EngineFailure,
+    WanExportError,
+    WanExportWarning,
+)
 from wanexport.runtime.parts import text_encoder, torch_checkpoint
 from wanexport.runtime.parts.text_encoder import UMT5TextEncoder, clean_prompt, open_text_encoder
 
@@ -191,14 +197,14 @@ def test_close_frees_the_model_at_once(encoder: UMT5TextEncoder) -> None:
         gc.enable()
     encoder.close()
     assert model() is None
-    with pytest.raises(WanExportError, match="text encoder is closed: open it again"):
+    with pytest.raises(EngineFailure, match="text encoder is closed: open it again"):
         encoder([PROMPT])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("token_embedding.weight"), "is no umT5 encoder, it has no matrix token_"),
+        (lambda t: t.pop("token_embedding.weight"), "is no umT5 encoder: it has no token_"),
         (lambda t: t.pop("blocks.1.ffn.fc2.weight"), r"missing .*\.1\.DenseReluDense\.wo\.weight"),
         (lambda t: t.update(extra=torch.ones(1)), "unexpected extra"),
         (lambda t: t.update({"norm.weight": torch.ones(5)}), r"final_layer_norm.weight is \[5\]"),
@@ -207,7 +213,7 @@ def test_close_frees_the_model_at_once(encoder: UMT5TextEncoder) -> None:
 def test_tensors_that_do_not_fit_are_refused_in_one_line(
     checkpoint: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
 ) -> None:
-    with pytest.raises(WanExportError, match=message) as refused:
+    with pytest.raises(BundleError, match=message) as refused:
         open_text_encoder(write_with(tmp_path, change), checkpoint / "tokenizer")
     assert "\n" not in str(refused.value)
 
@@ -215,7 +221,7 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(
 def test_the_file_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     torch.save(state(image_shapes(IMAGE_SIZES)), tmp_path / "clip.pth")
     message = "clip.pth is no umT5 encoder.*expected the official models_t5_umt5-xxl-enc-bf16.pth"
-    with pytest.raises(WanExportError, match=message):
+    with pytest.raises(BundleError, match=message):
         open_text_encoder(tmp_path / "clip.pth", checkpoint / "tokenizer")
 
 
@@ -228,14 +234,14 @@ def test_a_folder_that_lacks_a_tensor_is_refused(folder: Path, checkpoint: Path)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     tensors = load_file(shard)
     save_file({k: t for k, t in tensors.items() if k != lost}, shard, {"format": "pt"})
-    with pytest.raises(WanExportError, match=f"does not fit UMT5EncoderModel: missing {lost}"):
+    with pytest.raises(BundleError, match=f"does not fit UMT5EncoderModel: missing {lost}"):
         open_text_encoder(folder, checkpoint / "tokenizer")
 
 
 def test_a_folder_with_a_misshapen_tensor_is_refused(folder: Path, checkpoint: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "d_ff": 48}))
-    with pytest.raises(WanExportError, match=r"misshapen encoder\.block\.0.layer\.1\."):
+    with pytest.raises(BundleError, match=r"misshapen encoder\.block\.0.layer\.1\."):
         open_text_encoder(folder, checkpoint / "tokenizer")
 
 
@@ -255,16 +261,16 @@ def test_a_damaged_folder_is_refused_in_one_line(
     file.unlink()
     if content is not None:
         file.write_text(content)
-    with pytest.raises(WanExportError, match=f"{message}.*: download it again$") as bad:
+    with pytest.raises(BundleError, match=f"{message}.*: download it again$") as bad:
         open_text_encoder(folder, checkpoint / "tokenizer")
     assert "\n" not in str(bad.value)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(WanExportError, match=r"has no tokenizer.json: expected .*google/umt5-xxl/"):
+    with pytest.raises(BundleError, match=r"has no tokenizer.json: expected .*google/umt5-xxl/"):
         open_text_encoder(checkpoint / "encoder.pth", tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(WanExportError, match=r"tokenizer\.json is damaged") as refused:
+    with pytest.raises(BundleError, match=r"tokenizer\.json is damaged") as refused:
         open_text_encoder(checkpoint / "encoder.pth", tmp_path)
     assert "\n" not in str(refused.value)
 
@@ -273,7 +279,7 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_refused(checkpoint: Path, tmp_pat
     def shrink(tensors: dict[str, Tensor]) -> None:
         tensors["token_embedding.weight"] = tensors["token_embedding.weight"][:20].clone()
 
-    with pytest.raises(WanExportError, match=r"knows \d\d tokens, the text encoder .* 20: take"):
+    with pytest.raises(BundleError, match=r"knows \d\d tokens, the text encoder .* 20: take"):
         open_text_encoder(write_with(tmp_path, shrink), checkpoint / "tokenizer")
 
 
@@ -281,12 +287,12 @@ def test_a_prompt_without_a_token_is_refused(checkpoint: Path, tmp_path: Path) -
     saved = json.loads((checkpoint / "tokenizer" / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps({**saved, "post_processor": None}))
     opened = open_text_encoder(checkpoint / "encoder.pth", tmp_path)
-    with pytest.raises(WanExportError, match="makes no token of the prompt ''"):
+    with pytest.raises(BadRequest, match="makes no token of the prompt ''"):
         opened([PROMPT, ""])
 
 
 def test_another_dtype_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(WanExportError, match="is bf16 or fp32, got 'fp16'"):
+    with pytest.raises(BadRequest, match="is bf16 or fp32, got 'fp16'"):
         open_text_encoder(checkpoint / "encoder.pth", checkpoint / "tokenizer", dtype="fp16")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from wanexport.runtime.bundle import regular_file
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BundleError, WanExportError
 from wanexport.runtime.parts import torch_checkpoint
 from wanexport.runtime.parts.torch_checkpoint import (
     load_converted,
@@ -79,7 +79,7 @@ def test_what_is_no_state_dict_is_refused_in_one_line(
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(WanExportError, match=message) as refused:
+    with pytest.raises(BundleError, match=message) as refused:
         read_state_dict(path)
     assert "\n" not in str(refused.value)
 
@@ -98,7 +98,7 @@ def test_a_packed_file_is_not_unpacked(tmp_path: Path) -> None:
     with ZipFile(tmp_path / "model.pth") as stored, ZipFile(tmp_path / "x", "w") as packed:
         for record in stored.infolist():
             packed.writestr(record.filename, stored.read(record), ZIP_DEFLATED)
-    with pytest.raises(WanExportError, match=r"no file of torch\.save"):
+    with pytest.raises(BundleError, match=r"no file of torch\.save"):
         read_state_dict(tmp_path / "x")
 
 
@@ -121,7 +121,7 @@ def test_a_file_cut_short_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     torch.save({"weight": torch.zeros(10000)}, path)
     path.write_bytes(path.read_bytes()[:20000])
-    with pytest.raises(WanExportError, match="cut short: download it again") as refused:
+    with pytest.raises(BundleError, match="cut short: download it again") as refused:
         read_state_dict(path)
     assert "\n" not in str(refused.value)
 
@@ -132,7 +132,7 @@ def test_code_in_a_file_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     torch.load(tmp_path / "model.pth", weights_only=False)
     assert Path("ran").exists()
     Path("ran").unlink()
-    with pytest.raises(WanExportError, match="could run code") as refused:
+    with pytest.raises(BundleError, match="could run code") as refused:
         read_state_dict(tmp_path / "model.pth")
     assert not Path("ran").exists()
     assert "\n" not in str(refused.value)
@@ -142,9 +142,9 @@ def test_every_tensor_must_fit_the_model() -> None:
     tensors = {"weight": torch.ones(3, 2), "biased": torch.ones(2)}
     message = "model.pth does not fit Linear: missing bias; unexpected biased; "
     message += r"weight is \[3, 2\], expected \[2, 3\]: download"
-    with pytest.raises(WanExportError, match=message):
+    with pytest.raises(BundleError, match=message):
         load_converted(meta_linear(), tensors, Path("model.pth"))
-    with pytest.raises(WanExportError, match=r"bias is torch.int64, expected float32"):
+    with pytest.raises(BundleError, match=r"bias is torch.int64, expected float32"):
         load_converted(
             meta_linear(), {**TENSORS, "bias": torch.ones(2, dtype=torch.int64)}, Path("model.pth")
         )
@@ -152,7 +152,7 @@ def test_every_tensor_must_fit_the_model() -> None:
 
 def test_of_many_tensors_that_do_not_fit_four_are_named() -> None:
     tensors = {**TENSORS, **{f"extra{i}": torch.ones(1) for i in range(9)}}
-    with pytest.raises(WanExportError) as refused:
+    with pytest.raises(BundleError) as refused:
         load_converted(meta_linear(), tensors, Path("model.pth"))
     assert len(re.findall("unexpected", str(refused.value))) == 4
     assert "and 5 more" in str(refused.value)
@@ -166,5 +166,5 @@ def test_of_a_long_complaint_of_transformers_the_first_line_is_told(tmp_path: Pa
 
     (tmp_path / "config.json").write_text("{}")
     message = r"cannot read .* \(no shard 2\): download it again$"
-    with pytest.raises(WanExportError, match=message):
+    with pytest.raises(BundleError, match=message):
         load_pretrained(Complaining, tmp_path, torch.float32)

@@ -28,10 +28,16 @@ from tests.oracles.official_vae import (
     video,
     weights,
 )
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import (
+    BadRequest,
+    BundleError,
+    EngineFailure,
+    WanExportError,
+    WanExportWarning,
+)
 from wanexport.runtime.parts import vae as vae_module
-from wanexport.runtime.parts.key_tables import config_of, diffusers_name
 from wanexport.runtime.parts.vae import Vae, needed_bytes, open_vae
+from wanexport.runtime.parts.vae_keys import config_of, diffusers_name
 from wanexport.runtime.parts.vae_tiling import run_tiled
 
 VERSIONS = ("Wan2.1", "Wan2.2")
@@ -148,7 +154,7 @@ def test_a_closed_vae_is_freed(vae: Vae) -> None:
     vae.close()
     vae.close()
     assert model() is None
-    with pytest.raises(WanExportError, match="the VAE is closed: open it again"):
+    with pytest.raises(EngineFailure, match="the VAE is closed: open it again"):
         vae.encode(video(1))
 
 
@@ -219,7 +225,7 @@ def test_a_shape_stays_as_it_was_decided(vae: Vae, monkeypatch: pytest.MonkeyPat
     vae.decode(wide)
     assert not vae.tiled
     monkeypatch.setattr(vae, "_decode", Gpu(vae, height=1))
-    with pytest.raises(WanExportError, match="the GPU's memory does not suffice"):
+    with pytest.raises(EngineFailure, match="the GPU's memory does not suffice"):
         vae.decode(wide)
 
 
@@ -265,7 +271,7 @@ def test_a_gpu_without_memory_is_one_line(
 ) -> None:
     vae.tiling = tiling
     monkeypatch.setattr(vae, "_decode", Gpu(vae, height))
-    with pytest.raises(WanExportError, match=r"the GPU's memory .* decode 320x16, with .* GB free"):
+    with pytest.raises(EngineFailure, match=r"the GPU's memory .* decode 320x16, with .* GB free"):
         vae.decode(HIGH)
 
 
@@ -276,7 +282,7 @@ def test_a_gpu_that_does_not_hold_the_vae_is_one_line(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(AutoencoderKLWan, "to", refuse)
-    with pytest.raises(WanExportError, match=r"GB free, which do not hold the VAE: free some"):
+    with pytest.raises(EngineFailure, match=r"GB free, which do not hold the VAE: free some"):
         open_vae(files["Wan2.1"])
 
 
@@ -286,7 +292,7 @@ def test_what_can_never_fit_is_refused(
 ) -> None:
     vae.tiling = tiling
     monkeypatch.setattr(vae_module, "limit_bytes", lambda: 2 * 10**7)
-    with pytest.raises(WanExportError, match=r"decode 320x16 needs 0\.1 GB of memory, of 0\.0 GB"):
+    with pytest.raises(EngineFailure, match=r"decode 320x16 needs 0\.1 GB of memory, of 0\.0 GB"):
         vae.decode(HIGH)
 
 
@@ -311,12 +317,12 @@ def test_what_is_no_latent_is_refused(vae: Vae, value: Any, message: str) -> Non
     [(3, 4, 16, 16), (3, 0, 16, 16), (3, 1, 12, 16), (3, 1, 16, 0), (1, 1, 16, 16), (3, 16, 16)],
 )
 def test_what_is_no_video_is_refused(vae: Vae, shape: tuple[int, ...]) -> None:
-    with pytest.raises(WanExportError, match=r"expected \[3, F, H, W\], F of 4k\+1"):
+    with pytest.raises(BadRequest, match=r"expected \[3, F, H, W\], F of 4k\+1"):
         vae.encode(np.zeros(shape, np.float32))
 
 
 def test_a_video_with_nan_is_refused(vae: Vae) -> None:
-    with pytest.raises(WanExportError, match="cannot encode 768 values that are NaN or Inf"):
+    with pytest.raises(BadRequest, match="cannot encode 768 values that are NaN or Inf"):
         vae.encode(np.full((3, 1, 16, 16), np.inf, np.float32))
 
 
@@ -337,7 +343,7 @@ def test_another_models_file_is_refused(
     state = {**torch.load(files["Wan2.1"], weights_only=True), **changes}
     path = tmp_path / "VAE.pth"
     torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, path)
-    with pytest.raises(WanExportError, match=message) as raised:
+    with pytest.raises(BundleError, match=message) as raised:
         open_vae(path)
     assert str(path) in str(raised.value)
 
@@ -345,7 +351,7 @@ def test_another_models_file_is_refused(
 def test_a_cut_or_missing_file_is_one_line(files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes(files["Wan2.1"].read_bytes()[:5000])
     for name in ("cut.pth", "none.pth"):
-        with pytest.raises(WanExportError, match=name) as raised:
+        with pytest.raises(BundleError, match=name) as raised:
             open_vae(tmp_path / name)
         assert "\n" not in str(raised.value)
 
@@ -401,7 +407,7 @@ def test_a_damaged_folder_is_one_line(
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # to caplog
     copy = Path(shutil.copytree(folder, tmp_path / "vae"))
     damage(copy)
-    with pytest.raises(WanExportError, match=message) as raised:
+    with pytest.raises(BundleError, match=message) as raised:
         open_vae(copy)
     assert "\n" not in str(raised.value)
     assert not caplog.records

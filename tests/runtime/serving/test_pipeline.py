@@ -29,6 +29,7 @@ from tests.test_imports import WITHOUT_TORCH
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Denoiser, Step, WanExportError, load, sample
 from wanexport.runtime.engines.aoti import to_device
+from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.family import negative_prompt
 from wanexport.runtime.parts import open as parts_module
 from wanexport.runtime.parts.find import ComponentFiles
@@ -369,17 +370,20 @@ def poison(latent: np.ndarray) -> None:
 
 
 BAD_REQUESTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "solver": ({"solver": "heun"}, WanExportError, "unknown solver"),
-    "steps": ({"steps": 0}, WanExportError, "steps must be"),
-    "seed": ({"seed": -1}, WanExportError, "seed is -1: expected a whole number"),
-    "no number": ({"seed": "one"}, WanExportError, "seed is 'one'"),
-    "truth": ({"seed": True}, WanExportError, "seed is True"),
-    "negative": ({"negative": 7}, WanExportError, "negative is 7: expected text"),
-    "image": ({"image": Path("cat.png")}, WanExportError, "takes no image"),
-    "array": ({"image": np.zeros(3)}, WanExportError, "expected a path"),
-    "empty image": ({"image": ""}, WanExportError, "image is empty: name one, or leave it out"),
-    "blank image": ({"last_image": " "}, WanExportError, "last_image is empty"),
-    "sigmas": ({"steps": None, "timesteps": [1, 0.5]}, WanExportError, "as timesteps: 1000,500$"),
+    "solver": ({"solver": "heun"}, BadRequest, "unknown solver"),
+    "steps": ({"steps": 0}, BadRequest, "steps must be"),
+    "seed": ({"seed": -1}, BadRequest, "seed is -1: expected a whole number"),
+    "no number": ({"seed": "one"}, BadRequest, "seed is 'one'"),
+    "truth": ({"seed": True}, BadRequest, "seed is True"),
+    "negative": ({"negative": 7}, BadRequest, "negative is 7: expected text"),
+    "image": ({"image": Path("cat.png")}, BadRequest, "takes no image"),
+    "no image": ({"image": b"none"}, BadRequest, "takes no image"),
+    "weights": ({"weights": 7}, BadRequest, "weights is 7: expected text"),
+    "empty weights": ({"weights": ""}, BadRequest, "weights is empty"),
+    "other weights": ({"weights": "style"}, BadRequest, "leave 'style' out"),
+    "empty image": ({"image": ""}, BadRequest, "image is empty: name one, or leave it out"),
+    "blank image": ({"last_image": " "}, BadRequest, "last_image is empty"),
+    "sigmas": ({"steps": None, "timesteps": [1, 0.5]}, BadRequest, "as timesteps: 1000,500$"),
     "callback": ({"on_step": boom}, RuntimeError, "boom"),
     "NaN": ({"on_step": lambda s, _: poison(s.latent)}, WanExportError, "NaN or Inf"),
 }
@@ -657,7 +661,7 @@ def test_a_callback_that_waits_for_a_job_of_its_own_pipeline_is_refused(
         submitted.append(pipeline.submit("two", steps=1))
         submitted[0].result()
 
-    with pytest.raises(WanExportError, match=r"^on_step cannot wait .*: use submit$"):
+    with pytest.raises(WanExportError, match=r"^a callback cannot wait .*: use submit$"):
         pipeline.submit("one", steps=1, on_step=wait).result(SECONDS)
     assert submitted[0].result(SECONDS).prompt == "two"
 
@@ -1124,7 +1128,7 @@ def test_a_request_may_run_while_another_thread_imports_torch(tmp_path: Path) ->
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
     )
     assert child.returncode == 0, child.stderr
 

@@ -1,0 +1,51 @@
+"""The device that an engine runs on: its name, and what PyTorch raises there in one line."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanexport.runtime.errors import EngineFailure
+
+
+def gpu_or_cpu(device: str) -> torch.device:
+    """The device of a name, `cpu`, `cuda` (the current GPU) or `cuda:1`.
+
+    Raises EngineFailure when it is not there.
+    """
+    if device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise EngineFailure("there is no CUDA device here; choose --device cpu")
+    index = torch.device(device).index
+    count = torch.cuda.device_count()
+    if index is not None and index >= count:
+        raise EngineFailure(f"there is no {device} here: expected cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+
+
+def to_device(value: Any, device: torch.device) -> Tensor:
+    """An fp32 tensor on the device, contiguous; the host does not wait for the copy."""
+    tensor = value if isinstance(value, Tensor) else torch.from_numpy(value)
+    return tensor.detach().to(device, torch.float32, non_blocking=True).contiguous()
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Run on a device; what PyTorch raises there becomes an EngineFailure of one line."""
+    try:
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                yield
+        else:
+            yield
+    except RuntimeError as error:  # a package does not say of what kind
+        reason = " ".join(str(error).split())[:160]
+        likely = "" if re.search("out ?of ?memory", reason, re.IGNORECASE) else " most likely"
+        raise EngineFailure(
+            f"the engine failed on {device} ({reason}), for want of memory{likely}: close what "
+            f"else uses it, or build an engine of a smaller --resolution or fewer --frames"
+        ) from error
