@@ -29,9 +29,9 @@ class Arm(NamedTuple):
     compiles: str | None = None
 
     @property
-    def code(self) -> str | None:
+    def code(self) -> str:
         """What arms that differ by kernel or compiler alone have in common."""
-        return self.backend or self.peer
+        return self.backend or self.peer or ""
 
 
 ARMS = {  # in the order in which they are measured while the budget lasts

@@ -27,7 +27,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Added = Callable[[_Command], _Command]
 
 
-class Device(click.ParamType):
+class Device(click.ParamType[str]):
     """A device by PyTorch's name."""
 
     name = "device"

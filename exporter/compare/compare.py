@@ -41,7 +41,7 @@ from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manif
 from wanexport.runtime.engines.choose import Choice, choose_engine
 from wanexport.runtime.engines.engine import EngineKeywords, EngineOptions
 from wanexport.runtime.errors import BadRequest, refuse_empty
-from wanexport.runtime.load import open_engine, weights_files
+from wanexport.runtime.load import find_weights, open_engine
 from wanexport.runtime.machine.memory import peak_rss
 
 
@@ -145,7 +145,7 @@ def _compare(
         "warning": None,
     }
     if kept is not None:
-        files = weights_files(bundle, manifest, choice.record, options.weights)
+        files = find_weights(bundle, choice.record, options.weights, manifest).files
         result["polygraphy"] = save_calls(
             saved, kept, bundle, engine.denoiser, files, result["reference"]
         )

@@ -17,7 +17,7 @@ from wanexport.runtime.bundle.manifest import EngineRecord, Manifest
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import BadRequest, needing_extra
-from wanexport.runtime.load import weights_files
+from wanexport.runtime.load import find_weights
 from wanexport.runtime.machine.memory import free_bytes
 from wanexport.runtime.wan_config import WanConfig
 
@@ -120,7 +120,7 @@ def tensors_of_bundle(
     altered or is none of the engine's layout.
     """
     names = {name: name for name in parameter_shapes(manifest.config)}
-    files = weights_files(bundle, manifest, record, weights)
+    files = find_weights(bundle, record, weights, manifest).files
     own = {bundle / known.file.path: known.file for known in manifest.weights.values()}
     for file in files.values():
         if file.path in own:

@@ -17,11 +17,11 @@ from wanexport.exporter.compare.rows import ComparedCall
 from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.bundle.durable import write_durably
 from wanexport.runtime.bundle.manifest import EngineRecord
+from wanexport.runtime.bundle.path import WEIGHTS_FILE
 from wanexport.runtime.bundle.pinned_file import PinnedFile
-from wanexport.runtime.denoiser import Denoiser, pad_text
+from wanexport.runtime.denoiser import Denoiser, pad_rows
 from wanexport.runtime.engines.tensorrt import plan_role
 from wanexport.runtime.errors import BadRequest, needing_package
-from wanexport.runtime.load import WEIGHTS_FILE
 from wanexport.runtime.program import Input
 
 
@@ -125,7 +125,7 @@ def feed(inputs: Mapping[str, Any], specs: Mapping[str, Input]) -> dict[str, np.
     fed = {}
     for name, spec in specs.items():
         array = to_numpy(inputs[name])
-        array = pad_text(array, spec.shape) if spec.draw == "rows" else array
+        array = pad_rows(array, spec.shape, name=name) if spec.draw == "rows" else array
         fed[name] = np.ascontiguousarray(np.broadcast_to(array, spec.shape))
     return fed
 

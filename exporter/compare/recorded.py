@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from wanexport.runtime.bundle.tensorfile import load_arrays, read_header
-from wanexport.runtime.denoiser import pad_text
+from wanexport.runtime.denoiser import pad_rows
 from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.program import Input, TensorSpec
 
@@ -69,7 +69,7 @@ def read_calls(path: Path, inputs: Mapping[str, Input]) -> list[dict[str, np.nda
     arrays = load_arrays(path)
     for name in inputs.keys() & arrays.keys():
         if inputs[name].draw == "rows":
-            arrays[name] = pad_text(arrays[name], inputs[name].shape)
+            arrays[name] = pad_rows(arrays[name], inputs[name].shape, name=name)
     number = len(arrays[_LATENT]) if arrays[_LATENT].ndim else 0
     problems = [] if number else ["no call"]
     problems += [f"{name} missing" for name in inputs if name not in arrays]

@@ -21,6 +21,7 @@ from wanexport.exporter.reference.parity import (
     relative_l2,
 )
 from wanexport.runtime.sample import make_plan, sample, set_first_frame
+from wanexport.runtime.settings import Settings
 
 Row = dict[str, Any]
 
@@ -197,7 +198,7 @@ def _solver_errors(engine: Recorder, run: Run, given: Loop) -> list[float]:
     if len(run.latents) < given.steps or not np.isfinite(run.latents[-1]).all():
         return []
     defaults, first = engine.sampling, given.inputs.get("first_frame")
-    plan = make_plan(defaults, steps=given.steps)
+    plan = make_plan(defaults, Settings(steps=given.steps))
     velocities = [_guided(step, g) for step, g in zip(run.steps, plan.guidance, strict=True)]
     exact = exact_latents(
         defaults.solver,

@@ -28,6 +28,7 @@ from wanexport.runtime.parts.find import PARTS, find_components, origin_note
 from wanexport.runtime.parts.pictures import fit_images
 from wanexport.runtime.sample import Step, make_plan, sample, seeded_noise
 from wanexport.runtime.serving.generator import check_step
+from wanexport.runtime.settings import Settings
 
 if TYPE_CHECKING:
     from wanexport.runtime.serving.request import Generation
@@ -133,12 +134,11 @@ def _from_text(
     text = _file_facts(request.text_file)  # it may be another when the sampling ends
     inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, request.seed))
     inputs = {name: denoiser.array(value) for name, value in inputs.items()}
-    settings = asdict(request.settings)
-    plan = make_plan(denoiser.sampling, **settings)
+    plan = make_plan(denoiser.sampling, request.settings)
     decode, facts = _open_vae(request, denoiser, tell) if request.makes_video else (None, {})
     load_seconds = time.monotonic() - started
     show("sampling", 0, len(plan))
-    latent, pace = _sample(denoiser, inputs, settings, len(plan), steps)
+    latent, pace = _sample(denoiser, inputs, request.settings, len(plan), steps)
     return RunResult(
         denoiser=denoiser,
         latent=to_numpy(latent),
@@ -169,13 +169,13 @@ def _open_vae(
 def _sample(
     denoiser: Denoiser,
     inputs: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    settings: Settings,
     number: int,
     on_step: Callable[[Step, int], None],
 ) -> tuple[Any, float]:
     """Return the final latent and the seconds per step."""
     started = time.monotonic()
-    for step in sample(denoiser, **inputs, **settings):
+    for step in sample(denoiser, **inputs, **asdict(settings)):
         check_step(step, denoiser.record.name)
         on_step(step, number)
     return step.latent, (time.monotonic() - started) / number
@@ -187,7 +187,7 @@ def _from_prompt(
     from wanexport.runtime.serving.pipeline import Pipeline
 
     assert request.prompt is not None
-    settings, started = asdict(request.settings), time.monotonic()
+    started = time.monotonic()
     with Pipeline(
         request.bundle, model=request.model, keep_text_encoder=False, **request.engine.given()
     ) as pipeline:
@@ -202,7 +202,7 @@ def _from_prompt(
             seed=request.seed,
             decode=request.makes_video,
             on_step=steps,
-            **settings,
+            **asdict(request.settings),
         )
     for note in made.notes:
         if note not in told:
@@ -221,7 +221,7 @@ def _prepare(
     request: RunRequest, denoiser: Denoiser, show: Show, tell: Callable[[str], None]
 ) -> tuple[list[str], dict[str, Any]]:
     """Refuse what cannot work before a part is downloaded; the notes told, and facts."""
-    plan = make_plan(denoiser.sampling, **asdict(request.settings))
+    plan = make_plan(denoiser.sampling, request.settings)
     if request.negative is not None and all(scale == 1 for scale in plan.guidance):
         tell("--negative changes nothing here: guidance is 1 in every step")
     given = {"image": request.image, "last_image": request.last_image}
