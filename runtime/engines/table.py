@@ -17,7 +17,7 @@ class Backend(Protocol):
         """Which options of how to open an engine it takes; any other is refused."""
 
     def import_library(self, backend: str) -> None:
-        """Import what runs the engines, ahead of opening one. Raises BundleError when it is missing."""
+        """Import what runs the engines. Raises BundleError when it is missing."""
 
     def refusal(
         self, record: EngineRecord, device: str, options: EngineOptions, rebuild: str
