@@ -20,8 +20,11 @@ from wanexport.runtime.bundle.tensorfile import TensorEntry, read_header, read_m
 from wanexport.runtime.dtypes import DTYPES, PRECISIONS
 from wanexport.runtime.errors import BadRequest, WanExportWarning, printable
 from wanexport.runtime.parts.key_tables import key_table, required
+from wanexport.runtime.plain_wan import family_name
 from wanexport.runtime.wan_config import WanConfig
 
+# What one expert of an A14B is taken for: each has the tensors of a model that is one.
+_OF_ONE_EXPERT = ("t2v", "i2v-a14b")
 STORED_DTYPES = tuple(DTYPES[name].stored for name in PRECISIONS)
 
 _ROWS = {  # diffusers name -> official name
@@ -105,7 +108,8 @@ def _open(path: Path) -> Checkpoint:
     index = read_index(path) if path.is_dir() else {}
     boundary = boundary_of(index, path)
     parts = find_parts(path, index)
-    found = {expert: _open_model(part, expert) for expert, part in parts.items()}
+    experts = len([expert for expert in parts if expert])
+    found = {expert: _open_model(part, expert, experts) for expert, part in parts.items()}
     configs = {config for config, _, _ in found.values()}
     if len(configs) > 1:
         raise BadRequest(
@@ -120,7 +124,7 @@ def _open(path: Path) -> Checkpoint:
             stacklevel=2,
         )
     alone = ""
-    if len(parts) == 1 and not config.image_tokens and not config.per_frame_timestep:
+    if len(parts) == 1 and config.family in _OF_ONE_EXPERT:
         ((_, _, tensors),) = found.values()
         alone = why_alone(path, {tensor.file for tensor in tensors.values()})
     return Checkpoint(
@@ -133,7 +137,9 @@ def _open(path: Path) -> Checkpoint:
     )
 
 
-def _open_model(path: Path, expert: str) -> tuple[WanConfig, str, dict[str, SourceTensor]]:
+def _open_model(
+    path: Path, expert: str, experts: int
+) -> tuple[WanConfig, str, dict[str, SourceTensor]]:
     tensors: dict[str, SourceTensor] = {}
     entries: dict[str, TensorEntry] = {}  # by the names that the files have
     files, listed = weight_files(path)
@@ -156,7 +162,7 @@ def _open_model(path: Path, expert: str) -> tuple[WanConfig, str, dict[str, Sour
     config_file = files[0].parent / "config.json"
     owned = any(file.name.startswith("diffusion_pytorch_model") for file in files)
     stated = read_config(config_file, owned=owned)
-    config = recognise(tensors, stated, path, config_file)
+    config = recognise(tensors, stated, path, config_file, experts=experts)
     check_config(stated, config, config_file)
     _check_tensors(tensors, config, path)
     return config, layout, tensors
@@ -181,10 +187,16 @@ def _read_file(file: Path, expert: str) -> dict[str, TensorEntry]:
 
 
 def recognise(
-    tensors: Mapping[str, SourceTensor], stated: Mapping[str, Any], path: Path, config_file: Path
+    tensors: Mapping[str, SourceTensor],
+    stated: Mapping[str, Any],
+    path: Path,
+    config_file: Path,
+    *,
+    experts: int,
 ) -> WanConfig:
     """The config that follows from the tensors; config.json adds only heads, text_len and eps.
 
+    experts is how many the model has, 0 for a model that is one.
     Raises BadRequest when a tensor that decides the config is missing.
     """
     what = f"{printable(path)} is no Wan diffusion transformer"
@@ -208,6 +220,7 @@ def recognise(
     if "img_emb.proj.0.weight" in tensors:
         image_tokens = 514 if "img_emb.emb_pos" in tensors else 257
     return WanConfig(
+        family=family_name(in_channels - out_channels, out_channels, image_tokens, experts),
         dim=dim,
         ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
         num_heads=heads,
