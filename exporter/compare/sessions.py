@@ -14,10 +14,7 @@ Velocity = Callable[..., np.ndarray]  # of inputs by name
 
 
 class Sessions(Protocol):
-    """What a denoiser offers to a loop: calls by themselves, and sessions of calls."""
-
-    def __call__(self, **inputs: Any) -> np.ndarray:
-        """The velocity of one call by itself."""
+    """What a denoiser offers to a loop."""
 
     def session(self, **constant: Any) -> Velocity:
         """Calls that share these inputs, and whatever the model keeps between them."""
@@ -28,7 +25,7 @@ class Call:
     """What a denoiser was given, and its velocity.
 
     `session` is the number of its session, which was opened with the constant inputs; None for a
-    call by itself.
+    call that has a session of its own.
     """
 
     given: Inputs
@@ -52,9 +49,8 @@ class Recorder:
         self._sessions = 0
 
     def __call__(self, **inputs: Any) -> np.ndarray:
-        """Call the denoiser outside any session."""
-        velocity = self._timed(self.denoiser, inputs)
-        return self._kept(Call(inputs, velocity))
+        """Call the denoiser in a session of this call alone."""
+        return self.session()(**inputs)
 
     def session(self, **constant: Any) -> Velocity:
         """Open a session of the denoiser, whose calls have its number."""
@@ -96,7 +92,7 @@ class Replay:
     def __call__(self, call: Call) -> np.ndarray:
         """The velocity for what a call was given."""
         if call.session is None:
-            return self.denoiser(**call.inputs)
+            return self.denoiser.session()(**call.inputs)
         if call.session not in self._sessions:
             self._sessions[call.session] = self.denoiser.session(**call.constant)
         return self._sessions[call.session](**call.given)
