@@ -13,6 +13,7 @@ from wanexport.exporter.lint.archive import lint_program_file
 from wanexport.exporter.lint.onnx_expansion import check_expansion
 from wanexport.exporter.lint.program import Finding, count
 from wanexport.exporter.lint.tensorrt import KIND, lint_tensorrt
+from wanexport.graphs.signature import attention_count
 from wanexport.runtime.bundle.check import check_content
 from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
 from wanexport.runtime.bundle.regular_file import read_regular
@@ -83,14 +84,13 @@ def _lint_engine(
     graphs = {role: f for role, f in engine.files.items() if f.path.lower().endswith(_GRAPH)}
     if not graphs:
         yield engine.name, {"counts": dict(engine.lint), "findings": [], "recorded": True}
-    program = engine.program
-    expected = sum(kind.count for kind in program.attention.values())
+    is_whole = len(engine.program.calls) == 1  # the Program does not say which call has which
+    expected = attention_count(engine.program) if is_whole else None
     for role, record in graphs.items():
         file = check_content(bundle, record)
         if file.identity.size > _MOST_BYTES:
             raise BundleError(f"{file.path} is larger than a graph without weights is")
-        is_whole = len(program.calls) == 1  # the Program does not say which call has which
-        findings = _lint(file.path, file.read(), target, expected if is_whole else None)
+        findings = _lint(file.path, file.read(), target, expected)
         name = engine.name if len(graphs) == 1 else f"{engine.name} {role}"
         yield name, _graph(findings, target)
 
