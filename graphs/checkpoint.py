@@ -6,7 +6,7 @@ fp32, bf16 or fp16. One key table maps diffusers' names to the official ones.
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,12 +209,7 @@ def recognise(
             f"{printable(path)} is of Wan-Fun-Control (48 channels in, 16 out), which is not read "
             f"yet: take a plain Wan: T2V, I2V, FLF2V, TI2V or an A14B"
         )
-    matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors)
-    blocks = {int(match[1]) for match in matches if match}
-    if blocks != set(range(len(blocks))):
-        raise BadRequest(
-            f"{printable(path)} has blocks up to {max(blocks)}, but not all: download again"
-        )
+    num_layers = _count_blocks(tensors, path)
     heads, text_len, eps = settings(stated, dim, config_file)
     image_tokens = 0
     if "img_emb.proj.0.weight" in tensors:
@@ -224,7 +219,7 @@ def recognise(
         dim=dim,
         ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
         num_heads=heads,
-        num_layers=len(blocks),
+        num_layers=num_layers,
         in_channels=in_channels,
         out_channels=out_channels,
         image_tokens=image_tokens,
@@ -233,6 +228,17 @@ def recognise(
         freq_dim=shape("time_embedding.0.weight", 2)[1],
         eps=eps,
     )
+
+
+def _count_blocks(names: Iterable[str], path: Path) -> int:
+    """How many blocks the tensors are of. Raises BadRequest when one of them is not there."""
+    matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in names)
+    blocks = {int(match[1]) for match in matches if match}
+    if blocks != set(range(len(blocks))):
+        raise BadRequest(
+            f"{printable(path)} has blocks up to {max(blocks)}, but not all: download again"
+        )
+    return len(blocks)
 
 
 def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path: Path) -> None:

@@ -7,9 +7,9 @@ Prints for each commit, and for the working tree, from the syntax tree:
 branches   where code outside the backends' rooms does one thing for one backend and another for
            another: a comparison or another condition with a backend's name, a choice between names,
            a case, a table with names as keys, and an entry of a table by its name. A name is what
-           `BACKEND` lists, or one of the collections in `COLLECTIONS`.
+           `BACKENDS` lists, or one of the collections in `COLLECTIONS`. The table of what each
+           backend's engines record is data, and does not count
 lookups    a variable's entry in one of these collections: no branch, but a tie to the backends
-           The table of what each backend's engines record is data, and does not count
 inputs     files that name three inputs of the model or more together, by hand: in a signature, a
            call's keywords, a literal, the fields of a class, or as texts in one function; beside
            the definition of plain Wan, in its graph and its Program
