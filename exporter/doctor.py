@@ -70,7 +70,9 @@ def doctor() -> dict[str, Any]:
     machine = _machine()
     wanted = _TASKS | (_GPU_TASKS if machine["gpus"] else {})
     tasks = {name: _task(libraries, {"", *extras}) for name, extras in wanted.items()}
-    plans = {f"{kind.title} engines": _tensorrt(name) for name, kind in FLAVOURS.items()}
+    plans = {
+        f"{kind.title} engines": _tensorrt(name, kind.install) for name, kind in FLAVOURS.items()
+    }
     extras = {library.extra for library in libraries}  # a task that needs nothing proves nothing
     running = [tasks[n] for n, needs in wanted.items() if n in _RUNNING and extras >= {*needs}]
     running += plans.values() if machine["gpus"] else []
@@ -141,7 +143,7 @@ def _task(libraries: Collection[Library], extras: Collection[str]) -> dict[str, 
     return {"usable": not faulty, "command": command}
 
 
-def _tensorrt(flavour: str) -> dict[str, Any]:
+def _tensorrt(flavour: str, install: str) -> dict[str, Any]:
     """Whether a flavour of TensorRT can be imported; what it finds there is no package of ours."""
     code = (
         "import sys; from wanexport.runtime.engines.tensorrt_library import import_tensorrt; "
@@ -150,7 +152,7 @@ def _tensorrt(flavour: str) -> dict[str, Any]:
     problem = _problem([sys.executable, "-P", "-c", code, flavour])
     return {
         "usable": not problem,
-        "command": FLAVOURS[flavour].install if problem else "",
+        "command": install if problem else "",
         "problem": problem,
     }
 

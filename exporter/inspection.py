@@ -16,8 +16,10 @@ from wanexport.runtime.errors import WanExportError
 def inspect(bundle: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """Describe a bundle; `problems` says what is wrong with its files, nothing when it is empty.
 
-    Sizes, weights' headers and engines are checked, and with verify the hash of every file. What a
-    later version made is no problem while there is an engine beside it that can be used.
+    `sets` are the weights sets; `unread` are engines of a kind that only a later version knows, as
+    they were read. Sizes, weights' headers and engines are checked, and with verify the hash of
+    every file. What a later version made is no problem while there is an engine beside it that can
+    be used.
     Raises WanExportError when the folder is no bundle, or its manifest cannot be read.
     """
     bundle = Path(bundle)
@@ -25,13 +27,27 @@ def inspect(bundle: str | Path, *, verify: bool = False) -> dict[str, Any]:
     problems = list(_problems(bundle, manifest, verify))
     return {
         "bundle": str(bundle),
+        "family": manifest.config.family,
         **asdict(manifest),
+        "sets": _sets(manifest),
         "parameters": None if problems else _parameters(bundle, manifest),
         "bytes": sum(file.size for file in manifest.files()),
         "engines": [_describe(bundle, manifest, engine) for engine in manifest.engines],
         "verified": verify,
         "problems": problems,
     }
+
+
+def _sets(manifest: Manifest) -> list[dict[str, Any]]:
+    """The weights sets, each in one layout: its files by expert, and the engines that read them."""
+    sets: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for label, record in manifest.weights.items():
+        names = {"name": record.name, "role": record.role, "dtype": record.dtype}
+        key = (record.name, record.role, record.layout)
+        engines = [e.name for e in manifest.engines if e.layout == record.layout]
+        described = {**names, "layout": record.layout, "experts": {}, "engines": engines}
+        sets.setdefault(key, described)["experts"][record.expert] = label
+    return list(sets.values())
 
 
 def _describe(bundle: Path, manifest: Manifest, engine: EngineRecord) -> dict[str, Any]:
@@ -54,21 +70,28 @@ def _parameters(bundle: Path, manifest: Manifest) -> int:
 
 
 def _problems(bundle: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
-    for record in manifest.weights.values():
-        try:
-            check_weights(bundle, record)
-            if verify:
-                check_content(bundle, record.file)
-        except WanExportError as error:
-            yield str(error)
     reasons = [why_unusable(bundle, manifest, engine) for engine in manifest.engines]
     for engine, reason in zip(manifest.engines, reasons):
         if reason and (all(reasons) or not engine.unfamiliar):
             yield reason
-        for file in engine.files.values():
-            try:
-                check_content(bundle, file)
-            except WanExportError as error:
-                yield str(error)
-    if not reasons:
+    if not reasons and manifest.unread:
+        yield (
+            f"{bundle} has engines of a later wanexport alone: install wanexport "
+            f"{manifest.wanexport}, or add one with wanexport build -o {bundle}"
+        )
+    elif not reasons:
         yield f"{bundle} has no engine: add one with wanexport build -o {bundle}"
+    yield from _file_problems(bundle, manifest, verify)
+
+
+def _file_problems(bundle: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
+    """What is wrong with files: engines are hashed, weights by request and each by its header."""
+    weights = {record.file.path: record for record in manifest.weights.values()}
+    for file in manifest.files():
+        try:
+            if file.path in weights:
+                check_weights(bundle, weights[file.path])
+            if verify or file.path not in weights:
+                check_content(bundle, file)
+        except WanExportError as error:
+            yield str(error)

@@ -6,7 +6,7 @@ fp32, bf16 or fp16. One key table maps diffusers' names to the official ones.
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from wanexport.runtime.bundle.tensorfile import TensorEntry, read_header, read_m
 from wanexport.runtime.dtypes import DTYPES, PRECISIONS
 from wanexport.runtime.errors import BadRequest, WanExportWarning, printable
 from wanexport.runtime.parts.key_tables import key_table, required
+from wanexport.runtime.plain_wan import family_name
 from wanexport.runtime.wan_config import WanConfig
 
+# What one expert of an A14B is taken for: each has the tensors of a model that is one.
+_OF_ONE_EXPERT = ("t2v", "i2v-a14b")
 STORED_DTYPES = tuple(DTYPES[name].stored for name in PRECISIONS)
 
 _ROWS = {  # diffusers name -> official name
@@ -105,7 +108,8 @@ def _open(path: Path) -> Checkpoint:
     index = read_index(path) if path.is_dir() else {}
     boundary = boundary_of(index, path)
     parts = find_parts(path, index)
-    found = {expert: _open_model(part, expert) for expert, part in parts.items()}
+    experts = len([expert for expert in parts if expert])
+    found = {expert: _open_model(part, expert, experts) for expert, part in parts.items()}
     configs = {config for config, _, _ in found.values()}
     if len(configs) > 1:
         raise BadRequest(
@@ -120,7 +124,7 @@ def _open(path: Path) -> Checkpoint:
             stacklevel=2,
         )
     alone = ""
-    if len(parts) == 1 and not config.image_tokens and not config.per_frame_timestep:
+    if len(parts) == 1 and config.family in _OF_ONE_EXPERT:
         ((_, _, tensors),) = found.values()
         alone = why_alone(path, {tensor.file for tensor in tensors.values()})
     return Checkpoint(
@@ -133,7 +137,9 @@ def _open(path: Path) -> Checkpoint:
     )
 
 
-def _open_model(path: Path, expert: str) -> tuple[WanConfig, str, dict[str, SourceTensor]]:
+def _open_model(
+    path: Path, expert: str, experts: int
+) -> tuple[WanConfig, str, dict[str, SourceTensor]]:
     tensors: dict[str, SourceTensor] = {}
     entries: dict[str, TensorEntry] = {}  # by the names that the files have
     files, listed = weight_files(path)
@@ -156,7 +162,7 @@ def _open_model(path: Path, expert: str) -> tuple[WanConfig, str, dict[str, Sour
     config_file = files[0].parent / "config.json"
     owned = any(file.name.startswith("diffusion_pytorch_model") for file in files)
     stated = read_config(config_file, owned=owned)
-    config = recognise(tensors, stated, path, config_file)
+    config = recognise(tensors, stated, path, config_file, experts=experts)
     check_config(stated, config, config_file)
     _check_tensors(tensors, config, path)
     return config, layout, tensors
@@ -181,10 +187,16 @@ def _read_file(file: Path, expert: str) -> dict[str, TensorEntry]:
 
 
 def recognise(
-    tensors: Mapping[str, SourceTensor], stated: Mapping[str, Any], path: Path, config_file: Path
+    tensors: Mapping[str, SourceTensor],
+    stated: Mapping[str, Any],
+    path: Path,
+    config_file: Path,
+    *,
+    experts: int,
 ) -> WanConfig:
     """The config that follows from the tensors; config.json adds only heads, text_len and eps.
 
+    experts is how many the model has, 0 for a model that is one.
     Raises BadRequest when a tensor that decides the config is missing.
     """
     what = f"{printable(path)} is no Wan diffusion transformer"
@@ -197,21 +209,17 @@ def recognise(
             f"{printable(path)} is of Wan-Fun-Control (48 channels in, 16 out), which is not read "
             f"yet: take a plain Wan: T2V, I2V, FLF2V, TI2V or an A14B"
         )
-    matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in tensors)
-    blocks = {int(match[1]) for match in matches if match}
-    if blocks != set(range(len(blocks))):
-        raise BadRequest(
-            f"{printable(path)} has blocks up to {max(blocks)}, but not all: download again"
-        )
+    num_layers = _count_blocks(tensors, path)
     heads, text_len, eps = settings(stated, dim, config_file)
     image_tokens = 0
     if "img_emb.proj.0.weight" in tensors:
         image_tokens = 514 if "img_emb.emb_pos" in tensors else 257
     return WanConfig(
+        family=family_name(in_channels - out_channels, out_channels, image_tokens, experts),
         dim=dim,
         ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
         num_heads=heads,
-        num_layers=len(blocks),
+        num_layers=num_layers,
         in_channels=in_channels,
         out_channels=out_channels,
         image_tokens=image_tokens,
@@ -220,6 +228,17 @@ def recognise(
         freq_dim=shape("time_embedding.0.weight", 2)[1],
         eps=eps,
     )
+
+
+def _count_blocks(names: Iterable[str], path: Path) -> int:
+    """How many blocks the tensors are of. Raises BadRequest when one of them is not there."""
+    matches = (re.match(r"blocks\.(\d{1,6})\.", name) for name in names)
+    blocks = {int(match[1]) for match in matches if match}
+    if blocks != set(range(len(blocks))):
+        raise BadRequest(
+            f"{printable(path)} has blocks up to {max(blocks)}, but not all: download again"
+        )
+    return len(blocks)
 
 
 def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path: Path) -> None:

@@ -1,6 +1,6 @@
 """The transformer block with its element-wise work in Triton kernels, for CUDA engines.
 
-Parameters, result and roundings are those of `model.Block`.
+Parameters, result and roundings are those of `wan.Block`.
 """
 
 from typing import cast
@@ -20,7 +20,7 @@ class FusedBlock(Block):
     """One block on x [R, n, dim] fp32: six kernels of ours beside the products and attention."""
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
-        table = self.modulation + cond.time
+        table = self.modulation + cond.modulation
         up, _, down = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(self.ffn))
         dtype = up.weight.dtype
         h = kernels.modulated_norm(x, table, _SCALE, _SHIFT, self.norm1.eps, dtype)
@@ -38,7 +38,7 @@ def _self_attention(layer: SelfAttention, h: Tensor, cond: Conditioning) -> Tens
     q, k, v = (_linear(linear, flat)[None] for linear in (layer.q, layer.k, layer.v))
     weights = layer.norm_q.weight, layer.norm_k.weight
     q, k = kernels.rms_norm_rope(q, k, *weights, cond.cos, cond.sin, layer.norm_q.eps)
-    out = attention(layer.heads(q), layer.heads(k), layer.heads(v))
+    out = attention(layer.heads(q), layer.heads(k), layer.heads(v), "self")
     return _linear(layer.o, out.view(flat.shape)).view(h.shape)
 
 
@@ -46,11 +46,12 @@ def _cross_attention(layer: CrossAttention, h: Tensor, cond: Conditioning) -> Te
     flat = h.flatten(0, 1)
     q = kernels.rms_norm(_linear(layer.q, flat), layer.norm_q.weight, layer.norm_q.eps)
     q = layer.heads(q)
-    k, v = layer.norm_k(layer.k(cond.text)), layer.v(cond.text)
-    out = attention(q, layer.heads(k).to(v.dtype), layer.heads(v))
-    if cond.image is not None:
-        k, v = layer.norm_k_img(layer.k_img(cond.image)), layer.v_img(cond.image)
-        image = attention(q, layer.heads(k).to(v.dtype), layer.heads(v))
+    k, v = layer.norm_k(layer.k(cond.context)), layer.v(cond.context)
+    out = attention(q, layer.heads(k).to(v.dtype), layer.heads(v), "text")
+    if cond.image_context is not None:
+        tokens = cond.image_context
+        k, v = layer.norm_k_img(layer.k_img(tokens)), layer.v_img(tokens)
+        image = attention(q, layer.heads(k).to(v.dtype), layer.heads(v), "image")
         out = (out.float() + image.float()).to(v.dtype)
     return _linear(layer.o, out.view(flat.shape)).view(h.shape)
 

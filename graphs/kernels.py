@@ -185,7 +185,7 @@ def _row_stride(table: Tensor | None) -> int:
 
 @torch.library.triton_op("wanexport::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of x [L, dim] over dim, as `model.RMSNorm`, rounded to the dtype of x."""
+    """RMS norm of x [L, dim] over dim, as `wan.RMSNorm`, rounded to the dtype of x."""
     out = torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[-1])
     torch.library.wrap_triton(_rms_kernel)[(x.shape[0],)](

@@ -1,109 +1,79 @@
-"""The model in three regions whose parameters are inputs: embedding, one block, head.
+"""A graph's calls as functions whose parameters are inputs: what is compiled ahead of time.
 
-A compiled block serves every block, expert and fine-tune, since no weight is part of it:
+No weight is part of one, so a compiled block serves every layer, expert and fine-tune:
 
-    x, time, *conditioning = embed(parameters, inputs)
-    x = block(parameters, [x, *conditioning])         for every block
-    velocity = head(parameters, [x, time])
+    writes = call(parameters, reads, state)
+
+Arguments and results are lists in the order of the call's names; state is written in place.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
-from wanexport.graphs.wan import Block, Conditioning, WanModel, parameter_dtype
-from wanexport.runtime.bundle.signature import (
-    REGIONS,
-    input_shapes,
-    parameter_shapes,
-    region_parameters,
-)
-from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.wan_config import WanConfig
+from wanexport.graphs.graph import Graph, empty_tensor
+from wanexport.runtime.program import Call, of_layer
 
 
-class _Embed(nn.Module):
-    def __init__(self, model: WanModel, names: Sequence[str]) -> None:
+class _Method(nn.Module):
+    """One call of a graph, for its first layer."""
+
+    def __init__(self, graph: Graph, call: Call) -> None:
         super().__init__()
-        self.model, self.names = model, names
+        self.graph, self.call = graph, call
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        x, time, cond = self.model.embed(**dict(zip(self.names, inputs, strict=True)))
-        return x, time, *(tensor for tensor in cond if tensor is not None)
-
-
-class _Block(nn.Module):
-    def __init__(self, model: WanModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, *conditioning: Tensor) -> Tensor:
-        block: Tensor = self.model.blocks[0](x, Conditioning(*conditioning))
-        return block
-
-
-class _Head(nn.Module):
-    def __init__(self, model: WanModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.model.unpatchify(self.model.head(x, time))
+    def forward(self, reads: list[Tensor], state: list[Tensor]) -> tuple[Tensor, ...]:
+        values = dict(zip(self.call.reads, reads, strict=True))
+        kept = dict(zip(of_layer(self.call.state, 0), state, strict=True))
+        written = self.graph.run_call(self.call, 0, values, kept)
+        return tuple(written[name] for name in self.call.writes)
 
 
 class _ParametersAsInputs(nn.Module):
-    """A region as a function of its parameters; it registers none itself."""
+    """A call as a function of its parameters; it registers none itself."""
 
-    def __init__(self, region: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, graph: Graph, call: Call) -> None:
         super().__init__()
-        self.__dict__["region"] = region
-        self.names = [f"model.{name}" for name in names]
+        self.__dict__["method"] = _Method(graph, call)
+        self.names = [f"graph.{name}" for name in of_layer(call.parameters, 0)]
 
-    def forward(self, parameters: list[Tensor], inputs: list[Tensor]) -> Any:
+    def forward(
+        self, parameters: list[Tensor], reads: list[Tensor], state: list[Tensor]
+    ) -> tuple[Tensor, ...]:
         named = dict(zip(self.names, parameters, strict=True))
-        return torch.func.functional_call(self.__dict__["region"], named, tuple(inputs))
+        written: tuple[Tensor, ...] = torch.func.functional_call(
+            self.__dict__["method"], named, (reads, state)
+        )
+        return written
 
 
-def trace_regions(
-    config: WanConfig,
-    geometry: Geometry,
-    dtype: torch.dtype,
-    device: str,
-    block: Callable[[WanConfig], Block] = Block,
-    regions: Sequence[str] = REGIONS,
+def trace_calls(
+    graph: Graph, device: str, names: Collection[str] | None = None
 ) -> dict[str, ExportedProgram]:
-    """Export regions at this geometry for `device`; no parameter holds memory.
+    """Export calls of an empty graph whose tables are on the device; None stands for all."""
+    return {
+        call.name: _trace(graph, call, device)
+        for call in graph.program.calls
+        if names is None or call.name in names
+    }
 
-    block makes the block that stands for all: `Block`, or one with the same parameters and result.
-    """
-    with torch.device("meta"):
-        model = WanModel(config, geometry, dtype, block=block)
-    for module in model.modules():  # the tables are real: they are small and part of the graph
-        for name, buffer in module.named_buffers(recurse=False):
-            module.register_buffer(name, buffer.to(device), persistent=False)
-    shapes = parameter_shapes(config)
-    inputs = input_shapes(config, geometry)
-    names = region_parameters(config)
-    modules = {"embed": _Embed(model, tuple(inputs)), "block": _Block(model), "head": _Head(model)}
 
-    def fake(shape: Sequence[int], as_dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=as_dtype, device=device)
-
-    programs = {}
+def _trace(graph: Graph, call: Call, device: str) -> ExportedProgram:
+    program = graph.program
+    specs = {**program.inputs, **program.values, **program.outputs}
+    stored = [graph.get_parameter(name) for name in of_layer(call.parameters, 0)]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        given: dict[str, list[Tensor]] = {
-            "embed": [fake(shape, torch.float32) for shape in inputs.values()]
-        }
-        for region in REGIONS:
-            parameters = [fake(shapes[n], parameter_dtype(n, dtype)) for n in names[region]]
-            module = _ParametersAsInputs(modules[region], names[region])
-            if region == "embed":
-                x, time, *conditioning = module(parameters, given["embed"])
-                given |= {"block": [x, *conditioning], "head": [x, time]}
-            programs[region] = (module, (parameters, given[region]))
+        parameters = [torch.empty(p.shape, dtype=p.dtype, device=device) for p in stored]
+        reads = [empty_tensor(specs[name], graph.dtype, device) for name in call.reads]
+        state = [empty_tensor(program.state[name], graph.dtype, device) for name in call.state]
     with torch.no_grad():
-        return {name: torch.export.export(*programs[name]) for name in regions}
+        return torch.export.export(_ParametersAsInputs(graph, call), (parameters, reads, state))
+
+
+def written_inputs(exported: ExportedProgram, num_state: int) -> tuple[str, ...]:
+    """The names of the inputs that an exported graph may write: the last ones, its state."""
+    inputs = [str(name) for name in exported.graph_signature.user_inputs]
+    return tuple(inputs[len(inputs) - num_state :])

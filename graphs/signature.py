@@ -1,16 +1,20 @@
 """What a forward costs: attention operators, operations, and the scores of a layer."""
 
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.program import Program
 from wanexport.runtime.wan_config import WanConfig
 
 
-def attention_count(config: WanConfig) -> int:
-    """Attention operators in one forward: two a block, three with the image branch."""
-    return config.num_layers * (3 if config.image_tokens else 2)
+def attention_count(program: Program) -> int:
+    """Attention operators in one forward, of every kind."""
+    return sum(attention.count for attention in program.attention.values())
 
 
 def forward_flops(config: WanConfig, geometry: Geometry) -> int:
-    """Floating-point operations of the blocks in one forward (a multiply-add counts two)."""
+    """Floating-point operations of plain Wan's blocks in one forward (a multiply-add counts two).
+
+    Of another family it tells those that it shares with plain Wan.
+    """
     tokens, dim = geometry.num_tokens, config.dim
     context = config.text_len + config.image_tokens
     linear = 12 * tokens * dim**2 + 4 * context * dim**2 + 4 * tokens * dim * config.ffn_dim
@@ -18,6 +22,7 @@ def forward_flops(config: WanConfig, geometry: Geometry) -> int:
     return config.num_layers * (linear + attention_flops)
 
 
-def attention_score_bytes(config: WanConfig, geometry: Geometry) -> int:
-    """Size in fp32 of one layer's self-attention scores, for runtimes that keep them whole."""
-    return 4 * config.num_heads * geometry.num_tokens**2
+def attention_score_bytes(config: WanConfig, program: Program) -> int:
+    """Size in fp32 of one layer's largest scores, for runtimes that keep them whole."""
+    sizes = (attention.queries * attention.keys for attention in program.attention.values())
+    return 4 * config.num_heads * max(sizes, default=0)

@@ -229,7 +229,7 @@ def _expected(config: WanConfig) -> dict[str, tuple[Any, ...]]:
 
 
 def _types_of(config: WanConfig) -> list[str]:
-    found = (config.condition_channels, config.image_tokens, config.per_frame_timestep)
+    found = (config.condition_channels, config.image_tokens, config.family == "ti2v")
     return [name for name, kinds in _MODEL_TYPES.items() if found in kinds]
 
 

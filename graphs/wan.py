@@ -4,28 +4,23 @@ One definition covers Wan2.1 and Wan2.2 T2V, I2V, FLF2V and TI2V. Parameter name
 ones (Wan-Video/Wan2.1 `wan/modules/model.py`). The precision policy is the official code's under
 bf16 autocast, as written casts: the residual stream, norms, modulation, time MLP, RoPE and head are
 fp32; the other matrix products and attention run in `dtype`. A matrix product runs in the dtype of
-its weight, so `parameter_dtype` is the whole policy for the weights.
+its weight, so `graph.parameter_dtype` is the whole policy for the weights.
 
 Not here: sampling, checkpoints, and which kernel attention uses.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wanexport.graphs.graph import Graph
 from wanexport.graphs.rope import apply_rope, axis_dims, axis_table, combine_axes
-from wanexport.runtime.bundle.signature import stays_fp32
+from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.engines.operators import attention
 from wanexport.runtime.geometry import PATCH, Geometry
 from wanexport.runtime.wan_config import IMAGE_DIM, WanConfig
-
-
-def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the official code uses this parameter when it computes in `dtype`."""
-    return torch.float32 if stays_fp32(name) else dtype
 
 
 class Linear(nn.Linear):
@@ -67,11 +62,11 @@ class Modulation(NamedTuple):
 class Conditioning(NamedTuple):
     """What every block attends to and is steered by. R is 1, or F with one timestep per frame."""
 
-    time: Tensor  # [R, 6, dim] fp32
-    text: Tensor  # [1, text_len, dim]
+    modulation: Tensor  # [R, 6, dim] fp32
+    context: Tensor  # [1, text_len, dim]
     cos: Tensor  # [1, L, 1, head_dim/2] fp32
     sin: Tensor
-    image: Tensor | None = None  # [1, 257 or 514, dim]
+    image_context: Tensor | None = None  # [1, 257 or 514, dim]
 
 
 class AttentionLayer(nn.Module):
@@ -99,7 +94,7 @@ class SelfAttention(AttentionLayer):
         v = self.heads(self.v(x))
         q = apply_rope(self.heads(self.norm_q(self.q(x))), cos, sin).to(v.dtype)
         k = apply_rope(self.heads(self.norm_k(self.k(x))), cos, sin).to(v.dtype)
-        return self.o(attention(q, k, v).reshape(x.shape))
+        return self.o(attention(q, k, v, "self").reshape(x.shape))
 
 
 class CrossAttention(AttentionLayer):
@@ -116,10 +111,10 @@ class CrossAttention(AttentionLayer):
         v = self.heads(self.v(text))
         q = self.heads(self.norm_q(self.q(x))).to(v.dtype)
         k = self.heads(self.norm_k(self.k(text))).to(v.dtype)
-        out = attention(q, k, v).float()
+        out = attention(q, k, v, "text").float()
         if image is not None:
             k = self.heads(self.norm_k_img(self.k_img(image))).to(v.dtype)
-            out = out + attention(q, k, self.heads(self.v_img(image))).float()
+            out = out + attention(q, k, self.heads(self.v_img(image)), "image").float()
         return self.o(out.reshape(x.shape))
 
 
@@ -141,30 +136,38 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
-        rows = self.modulation + cond.time
+        rows = self.modulation + cond.modulation
         attn, ffn = (
             Modulation(rows[:, i : i + 1], rows[:, i + 1 : i + 2], rows[:, i + 2 : i + 3])
             for i in (0, 3)
         )
         y = self.self_attn(self.norm1(x) * (1 + attn.scale) + attn.shift, cond.cos, cond.sin)
         x = x + y.float() * attn.gate
-        x = x + self.cross_attn(self.norm3(x), cond.text, cond.image).float()
+        x = x + self.cross_attn(self.norm3(x), cond.context, cond.image_context).float()
         y = self.ffn(self.norm2(x) * (1 + ffn.scale) + ffn.shift)
         return x + y.float() * ffn.gate
 
 
 class Head(nn.Module):
-    """Modulated norm and projection to patches; all fp32."""
+    """The call `head`: modulated norm and projection to patches; all fp32."""
 
-    def __init__(self, config: WanConfig) -> None:
+    def __init__(self, config: WanConfig, geometry: Geometry) -> None:
         super().__init__()
+        self.geometry = geometry
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
         self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.head = Linear(config.dim, PATCH * PATCH * config.out_channels)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor) -> dict[str, Tensor]:
         rows = self.modulation + time[:, None]
-        return self.head(self.norm(x) * (1 + rows[:, 1:2]) + rows[:, 0:1])
+        patches = self.head(self.norm(x) * (1 + rows[:, 1:2]) + rows[:, 0:1])
+        return {"velocity": self.unpatchify(patches)}
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """[R, n, 4 * C] -> [1, C, F, h, w], the channel fastest."""
+        f, r, c = self.geometry.grid
+        pixels = patches.reshape(f, r, c, PATCH, PATCH, -1).permute(5, 0, 1, 3, 2, 4)
+        return pixels.reshape(1, -1, f, r * PATCH, c * PATCH)
 
 
 class ImageEmbedding(nn.Module):
@@ -224,22 +227,18 @@ class TimeFeatures(nn.Module):
         return torch.cat([cos, sin], dim=-1)  # [R, freq_dim]
 
 
-class WanModel(nn.Module):
+class WanModel(Graph):
     """The denoiser for one config, geometry and dtype: velocity of a latent at a timestep."""
 
+    describe = staticmethod(program_of)
     rope_frames: Tensor
     rope_rows: Tensor
     rope_columns: Tensor
 
     def __init__(
-        self,
-        config: WanConfig,
-        geometry: Geometry,
-        dtype: torch.dtype,
-        block: Callable[[WanConfig], Block] = Block,
+        self, config: WanConfig, geometry: Geometry, dtype: torch.dtype, fused: bool = False
     ) -> None:
-        super().__init__()
-        self.config, self.geometry, self.dtype = config, geometry, dtype
+        super().__init__(config, geometry, dtype)
         dim, patch = config.dim, (1, PATCH, PATCH)
         self.patch_embedding = PatchEmbedding(config.in_channels, dim, patch, patch)
         self.text_embedding = nn.Sequential(
@@ -252,26 +251,19 @@ class WanModel(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         if config.image_tokens:
             self.img_emb = ImageEmbedding(config)
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
-        self.head = Head(config)
+        kind = _fused_block() if fused else Block
+        self.blocks = nn.ModuleList(kind(config) for _ in range(config.num_layers))
+        self.head = Head(config, geometry)
         axes = zip(("frames", "rows", "columns"), geometry.grid, axis_dims(config.head_dim))
         for name, length, axis_dim in axes:
             self.register_buffer(f"rope_{name}", axis_table(length, axis_dim), persistent=False)
-        for name, parameter in self.named_parameters():
-            parameter.data = parameter.data.to(parameter_dtype(name, dtype))
-        self.eval().requires_grad_(False)
+        self.freeze()
 
     def patchify(self, latent: Tensor) -> Tensor:
         """[1, C, F, h, w] -> [L, C * 4], the channel slowest, as the Conv3d weight flattens."""
         f, r, c = self.geometry.grid
         patches = latent.reshape(-1, f, r, PATCH, c, PATCH).permute(1, 2, 4, 0, 3, 5)
         return patches.reshape(f * r * c, -1)
-
-    def unpatchify(self, patches: Tensor) -> Tensor:
-        """[R, n, 4 * C] -> [1, C, F, h, w], the channel fastest."""
-        f, r, c = self.geometry.grid
-        pixels = patches.reshape(f, r, c, PATCH, PATCH, -1).permute(5, 0, 1, 3, 2, 4)
-        return pixels.reshape(1, -1, f, r * PATCH, c * PATCH)
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps [R] -> embedding [R, dim] and its six-fold projection [R, 6, dim], fp32."""
@@ -285,33 +277,25 @@ class WanModel(nn.Module):
         text: Tensor,
         condition: Tensor | None = None,
         image: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Conditioning]:
-        """Residual stream [R, n, dim], time embedding [R, dim], and what the blocks are given."""
+    ) -> dict[str, Tensor]:
+        """Residual stream x [R, n, dim], time embedding [R, dim], and what the blocks are given."""
         if condition is not None:
             latent = torch.cat([latent, condition], dim=1)
         patches = self.patch_embedding(self.patchify(latent))
         x = patches.reshape(timestep.shape[0], -1, self.config.dim)
-        time, projection = self.embed_time(timestep)
+        time, modulation = self.embed_time(timestep)
         cos, sin = combine_axes(self.rope_frames, self.rope_rows, self.rope_columns)
-        cond = Conditioning(
-            time=projection,
-            text=self.text_embedding(text),
-            cos=cos,
-            sin=sin,
-            image=None if image is None else self.img_emb(image),
-        )
-        return x, time, cond
+        context = self.text_embedding(text)
+        written = {"x": x, "time": time, "modulation": modulation, "context": context}
+        written |= {"cos": cos, "sin": sin}
+        return written if image is None else {**written, "image_context": self.img_emb(image)}
 
-    def forward(
-        self,
-        latent: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        condition: Tensor | None = None,
-        image: Tensor | None = None,
-    ) -> Tensor:
-        """Return the velocity [1, C, F, h, w]; all tensors fp32, shapes as in `input_shapes`."""
-        x, time, cond = self.embed(latent, timestep, text, condition, image)
-        for block in self.blocks:
-            x = block(x, cond)
-        return self.unpatchify(self.head(x, time))
+    def block(self, index: int, x: Tensor, **conditioning: Tensor) -> dict[str, Tensor]:
+        """The residual stream after one layer; conditioning has the fields of Conditioning."""
+        return {"x": self.blocks[index](x, Conditioning(**conditioning))}
+
+
+def _fused_block() -> type[Block]:
+    from wanexport.graphs.fused_block import FusedBlock  # needs Triton
+
+    return FusedBlock

@@ -80,7 +80,7 @@ def open_engine(
     record, device = choice
     check_usable(bundle, manifest, record)
     backend = ENGINES[record.backend].backend()
-    _check_options(record, options, backend.OPTIONS)
+    check_options(record, options, backend.OPTIONS)
     if options.offload and len(manifest.experts) < 2:
         raise BadRequest("offload swaps two experts, this model has one: leave it out")
     # Engines are code: their whole content is checked at every load.
@@ -96,7 +96,7 @@ def open_engine(
     return Denoiser(record, engines, chosen[0] if chosen else None, find)
 
 
-def _check_options(record: EngineRecord, options: EngineOptions, taken: frozenset[str]) -> None:
+def check_options(record: EngineRecord, options: EngineOptions, taken: frozenset[str]) -> None:
     """Refuse what a backend does not know in place of leaving it out without a word."""
     wrong = [words for name, words in _HOW.items() if name in options.given() and name not in taken]
     if wrong:

@@ -65,24 +65,29 @@ def sample(
     """
     defaults = getattr(denoiser, "sampling", None)
     plan = make_plan(defaults, Settings(steps, shift, guidance, solver, timesteps))
-    if negative is None and any(g != 1 for g in plan.guidance):
-        raise BadRequest(
-            f"guidance {max(plan.guidance)} needs negative text embeddings: "
-            f"pass them, or set guidance to 1"
-        )
+    texts = _texts(plan, text, negative)
     latent = to_fp32_like(noise, noise)
     if latent.ndim != 5:
         raise BadRequest(f"noise has shape {list(latent.shape)}, expected [1, C, F, h, w]")
     if first_frame is not None:
         _check_first_frame(denoiser, latent, first_frame)
         first_frame = to_fp32_like(first_frame, latent)
-    check_rows(text=text, negative=negative)
-    constant = {name: value for name, value in inputs.items() if value is not None}
-    _check_finite(noise=noise, text=text, negative=negative, first_frame=first_frame, **constant)
-    sessions = [open_session(denoiser, text=text, **constant)]
-    if negative is not None and any(g != 1 for g in plan.guidance):
-        sessions.append(open_session(denoiser, text=negative, **constant))
+    _check_finite(noise=noise, text=text, negative=negative, first_frame=first_frame, **inputs)
+    sessions = [open_session(denoiser, text=own, **inputs) for own in texts]
     return _run(sessions, plan, latent, first_frame)
+
+
+def _texts(plan: Plan, text: Array, negative: Array | None) -> list[Array]:
+    """The texts that the plan calls the model with. Raises BadRequest when one is not there."""
+    check_rows(text=text, negative=negative)
+    if all(scale == 1 for scale in plan.guidance):
+        return [text]
+    if negative is None:
+        raise BadRequest(
+            f"guidance {max(plan.guidance)} needs negative text embeddings: "
+            f"pass them, or set guidance to 1"
+        )
+    return [text, negative]
 
 
 def denoise(denoiser: Callable[..., Array], **options: Any) -> Step:

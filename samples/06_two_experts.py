@@ -20,6 +20,7 @@ from diffusers import WanTransformer3DModel
 from wanexport.exporter.build import build
 from wanexport.runtime import load, sample
 from wanexport.runtime.sample import make_plan
+from wanexport.runtime.settings import Settings
 
 STEPS = 8
 
@@ -42,7 +43,7 @@ def main(folder: Path) -> None:
     print(f"{len(record['engines'])} engine, weights of {', '.join(record['weights'])}")
 
     denoiser = load(bundle)
-    plan = make_plan(denoiser.sampling, steps=STEPS)
+    plan = make_plan(denoiser.sampling, Settings(steps=STEPS))
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(denoiser.inputs["latent"].shape, np.float32)
     text, negative = rng.standard_normal((2, 77, 4096), np.float32)

@@ -92,6 +92,27 @@ def test_the_runtime_imports_in_under_300_ms() -> None:
     assert min(times) < 0.3
 
 
+def test_what_an_engine_does_not_need_is_imported_when_it_is_asked_for() -> None:
+    code = (
+        "import sys, wanexport.runtime as runtime\n"
+        "def imported(*names): return [name for name in names if name in sys.modules]\n"
+        f"assert not imported(*{BLOCKED!r}, 'asyncio'), sys.modules.keys()\n"
+        "assert not imported('wanexport.runtime.serving'), 'serving'\n"
+        "assert set(runtime.__all__) <= set(dir(runtime))\n"
+        "assert not imported('wanexport.runtime.serving'), 'dir'\n"
+        "found = {name: getattr(runtime, name) for name in runtime.__all__}\n"
+        "assert all(one.__name__ == name for name, one in found.items()), found\n"
+        "assert found['Pipeline'].__module__ == 'wanexport.runtime.serving.pipeline'\n"
+        "assert runtime.__dict__['write_video'] is found['write_video']\n"
+        f"assert not imported(*{BLOCKED!r}), sys.modules.keys()\n"
+        "from wanexport.runtime import *\n"
+        "assert Pipeline is found['Pipeline']\n"
+        "assert not hasattr(runtime, 'Pipelines')\n"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+
+
 def test_the_runtime_imports_where_there_are_no_posix_modules() -> None:
     """As on Windows: neither locks nor resource usage."""
     code = WITHOUT_TORCH.format(blocked={"fcntl", "resource"}) + "import wanexport.runtime\n"

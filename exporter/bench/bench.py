@@ -6,10 +6,10 @@ is the time of the forward's FLOPs at the rate of the best matrix product of the
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from wanexport.exporter.backends.backend import Progress
 from wanexport.exporter.bench.arms import (
@@ -18,27 +18,23 @@ from wanexport.exporter.bench.arms import (
     choose_arms,
     engine_of,
     kernel_of,
-    with_measured_expert,
+    recorded_kernel,
 )
-from wanexport.exporter.bench.process import PEAK
 from wanexport.exporter.bench.report import add_differences, row, save
+from wanexport.exporter.bench.subject import Subject, choose_subject, first_job, read_files
+from wanexport.exporter.bundle.place import REPORTS
 from wanexport.exporter.child.child import run_process
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.graphs.signature import forward_flops
-from wanexport.runtime.bundle.check import check_size
-from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
+from wanexport.runtime.bundle.manifest import Manifest
 from wanexport.runtime.bundle.tensorfile import load_arrays, save_arrays
-from wanexport.runtime.engines.choose import choose_engine
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.engines.engine import EngineKeywords, EngineOptions
+from wanexport.runtime.errors import BadRequest, EngineFailure, WanExportError, refuse_empty
 from wanexport.runtime.machine.temporary import check_temporary_folder, marked_folder
-from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
 
 LEAST_ROUNDS = 5
 BUDGET = 540.0  # seconds
 _SEED = 0
-_TIMESTEP = 812.0
-_HIGH_NOISE_TIMESTEP = 950.0
-_CHUNK = 1 << 24
 
 
 class _OverBudget(Exception):
@@ -76,126 +72,90 @@ def bench(
     bundle: str | Path,
     *,
     against: Sequence[str] | None = None,
-    backend: str | None = None,
-    device: str | None = None,
-    resolution: str | None = None,
-    frames: int | None = None,
-    dtype: str | None = None,
-    provider: str | None = None,
-    provider_options: Mapping[str, str] | None = None,
     rounds: int = LEAST_ROUNDS,
     budget: float = BUDGET,
     profile: bool = False,
     report: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
+    **options: Unpack[EngineKeywords],
 ) -> dict[str, Any]:
     """Measure the arms in `against`, by default those that apply to the engine's device.
 
-    The options choose an engine as `load` does, provider and its options that of ONNX Runtime in
-    the onnx arm, and with it shape, precision and device of all
-    arms. Of two experts the high-noise one is measured. Each arm has `rounds` timed forwards;
-    profile adds host waits and the GPU's busy share. budget is in seconds: an arm that cannot fit
-    what is left of it is in `skipped`, one that failed in `failed`, each with the reason. Result
-    and plot are saved in report, by default the bundle's `reports/`.
+    The options choose an engine as `load` does, and with it shape, precision, weights and device of
+    all arms; how to open it is for the arms whose engines have such an option. Of two experts the
+    high-noise one is measured. Each arm has `rounds` timed forwards; profile adds host waits and
+    the GPU's busy share. budget is in seconds: an arm that cannot fit what is left of it is in
+    `skipped`, one that failed in `failed`, each with the reason. Result and plot are saved in
+    report, by default the bundle's `reports/`.
     Raises WanExportError when no engine fits, an arm is unknown or cannot run here, or none ran.
     """
-    started = time.monotonic()
-    if rounds < LEAST_ROUNDS:
-        raise WanExportError(f"{rounds} rounds make no median: expected {LEAST_ROUNDS} or more")
+    started, asked = time.monotonic(), EngineOptions(**options)
+    _check_request(rounds, asked)
     check_temporary_folder()
-    bundle = Path(bundle).resolve()
-    manifest = with_measured_expert(read_manifest(bundle))
-    record = choose_engine(
-        bundle,
-        manifest,
-        backend=backend,
-        device=device,
-        resolution=resolution,
-        frames=frames,
-        dtype=dtype,
-        provider=provider,
-    )
+    subject = choose_subject(Path(bundle).resolve(), asked)
     with marked_folder("wanexport-bench-") as folder:
-        job = replace(
-            _job(bundle, record, folder, rounds, profile),
-            provider=provider,
-            provider_options=dict(provider_options or {}),
-        )
-        arms = choose_arms(manifest, record, job, against, backend)
-        if any(ARMS[arm].runs == "aoti" or ARMS[arm].compiles for arm in arms):
+        job = first_job(subject, folder, rounds, profile)
+        arms = choose_arms(subject.manifest, job, against, asked.backend)
+        if any(ARMS[arm].compiles for arm in arms):
             check_temporary_folder(compiles=True)
-        session = _Session(job, folder, started, budget)
-        inputs = _write_inputs(manifest, record, Path(job.inputs))
-        progress("reading the weights", 0, 0)
-        _read_files(bundle, manifest, record)
-        progress("measuring the machine", 0, 0)
-        result = _describe(manifest, record, session) | inputs
-        _measure_arms(result, arms, manifest, session, progress)
+        result = _measure_all(subject, arms, _Session(job, folder, started, budget), progress)
     result["seconds"] = time.monotonic() - started
-    if not result["arms"]:
-        reasons = result["failed"] | result["skipped"]
-        raise WanExportError("; ".join(f"{arm}: {reason}" for arm, reason in reasons.items()))
-    folder = bundle / "reports" if report is None else Path(report)
+    folder = subject.bundle / REPORTS if report is None else Path(report)
     result["warning"] = save(result, folder, is_own=report is None)
     return result
 
 
-def _job(bundle: Path, record: EngineRecord, folder: Path, rounds: int, profile: bool) -> Job:
-    return Job(
-        arm=PEAK,
-        bundle=str(bundle),
-        device=record.target["device"],
-        dtype=record.dtype,
-        geometry=asdict(record.geometry),
-        inputs=str(folder / "inputs.safetensors"),
-        velocity=str(folder / "velocity.safetensors"),
-        package=str(folder / "block.pt2"),
-        rounds=rounds,
-        profile=profile,
-        spawned=0.0,
-    )
+def _check_request(rounds: int, asked: EngineOptions) -> None:
+    """Raise BadRequest for what no bundle makes sense of."""
+    refuse_empty(weights=asked.weights)
+    if rounds < LEAST_ROUNDS:
+        raise BadRequest(f"{rounds} rounds make no median: expected {LEAST_ROUNDS} or more")
+    if asked.offload:
+        raise BadRequest("bench measures one expert, offload swaps two: leave it out")
 
 
-def _write_inputs(manifest: Manifest, record: EngineRecord, path: Path) -> dict[str, Any]:
-    """Write what every arm is given, and return how it came about."""
-    timestep = _TIMESTEP
-    if record.sampling.boundary is not None:
-        timestep = max(_HIGH_NOISE_TIMESTEP, record.sampling.boundary * NUM_TRAIN_TIMESTEPS)
-    config = manifest.config
-    save_arrays(path, forward_inputs(config, record.geometry, timestep, _SEED))
-    return {"timestep": timestep, "seed": _SEED}
+def _measure_all(
+    subject: Subject, arms: Sequence[str], session: _Session, progress: Progress
+) -> dict[str, Any]:
+    """The figures of the machine and the arms. Raises EngineFailure when none ran."""
+    config, geometry = subject.manifest.config, subject.record.geometry
+    inputs = forward_inputs(config, geometry, subject.timestep, _SEED)
+    save_arrays(Path(session.job.inputs), inputs)
+    progress("reading the weights", 0, 0)
+    read_files(subject)
+    progress("measuring the machine", 0, 0)
+    result = _describe(subject, session)
+    _measure_arms(result, arms, subject.manifest, session, progress)
+    if not result["arms"]:
+        reasons = result["failed"] | result["skipped"]
+        raise EngineFailure("; ".join(f"{arm}: {reason}" for arm, reason in reasons.items()))
+    return result
 
 
-def _read_files(bundle: Path, manifest: Manifest, record: EngineRecord) -> None:
-    """Have the page cache hold what the arms read, lest the first of them pay for the disk."""
-    weights = [w.file for w in manifest.weights_of(record.dtype)]
-    buffer = bytearray(_CHUNK)
-    for file in (*weights, *record.files.values()):
-        with check_size(bundle, file).path.open("rb", buffering=0) as stream:
-            while stream.readinto(buffer):
-                pass
-
-
-def _describe(manifest: Manifest, record: EngineRecord, session: _Session) -> dict[str, Any]:
+def _describe(subject: Subject, session: _Session) -> dict[str, Any]:
     """What the arms have in common: the machine's peak, and the floor that follows from it."""
     try:
         machine = session.child()
     except _OverBudget as error:
-        raise WanExportError(
+        raise BadRequest(
             f"a budget of {session.budget:g} s does not even do for the machine's peak: raise it"
         ) from error
-    flops = forward_flops(manifest.config, record.geometry)
+    flops = forward_flops(subject.manifest.config, subject.record.geometry)
+    weights = subject.options.weights
     return {
-        "engine": record.name,
-        "model": manifest.model,
-        "expert": "high_noise" if manifest.experts else None,
-        "tokens": record.geometry.num_tokens,
+        "engine": subject.record.name,
+        "model": subject.manifest.model,
+        "expert": subject.expert,
+        "weights": None if weights is None else str(weights),
+        "tokens": subject.record.geometry.num_tokens,
         "device": session.job.device,
         **machine,
         "flops_per_forward": flops,
         "floor_seconds": flops / machine["peak"],
         "rounds": session.job.rounds,
         "budget_seconds": session.budget,
+        "timestep": subject.timestep,
+        "seed": _SEED,
         "arms": [],
         "failed": {},
         "skipped": {},
@@ -216,8 +176,8 @@ def _measure_arms(
     slowest: dict[str, float] = {}
     for number, arm in enumerate(arms):
         progress(f"measuring {arm}", number, len(arms))
-        left, runs = max(0.0, session.left), ARMS[arm].runs
-        least = slowest.get(runs, floor)
+        left, code = max(0.0, session.left), ARMS[arm].code
+        least = slowest.get(code, floor)
         if left < least:
             result["skipped"][arm] = f"takes some {least:.0f} s, the budget has {left:.0f} s left"
             continue
@@ -230,7 +190,7 @@ def _measure_arms(
             result["failed"][arm] = str(error)
             continue
         if ARMS[arm].compiles is None:
-            slowest[runs] = max(least, left - session.left)
+            slowest[code] = max(least, left - session.left)
         result["arms"].append(_row(arm, figures, result, manifest, session.job))
         velocities[arm] = load_arrays(Path(session.job.velocity))["velocity"]
     add_differences(result, velocities)
@@ -248,12 +208,12 @@ def _row(
 ) -> dict[str, Any]:
     """The arm's line in the result."""
     engine = engine_of(arm, manifest, job)
-    kernel = kernel_of(ARMS[arm], job.device, job.dtype)
+    kernel = kernel_of(ARMS[arm], job)
     line = row(figures, result["flops_per_forward"], result["floor_seconds"])
     if engine:
-        kernel = kernel or engine.attention.get(str(engine.geometry.num_tokens))
+        kernel = kernel or recorded_kernel(engine)
         line["compile_seconds"] = engine.build.get("seconds")
     elif ARMS[arm].compiles and line["compile_seconds"] is None:  # within the first call
         first_call = figures["cold_start"]["first_call"]
         line["compile_seconds"] = max(0.0, first_call - line["median"])
-    return {"arm": arm, "attention": kernel, **line}
+    return {"arm": arm, "engine": engine and engine.name, "attention": kernel, **line}

@@ -10,14 +10,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wanexport.exporter.bench.arms import (
-    ARMS,
-    Job,
+from wanexport.exporter.bench.arms import ARMS, Job
+from wanexport.exporter.bench.opening import (
     compile_block,
     import_libraries,
     open_arm,
@@ -26,8 +26,9 @@ from wanexport.exporter.bench.arms import (
 from wanexport.exporter.child.child import main
 from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.bundle.tensorfile import save_arrays
-from wanexport.runtime.engines.onnx import import_onnxruntime
-from wanexport.runtime.engines.tensorrt_library import FLAVOURS
+from wanexport.runtime.engines.choose import device_kind
+from wanexport.runtime.engines.table import ENGINES
+from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.machine.memory import peak_gpu_bytes, peak_rss
 
 PEAK = "peak"  # the job that measures the machine instead of an arm
@@ -54,9 +55,9 @@ class Span(NamedTuple):
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Do the job: measure the machine, compile a package, or measure an arm."""
-    if job["arm"] == PEAK:
-        return measure_machine(job["device"], job["dtype"])
     stated = Job(**job)
+    if stated.arm == PEAK:
+        return measure_machine(stated.device, stated.dtype)
     return compile_block(stated) if stated.compile_only else measure_arm(stated)
 
 
@@ -67,8 +68,9 @@ def measure_arm(job: Job) -> dict[str, Any]:
     """
     laps = [job.spawned, time.time()]
     import_libraries(job)
+    _take_gpu(job.device)
     laps.append(time.time())
-    before = _device_bytes() if job.device == "cuda" else 0
+    before = _device_bytes() if job.on_gpu else 0
     forward = open_arm(job)
     laps.append(time.time())
     run = partial(forward, read_inputs(job))
@@ -83,9 +85,9 @@ def measure_arm(job: Job) -> dict[str, Any]:
         "seconds": time_calls(run, job.device, job.rounds),
         "cold_start": cold_start(laps),
         "peak_bytes": peak_bytes(job, before),
-        "device_bytes": _device_bytes() if job.device == "cuda" else None,
+        "device_bytes": _device_bytes() if job.on_gpu else None,
     }
-    if job.profile and job.device == "cuda":
+    if job.profile and job.on_gpu:
         result |= _profile(run)
     array = to_numpy(velocity)
     save_arrays(Path(job.velocity), {"velocity": array})
@@ -95,14 +97,23 @@ def measure_arm(job: Job) -> dict[str, Any]:
 def peak_bytes(job: Job, before: int) -> int:
     """Memory that the arm took: of the GPU, where there is one, else all that the process has.
 
-    before is what was in use of the GPU when the arm was opened. ONNX Runtime and TensorRT take
-    memory that PyTorch knows nothing of, and keep what they have taken.
+    before is what was in use of the GPU when the arm was opened: some libraries take memory that
+    PyTorch knows nothing of, and keep what they have taken.
     """
-    if job.device == "cpu":
+    if not job.on_gpu:
         return peak_rss()
-    if ARMS[job.arm].runs in ("onnx", *FLAVOURS):
+    backend = ARMS[job.arm].backend
+    if backend is not None and ENGINES[backend].own_memory:
         return _device_bytes() - before
     return peak_gpu_bytes()
+
+
+def _take_gpu(device: str) -> None:
+    """Make a GPU that is named by its number the one that all calls are timed on."""
+    if ":" in device:
+        import torch
+
+        torch.cuda.set_device(device)
 
 
 def cold_start(laps: Sequence[float]) -> dict[str, float]:
@@ -208,16 +219,17 @@ def measure_machine(device: str, dtype: str) -> dict[str, Any]:
 
     from wanexport.graphs.weights import DTYPES
 
-    kind = DTYPES[dtype] if device == "cuda" else torch.float32
+    _take_gpu(device)
+    kind = torch.float32 if device == "cpu" else DTYPES[dtype]
     rates = {}
-    for m, k, n in _PRODUCTS[device]:
+    for m, k, n in _PRODUCTS[device_kind(device)]:
         a, b = (torch.randn(rows, k, device=device).to(kind) for rows in (m, n))
         run = partial(torch.nn.functional.linear, a, b)
         _warm_up(run, _wait_for(device))
         seconds = statistics.median(time_calls(run, device, _PRODUCT_ROUNDS))
         rates[f"{m} x {k} x {n}"] = 2 * m * k * n / seconds
     _read_libraries(device)
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    gpu = None if device == "cpu" else torch.cuda.get_device_name()
     cores = len(os.sched_getaffinity(0))
     return {
         "peak": max(rates.values()),
@@ -234,9 +246,11 @@ def _read_libraries(device: str) -> None:
 
     if find_spec("diffusers"):
         from diffusers import WanTransformer3DModel  # noqa: F401
-    if find_spec("onnxruntime"):
-        import_onnxruntime()
-    if device == "cuda":  # cuDNN is opened by its first use
+    for name, kind in ENGINES.items():
+        if device_kind(device) in dict(kind.preferred):
+            with suppress(WanExportError):  # its arm says what is missing
+                kind.backend().import_library(name)
+    if device != "cpu":  # cuDNN is opened by its first use
         video = torch.zeros(4, 4, 4, 4, 4, device=device, dtype=torch.bfloat16)
         torch.nn.functional.conv3d(video, video)
         torch.cuda.synchronize()

@@ -18,7 +18,6 @@ from wanexport.runtime.bundle.durable import (
 from wanexport.runtime.errors import WanExportError, explain, needing_extra
 
 _REFERENCE = "graph"  # the arm that the others' velocities are compared with, where it ran
-_OURS = ("wanexport", "onnx", "tensorrt")
 
 
 def row(figures: Mapping[str, Any], flops: int, floor: float) -> dict[str, Any]:
@@ -77,7 +76,8 @@ def save(result: dict[str, Any], folder: Path, *, is_own: bool = False) -> str |
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Write a bar for each arm: its median forward, from least to most, beside the floor.
 
-    Raises WanExportError without Matplotlib, and OSError when the file cannot be written.
+    The bars of engines have a colour. Raises WanExportError without Matplotlib, and OSError when
+    the file cannot be written.
     """
     with needing_extra("bench", "the plot"):
         import matplotlib  # noqa: F401
@@ -90,7 +90,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         [1e3 * (line["median"] - line["min"]) for line in arms],
         [1e3 * (line["max"] - line["median"]) for line in arms],
     ]
-    colours = ["tab:orange" if line["arm"].startswith(_OURS) else "tab:gray" for line in arms]
+    colours = ["tab:orange" if line["engine"] else "tab:gray" for line in arms]
     figure = Figure(figsize=(8, 1.5 + 0.4 * len(arms)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -58,16 +58,6 @@ def run_process(
     it takes over timeout seconds.
     """
     said: dict[str, Any] = {}
-
-    def listen(line: str) -> None:
-        if not line.startswith(_OURS):
-            return
-        message = json.loads(line.removeprefix(_OURS))
-        if "progress" in message:
-            progress(*message["progress"])
-        else:
-            said.update(message)
-
     with temporary_folder() as scratch:
         path = scratch / "job.json"
         _write_job(path, job)
@@ -79,12 +69,23 @@ def run_process(
             lifeline=lifeline,
             folders=[scratch] if folder is None else [scratch, folder],
             timeout=timeout,
-            on_line=listen,
+            on_line=lambda line: _hear(line, said, progress),
         )
     if "result" in said and ended.code == 0:
         result: dict[str, Any] = said["result"]
         return result
     raise WanExportError(_reason(module, said, ended, advice))
+
+
+def _hear(line: str, said: dict[str, Any], progress: Callable[[str, int, int], None]) -> None:
+    """Take what a line of a child's output says to its parent, if anything."""
+    if not line.startswith(_OURS):
+        return
+    message = json.loads(line.removeprefix(_OURS))
+    if "progress" in message:
+        progress(*message["progress"])
+    else:
+        said.update(message)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""How the command line shows the result of each command, as text and tables."""
+"""How the command line shows the results of commands, as text and tables."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from rich.text import Text
@@ -9,59 +9,6 @@ from wanexport.exporter.cli.terminal import in_bytes, in_short, new_table, out, 
 from wanexport.runtime.errors import printable
 
 _MOST_FINDINGS = 5  # of one kind that `lint` names
-
-
-def show_build(record: dict[str, Any]) -> None:
-    """The engines and weights that a build made or reused."""
-    for engine in record["engines"]:
-        geometry, proof = engine["geometry"], engine["proof"]
-        size = sum(file["size"] for file in engine["files"].values())
-        write(
-            out,
-            (record["bundle"], "bold"),
-            f": {short(record['model'])}, height {geometry['height']}, width {geometry['width']}, "
-            f"{geometry['frames']} frames, {record['tokens']} tokens",
-        )
-        write(out, f"  engine {engine['name']}: {in_bytes(size)}")
-        if engine["attention"]:
-            write(out, f"  attention: {_attention(engine)}")
-        if "attention_expected" in engine["build"]:
-            write(out, f"  {_plan(engine['build'])}")
-        write(out, f"  {_proof(proof)}")
-    for name, file in record["weights"].items():
-        write(out, f"  weights {name}: {in_bytes(file['size'])}")
-    if record["reused"]:
-        write(out, f"  reused: {', '.join(record['reused'])}")
-    write(out, f"  {record['seconds']} s, peak memory {in_bytes(record['peak_rss_bytes'])}")
-
-
-def _proof(proof: dict[str, Any]) -> str:
-    method, blocks, tokens = (
-        short(proof.get(name, "-")) for name in ("method", "blocks", "tokens")
-    )
-    error, gate = in_short(proof.get("error")), in_short(proof.get("gate"))
-    return (
-        f"proof: {method}, {blocks} blocks at {tokens} tokens; relative L2 error {error}, "
-        f"gate {gate}"
-    )
-
-
-def _attention(engine: dict[str, Any]) -> str:
-    return ", ".join(f"{name} to {keys} keys" for keys, name in engine["attention"].items())
-
-
-def _plan(build: dict[str, Any]) -> str:
-    """What is known of a TensorRT plan: its attention, memory and build."""
-    found, expected = build.get("attention_layers", "-"), build["attention_expected"]
-    known = [f"{found} of {expected} attention layers native"]
-    if build.get("attention_kernels") is not None:
-        known.append(f"{build['attention_kernels']} attention kernels")
-    if build.get("activation_bytes") is not None:
-        known.append(f"activations {in_bytes(build['activation_bytes'])}")
-    if "plan_seconds" in build:
-        peak = in_bytes(build.get("plan_peak_rss_bytes", 0))
-        known.append(f"built in {build['plan_seconds']} s at {peak}")
-    return f"plan: {', '.join(known)}"
 
 
 def show_run(record: dict[str, Any]) -> None:
@@ -95,21 +42,7 @@ def show_run(record: dict[str, Any]) -> None:
 
 def show_compare(result: dict[str, Any]) -> None:
     """A row for each step, the times, and the verdict; what no step has is left out."""
-    title = f"{result['engine']} against {result['reference']}"
-    title += f" with the tensors of {result['model']}" if result["model"] else ""
-    table = new_table(title)
-    names = (
-        "error", "floor", "recorded", "rounding", "gate", "eager", "max", "p99", "solver", "drift",
-    )  # fmt: skip
-    shown = [name for name in names if any(row[name] is not None for row in result["steps"])]
-    for name in ("step", *shown, "1 - cosine", "NaN", "Inf", "passed"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in result["steps"]:
-        distance = None if row["cosine"] is None else max(0.0, 1 - row["cosine"])
-        figures = [in_short(row[name]) for name in shown] + [in_short(distance)]
-        counts = [str(row["nan"]), str(row["inf"])]
-        table.add_row(str(row["step"]), *figures, *counts, "yes" if row["passed"] else "no")
-    out.print(table)
+    _show_steps(result)
     seconds = result["seconds"]
     reference = seconds["reference_call"]
     write(
@@ -126,6 +59,26 @@ def show_compare(result: dict[str, Any]) -> None:
             write(out, command)
     verdict = ("passed", "green") if result["passed"] else ("failed", "red")
     write(out, f"{result['engine']}: ", verdict)
+
+
+def _show_steps(result: dict[str, Any]) -> None:
+    title = str(result["engine"])
+    title += f" with weights {result['weights']}" if result["weights"] else ""
+    title += f" against {result['reference']}"
+    title += f" with the tensors of {result['model']}" if result["model"] else ""
+    table = new_table(title)
+    names = (
+        "error", "floor", "recorded", "rounding", "gate", "eager", "max", "p99", "solver", "drift",
+    )  # fmt: skip
+    shown = [name for name in names if any(row[name] is not None for row in result["steps"])]
+    for name in ("step", *shown, "1 - cosine", "NaN", "Inf", "passed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result["steps"]:
+        distance = None if row["cosine"] is None else max(0.0, 1 - row["cosine"])
+        figures = [in_short(row[name]) for name in shown] + [in_short(distance)]
+        counts = [str(row["nan"]), str(row["inf"])]
+        table.add_row(str(row["step"]), *figures, *counts, "yes" if row["passed"] else "no")
+    out.print(table)
 
 
 def show_bench(result: dict[str, Any]) -> None:
@@ -186,60 +139,6 @@ def show_lint(result: dict[str, Any]) -> None:
             places = "; ".join(f"{short(f['node'])} ({short(f['detail'])})" for f in found)
             more = "; ..." if number > len(found) else ""
             write(out, f"  {kind} {number}: {places}{more}")
-
-
-def show_inspect(record: dict[str, Any]) -> None:
-    """The model, its weights, and a row for each engine."""
-    config, parameters = record["config"], record["parameters"]
-    size = f"{parameters / 1e9:.2f} billion parameters, " if parameters else ""
-    experts = f", experts {' and '.join(record['experts'])}" if record["experts"] else ""
-    write(
-        out,
-        (record["bundle"], "bold"),
-        f": {short(record['model'])}{experts}, {size}dim {config['dim']}, {config['num_heads']} "
-        f"heads, {config['num_layers']} blocks; {in_bytes(record['bytes'])}, built by wanexport "
-        f"{short(record['wanexport'])}",
-    )
-    for name, weights in record["weights"].items():
-        stated = {key: value for key, value in weights["source"].items() if key != "files"}
-        source = ", ".join(f"{short(key)} {short(value)}" for key, value in stated.items())
-        write(out, f"  weights {name}: {in_bytes(weights['file']['size'])}, from {source}")
-    for engine in record["engines"]:
-        for line in _engine_lines(engine):
-            write(out, line)
-    if not record["problems"]:
-        checked = "every hash" if record["verified"] else "sizes, headers and engines"
-        write(out, f"{checked} verified")
-
-
-def _engine_lines(engine: dict[str, Any]) -> Iterator[str]:
-    proof, parity, sampling = engine["proof"], engine["parity"], engine["sampling"]
-    flops = engine["build"].get("flops_per_forward", 0) / 1e12
-    yield (
-        f"  engine {engine['name']}: {engine['tokens']} tokens, {in_bytes(engine['bytes'])}, "
-        f"{flops:.3g} TFLOPs a forward"
-    )
-    if engine["unusable"]:
-        yield f"    not usable: {engine['unusable']}"
-    target = ", ".join(f"{name} {short(value)}" for name, value in engine["target"].items())
-    yield f"    target: {target}"
-    if engine["attention"]:
-        yield f"    attention: {_attention(engine)}"
-    if proof:
-        yield f"    {_proof(proof)}"
-    compared = "not compared yet"
-    if parity:
-        verdict = "passed" if parity.get("passed") else "failed"
-        reference, error = short(parity.get("reference", "-")), in_short(parity.get("error"))
-        compared = f"{verdict} against {reference}; error {error}"
-    yield f"    parity: {compared}"
-    yield f"    lint: {sum(engine['lint'].values())} findings"
-    guidance = ", ".join(f"{g:g}" for g in dict.fromkeys(sampling["guidance"]))
-    boundary = f", experts meet at {sampling['boundary']}" if sampling["boundary"] else ""
-    yield (
-        f"    sampling: {sampling['solver']}, {sampling['steps']} steps, shift "
-        f"{sampling['shift']:g}, guidance {guidance}{boundary}, {sampling['fps']} fps"
-    )
 
 
 def show_doctor(record: dict[str, Any]) -> None:

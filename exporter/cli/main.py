@@ -9,7 +9,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,39 +18,37 @@ import click
 from wanexport.exporter.child.process import missing_name
 from wanexport.exporter.cli.display import (
     show_bench,
-    show_build,
     show_compare,
     show_doctor,
-    show_inspect,
     show_lint,
     show_run,
 )
+from wanexport.exporter.cli.display_bundle import show_build, show_inspect
 from wanexport.exporter.cli.options import (
     COUNT,
+    DEVICE,
     DTYPES,
     POSITIVE,
     SEED,
     CheckedGroup,
-    aoti_options,
     as_json,
     engine_options,
-    parse_guidance,
     parse_names,
-    parse_numbers,
-    parse_pairs,
-    parse_size,
+    parsed,
     prompt_options,
-    provider_options,
     sampling_options,
+    take,
     tensorrt_options,
 )
 from wanexport.exporter.cli.streams import minding_the_reader, prepare_streams, printing
 from wanexport.exporter.cli.terminal import err, progress_display, write
 from wanexport.exporter.run.request import RunRequest
 from wanexport.exporter.run.run import run as run_request
-from wanexport.runtime.engines.choose import BACKENDS, DEVICES
+from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.engines.kernels import KERNELS
+from wanexport.runtime.engines.table import BACKENDS
 from wanexport.runtime.errors import WanExportError, WanExportWarning, explain, needing_extra
+from wanexport.runtime.settings import Settings
 
 
 @click.group(cls=CheckedGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -73,10 +70,9 @@ def cli() -> None:
     help="Of matrix products and attention. Default: bf16 on a GPU and for TensorRT, else fp32.",
 )  # fmt: skip
 @click.option(
-    "--device",
-    type=click.Choice(DEVICES),
+    "--device", type=DEVICE,
     help="That runs aoti engines, or proves onnx engines. Default: a GPU if any can.",
-)
+)  # fmt: skip
 @click.option(
     "--attention", type=click.Choice([*KERNELS, "native", "mha", "decomposed"]),
     help="Kernel of self-attention in an aoti engine, by default the fastest; in the others one "
@@ -91,7 +87,7 @@ def cli() -> None:
 )  # fmt: skip
 @tensorrt_options
 @as_json
-def build(as_json: bool, target: str | None, workspace: str | None, **options: Any) -> None:
+def build(as_json: bool, **options: Any) -> None:
     """Compile a checkpoint for one resolution and frame count, into a new or an existing bundle.
 
     Ends with a proof: a fresh process opens the engine and compares it with eager PyTorch.
@@ -100,12 +96,8 @@ def build(as_json: bool, target: str | None, workspace: str | None, **options: A
         from wanexport.exporter.backends.backend import TensorRtOptions
         from wanexport.exporter.build import build as run_build
 
-    names = {field.name for field in fields(TensorRtOptions)}
-    options["tensorrt"] = TensorRtOptions(
-        targets=tuple(parse_names("--target", target) or ()),
-        workspace=parse_size("--workspace", workspace),
-        **{name: options.pop(name) for name in names & options.keys()},
-    )
+    options["targets"] = tuple(options["targets"] or ())
+    options["tensorrt"] = TensorRtOptions(**take(options, TensorRtOptions))
     options["backends"] = options["backends"] or None
     with progress_display() as show:
         record = run_build(progress=show, **options)
@@ -125,27 +117,15 @@ def _report(record: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any
 @prompt_options
 @sampling_options
 @engine_options
-@aoti_options
-@provider_options
 @as_json
-def run(
-    bundle: Path,
-    as_json: bool,
-    guidance: str | None,
-    timesteps: str | None,
-    provider_options: tuple[str, ...],
-    **options: Any,
-) -> None:
+def run(bundle: Path, as_json: bool, **options: Any) -> None:
     """Make a video from a prompt, or from text embeddings; with an image where the model takes one.
 
     A record beside it, X.json or X.safetensors.json, holds what repeats the run.
     """
-    settings = {name: options.pop(name) for name in ("steps", "shift", "solver")}
-    settings["guidance"] = parse_guidance(guidance)
-    settings["timesteps"] = parse_numbers("--timesteps", timesteps)
-    asked = {f.name: options.pop(f.name) for f in fields(RunRequest) if f.name in options}
-    options["provider_options"] = parse_pairs("--provider-option", provider_options)
-    request = RunRequest(bundle, **asked, settings=settings, load_options=options)
+    engine = EngineOptions(**take(options, EngineOptions))
+    settings = Settings(**take(options, Settings))
+    request = RunRequest(bundle, **options, settings=settings, engine=engine)
     with progress_display() as show:
         record = run_request(request, show=show, tell=_tell)
     _report(record, as_json, show_run)
@@ -187,9 +167,8 @@ def _tell(note: str) -> None:
     help="JSON file for polygraphy: the velocities of both.",
 )  # fmt: skip
 @engine_options
-@provider_options
 @as_json
-def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **options: Any) -> None:
+def compare(bundle: Path, as_json: bool, **options: Any) -> None:
     """Compare an engine with a reference, step by step; exit code 1 when the gate fails.
 
     error is relative L2, floor the error of eager PyTorch in the engine's precision; drift is that
@@ -198,7 +177,6 @@ def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **op
     with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.compare.compare import compare as run_compare
 
-    options["provider_options"] = parse_pairs("--provider-option", provider_options)
     with progress_display() as show:
         result = run_compare(bundle, progress=show, **options)
     _report(result, as_json, show_compare)
@@ -211,7 +189,7 @@ def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **op
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--against", metavar="ARMS",
+    "--against", metavar="ARMS", callback=parsed(parse_names),
     help="What to measure, with commas between, as wanexport,diffusers,compile. Default: all that "
     "apply on a GPU, on a CPU those that compile nothing.",
 )  # fmt: skip
@@ -223,15 +201,8 @@ def compare(bundle: Path, as_json: bool, provider_options: tuple[str, ...], **op
 @click.option("--profile", is_flag=True, help="Count host waits, and the GPU's busy share.")
 @click.option("--report", type=click.Path(path_type=Path), help="Default: BUNDLE/reports.")
 @engine_options
-@provider_options
 @as_json
-def bench(
-    bundle: Path,
-    as_json: bool,
-    against: str | None,
-    provider_options: tuple[str, ...],
-    **options: Any,
-) -> None:
+def bench(bundle: Path, as_json: bool, **options: Any) -> None:
     """Measure an engine and others on the same inputs and weights; exit code 1 when one failed.
 
     Each runs in a fresh process. The floor is the time that the forward's FLOPs take at the rate
@@ -240,10 +211,8 @@ def bench(
     with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.bench.bench import bench as run_bench
 
-    options["provider_options"] = parse_pairs("--provider-option", provider_options)
-    arms = parse_names("--against", against)
     with progress_display() as show:
-        result = run_bench(bundle, against=arms, progress=show, **options)
+        result = run_bench(bundle, progress=show, **options)
     _report(result, as_json, show_bench)
     if result["warning"]:
         write(err, ("warning: ", "yellow"), result["warning"])

@@ -6,21 +6,17 @@ engine and floor are given what the reference was given. Beside it stand the fre
 where the engine follows its own latents, and the solver against its fp64 oracle.
 """
 
-import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from math import inf
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from wanexport.exporter.backends.backend import Progress
-from wanexport.exporter.bundle.lock import bundle_lock
-from wanexport.exporter.bundle.place import REPORTS, check_place
-from wanexport.exporter.bundle.writer import write_manifest
 from wanexport.exporter.compare.peers import (
     Peers,
+    Placed,
     check_implementation,
     needed_peers,
     open_peers,
@@ -36,16 +32,37 @@ from wanexport.exporter.compare.recorded import (
     read_sample_inputs,
     read_velocities,
 )
-from wanexport.exporter.compare.rows import ComparedCall, Comparison, Recorder, Row
+from wanexport.exporter.compare.report import Outcome, keep
+from wanexport.exporter.compare.rows import ComparedCall, Comparison
+from wanexport.exporter.compare.sessions import Recorder
 from wanexport.exporter.reference.inputs import seeded_inputs
 from wanexport.graphs.weights import DTYPES
-from wanexport.runtime.bundle.durable import own_folder, remove_partials, write_durably
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
-from wanexport.runtime.bundle.tensorfile import save_arrays
-from wanexport.runtime.engines.choose import choose_engine
-from wanexport.runtime.errors import WanExportError, explain, refuse_empty
-from wanexport.runtime.load import open_engine
+from wanexport.runtime.engines.choose import Choice, choose_engine
+from wanexport.runtime.engines.engine import EngineKeywords, EngineOptions
+from wanexport.runtime.errors import BadRequest, refuse_empty
+from wanexport.runtime.load import find_weights, open_engine
 from wanexport.runtime.machine.memory import peak_rss
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """What an engine is held against, and on which inputs.
+
+    reference is `graph` or `diffusers`: whose fp32 forward with the engine's weights is right;
+    model names the checkpoint to take its tensors from instead. The loop has `steps` steps with the
+    engine's solver and guidance. inputs is a safetensors file for that loop (as `run` takes it), or
+    of single calls (see `recorded`), and outputs the velocities recorded for these calls, computed
+    in outputs_dtype with the precision policy of reference.
+    """
+
+    model: str | Path | None = None
+    reference: str = "graph"
+    inputs: Path | None = None
+    outputs: Path | None = None
+    outputs_dtype: str = "fp32"
+    steps: int = 4
+    seed: int = 0
 
 
 def compare(
@@ -56,69 +73,66 @@ def compare(
     inputs: str | Path | None = None,
     outputs: str | Path | None = None,
     outputs_dtype: str = "fp32",
-    backend: str | None = None,
-    device: str | None = None,
-    resolution: str | None = None,
-    frames: int | None = None,
-    dtype: str | None = None,
-    provider: str | None = None,
-    provider_options: Mapping[str, str] | None = None,
     steps: int = 4,
     seed: int = 0,
     report: str | Path | None = None,
     save_inputs: str | Path | None = None,
     save_outputs: str | Path | None = None,
     progress: Progress = lambda stage, done, total: None,
+    **options: Unpack[EngineKeywords],
 ) -> dict[str, Any]:
     """Compare one engine of a bundle with a reference; the result says whether it passed.
 
-    reference is `graph` or `diffusers`: whose fp32 forward with the bundle's weights is right.
-    model names the checkpoint to take its tensors from instead. The loop has `steps` steps with the
-    bundle's solver and guidance. inputs is a safetensors file for that loop (as `run` takes it), or
-    of single calls (see `recorded`), and outputs the velocities recorded for these calls, computed
-    in outputs_dtype with the precision policy of reference. The result is saved in report, by
-    default the bundle's `reports/`. provider and its options are `load`'s. save_inputs and
-    save_outputs are JSON files for polygraphy, of the calls that are compared; `polygraphy` in the
-    result has the commands that read them.
+    model to seed are those of CompareRequest, options of `load`. The result is saved in report, by
+    default the bundle's `reports/`. save_inputs and save_outputs are JSON files for polygraphy, of
+    the calls that are compared; `polygraphy` in the result has the commands that read them.
     Raises WanExportError when no engine fits or cannot run here, or a file does not fit.
     """
     refuse_empty(bundle=bundle, model=model, inputs=inputs, outputs=outputs, report=report)
-    check_implementation(reference)
-    saved = SavedFiles(*(None if f is None else Path(f) for f in (save_inputs, save_outputs)))
+    given, recorded, *files = (_path(f) for f in (inputs, outputs, save_inputs, save_outputs))
+    request = CompareRequest(model, reference, given, recorded, outputs_dtype, steps, seed)
+    _check_request(request)
+    saved = SavedFiles(*files)
     check_files(saved)
-    bundle = Path(bundle)
+    outcome = _compare(Path(bundle), request, saved, EngineOptions(**options), progress)
+    outcome.result["warning"] = keep(Path(bundle), outcome, _path(report))
+    return outcome.result
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _check_request(request: CompareRequest) -> None:
+    """Raise BadRequest for what needs no bundle to be seen as wrong."""
+    check_implementation(request.reference)
+    if request.outputs is not None and request.inputs is None:
+        raise BadRequest("recorded outputs need the inputs of the same calls: pass both files")
+    if request.outputs_dtype not in DTYPES:
+        raise BadRequest(
+            f"unknown outputs dtype {request.outputs_dtype!r}: expected one of {', '.join(DTYPES)}"
+        )
+
+
+def _compare(
+    bundle: Path,
+    request: CompareRequest,
+    saved: SavedFiles,
+    options: EngineOptions,
+    progress: Progress,
+) -> Outcome:
+    """Open both sides and compare them; nothing is written but what polygraphy reads."""
     manifest = read_manifest(bundle)
-    record = choose_engine(
-        bundle,
-        manifest,
-        backend=backend,
-        device=device,
-        resolution=resolution,
-        frames=frames,
-        dtype=dtype,
-        provider=provider,
-    )
-    seeded = seeded_inputs(manifest.config, record.geometry, seed)
-    given: Loop | Calls = Loop(seeded, steps)
-    if inputs is None and outputs is not None:
-        raise WanExportError("recorded outputs need the inputs of the same calls: pass both files")
-    if inputs is not None:
-        given = _read_given(Path(inputs), outputs, outputs_dtype, record, Loop(seeded, steps))
-    peers = _open_peers(bundle, manifest, record, given, reference, model)
+    choice = choose_engine(bundle, manifest, options)
+    given = _inputs(request, manifest, choice.record)
+    peers = _open_peers(bundle, manifest, choice, options, request, given)
     started = time.perf_counter()
-    opened_engine = open_engine(
-        bundle, manifest, record, provider=provider, provider_options=provider_options
-    )
-    engine = Recorder(opened_engine)
+    engine = Recorder(open_engine(bundle, manifest, choice, options))
     opened = time.perf_counter() - started
     kept: list[ComparedCall] | None = [] if saved.paths() else None
-    rows, eager_seconds = Comparison(engine, peers, reference, progress, kept).rows(given)
-    result: dict[str, Any] = {
-        "engine": record.name,
-        "reference": _describe(reference, given),
-        "model": None if model is None else str(model),
-        "inputs": f"seed {seed}" if inputs is None else str(inputs),
-        "outputs": None if outputs is None else str(outputs),
+    comparison = Comparison(engine, peers, request.reference, progress, kept)
+    rows, eager_seconds = comparison.rows(given)
+    result = _described(request, options, choice.record, given) | {
         "passed": all(row["passed"] for row in rows),
         "steps": rows,
         "seconds": {
@@ -131,122 +145,72 @@ def compare(
         "warning": None,
     }
     if kept is not None:
+        files = find_weights(bundle, choice.record, options.weights, manifest).files
         result["polygraphy"] = save_calls(
-            saved,
-            kept,
-            bundle=bundle,
-            manifest=manifest,
-            denoiser=engine.denoiser,
-            reference=result["reference"],
+            saved, kept, bundle, engine.denoiser, files, result["reference"]
         )
-    result["warning"] = _keep(bundle, record, given, result, report)
-    return result
+    return Outcome(choice.record, given, result)
 
 
-def _describe(reference: str, given: Loop | Calls) -> str:
-    dtype = given.recorded_dtype
-    return f"recorded ({reference}, {dtype})" if dtype else reference
+def _described(
+    request: CompareRequest, options: EngineOptions, record: EngineRecord, given: Loop | Calls
+) -> dict[str, Any]:
+    """What the result says of both sides and their inputs."""
+    dtype, reference = given.recorded_dtype, request.reference
+    return {
+        "engine": record.name,
+        "weights": None if options.weights is None else str(options.weights),
+        "reference": f"recorded ({reference}, {dtype})" if dtype else reference,
+        "model": None if request.model is None else str(request.model),
+        "inputs": f"seed {request.seed}" if request.inputs is None else str(request.inputs),
+        "outputs": None if request.outputs is None else str(request.outputs),
+    }
 
 
-def _read_given(
-    path: Path, outputs: str | Path | None, outputs_dtype: str, record: EngineRecord, seeded: Loop
-) -> Loop | Calls:
+def _inputs(request: CompareRequest, manifest: Manifest, record: EngineRecord) -> Loop | Calls:
     """Inputs of a loop, or of calls with or without what was recorded for them."""
-    if outputs_dtype not in DTYPES:
-        raise WanExportError(
-            f"unknown outputs dtype {outputs_dtype!r}: expected one of {', '.join(DTYPES)}"
+    seeded = seeded_inputs(manifest.config, record.geometry, request.seed)
+    if request.inputs is None:
+        return Loop(seeded, request.steps)
+    if is_of_calls(request.inputs):
+        return _calls(request.inputs, request, record)
+    if request.outputs is not None:
+        raise BadRequest(
+            f"{request.inputs} has the inputs of a loop: recorded outputs need those of single "
+            f"calls, with latent and timestep"
         )
-    if not is_of_calls(path):
-        if outputs is not None:
-            raise WanExportError(
-                f"{path} has the inputs of a loop: recorded outputs need those of single calls, "
-                f"with latent and timestep"
-            )
-        return Loop({"noise": seeded.inputs["noise"], **read_sample_inputs(path)}, seeded.steps)
+    own = read_sample_inputs(request.inputs, record.inputs)
+    return Loop({"noise": seeded["noise"], **own}, request.steps)
+
+
+def _calls(path: Path, request: CompareRequest, record: EngineRecord) -> Calls:
     calls = Calls(read_calls(path, record.inputs))
-    if outputs is None:
+    if request.outputs is None:
         return calls
-    velocities = read_velocities(Path(outputs), len(calls.inputs), record.output)
-    return replace(calls, velocities=velocities, recorded_dtype=outputs_dtype)
+    velocities = read_velocities(request.outputs, len(calls.inputs), record.output)
+    return replace(calls, velocities=velocities, recorded_dtype=request.outputs_dtype)
 
 
 def _open_peers(
     bundle: Path,
     manifest: Manifest,
-    record: EngineRecord,
+    choice: Choice,
+    options: EngineOptions,
+    request: CompareRequest,
     given: Loop | Calls,
-    reference: str,
-    model: str | Path | None,
 ) -> Peers:
     """The eager denoisers that this comparison takes, with tensors that were checked."""
-    keys = needed_peers(reference, record.dtype, given.recorded_dtype)
-    checkpoint = tensors_of_checkpoint(model, manifest) if model is not None else None
-    tensors = tensors_of_bundle(bundle, manifest, record)
-    if checkpoint is None or record.dtype == "fp32":
-        return open_peers(manifest, record, checkpoint or tensors, keys, unrounded=None)
-    keys |= {(reference, "fp32")}
-    return open_peers(manifest, record, checkpoint, keys, unrounded=reference)
+    record = choice.record
+    keys = needed_peers(request.reference, record.dtype, given.recorded_dtype)
+    tensors = tensors_of_bundle(bundle, manifest, record, options.weights)
+    unrounded = None
+    if request.model is not None:
+        tensors = tensors_of_checkpoint(request.model, manifest)
+        unrounded = None if record.dtype == "fp32" else request.reference
+        keys |= {(request.reference, "fp32")} if unrounded else set()
+    placed = Placed(manifest, record, choice.device, tensors)
+    return open_peers(placed, keys, unrounded=unrounded)
 
 
 def _median(seconds: Sequence[float]) -> float | None:
     return round(statistics.median(seconds), 4) if seconds else None
-
-
-def _keep(
-    bundle: Path,
-    engine: EngineRecord,
-    given: Loop | Calls,
-    result: Mapping[str, Any],
-    report: str | Path | None,
-) -> str | None:
-    """Write the report, and beside the bundle's own one the note in the manifest.
-
-    The verdict stands without either; what could not be written is returned, in one line.
-    """
-    lost = "the report was not saved"
-    try:
-        if report is None:
-            lost = f"{lost}, nor the parity noted in the manifest"
-            check_place(bundle)
-            _save(own_folder(bundle, REPORTS), engine, given, result)
-            lost = "the report is saved, but the parity was not noted in the manifest"
-            _note_parity(bundle, engine, result)
-        else:
-            Path(report).mkdir(parents=True, exist_ok=True)
-            _save(Path(report), engine, given, result)
-    except (OSError, WanExportError) as error:
-        return f"{lost}: {explain(error)}"
-    return None
-
-
-def _save(
-    folder: Path, engine: EngineRecord, given: Loop | Calls, result: Mapping[str, Any]
-) -> None:
-    """Write the report, and the inputs of a loop that can be repeated with them."""
-    remove_partials(folder)
-    suffix = "" if result["reference"] == "graph" else f"-{result['reference'].split()[0]}"
-    name = f"compare-{engine.name.replace('/', '-')}{suffix}"
-    if isinstance(given, Loop):
-        save_arrays(folder / f"{name}-inputs.safetensors", given.inputs)
-    write_durably(folder / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
-
-
-def _note_parity(bundle: Path, engine: EngineRecord, result: Mapping[str, Any]) -> None:
-    """Keep the worst step in the manifest, unless the engine was rebuilt meanwhile."""
-    worst = max(result["steps"], key=_badness)
-    names = ("error", "floor", "gate", "solver", "drift", "passed")
-    parity = {name: worst[name] for name in names}
-    parity |= {name: result[name] for name in ("reference", "model", "inputs")}
-    with bundle_lock(bundle, waits=True):
-        manifest = read_manifest(bundle)
-        engines = tuple(
-            replace(e, parity=parity) if (e.key, e.files) == (engine.key, engine.files) else e
-            for e in manifest.engines
-        )
-        write_manifest(bundle, replace(manifest, engines=engines))
-
-
-def _badness(row: Row) -> tuple[bool, float]:
-    """What makes one step worse than another: that it failed, and how far."""
-    ratio = inf if row["error"] is None else row["error"] / (row["gate"] or inf)
-    return not row["passed"], ratio

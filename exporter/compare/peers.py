@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from wanexport.runtime.bundle.check import check_content
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.engines.engine import Engine
-from wanexport.runtime.errors import WanExportError, needing_extra
+from wanexport.runtime.errors import BadRequest, needing_extra
+from wanexport.runtime.load import find_weights
 from wanexport.runtime.machine.memory import free_bytes
 from wanexport.runtime.wan_config import WanConfig
 
@@ -50,50 +51,47 @@ def needed_peers(implementation: str, dtype: str, recorded_dtype: str | None) ->
     return keys if recorded_dtype else keys | {(implementation, "fp32")}
 
 
-def open_peers(
-    manifest: Manifest,
-    record: EngineRecord,
-    tensors: Tensors,
-    keys: Collection[Key],
-    *,
-    unrounded: str | None,
-) -> Peers:
+@dataclass(frozen=True)
+class Placed:
+    """What every peer of a comparison has in common: the model, the engine, its device, tensors."""
+
+    manifest: Manifest
+    record: EngineRecord
+    device: str
+    tensors: Tensors
+
+
+def open_peers(placed: Placed, keys: Collection[Key], *, unrounded: str | None) -> Peers:
     """Open denoisers; unrounded names the implementation of that peer, None for none.
 
-    Raises WanExportError when diffusers' models do not fit in memory.
+    Raises BadRequest when diffusers' models do not fit in memory.
     """
-    config = manifest.config
     wanted = [*keys, *([(unrounded, "fp32")] if unrounded else [])]
-    device = record.target["device"]
-    needed, free = _bytes(config, wanted, len(tensors)), free_bytes(device)
+    needed = _bytes(placed.manifest.config, wanted, len(placed.tensors))
+    free = free_bytes(placed.device)
     if needed > free and any(name == "diffusers" for name, _ in wanted):
-        raise WanExportError(
+        raise BadRequest(
             f"diffusers' model would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free: "
             f"compare with our graph, which streams its weights"
         )
-
-    def engine(key: Key, own: Mapping[str, SourceTensor], rounded: str) -> Engine:
-        name, dtype = key
-        if name == "diffusers":
-            return DiffusersEngine(
-                config, record.geometry, dtype, own, rounded=rounded, device=device
-            )
-        return EagerEngine(
-            config,
-            record.geometry,
-            dtype,
-            own,
-            rounded=rounded,
-            resident=needed < free / 2,
-            device=device,
-        )
-
-    def peer(key: Key, rounded: str) -> Denoiser:
-        return Denoiser(record, {e: engine(key, own, rounded) for e, own in tensors.items()})
-
+    open_peer = partial(_open_peer, placed, resident=needed < free / 2)
     return Peers(
-        eager={key: peer(key, record.dtype) for key in keys},
-        unrounded=peer((unrounded, "fp32"), "fp32") if unrounded else None,
+        eager={key: open_peer(key, placed.record.dtype) for key in keys},
+        unrounded=open_peer((unrounded, "fp32"), "fp32") if unrounded else None,
+    )
+
+
+def _open_peer(placed: Placed, key: Key, rounded: str, *, resident: bool) -> Denoiser:
+    """The denoiser of one peer, with an engine for each expert."""
+    config, geometry = placed.manifest.config, placed.record.geometry
+    name, dtype = key
+    make = DiffusersEngine if name == "diffusers" else partial(EagerEngine, resident=resident)
+    return Denoiser(
+        placed.record,
+        {
+            expert: make(config, geometry, dtype, own, rounded=rounded, device=placed.device)
+            for expert, own in placed.tensors.items()
+        },
     )
 
 
@@ -104,38 +102,43 @@ def _bytes(config: WanConfig, keys: Collection[Key], experts: int) -> int:
 
 
 def check_implementation(name: str) -> None:
-    """Raise WanExportError when there is no such implementation, or it is not installed."""
+    """Raise BadRequest for an implementation that there is not, or that is not installed."""
     if name not in IMPLEMENTATIONS:
         expected = ", ".join(IMPLEMENTATIONS)
-        raise WanExportError(f"unknown reference {name!r}: expected one of {expected}")
+        raise BadRequest(f"unknown reference {name!r}: expected one of {expected}")
     if name == "diffusers":
         with needing_extra("diffusers", "this reference"):
             from diffusers import WanTransformer3DModel  # noqa: F401
 
 
-def tensors_of_bundle(bundle: Path, manifest: Manifest, record: EngineRecord) -> Tensors:
-    """The tensors that the engine reads, from files checked whole: eager reads the same ones.
+def tensors_of_bundle(
+    bundle: Path, manifest: Manifest, record: EngineRecord, weights: str | Path | None
+) -> Tensors:
+    """The tensors that the engine reads with these weights: eager reads the same ones.
 
-    Raises WanExportError when a file is missing or was altered.
+    The bundle's own files are checked whole. Raises WanExportError when a file is missing, was
+    altered or is none of the engine's layout.
     """
     names = {name: name for name in parameter_shapes(manifest.config)}
-    return {
-        weights.expert: bundle_tensors(check_content(bundle, weights.file).path, names)
-        for weights in manifest.weights_of(record.dtype)
-    }
+    files = find_weights(bundle, record, weights, manifest).files
+    own = {bundle / known.file.path: known.file for known in manifest.weights.values()}
+    for file in files.values():
+        if file.path in own:
+            check_content(bundle, own[file.path])
+    return {expert: bundle_tensors(file.path, names) for expert, file in files.items()}
 
 
 def tensors_of_checkpoint(model: str | Path, manifest: Manifest) -> Tensors:
     """The tensors of the checkpoint that a bundle came from.
 
-    Raises WanExportError when it is none, or of another model than the bundle's.
+    Raises BadRequest when it is none, or of another model than the bundle's.
     """
     model = str(model)
     if model.lower() in PRESETS and not Path(model).exists():
-        raise WanExportError(f"{model} is a preset: pass -m a checkpoint's folder or hub id")
+        raise BadRequest(f"{model} is a preset: pass -m a checkpoint's folder or hub id")
     source = resolve(model, None, expert_alone=not manifest.experts)
     if (source.config, source.experts) != (manifest.config, manifest.experts):
-        raise WanExportError(
+        raise BadRequest(
             f"{model} is another model ({source.name}) than the bundle's ({manifest.model}): "
             f"pass -m the checkpoint that it was built from"
         )

@@ -5,24 +5,24 @@ The formats are polygraphy's own and written by itself, imported where it is nee
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from wanexport.exporter.compare.rows import ComparedCall
 from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.bundle.durable import write_durably
-from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, TensorSpec
-from wanexport.runtime.denoiser import Denoiser, pad_text
+from wanexport.runtime.bundle.manifest import EngineRecord
+from wanexport.runtime.bundle.path import WEIGHTS_FILE
+from wanexport.runtime.bundle.pinned_file import PinnedFile
+from wanexport.runtime.denoiser import Denoiser, pad_rows
 from wanexport.runtime.engines.tensorrt import plan_role
-from wanexport.runtime.engines.tensorrt_library import FLAVOURS
-from wanexport.runtime.errors import WanExportError, needing_package
-
-_OUTPUT = "velocity"
+from wanexport.runtime.errors import BadRequest, needing_package
+from wanexport.runtime.program import Input
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ def _of_expert(path: Path | None, expert: str) -> Path | None:
 
 
 def check_files(files: SavedFiles) -> None:
-    """Refuse before the work what could not be saved after it. Raises WanExportError."""
+    """Refuse before the work what could not be saved after it. Raises BadRequest."""
     for path in files.paths():
         if path.suffix != ".json" or path.is_dir():
-            raise WanExportError(f"{path}: polygraphy reads JSON, name a .json file")
+            raise BadRequest(f"{path}: polygraphy reads JSON, name a .json file")
         if not os.access(path.parent, os.W_OK):
-            raise WanExportError(f"cannot write in {path.parent}: name an existing folder")
+            raise BadRequest(f"cannot write in {path.parent}: name an existing folder")
     if files.paths():
         with needing_package("polygraphy", "saving for polygraphy"):
             import polygraphy.comparator
@@ -65,27 +65,28 @@ def check_files(files: SavedFiles) -> None:
 def save_calls(
     files: SavedFiles,
     calls: Sequence[ComparedCall],
-    *,
     bundle: Path,
-    manifest: Manifest,
     denoiser: Denoiser,
+    weights: Mapping[str, PinnedFile],
     reference: str,
 ) -> dict[str, Any]:
     """Save the calls as polygraphy reads them; returns the files, its commands, or why none.
 
-    denoiser is the engine's, and reference the runner's name for the reference's velocities.
+    denoiser is the engine's, weights are its files by expert, and reference is the runner's name
+    for the reference's velocities.
     """
     record = denoiser.record
-    weights = {w.expert: bundle / w.file.path for w in manifest.weights_of(record.dtype)}
     saved, commands = [], []
-    note = _obstacle(denoiser) or ("" if files.inputs else "it needs the inputs: add --save-inputs")
+    note = _obstacle(denoiser, weights) or (
+        "" if files.inputs else "it needs the inputs: add --save-inputs"
+    )
     for expert, own in _by_expert(denoiser, calls).items():
         written = files.of(expert)
         _write(written, own, record, reference)
         saved += [str(path) for path in written.paths()]
         if not note:
             engine = bundle / record.files[plan_role(record.files, expert)].path
-            run = _run_engine(record, engine, weights[expert].parent)
+            run = _RUNNERS[record.backend].command(record, engine, weights[expert].path)
             commands.append(f"{run} {_loads(written, own)}")
     return {"files": saved, "commands": commands, "note": note or None}
 
@@ -113,44 +114,72 @@ def _write(
         if files.outputs:
             # It compares each runner with the next, and the one that it runs comes first.
             results = RunResults()
-            results.add([{_OUTPUT: call.reference} for call in calls], runner_name=reference)
-            results.add([{_OUTPUT: call.velocity} for call in calls], runner_name=record.name)
+            (name,) = record.program.outputs
+            results.add([{name: call.reference} for call in calls], runner_name=reference)
+            results.add([{name: call.velocity} for call in calls], runner_name=record.name)
             write_durably(files.outputs, to_json(results).encode())
 
 
-def feed(inputs: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:
-    """A denoiser's inputs as its graph takes them: fp32, text padded, timestep for each frame."""
-    arrays = {name: to_numpy(inputs[name]) for name in specs}
-    arrays["text"] = pad_text(arrays["text"], specs["text"].shape)
-    return {
-        name: np.ascontiguousarray(np.broadcast_to(arrays[name], spec.shape))
-        for name, spec in specs.items()
-    }
+def feed(inputs: Mapping[str, Any], specs: Mapping[str, Input]) -> dict[str, np.ndarray]:
+    """A denoiser's inputs as its graph takes them: fp32, rows padded, numbers for each frame."""
+    fed = {}
+    for name, spec in specs.items():
+        array = to_numpy(inputs[name])
+        array = pad_rows(array, spec.shape, name=name) if spec.draw == "rows" else array
+        fed[name] = np.ascontiguousarray(np.broadcast_to(array, spec.shape))
+    return fed
 
 
-def _obstacle(denoiser: Denoiser) -> str:
+class _Runner(NamedTuple):
+    """How polygraphy runs the engines of a backend, given engine and weights.
+
+    Where it `names_weights`, the engine finds them in a file of the name that its graph has.
+    """
+
+    command: Callable[[EngineRecord, Path, Path], str]
+    names_weights: bool
+
+
+def _graph(record: EngineRecord, engine: Path, weights: Path) -> str:
+    # Polygraphy names no folder of weights to ONNX Runtime, which refuses links to elsewhere;
+    # with --external-data-dir it makes one message of all, which holds 2 GB at most.
+    graph = weights.parent / engine.name
+    provider = ["--providers", "cuda"] if record.target["device"] == "cuda" else []
+    run = ["polygraphy", "run", str(graph), "--onnxrt", *provider]
+    return f"{shlex.join(['cp', str(engine), str(graph)])} && {shlex.join(run)}"
+
+
+def _plan(record: EngineRecord, engine: Path, weights: Path) -> str:
+    run = ["polygraphy", "run", str(engine), "--trt", "--model-type", "engine"]
+    return shlex.join(run)
+
+
+def _plan_of_rtx(record: EngineRecord, engine: Path, weights: Path) -> str:
+    return f"POLYGRAPHY_USE_TENSORRT_RTX=1 {_plan(record, engine, weights)}"
+
+
+_RUNNERS = {
+    "onnx": _Runner(_graph, names_weights=True),
+    "tensorrt": _Runner(_plan, names_weights=False),
+    "tensorrt-rtx": _Runner(_plan_of_rtx, names_weights=False),
+}
+
+
+def _obstacle(denoiser: Denoiser, weights: Mapping[str, PinnedFile]) -> str:
     """Why polygraphy cannot run the engine; empty when it can."""
-    backend = denoiser.record.backend
-    if backend == "aoti":
-        return "polygraphy runs no AOTInductor engine"
+    record = denoiser.record
+    runner = _RUNNERS.get(record.backend)
+    if runner is None:
+        return f"polygraphy runs no {record.backend} engine"
+    if not record.program.is_plain:
+        return "the engine keeps a state between calls, which polygraphy does not"
+    names = {file.path.name for file in weights.values()}
+    if runner.names_weights and names != {WEIGHTS_FILE}:
+        return f"the graph names its weights {WEIGHTS_FILE}, these are {', '.join(sorted(names))}"
     held = [getattr(engine, "weights", None) for engine in denoiser.engines.values()]
-    if backend in FLAVOURS and any(weights is not None for weights in held):
+    if not runner.names_weights and any(file is not None for file in held):
         return "the plan takes its weights as inputs: polygraphy runs one built with --bake-weights"
     return ""
-
-
-def _run_engine(record: EngineRecord, engine: Path, weights: Path) -> str:
-    """The part of the command that runs the engine."""
-    if record.backend == "onnx":
-        # Polygraphy names no folder of weights to ONNX Runtime, which refuses links to elsewhere;
-        # with --external-data-dir it makes one message of all, which holds 2 GB at most.
-        graph = weights / engine.name
-        provider = ["--providers", "cuda"] if record.target["device"] == "cuda" else []
-        run = ["polygraphy", "run", str(graph), "--onnxrt", *provider]
-        return f"{shlex.join(['cp', str(engine), str(graph)])} && {shlex.join(run)}"
-    variable = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if record.backend == "tensorrt-rtx" else ""
-    run = ["polygraphy", "run", str(engine), "--trt", "--model-type", "engine"]
-    return variable + shlex.join(run)
 
 
 def _loads(files: SavedFiles, calls: Sequence[ComparedCall]) -> str:

@@ -1,37 +1,44 @@
 """Recorded tensors for `compare`: inputs of a loop, inputs of single calls, and velocities.
 
-A file of calls stacks them along the first dimension: latent [N, C, F, h, w], timestep [N] (TI2V
-also [N, F], one for each latent frame), text [N, n, D], condition and image where the model takes
-them; what all calls share may have a first dimension of 1. The velocities are `velocity`
-[N, C, F, h, w].
+A file of calls stacks each input of the engine along the first dimension, in the place of its
+batch of one: latent [N, C, F, h, w], text [N, n, D] with as many rows as the prompts have. Numbers
+are [N], or [N, F] where the engine takes F of them. What all calls share may have a first dimension
+of 1. The velocities are `velocity` [N, C, F, h, w].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.bundle.manifest import TensorSpec
 from wanexport.runtime.bundle.tensorfile import load_arrays, read_header
-from wanexport.runtime.denoiser import pad_text
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.denoiser import pad_rows
+from wanexport.runtime.errors import BadRequest
+from wanexport.runtime.program import Input, TensorSpec
 
-SAMPLE_INPUTS = ("text", "negative", "condition", "image", "first_frame", "noise")
+_LATENT, _TEXT, _VELOCITY = "latent", "text", "velocity"
+_OF_STEPS = (_LATENT, "timestep")  # inputs of the engine that the loop gives it
+_OF_LOOPS = ("negative", "first_frame", "noise")  # what `sample` takes beside the engine's inputs
 
 
-def read_sample_inputs(path: Path) -> dict[str, np.ndarray]:
-    """Inputs of `sample`: text, and of the others what the file has.
+def sample_names(inputs: Iterable[str]) -> tuple[str, ...]:
+    """What `sample` takes of arrays for an engine of these inputs, text first."""
+    others = (name for name in inputs if name not in (*_OF_STEPS, _TEXT))
+    return _TEXT, *others, *_OF_LOOPS
 
-    Raises WanExportError when there is no text, or something else.
+
+def read_sample_inputs(path: Path, inputs: Iterable[str]) -> dict[str, np.ndarray]:
+    """Inputs of `sample` for an engine of these inputs: text, and of the others what the file has.
+
+    Raises BadRequest when there is no text, or something else.
     """
-    arrays = load_arrays(path)
-    unknown = [name for name in arrays if name not in SAMPLE_INPUTS]
-    if unknown or "text" not in arrays:
-        raise WanExportError(
+    arrays, names = load_arrays(path), sample_names(inputs)
+    if arrays.keys() - set(names) or _TEXT not in arrays:
+        raise BadRequest(
             f"{path} holds {', '.join(arrays) or 'nothing'}: expected text, and of "
-            f"{', '.join(SAMPLE_INPUTS[1:])} what applies"
+            f"{', '.join(names[1:])} what applies"
         )
     return arrays
 
@@ -54,48 +61,58 @@ class Calls:
     recorded_dtype: str | None = None
 
 
-def read_calls(path: Path, specs: Mapping[str, TensorSpec]) -> list[dict[str, np.ndarray]]:
+def read_calls(path: Path, inputs: Mapping[str, Input]) -> list[dict[str, np.ndarray]]:
     """Inputs of every recorded call, as a denoiser takes them.
 
-    Raises WanExportError, naming each of them, when inputs are missing, unexpected or misshapen.
+    Raises BadRequest, naming each of them, when inputs are missing, unexpected or misshapen.
     """
     arrays = load_arrays(path)
-    if "text" in arrays:
-        arrays["text"] = pad_text(arrays["text"], specs["text"].shape)
-    number = len(arrays["latent"]) if arrays["latent"].ndim else 0
+    for name in inputs.keys() & arrays.keys():
+        if inputs[name].draw == "rows":
+            arrays[name] = pad_rows(arrays[name], inputs[name].shape, name=name)
+    number = len(arrays[_LATENT]) if arrays[_LATENT].ndim else 0
     problems = [] if number else ["no call"]
-    problems += [f"{name} missing" for name in specs if name not in arrays]
-    problems += [f"{name} not expected" for name in arrays if name not in specs]
-    for name in specs.keys() & arrays.keys():
-        shape, rows = arrays[name].shape, specs[name].shape
-        rests = ((), rows) if name == "timestep" else (rows[1:],)
-        if not shape or shape[0] not in (1, number) or shape[1:] not in rests:
-            problems.append(f"{name} is {list(shape)}, expected {[number, *rests[-1]]}")
+    problems += [f"{name} missing" for name in inputs if name not in arrays]
+    problems += [f"{name} not expected" for name in arrays if name not in inputs]
+    for name in inputs.keys() & arrays.keys():
+        shape, parts = arrays[name].shape, _parts(inputs[name])
+        if not shape or shape[0] not in (1, number) or shape[1:] not in parts:
+            problems.append(f"{name} is {list(shape)}, expected {[number, *parts[-1]]}")
     if problems:
-        raise WanExportError(f"{path} does not fit the engine: {'; '.join(sorted(problems))}")
-    return [{name: _row(name, a, i % len(a)) for name, a in arrays.items()} for i in range(number)]
+        raise BadRequest(f"{path} does not fit the engine: {'; '.join(sorted(problems))}")
+    return [
+        {name: _part(array, inputs[name], i % len(array)) for name, array in arrays.items()}
+        for i in range(number)
+    ]
 
 
-def _row(name: str, stacked: np.ndarray, index: int) -> np.ndarray:
-    """One call's input: a batch of one, or its timesteps."""
-    is_per_frame = name == "timestep" and stacked.ndim == 2
-    row: np.ndarray = stacked[index] if is_per_frame else stacked[index : index + 1]
-    return row
+def _parts(spec: TensorSpec) -> tuple[tuple[int, ...], ...]:
+    """What shapes one call's part of a stacked input may have: numbers may be one for all."""
+    if len(spec.shape) == 1:
+        return (), spec.shape
+    return (spec.shape[1:],) if spec.shape[0] == 1 else (spec.shape,)
+
+
+def _part(stacked: np.ndarray, spec: TensorSpec, index: int) -> np.ndarray:
+    """One call's input: a batch of one, or what is stacked whole."""
+    is_whole = stacked.ndim > len(spec.shape)
+    part: np.ndarray = stacked[index] if is_whole else stacked[index : index + 1]
+    return part
 
 
 def read_velocities(path: Path, number: int, spec: TensorSpec) -> list[np.ndarray]:
-    """The recorded velocity of every call. Raises WanExportError when they do not fit the calls."""
+    """The recorded velocity of every call. Raises BadRequest when they do not fit the calls."""
     arrays = load_arrays(path)
     expected = (number, *spec.shape[1:])
-    if list(arrays) != ["velocity"] or arrays["velocity"].shape != expected:
+    if list(arrays) != [_VELOCITY] or arrays[_VELOCITY].shape != expected:
         found = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
-        raise WanExportError(
-            f"{path} holds {found or 'nothing'}: expected velocity {list(expected)}, "
+        raise BadRequest(
+            f"{path} holds {found or 'nothing'}: expected {_VELOCITY} {list(expected)}, "
             f"one for each recorded call"
         )
-    return list(arrays["velocity"][:, None])
+    return list(arrays[_VELOCITY][:, None])
 
 
 def is_of_calls(path: Path) -> bool:
     """Whether a file of inputs has those of single calls, rather than of a loop."""
-    return "latent" in read_header(path)
+    return _LATENT in read_header(path)

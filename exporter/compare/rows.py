@@ -1,6 +1,5 @@
 """The rows of `compare`: the engine's calls, loop and solver against the reference's."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -12,6 +11,7 @@ import numpy as np
 from wanexport.exporter.backends.backend import Progress
 from wanexport.exporter.compare.peers import Key, Peers
 from wanexport.exporter.compare.recorded import Calls, Loop
+from wanexport.exporter.compare.sessions import Call, Inputs, Recorder, Replay
 from wanexport.exporter.compare.solver_oracle import exact_latents, shifted_grid
 from wanexport.exporter.reference.parity import (
     FP32_GATE,
@@ -20,31 +20,10 @@ from wanexport.exporter.reference.parity import (
     difference,
     relative_l2,
 )
-from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.sample import make_plan, sample, set_first_frame
+from wanexport.runtime.settings import Settings
 
-Inputs = Mapping[str, Any]
-Call = tuple[Inputs, np.ndarray]  # what a denoiser was given, and its velocity
 Row = dict[str, Any]
-
-
-class Recorder:
-    """A denoiser whose calls are timed and, while `keep` is set, kept."""
-
-    def __init__(self, denoiser: Denoiser, *, keep: bool = False) -> None:
-        self.denoiser, self.keep = denoiser, keep
-        self.sampling, self.inputs = denoiser.sampling, denoiser.inputs
-        self.calls: list[Call] = []
-        self.seconds: list[float] = []
-
-    def __call__(self, **inputs: Any) -> np.ndarray:
-        """Call the denoiser."""
-        started = time.perf_counter()
-        velocity: np.ndarray = self.denoiser(**inputs)
-        self.seconds.append(time.perf_counter() - started)
-        if self.keep:
-            self.calls.append((inputs, velocity))
-        return velocity
 
 
 @dataclass(frozen=True)
@@ -83,6 +62,20 @@ class ComparedCall:
     distance_gate: float
 
 
+class _Sides:
+    """Engine and peers, each of which repeats the reference's calls in sessions of its own."""
+
+    def __init__(self, engine: Recorder, peers: Peers) -> None:
+        self.engine = Replay(engine)
+        self.eager = {key: Replay(peer) for key, peer in peers.eager.items()}
+        self.unrounded = None if peers.unrounded is None else Replay(peers.unrounded)
+
+    def velocities(self, call: Call, known: Mapping[Key, np.ndarray]) -> dict[Key, np.ndarray]:
+        """The eager velocities for what a call was given; what is known is not computed."""
+        missing = {key: peer for key, peer in self.eager.items() if key not in known}
+        return {**known, **{key: peer(call) for key, peer in missing.items()}}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """An engine, what it is held against, and whose fp32 forward is the reference.
@@ -101,7 +94,7 @@ class Comparison:
         return self._loop(given) if isinstance(given, Loop) else self._calls(given)
 
     def _loop(self, given: Loop) -> tuple[list[Row], list[float]]:
-        reference = Recorder(self.peers.eager[self.implementation, "fp32"], keep=True)
+        reference = Recorder(self.peers.eager[self._exact], keep=True)
         run = _sample(reference, given, self.progress, "reference")
         rows = self._rows(run, None)
         own = _sample(self.engine, given, self.progress, "engine on its own")
@@ -111,46 +104,51 @@ class Comparison:
     def _calls(self, given: Calls) -> tuple[list[Row], list[float]]:
         if given.recorded_dtype is not None:
             pairs = zip(given.inputs, given.velocities, strict=True)
-            return self._rows(Run([[pair] for pair in pairs]), given.recorded_dtype), []
-        reference = Recorder(self.peers.eager[self.implementation, "fp32"])
-        run = Run([[(inputs, reference(**inputs))] for inputs in given.inputs])
+            return self._rows(Run([[Call(*pair)] for pair in pairs]), given.recorded_dtype), []
+        reference = Recorder(self.peers.eager[self._exact])
+        run = Run([[Call(inputs, reference(**inputs))] for inputs in given.inputs])
         return self._rows(run, None), reference.seconds
 
     def _rows(self, run: Run, recorded_dtype: str | None) -> list[Row]:
-        rows = []
+        rows, sides = [], _Sides(self.engine, self.peers)
         for index, calls in enumerate(run.steps):
             self.progress("engine on the same inputs", index, len(run.steps))
-            rows.append({"step": index, **_row([self._call(c, recorded_dtype) for c in calls])})
+            compared = [self._call(sides, call, recorded_dtype) for call in calls]
+            rows.append({"step": index, **_row(compared)})
         return rows
 
-    def _call(self, call: Call, recorded_dtype: str | None) -> Compared:
-        inputs, expected = call
-        exact = (self.implementation, "fp32")
-        velocities = {} if recorded_dtype else {exact: expected}
-        for key, peer in self.peers.eager.items():
-            if key not in velocities:
-                velocities[key] = peer(**inputs)
+    def _call(self, sides: _Sides, call: Call, recorded_dtype: str | None) -> Compared:
+        expected = call.velocity
+        known = {} if recorded_dtype else {self._exact: expected}
+        velocities = sides.velocities(call, known)
         rounding = None
-        if self.peers.unrounded is not None:
-            rounding = relative_l2(velocities[exact], self.peers.unrounded(**inputs))
+        if sides.unrounded is not None:
+            rounding = relative_l2(velocities[self._exact], sides.unrounded(call))
         recorded = _noise(velocities, self.implementation, recorded_dtype)
-        velocity = self.engine(**inputs)
+        velocity = sides.engine(call)
         distance = difference(velocity, expected)
         floor = _noise(velocities, "graph", self.engine.denoiser.record.dtype)
         others = (recorded, rounding) if recorded_dtype else ()
         parity = Parity(distance.error, floor, tuple(e for e in others if e is not None))
-        if self.kept is not None:
-            gate = parity.gate * float(np.linalg.norm(expected.astype(np.float64)))
-            self.kept.append(ComparedCall(inputs, expected, velocity, gate))
+        self._keep(call, velocity, parity)
+        is_eager_known = recorded_dtype is not None and self._exact in velocities
         return Compared(
             difference=distance,
             parity=parity,
             recorded=recorded,
             rounding=rounding,
-            eager=relative_l2(velocities[exact], expected)
-            if recorded_dtype and exact in velocities
-            else None,
+            eager=relative_l2(velocities[self._exact], expected) if is_eager_known else None,
         )
+
+    @property
+    def _exact(self) -> Key:
+        """The eager peer that is right."""
+        return self.implementation, "fp32"
+
+    def _keep(self, call: Call, velocity: np.ndarray, parity: Parity) -> None:
+        if self.kept is not None:
+            gate = parity.gate * float(np.linalg.norm(call.velocity.astype(np.float64)))
+            self.kept.append(ComparedCall(call.inputs, call.velocity, velocity, gate))
 
 
 def _noise(
@@ -200,7 +198,7 @@ def _solver_errors(engine: Recorder, run: Run, given: Loop) -> list[float]:
     if len(run.latents) < given.steps or not np.isfinite(run.latents[-1]).all():
         return []
     defaults, first = engine.sampling, given.inputs.get("first_frame")
-    plan = make_plan(defaults, steps=given.steps)
+    plan = make_plan(defaults, Settings(steps=given.steps))
     velocities = [_guided(step, g) for step, g in zip(run.steps, plan.guidance, strict=True)]
     exact = exact_latents(
         defaults.solver,
@@ -214,7 +212,7 @@ def _solver_errors(engine: Recorder, run: Run, given: Loop) -> list[float]:
 
 def _guided(calls: Sequence[Call], scale: float) -> np.ndarray:
     """The step's velocity in fp64 from its calls: with the text, and where guided without it."""
-    conditional, *others = (velocity.astype(np.float64) for _, velocity in calls)
+    conditional, *others = (call.velocity.astype(np.float64) for call in calls)
     return others[0] + scale * (conditional - others[0]) if others else conditional
 
 

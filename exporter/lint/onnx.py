@@ -15,10 +15,11 @@ from wanexport.exporter.lint.program import Finding, count
 from wanexport.exporter.lint.tensorrt import KIND, lint_tensorrt
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.bundle.check import check_content
-from wanexport.runtime.bundle.manifest import read_manifest
+from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
 from wanexport.runtime.bundle.regular_file import read_regular
-from wanexport.runtime.errors import WanExportError, first_line
+from wanexport.runtime.errors import BadRequest, BundleError, WanExportError, first_line
 
+_GRAPH = ".onnx"
 _MOST_BYTES = 256 << 20  # of a graph without weights, whose largest here has a tenth of it
 _OPERATORS = {
     "host_sync": "NonZero Unique Compress",
@@ -61,28 +62,37 @@ def _graph(findings: list[Finding], target: str | None = None) -> dict[str, Any]
 
 def _lint_path(path: Path, target: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.is_dir():
-        manifest = read_manifest(path)
-        expected = attention_count(manifest.config)
-        for engine in manifest.engines:
-            if engine.backend == "onnx":
-                file = check_content(path, engine.files["denoiser"])
-                if file.identity.size > _MOST_BYTES:
-                    raise WanExportError(f"{file.path} is larger than a graph without weights is")
-                yield engine.name, _graph(_lint(file.path, file.read(), target, expected), target)
-            else:
-                counts = dict(engine.lint)
-                yield engine.name, {"counts": counts, "findings": [], "recorded": True}
+        for engine in read_manifest(path).engines:
+            yield from _lint_engine(path, engine, target)
     elif not path.exists():
-        raise WanExportError(f"{path} does not exist: name a bundle, an .onnx or a .pt2 file")
-    elif path.suffix.lower() == ".onnx":
+        raise BadRequest(f"{path} does not exist: name a bundle, an .onnx or a .pt2 file")
+    elif path.suffix.lower() == _GRAPH:
         content = read_regular(path, at_most=_MOST_BYTES)
         yield path.name, _graph(_lint(path, content, target), target)
     elif path.suffix.lower() == ".pt2" and target is not None:
-        raise WanExportError(f"{path}: --target {target} is for .onnx files and bundles")
+        raise BadRequest(f"{path}: --target {target} is for .onnx files and bundles")
     elif path.suffix.lower() == ".pt2":
         yield path.name, _graph(lint_program_file(path))
     else:
-        raise WanExportError(f"{path} is not linted: name a bundle, an .onnx or a .pt2 file")
+        raise BadRequest(f"{path} is not linted: name a bundle, an .onnx or a .pt2 file")
+
+
+def _lint_engine(
+    bundle: Path, engine: EngineRecord, target: str | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The engine's ONNX graphs; where it has none, what its build counted."""
+    graphs = {role: f for role, f in engine.files.items() if f.path.lower().endswith(_GRAPH)}
+    if not graphs:
+        yield engine.name, {"counts": dict(engine.lint), "findings": [], "recorded": True}
+    is_whole = len(engine.program.calls) == 1  # the Program does not say which call has which
+    expected = attention_count(engine.program) if is_whole else None
+    for role, record in graphs.items():
+        file = check_content(bundle, record)
+        if file.identity.size > _MOST_BYTES:
+            raise BundleError(f"{file.path} is larger than a graph without weights is")
+        findings = _lint(file.path, file.read(), target, expected)
+        name = engine.name if len(graphs) == 1 else f"{engine.name} {role}"
+        yield name, _graph(findings, target)
 
 
 def lint_onnx(model: onnx.ModelProto, attentions: int | None = None) -> list[Finding]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,7 @@ _STRIDED_WRITE = re.compile(
     r"aten\.(copy_?|(index_(put|copy|add|fill|reduce)|(masked_)?scatter(_add|_reduce)?|put)_?|"
     r"(slice|select|diagonal|as_strided)_scatter)"
 )
+_WRITES = ("mutation", "strided_write")  # what a program may do to its state
 _ATTENTION = re.compile(r"wanexport\.attention|aten\._?scaled_dot_product_\w+")
 _DTYPES = {
     torch.float64: "fp64",
@@ -66,22 +67,19 @@ def count(findings: Iterable[Finding]) -> dict[str, int]:
     return {kind: counts[kind] for kind in KINDS}
 
 
-def lint_program(program: ExportedProgram, attentions: int | None = None) -> list[Finding]:
+def lint_program(
+    program: ExportedProgram, attentions: int | None = None, writable: Collection[str] = ()
+) -> list[Finding]:
     """Everything in the program, branches of control flow included, that is one of KINDS.
 
-    attentions is how many attention operators the program must have.
+    attentions is how many attention operators the program must have; writable are the names of the
+    inputs that it may write, its state.
     """
-    nodes = [
-        node
-        for module in program.graph_module.modules()
-        if isinstance(module, GraphModule)
-        for node in module.graph.nodes
-        if node.op != "output"
-    ]
     findings = [
         Finding(kind, node.name, f"{node.target}{place(node.meta.get('stack_trace') or '')}")
-        for node in nodes
+        for node in _nodes(program)
         for kind in sorted(set(_kinds(node)))
+        if kind not in _WRITES or _written(node).name not in writable
     ]
     signature = program.graph_signature
     mutated = {
@@ -89,12 +87,31 @@ def lint_program(program: ExportedProgram, attentions: int | None = None) -> lis
         **signature.parameters_to_mutate,
         **signature.user_inputs_to_mutate,
     }
-    findings += [Finding("mutation", node, f"writes {name}") for node, name in mutated.items()]
-    found = sum(bool(_ATTENTION.match(_name(node))) for node in nodes)
+    findings += [
+        Finding("mutation", node, f"writes {name}")
+        for node, name in mutated.items()
+        if name not in writable
+    ]
+    found = attention_operators(program)
     if attentions is not None and found != attentions:
         detail = f"{found} attention operators, the model has {attentions}"
         findings.append(Finding("unfused_attention", "", detail))
     return findings
+
+
+def attention_operators(program: ExportedProgram) -> int:
+    """How many attention operators the program has."""
+    return sum(bool(_ATTENTION.match(_name(node))) for node in _nodes(program))
+
+
+def _nodes(program: ExportedProgram) -> list[Node]:
+    return [
+        node
+        for module in program.graph_module.modules()
+        if isinstance(module, GraphModule)
+        for node in module.graph.nodes
+        if node.op != "output"
+    ]
 
 
 def kinds_of_operator(name: str) -> Iterator[str]:
@@ -145,9 +162,21 @@ def _tensors(node: Node) -> list[torch.Tensor]:
 def _is_of_caller(node: Node) -> bool:
     """Whether an in-place operator writes a view of an input or a buffer, not of a temporary."""
     while node.op == "call_function":
-        schema = getattr(node.target, "_schema", None)
-        is_view = schema is None or any(r.alias_info for r in schema.returns)
-        if not is_view or not node.all_input_nodes:
+        if not _is_view(node):
             return False
         node = node.all_input_nodes[0]
     return True
+
+
+def _written(node: Node) -> Node:
+    """What a write goes to: the tensor that its first operand is a view or a copy of."""
+    root = node.all_input_nodes[0] if node.all_input_nodes else node
+    while root.op == "call_function" and (_is_view(root) or _name(root) == "aten.clone"):
+        root = root.all_input_nodes[0]
+    return root
+
+
+def _is_view(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    is_view = schema is None or any(r.alias_info for r in schema.returns)
+    return is_view and bool(node.all_input_nodes)

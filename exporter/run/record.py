@@ -4,7 +4,7 @@ import os
 import platform
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from wanexport.exporter.run.request import RunRequest
-from wanexport.runtime.bundle.manifest import read_manifest
+from wanexport.runtime.bundle.manifest import BASE, read_manifest, weights_label
 from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.engines.choose import device_kind
+from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.machine.memory import peak_gpu_bytes, peak_rss
 
 _LIBRARIES = (  # whose versions a result depends on
@@ -37,14 +39,13 @@ class RunResult:
 def run_record(request: RunRequest, result: RunResult) -> dict[str, Any]:
     """Everything that repeating the run takes, and what it cost."""
     engine, geometry = result.denoiser.record, result.denoiser.geometry
-    weights = read_manifest(request.bundle).weights.items()
     return {
         "output": str(request.output),
         "command": shlex.join(_command(request, result)),
         "bundle": str(request.bundle.resolve()),
         "engine": engine.name,
         "key": engine.key,
-        "weights": {n: w.file.sha256 for n, w in weights if w.dtype == engine.dtype},
+        "weights": _weights(request.bundle, result.denoiser),
         "shape": list(result.latent.shape),
         "height": geometry.height,
         "width": geometry.width,
@@ -62,21 +63,28 @@ def run_record(request: RunRequest, result: RunResult) -> dict[str, Any]:
     }
 
 
+def _weights(bundle: Path, denoiser: Denoiser) -> dict[str, str | None]:
+    """The hash of each of the set's files in the bundle; of weights from elsewhere, their path."""
+    name = denoiser.weights
+    own = read_manifest(bundle).weights_of(denoiser.record.layout, name or BASE)
+    if name and not own:
+        return {str(_absolute(Path(name))): None}
+    return {weights_label(w.name, w.expert, w.dtype): w.file.sha256 for w in own}
+
+
 def _settings(request: RunRequest, denoiser: Denoiser) -> dict[str, Any]:
     """Steps and shift, as they were or as the model has them; none with explicit timesteps."""
-    if request.settings.get("timesteps") is not None:
-        return {"steps": len(request.settings["timesteps"]), "shift": None}
-    given, defaults = request.settings, denoiser.sampling
-    steps, shift = given.get("steps"), given.get("shift")
+    asked, defaults = request.settings, denoiser.sampling
+    if asked.timesteps is not None:
+        return {"steps": len(asked.timesteps), "shift": None}
     return {
-        "steps": defaults.steps if steps is None else steps,
-        "shift": defaults.shift if shift is None else shift,
+        "steps": defaults.steps if asked.steps is None else asked.steps,
+        "shift": defaults.shift if asked.shift is None else asked.shift,
     }
 
 
 def _command(request: RunRequest, result: RunResult) -> list[str]:
     """The command line that repeats the run, with everything said that was left open."""
-    engine, geometry = result.denoiser.record, result.denoiser.geometry
     options = {
         "--prompt": request.prompt,
         "--negative": result.facts.get("negative"),
@@ -86,23 +94,53 @@ def _command(request: RunRequest, result: RunResult) -> list[str]:
         "--model": _absolute(request.model),
         "--seed": request.seed,
         **_sampling_options(request, result),
-        "--resolution": f"{geometry.height}x{geometry.width}",
-        "--frames": geometry.frames,
-        "--backend": engine.backend,
-        "--dtype": engine.dtype,
-        "--device": engine.target["device"],
-        **{f"--{name}": request.load_options.get(name) for name in ("provider", "attention")},
         "--output": _absolute(request.output),
     }
     words = ["wanexport", "run", str(request.bundle.resolve())]
     for name, value in options.items():
         words += [] if value is None else [name, str(value)]
     # A command that repeats a run meets what that run wrote.
-    return [*words, "--overwrite", *_flags(request.load_options)]
+    return [*words, *engine_words(_engine(request, result.denoiser)), "--overwrite"]
+
+
+def _engine(request: RunRequest, denoiser: Denoiser) -> EngineOptions:
+    """The options of the engine that ran, where the request left them open too."""
+    record, geometry, asked = denoiser.record, denoiser.geometry, request.engine
+    weights = asked.weights
+    if weights is not None and str(weights) not in _set_names(request.bundle):
+        weights = _absolute(Path(weights))
+    return replace(
+        asked,
+        backend=record.backend,
+        device=asked.device or device_kind(denoiser.device),
+        resolution=f"{geometry.height}x{geometry.width}",
+        frames=geometry.frames,
+        dtype=record.dtype,
+        weights=weights,
+    )
+
+
+def _set_names(bundle: Path) -> set[str]:
+    return {weights.name for weights in read_manifest(bundle).weights.values()}
+
+
+def engine_words(options: EngineOptions) -> list[str]:
+    """Options as words of a command line: each has its field's name, one of pairs in singular."""
+    words: list[str] = []
+    for name, value in options.given().items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-"))
+        elif isinstance(value, Mapping):
+            singular = option.removesuffix("s")
+            words += [word for pair in value.items() for word in (singular, "=".join(pair))]
+        else:
+            words += [option, str(value)]
+    return words
 
 
 def _sampling_options(request: RunRequest, result: RunResult) -> dict[str, Any]:
-    timesteps, guidance = (request.settings.get(name) for name in ("timesteps", "guidance"))
+    timesteps, guidance = request.settings.timesteps, request.settings.guidance
     settings = _settings(request, result.denoiser)
     if guidance is None:
         guidance = result.denoiser.sampling.guidance if timesteps is None else 1.0
@@ -114,15 +152,6 @@ def _sampling_options(request: RunRequest, result: RunResult) -> dict[str, Any]:
         "--solver": result.facts["solver"],
         "--guidance": ",".join(map(repr, pair if len(set(pair)) > 1 else pair[:1])),
     }
-
-
-def _flags(load_options: Mapping[str, Any]) -> list[str]:
-    words = ["--offload"] if load_options.get("offload") else []
-    if (graph := load_options.get("cuda_graph")) is not None:
-        words.append("--cuda-graph" if graph else "--no-cuda-graph")
-    for name, value in (load_options.get("provider_options") or {}).items():
-        words += ["--provider-option", f"{name}={value}"]
-    return words
 
 
 def _absolute(path: str | Path | None) -> str | None:

@@ -8,8 +8,9 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +28,10 @@ from wanexport.runtime.parts.find import PARTS, find_components, origin_note
 from wanexport.runtime.parts.pictures import fit_images
 from wanexport.runtime.sample import Step, make_plan, sample, seeded_noise
 from wanexport.runtime.serving.generator import check_step
+from wanexport.runtime.settings import Settings
+
+if TYPE_CHECKING:
+    from wanexport.runtime.serving.request import Generation
 
 Show = Callable[[str, int, int], None]  # stage, how much of it is done, of how much
 
@@ -45,11 +50,9 @@ def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict
             import av  # noqa: F401
     show("opening the engine", 0, 0)
     steps = _Steps(show, decodes=request.makes_video)
+    make = _from_text if request.prompt is None else _from_prompt
     with _saving_the_latent(request.output, steps, tell):
-        if request.prompt is None:
-            result = _from_text(request, show, tell, steps)
-        else:
-            result = _from_prompt(request, show, tell, steps)
+        result = make(request, show, tell, steps)
         if result.video is not None:
             from wanexport.runtime.serving.video import write_video
 
@@ -57,6 +60,11 @@ def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict
             write_video(request.output, result.video, result.denoiser.sampling.fps)
     if result.video is None:
         save_arrays(request.output, {"latent": result.latent})
+    return _write_record(request, result)
+
+
+def _write_record(request: RunRequest, result: RunResult) -> dict[str, Any]:
+    """The record, which lies beside the output from then on."""
     try:
         record = run_record(request, result)
         # The command in it is for copying: no character of a prompt is written as its number.
@@ -121,12 +129,12 @@ def _from_text(
 ) -> RunResult:
     assert request.text_file is not None
     started = time.monotonic()
-    denoiser = load(request.bundle, **request.load_options)
-    inputs = read_sample_inputs(request.text_file)
+    denoiser = load(request.bundle, **request.engine.given())
+    inputs = read_sample_inputs(request.text_file, denoiser.inputs)
     text = _file_facts(request.text_file)  # it may be another when the sampling ends
     inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, request.seed))
     inputs = {name: denoiser.array(value) for name, value in inputs.items()}
-    plan = make_plan(denoiser.sampling, **request.settings)
+    plan = make_plan(denoiser.sampling, request.settings)
     decode, facts = _open_vae(request, denoiser, tell) if request.makes_video else (None, {})
     load_seconds = time.monotonic() - started
     show("sampling", 0, len(plan))
@@ -154,20 +162,20 @@ def _open_vae(
     from wanexport.runtime.parts.open import Parts
 
     facts = _component_facts(request, ("vae",), tell)
-    device, record = denoiser.record.target["device"], denoiser.record
-    return Parts(request.bundle, request.model, record, device, {}).vae().decode, facts
+    parts = Parts(request.bundle, request.model, denoiser.record, denoiser.device, {})
+    return parts.vae().decode, facts
 
 
 def _sample(
     denoiser: Denoiser,
     inputs: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    settings: Settings,
     number: int,
     on_step: Callable[[Step, int], None],
 ) -> tuple[Any, float]:
     """Return the final latent and the seconds per step."""
     started = time.monotonic()
-    for step in sample(denoiser, **inputs, **settings):
+    for step in sample(denoiser, **inputs, **asdict(settings)):
         check_step(step, denoiser.record.name)
         on_step(step, number)
     return step.latent, (time.monotonic() - started) / number
@@ -181,24 +189,11 @@ def _from_prompt(
     assert request.prompt is not None
     started = time.monotonic()
     with Pipeline(
-        request.bundle, model=request.model, keep_text_encoder=False, **request.load_options
+        request.bundle, model=request.model, keep_text_encoder=False, **request.engine.given()
     ) as pipeline:
         denoiser = pipeline.denoiser
         load_seconds = time.monotonic() - started
-        # Refuses before a part is downloaded.
-        plan = make_plan(denoiser.sampling, **request.settings)
-        if request.negative is not None and all(scale == 1 for scale in plan.guidance):
-            tell("--negative changes nothing here: guidance is 1 in every step")
-        given = {"image": request.image, "last_image": request.last_image}
-        images = {name: _file_facts(path) for name, path in given.items()}
-        fitted = fit_images(denoiser.record, request.image, request.last_image)
-        told = [image.note for image in fitted if image.note]
-        for note in told:
-            tell(note)
-        show("finding the encoders and the VAE", 0, 0)
-        components = _component_facts(request, _needs(request), tell)
-        encoded = "the prompt and image" if request.image else "the prompt"
-        show(f"encoding {encoded}, then the first step", 0, 0)
+        told, facts = _prepare(request, denoiser, show, tell)
         made = pipeline.generate(
             request.prompt,
             negative=request.negative,
@@ -207,7 +202,7 @@ def _from_prompt(
             seed=request.seed,
             decode=request.makes_video,
             on_step=steps,
-            **request.settings,
+            **asdict(request.settings),
         )
     for note in made.notes:
         if note not in told:
@@ -218,18 +213,39 @@ def _from_prompt(
         video=made.video,
         load_seconds=load_seconds,
         seconds_per_step=made.seconds["sampling"] / len(made.timesteps),
-        facts={
-            "prompt": made.prompt,
-            "negative": made.negative,
-            **images,
-            "notes": made.notes,
-            **components,
-            "solver": made.solver,
-            "timesteps": made.timesteps,
-            "guidance": made.guidance,
-            "seconds": {stage: round(seconds, 3) for stage, seconds in made.seconds.items()},
-        },
+        facts={"prompt": made.prompt, "negative": made.negative, **facts, **_facts_of(made)},
     )
+
+
+def _prepare(
+    request: RunRequest, denoiser: Denoiser, show: Show, tell: Callable[[str], None]
+) -> tuple[list[str], dict[str, Any]]:
+    """Refuse what cannot work before a part is downloaded; the notes told, and facts."""
+    plan = make_plan(denoiser.sampling, request.settings)
+    if request.negative is not None and all(scale == 1 for scale in plan.guidance):
+        tell("--negative changes nothing here: guidance is 1 in every step")
+    given = {"image": request.image, "last_image": request.last_image}
+    images = {name: _file_facts(path) for name, path in given.items()}
+    fitted = fit_images(denoiser.record, request.image, request.last_image)
+    told = [image.note for image in fitted if image.note]
+    for note in told:
+        tell(note)
+    show("finding the encoders and the VAE", 0, 0)
+    components = _component_facts(request, _needs(request), tell)
+    encoded = "the prompt and image" if request.image else "the prompt"
+    show(f"encoding {encoded}, then the first step", 0, 0)
+    return told, {**images, **components}
+
+
+def _facts_of(made: "Generation") -> dict[str, Any]:
+    """What the pipeline says of its sampling."""
+    return {
+        "notes": made.notes,
+        "solver": made.solver,
+        "timesteps": made.timesteps,
+        "guidance": made.guidance,
+        "seconds": {stage: round(seconds, 3) for stage, seconds in made.seconds.items()},
+    }
 
 
 def _needs(request: RunRequest) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ class CompiledWanTransformer(EngineModule):
         check_count("timestep", times.shape[0], batch)
         inputs["text"] = one_for_each("encoder_hidden_states", encoder_hidden_states, batch)
         if image is not None:
-            inputs["image"] = self._images(image, batch)
+            inputs |= self._images(image, batch)
         self.check_times("timestep", times)
         by_video = {name: value.split(1) for name, value in inputs.items()}
         velocity = torch.cat(velocities(self.denoiser, times, by_video))
@@ -99,14 +99,14 @@ class CompiledWanTransformer(EngineModule):
         """Where a pipeline tells its caches about the call: an engine has none."""
         return nullcontext()
 
-    def _images(self, image: Tensor, batch: int) -> Tensor:
-        """CLIP features [n, 257, 1280] as [batch, tokens of a video, 1280]."""
+    def _images(self, image: Tensor, batch: int) -> dict[str, Tensor]:
+        """CLIP features [n, 257, 1280] as the input [batch, tokens of a video, 1280]."""
         name, spec = "encoder_hidden_states_image", self.denoiser.inputs.get("image")
         images = image.shape[0] * image.shape[1] if image.ndim == 3 else 0
         videos = batch if spec is None else images // spec.shape[1]
         if videos != 1:
-            return images_by_video(name, image, batch)
-        return one_for_each(name, images_by_video(name, image, 1), batch)
+            return {"image": images_by_video(name, image, batch)}
+        return {"image": one_for_each(name, images_by_video(name, image, 1), batch)}
 
     def _split(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """Latent and condition, which diffusers concatenates in this order."""

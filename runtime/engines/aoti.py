@@ -340,6 +340,10 @@ def attention_of(
     return kernels
 
 
+def import_library(backend: str) -> None:
+    """Nothing beside PyTorch, which this file has imported, runs the engines."""
+
+
 def refusal(record: EngineRecord, device: str, options: EngineOptions, rebuild: str) -> str:
     """Why this machine cannot execute the engine on a device; empty when it can.
 

@@ -19,6 +19,7 @@ from wanexport.runtime.errors import (
     BundleError,
     WanExportError,
     WanExportWarning,
+    installing,
     needing_package,
 )
 from wanexport.runtime.geometry import parse_resolution
@@ -244,7 +245,7 @@ def _torch_obstacle(record: EngineRecord) -> str:
     if importlib.util.find_spec("torch") is None:
         bound = "torch" in record.target
         wanted = "==" + record.target["torch"].partition("+")[0] if bound else ""
-        return f"engine {record.name} needs PyTorch: pip install torch{wanted}"
+        return f"engine {record.name} needs PyTorch: {installing(f'torch{wanted}')}"
     try:
         with needing_package("torch", f"engine {record.name}"):
             import torch  # noqa: F401

@@ -148,6 +148,11 @@ class OnnxEngine:
             self._session = None
 
 
+def import_library(backend: str) -> None:
+    """Import ONNX Runtime. Raises BundleError when it is missing."""
+    import_onnxruntime()
+
+
 def refusal(record: EngineRecord, device: str, options: EngineOptions, rebuild: str) -> str:
     """Why this machine cannot execute the engine on a device; empty when it can."""
     if device != "cpu":

@@ -106,14 +106,7 @@ class OnnxGpuSession:
         onnxruntime = import_onnxruntime()
         if self.device.type == "cuda":
             _load_curand()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # A pattern is known after the first call, and would take its memory a second time.
-        options.enable_mem_pattern = False
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        for name, value in self.values.items():
-            options.add_initializer(name, value)
+        options = self._options(onnxruntime)
         stream = self.stream.cuda_stream if self.stream is not None else 0
         settings = self.provider.settings(self.device, stream, weights)
         wanted = PROVIDERS[self.provider.name]
@@ -146,6 +139,17 @@ class OnnxGpuSession:
                 f"install {needed} version that this onnxruntime-gpu is for"
             )
         return session
+
+    def _options(self, onnxruntime: Any) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # A pattern is known after the first call, and would take its memory a second time.
+        options.enable_mem_pattern = False
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        for name, value in self.values.items():
+            options.add_initializer(name, value)
+        return options
 
     def _check_assignment(self, graph: Path) -> None:
         on_host = {

@@ -16,6 +16,9 @@ class Backend(Protocol):
     def OPTIONS(self) -> frozenset[str]:
         """Which options of how to open an engine it takes; any other is refused."""
 
+    def import_library(self, backend: str) -> None:
+        """Import what runs the engines. Raises BundleError when it is missing."""
+
     def refusal(
         self, record: EngineRecord, device: str, options: EngineOptions, rebuild: str
     ) -> str:
@@ -36,13 +39,15 @@ class Kind(NamedTuple):
     """One backend: its module, whether that needs PyTorch, and where and how well it runs.
 
     `preferred` are devices and dtypes, the best first; an engine that is `portable` runs on any of
-    these devices, another on its target's.
+    these devices, another on its target's. Where it has `own_memory`, it takes memory of a GPU that
+    PyTorch does not count.
     """
 
     module: str
     preferred: tuple[tuple[str, str], ...]
     needs_torch: bool = True
     portable: bool = False
+    own_memory: bool = False
 
     def backend(self) -> Backend:
         """The module, imported. Raises WanExportError as its imports do."""
@@ -52,10 +57,14 @@ class Kind(NamedTuple):
 _ON_GPU = (("cuda", "bf16"), ("cuda", "fp16"), ("cuda", "fp32"))
 ENGINES = {  # the fastest on a GPU first
     "aoti": Kind("aoti", (*_ON_GPU, ("cpu", "fp32"), ("cpu", "bf16"), ("cpu", "fp16"))),
-    "tensorrt": Kind("tensorrt", _ON_GPU),
-    "tensorrt-rtx": Kind("tensorrt", _ON_GPU),
+    "tensorrt": Kind("tensorrt", _ON_GPU, own_memory=True),
+    "tensorrt-rtx": Kind("tensorrt", _ON_GPU, own_memory=True),
     "onnx": Kind(
-        "onnx", (*_ON_GPU, ("cpu", "fp32"), ("cpu", "fp16")), needs_torch=False, portable=True
+        "onnx",
+        (*_ON_GPU, ("cpu", "fp32"), ("cpu", "fp16")),
+        needs_torch=False,
+        portable=True,
+        own_memory=True,
     ),
 }
 BACKENDS = ("onnx", "aoti", "tensorrt", "tensorrt-rtx")  # as help and messages list them

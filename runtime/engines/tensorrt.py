@@ -23,7 +23,7 @@ from wanexport.runtime.engines.cache_folder import cache_folder
 from wanexport.runtime.engines.device import gpu_or_cpu, on_device, to_device
 from wanexport.runtime.engines.device_weights import DeviceWeights, check_room, device_weights
 from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory
-from wanexport.runtime.engines.tensorrt_library import FLAVOURS
+from wanexport.runtime.engines.tensorrt_library import FLAVOURS, import_tensorrt
 from wanexport.runtime.engines.tensorrt_plan import OUTPUT, Plan
 from wanexport.runtime.engines.tensorrt_target import arch
 from wanexport.runtime.engines.tensorrt_target import refusal as target_refusal
@@ -220,6 +220,11 @@ class TensorRtEngine:
             self.graph, stream=buffers.own_stream, capture_error_mode="thread_local"
         ):
             self._execute(buffers)
+
+
+def import_library(backend: str) -> None:
+    """Import a flavour of TensorRT. Raises BundleError when it is missing or too old."""
+    import_tensorrt(backend)
 
 
 def refusal(record: EngineRecord, device: str, options: EngineOptions, rebuild: str) -> str:

@@ -14,7 +14,7 @@ from wanexport.runtime.sample import Step
 from wanexport.runtime.settings import Settings, SettingsKeywords
 
 STAGES = ("text", "image", "sampling", "decode")
-OnStep = Callable[[Step, int], None]  # a finished step, and how many there are
+OnStep = Callable[[Step, int], object]  # a finished step, and how many there are
 
 
 @dataclass(frozen=True, eq=False)

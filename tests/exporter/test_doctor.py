@@ -48,7 +48,7 @@ def test_an_environment_for_aotinductor_engines_alone_is_usable(stated: list[str
 def test_plans_run_on_a_gpu_alone(stated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     stated[1] = 'no-such-runtime>=1; extra == "cpu"'
     stated += [f'no-such-library; extra == "{extra}"' for extra in ("aoti", "gpu")]
-    monkeypatch.setattr(module, "_tensorrt", lambda _: {"usable": True, "command": ""})
+    monkeypatch.setattr(module, "_tensorrt", lambda *_: {"usable": True, "command": ""})
     for gpus in ([], ["NVIDIA GeForce RTX 4090, 24564 MiB"]):
         monkeypatch.setattr(module, "_gpus", lambda gpus=gpus: gpus)
         assert doctor()["usable"] is bool(gpus)
@@ -117,7 +117,7 @@ def test_each_flavour_of_tensorrt_with_what_to_install(
     flavour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Packages of its name stand in for TensorRT: a good one, one that is too old, a broken one."""
-    title, (name, *_), oldest, install = FLAVOURS[flavour]
+    title, (name, *_), oldest, install, _ = FLAVOURS[flavour]
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     file = tmp_path / f"{name}.py"
     for source, problem in (
@@ -126,7 +126,7 @@ def test_each_flavour_of_tensorrt_with_what_to_install(
         ("raise OSError('no libnvinfer.so')", f"cannot be loaded (no libnvinfer.so): {install}"),
     ):
         file.write_text(source)
-        task = module._tensorrt(flavour)
+        task = module._tensorrt(flavour, install)
         assert task["usable"] == (not problem) and problem in task["problem"]
         assert task["command"] == (install if problem else "")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from wanexport.graphs.checkpoint import open_checkpoint
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.weights import CheckpointWeights, write_weights
+from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.wan_config import WanConfig
 
@@ -66,8 +67,8 @@ def small_config(preset: str, num_layers: int = 2) -> WanConfig:
 
 def small_geometry(config: WanConfig) -> Geometry:
     """Three latent frames of 4 x 6 tokens."""
-    side = 2 * config.spatial_stride
-    return Geometry(4 * side, 6 * side, 9, config.spatial_stride)
+    stride = family_of(config).vae.spatial_stride
+    return Geometry(8 * stride, 12 * stride, 9, stride)
 
 
 def diffusers_model(config: WanConfig, seed: int = 0) -> WanTransformer3DModel:
@@ -158,7 +159,7 @@ def diffusers_velocity(
     t = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
     latent = torch.cat([t["latent"], t["condition"]], dim=1) if "condition" in t else t["latent"]
     timestep = t["timestep"]
-    if config.per_frame_timestep:
+    if config.family == "ti2v":
         tokens_per_frame = latent.shape[3] * latent.shape[4] // 4
         timestep = timestep.repeat_interleave(tokens_per_frame)[None]
     image = t.get("image")

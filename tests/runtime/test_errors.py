@@ -112,7 +112,7 @@ def test_requirements_are_quoted_for_a_shell() -> None:
 
 
 def test_only_the_room_of_errors_says_how_packages_are_installed() -> None:
-    wanted = {"runtime/errors.py", "runtime/engines/choose.py"}  # the latter asks for a version
+    wanted = {"runtime/errors.py"}
     saying = set()
     for package in ("runtime", "exporter", "graphs"):
         for file in (ROOT / package).rglob("*.py"):

@@ -7,10 +7,12 @@ Prints for each commit, and for the working tree, from the syntax tree:
 branches   where code outside the backends' rooms does one thing for one backend and another for
            another: a comparison or another condition with a backend's name, a choice between names,
            a case, a table with names as keys, and an entry of a table by its name. A name is what
-           `BACKEND` lists, or one of the collections in `COLLECTIONS`.
+           `BACKENDS` lists, or one of the collections in `COLLECTIONS`. The table of what each
+           backend's engines record is data, and does not count
 lookups    a variable's entry in one of these collections: no branch, but a tie to the backends
 inputs     files that name three inputs of the model or more together, by hand: in a signature, a
-           call's keywords, a literal, the fields of a class, or as texts in one function
+           call's keywords, a literal, the fields of a class, or as texts in one function; beside
+           the definition of plain Wan, in its graph and its Program
 places     how many such lists these files have
 functions  how many there are, methods and inner ones too; how many are longer than 40 lines; the
            median and the ninth decile of their length, from `def` to the last line: with the
@@ -35,6 +37,9 @@ COLLECTIONS = frozenset({"FLAVOURS", "_TENSORRT", "BACKENDS"})
 INPUTS = frozenset({"latent", "timestep", "text", "condition", "image"})
 LONGEST = 40
 _ENOUGH = 3  # inputs named together are a list of them
+# What a backend's engines record, and plain Wan's own definition, are data that names them.
+_RECORDS = "runtime/bundle/details.py"
+_DEFINITIONS = ("graphs/wan.py", "runtime/plain_wan.py")
 _ROOMS = re.compile(r"exporter/backends/|runtime/engines/")
 _FLAT_ROOMS = re.compile(  # before there were folders
     r"exporter/(\w+_backend|to_\w+|proof\w*)\.py|runtime/(\w+_engine|onnx_\w+|tensorrt_\w+|choose)\.py"
@@ -84,9 +89,19 @@ def examine(sources: Mapping[str, str]) -> Contracts:
     outside = {path: tree for path, tree in trees.items() if not rooms.match(path)}
     functions = [place for path, tree in trees.items() for place in _functions(path, tree)]
     return Contracts(
-        branches=_in_order(p for path, tree in outside.items() for p in branches(path, tree)),
+        branches=_in_order(
+            place
+            for path, tree in outside.items()
+            for place in branches(path, tree)
+            if not (path == _RECORDS and place.what.startswith("table"))
+        ),
         lookups=_in_order(p for path, tree in outside.items() for p in lookups(path, tree)),
-        lists=_in_order(p for path, tree in trees.items() for p in input_lists(path, tree)),
+        lists=_in_order(
+            place
+            for path, tree in trees.items()
+            if path not in _DEFINITIONS
+            for place in input_lists(path, tree)
+        ),
         long_functions=_in_order(place for place, length in functions if length > LONGEST),
         lengths=tuple(length for _, length in functions),
     )

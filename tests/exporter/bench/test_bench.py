@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,25 +19,19 @@ import torch
 from click.testing import CliRunner
 
 from tests.exporter.child.killed_parents import alive
-from wanexport.exporter.bench import arms as bench_arms
+from wanexport.exporter.bench import opening as bench_opening
 from wanexport.exporter.bench import process as bench_process
-from wanexport.exporter.bench.arms import (
-    ARMS,
-    Job,
-    choose_arms,
-    import_libraries,
-    kernel_of,
-    open_arm,
-    read_inputs,
-)
-from wanexport.exporter.bench.bench import _job, _OverBudget, _Session, bench
+from wanexport.exporter.bench import subject as bench_subject
+from wanexport.exporter.bench.arms import ARMS, Job, choose_arms, kernel_of, options_of
+from wanexport.exporter.bench.bench import _OverBudget, _Session, bench
+from wanexport.exporter.bench.opening import import_libraries, open_arm, read_inputs
 from wanexport.exporter.bench.process import (
     Span,
     busy_share,
     cold_start,
     count_syncs,
+    measure_machine,
     peak_bytes,
-    work,
 )
 from wanexport.exporter.bench.report import row, save
 from wanexport.exporter.bundle.writer import file_record, write_manifest
@@ -46,11 +41,14 @@ from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load
-from wanexport.runtime.bundle.manifest import read_manifest
+from wanexport.runtime.bundle.details import AotiDetails
+from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.bundle.tensorfile import header_sha256, load_arrays, save_arrays
-from wanexport.runtime.engines.choose import choose_engine
+from wanexport.runtime.engines.choose import Choice
+from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.program import WHOLE
 from wanexport.runtime.wan_config import EXPERTS
 
 FLOPS = 1_237_581_824  # of the tiny preset at 64x96x9, counted by hand below
@@ -89,18 +87,25 @@ def test_the_onnx_arm_needs_only_its_provider(
     def obstacle(provider: str) -> str:
         return "" if provider == "tensorrt-rtx" else f"there is no {provider}"
 
-    monkeypatch.setattr("wanexport.runtime.engines.choose.gpu_obstacle", obstacle)
+    monkeypatch.setattr("wanexport.runtime.engines.onnx.gpu_obstacle", obstacle)
     with pytest.raises(WanExportError, match=r"there is no tensorrt$"):
         bench(tiny_bundle, provider="tensorrt", against=["onnx"])
-    opened: dict[str, Any] = {}
-    monkeypatch.setattr(bench_arms, "open_engine", lambda *_, **options: opened.update(options))
-    manifest = read_manifest(tiny_bundle)
-    record = choose_engine(tiny_bundle, manifest, provider="tensorrt-rtx", dtype="bf16")
-    job = _job(tiny_bundle, record, tmp_path, 5, False)
-    job = replace(job, arm="onnx", provider="tensorrt-rtx", provider_options={"key": "value"})
-    assert choose_arms(manifest, record, job, ["onnx"], None) == ["onnx"]
-    open_arm(job)
-    assert (opened["provider"], opened["provider_options"]) == ("tensorrt-rtx", {"key": "value"})
+    opened: list[tuple[Choice, EngineOptions]] = []
+
+    def open_engine(bundle: Path, manifest: Any, *given: Any) -> Mock:
+        opened.append(given)  # type: ignore[arg-type]
+        return Mock()
+
+    monkeypatch.setattr(bench_opening, "open_engine", open_engine)
+    options = {"key": "value"}
+    asked = EngineOptions(dtype="bf16", provider="tensorrt-rtx", provider_options=options)
+    subject = bench_subject.choose_subject(tiny_bundle, asked)
+    job = bench_subject.first_job(subject, tmp_path, 5, False)
+    assert choose_arms(subject.manifest, job, ["onnx"], None) == ["onnx"]
+    open_arm(replace(job, arm="onnx"))
+    ((choice, given),) = opened
+    assert (given.provider, given.provider_options) == ("tensorrt-rtx", options)
+    assert (choice.device, choice.record.dtype) == ("cuda", "bf16")
 
 
 def test_figures_follow_from_the_seconds(measured: tuple[dict[str, Any], Path]) -> None:
@@ -199,21 +204,21 @@ def test_a_gpu_is_timed_to_the_end_of_its_work() -> None:
     a = torch.randn(8192, 8192, device="cuda")
     seconds = bench_process.time_calls(lambda: a @ a, "cuda", 3)
     assert 2 * 8192**3 / min(seconds) < 1e15  # in fp32: a launch alone would look far faster
-    assert work({"arm": "peak", "device": "cuda", "dtype": "bf16"})["peak"] > 1e13
+    assert measure_machine("cuda", "bf16")["peak"] > 1e13
 
 
 def job_of(bundle: Path, arm: str, folder: Path, dtype: str = "fp32") -> Job:
     """A job for an arm on the CPU, with the inputs at timestep 950."""
     manifest = read_manifest(bundle)
-    geometry = manifest.engines[0].geometry
+    geometry, weights = manifest.engines[0].geometry, manifest.weights.values()
     inputs = forward_inputs(manifest.config, geometry, 950.0, 0)
     save_arrays(folder / "inputs.safetensors", inputs)
     return Job(
         arm=arm,
         bundle=str(bundle),
-        device="cpu",
-        dtype=dtype,
+        options={"device": "cpu", "dtype": dtype, "resolution": "64x96", "frames": 9},
         geometry=vars(geometry),
+        weights=str(bundle / next(w.file.path for w in weights if w.dtype == dtype)),
         inputs=str(folder / "inputs.safetensors"),
         velocity=str(folder / "velocity.safetensors"),
         package=str(folder / "block.pt2"),
@@ -221,6 +226,11 @@ def job_of(bundle: Path, arm: str, folder: Path, dtype: str = "fp32") -> Job:
         profile=False,
         spawned=time.time(),
     )
+
+
+def placed(job: Job, **options: str) -> Job:
+    """The job with another device or dtype."""
+    return replace(job, options=job.options | options)
 
 
 Children = Callable[[dict[str, float]], list[str]]
@@ -272,7 +282,7 @@ def with_low_noise_expert(bundle: Path) -> None:
         "high_noise-fp32": replace(high, expert="high_noise"),
         "low_noise-fp32": replace(high, expert="low_noise", file=file_record(bundle, low)),
     }
-    assert header_sha256(low) == high.header_sha256
+    assert header_sha256(low) == high.layout
     engines = tuple(
         replace(engine, sampling=replace(engine.sampling, boundary=0.875))
         for engine in manifest.engines
@@ -311,13 +321,17 @@ def test_diffusers_takes_and_gives_either_kind_of_array(tiny_bundle: Path) -> No
     np.testing.assert_array_equal(array, tensor.numpy())
 
 
-def test_kernels_are_chosen_on_a_gpu_only() -> None:
-    assert kernel_of(ARMS["diffusers"], "cuda", "bf16") == "cudnn"
-    assert kernel_of(ARMS["diffusers-fa2"], "cuda", "fp16") == "fa2"
-    assert kernel_of(ARMS["diffusers"], "cuda", "fp32") is None  # neither kernel takes it
-    assert kernel_of(ARMS["wanexport-fa4"], "cuda", "bf16") == "fa4"
-    assert kernel_of(ARMS["wanexport"], "cuda", "bf16") is None
-    assert all(kernel_of(arm, "cpu", "fp32") is None for arm in ARMS.values())
+def test_kernels_are_chosen_on_a_gpu_only(tiny_bundle: Path, tmp_path: Path) -> None:
+    def kernel(arm: str, device: str, dtype: str) -> str | None:
+        return kernel_of(ARMS[arm], placed(job, device=device, dtype=dtype))
+
+    job = job_of(tiny_bundle, "onnx", tmp_path)
+    assert kernel("diffusers", "cuda", "bf16") == "cudnn"
+    assert kernel("diffusers-fa2", "cuda:1", "fp16") == "fa2"
+    assert kernel("diffusers", "cuda", "fp32") is None  # neither kernel takes it
+    assert kernel("wanexport-fa4", "cuda", "bf16") == "fa4"
+    assert kernel("wanexport", "cuda", "bf16") is None
+    assert all(kernel(arm, "cpu", "fp32") is None for arm in ARMS)
 
 
 def test_memory_beside_pytorchs_counts_where_a_library_takes_its_own(
@@ -325,7 +339,7 @@ def test_memory_beside_pytorchs_counts_where_a_library_takes_its_own(
 ) -> None:
     monkeypatch.setattr(bench_process, "_device_bytes", lambda: 9_000)
     monkeypatch.setattr(bench_process, "peak_gpu_bytes", lambda: 70)
-    job = replace(job_of(tiny_bundle, "graph", tmp_path), device="cuda")
+    job = placed(job_of(tiny_bundle, "graph", tmp_path), device="cuda")
     own = {arm: peak_bytes(replace(job, arm=arm), 2_000) for arm in ARMS}
     assert {arm for arm, taken in own.items() if taken == 7_000} == {
         "onnx",
@@ -333,7 +347,7 @@ def test_memory_beside_pytorchs_counts_where_a_library_takes_its_own(
         "tensorrt-rtx",
     }
     assert set(own.values()) == {7_000, 70}
-    assert peak_bytes(replace(job, device="cpu"), 0) > 50e6
+    assert peak_bytes(placed(job, device="cpu"), 0) > 50e6
 
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
@@ -341,53 +355,108 @@ def test_importing_tensorrt_is_part_of_a_cold_start(
     flavour: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     imported: list[str] = []
-    monkeypatch.setattr("wanexport.exporter.bench.arms.import_tensorrt", imported.append)
+    monkeypatch.setattr("wanexport.runtime.engines.tensorrt.import_tensorrt", imported.append)
     import_libraries(job_of(tiny_bundle, flavour, tmp_path))
     assert imported == [flavour]
 
 
-def test_by_default_what_applies_is_measured(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifest = read_manifest(tiny_bundle)
-    record = next(e for e in manifest.engines if e.dtype == "fp32")
-    job = job_of(tiny_bundle, "onnx", tmp_path)
-    assert choose_arms(manifest, record, job, None, None) == ["onnx", "graph", "diffusers"]
-    assert choose_arms(manifest, record, job, ["graph", "onnx", "graph"], None) == ["graph", "onnx"]
-    gpu = replace(
+def test_by_default_what_applies_is_measured(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest, job = read_manifest(tiny_bundle), job_of(tiny_bundle, "onnx", tmp_path)
+    assert choose_arms(manifest, job, None, None) == ["onnx", "graph", "diffusers"]
+    assert choose_arms(manifest, job, ["graph", "onnx", "graph"], None) == ["graph", "onnx"]
+
+
+@pytest.fixture
+def on_gpu(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A job on a GPU, where the bundle seems to hold an aoti engine with FlashAttention-4."""
+    record = read_manifest(tiny_bundle).engines[0]
+    record = replace(
         record,
-        backend="aoti",
-        dtype="bf16",
-        target={"device": "cuda", "arch": "sm90"},
-        attention={str(record.geometry.num_tokens): "fa4"},
-        files=record.files | {"flash_attention": record.files["denoiser"]},
+        details=AotiDetails({"self": "fa4", "text": "cudnn"}),
+        files=record.files | {"flash_attention": record.files[WHOLE]},
     )
-    monkeypatch.setattr("wanexport.exporter.bench.arms.choose_engine", lambda *_, **__: gpu)
-    on_gpu = replace(job, device="cuda", dtype="bf16")
-    chosen = choose_arms(manifest, gpu, on_gpu, None, "aoti")
+    hold(monkeypatch, {"aoti": record})
+    return placed(job_of(tiny_bundle, "onnx", tmp_path), device="cuda", dtype="bf16")
+
+
+def hold(monkeypatch: pytest.MonkeyPatch, records: dict[str, EngineRecord]) -> None:
+    """Have the bundle hold these engines, by their backend."""
+
+    def choose(bundle: Path, _: object, options: EngineOptions) -> Choice:
+        if options.backend not in records:
+            raise WanExportError(f"{bundle} has no such engine")
+        return Choice(replace(records[options.backend], backend=options.backend), "cuda")
+
+    monkeypatch.setattr("wanexport.exporter.bench.arms.choose_engine", choose)
+
+
+def test_an_arm_that_is_another_once_more_is_left_out(on_gpu: Job, tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle)
+    chosen = choose_arms(manifest, on_gpu, None, "aoti")
     first = ["wanexport", "graph", "diffusers", "regional-aoti", "compile"]
     variants = ["wanexport-cudnn", "wanexport-sdpa"]  # fa4 is wanexport itself
     assert chosen == [*first, *variants, "diffusers-fa2", "max-autotune"]
-    assert choose_arms(manifest, gpu, on_gpu, ["wanexport-fa4"], None) == ["wanexport-fa4"]
+    assert choose_arms(manifest, on_gpu, ["wanexport-fa4"], None) == ["wanexport-fa4"]
+
+
+def test_arms_of_the_engines_that_are_there(
+    on_gpu: Job, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(tiny_bundle)
     in_bundle = {"onnx", "tensorrt-rtx"}
-
-    def choose(bundle: Path, _: Any, *, backend: str, **options: Any) -> Any:
-        if backend not in in_bundle:
-            raise WanExportError(f"{bundle} has no such engine")
-        return replace(gpu, backend=backend, attention={})
-
-    monkeypatch.setattr("wanexport.exporter.bench.arms.choose_engine", choose)
-    others = choose_arms(manifest, gpu, on_gpu, None, None)
+    hold(monkeypatch, dict.fromkeys(in_bundle, manifest.engines[0]))
+    others = choose_arms(manifest, on_gpu, None, None)
     assert others[:4] == ["tensorrt-rtx", "onnx", "graph", "diffusers"]
-    assert not in_bundle & set(choose_arms(manifest, gpu, on_gpu, None, "aoti"))
+    assert not in_bundle & set(choose_arms(manifest, on_gpu, None, "aoti"))
     with pytest.raises(
         WanExportError, match=r"arm tensorrt cannot run here: .* has no such engine"
     ):
-        choose_arms(manifest, gpu, on_gpu, ["tensorrt"], None)
-    without = replace(gpu, files=record.files)
-    monkeypatch.setattr("wanexport.exporter.bench.arms.choose_engine", lambda *_, **__: without)
+        choose_arms(manifest, on_gpu, ["tensorrt"], None)
+    hold(monkeypatch, {"aoti": manifest.engines[0]})
     with pytest.raises(WanExportError, match="has no FlashAttention-4 kernel"):
-        choose_arms(manifest, without, on_gpu, ["wanexport-fa4"], None)
+        choose_arms(manifest, on_gpu, ["wanexport-fa4"], None)
+
+
+def test_an_engine_is_opened_with_the_options_that_it_has(on_gpu: Job) -> None:
+    asked = {"attention": "sdpa", "cuda_graph": False, "provider": "cuda", "weights": "style"}
+    job = replace(on_gpu, options=on_gpu.options | asked)
+    aoti = options_of(ARMS["wanexport"], job).given()
+    assert {n: aoti.get(n) for n in asked} == asked | {"provider": None}
+    assert options_of(ARMS["wanexport-cudnn"], job).attention == "cudnn"
+    onnx = options_of(ARMS["onnx"], job).given()
+    assert (onnx["provider"], onnx["weights"]) == ("cuda", "style")
+    assert {"attention", "cuda_graph"}.isdisjoint(onnx)
+
+
+def test_other_weights_are_every_arms(bundle: Path, tmp_path: Path, children: Children) -> None:
+    add_style(bundle)
+    children({"onnx": 1})
+    named = bench(bundle, dtype="fp32", against=["onnx"], weights="style", report=tmp_path / "r")
+    assert named["weights"] == "style"
+    with_style = load(bundle, dtype="fp32", weights="style")
+    for weights in ("style", bundle / "weights" / "style-fp32"):
+        subject = bench_subject.choose_subject(bundle, EngineOptions(dtype="fp32", weights=weights))
+        job = bench_subject.first_job(subject, tmp_path, 5, False)
+        inputs = forward_inputs(subject.manifest.config, subject.record.geometry, 950.0, 0)
+        save_arrays(Path(job.inputs), inputs)
+        expected = with_style(**inputs)
+        assert relative_l2(load(bundle, dtype="fp32")(**inputs), expected) > 0.1
+        for arm in ("onnx", "graph", "diffusers"):
+            own = replace(job, arm=arm)
+            assert relative_l2(open_arm(own)(read_inputs(own)), expected) <= 1e-5
+
+
+def add_style(bundle: Path) -> None:
+    """Add a set `style` in fp32, whose velocity is the base set's with another sign."""
+    manifest = read_manifest(bundle)
+    base = manifest.weights["fp32"]
+    arrays = load_arrays(bundle / base.file.path)
+    path = bundle / "weights" / "style-fp32" / "denoiser.safetensors"
+    path.parent.mkdir()
+    changed = {n: -arrays[n] for n in ("head.head.weight", "head.head.bias")}
+    save_arrays(path, arrays | changed)
+    style = replace(base, name="style", file=file_record(bundle, path))
+    write_manifest(bundle, replace(manifest, weights={**manifest.weights, "style-fp32": style}))
 
 
 @pytest.mark.parametrize(
@@ -398,6 +467,9 @@ def test_by_default_what_applies_is_measured(
         ({"against": ["tensorrt-rtx"]}, "arm tensorrt-rtx cannot run here: .* has no such engine"),
         ({"against": ["diffusers-fa2"]}, "no choice of attention kernels for fp32 on cpu"),
         ({"rounds": 4}, "4 rounds make no median: expected 5 or more"),
+        ({"offload": True}, "bench measures one expert"),
+        ({"attention": "sdpa"}, "has no attention kernel"),
+        ({"weights": "style"}, "no weights set style"),
         ({"resolution": "480x832"}, "has no such engine"),
         ({"dtype": "bf16"}, "ONNX Runtime cannot execute"),
         ({"budget": 0.0}, "a budget of 0 s does not even do for the machine's peak"),

@@ -1,11 +1,20 @@
 """What a user types into an option, or a script leaves empty: refused by the option's name."""
 
+from dataclasses import fields
+
 import click
 import pytest
 from click.testing import CliRunner
 
 from wanexport.exporter.cli.main import cli
-from wanexport.exporter.cli.options import parse_names, parse_numbers, parse_pairs, parse_size
+from wanexport.exporter.cli.options import (
+    DEVICE,
+    parse_names,
+    parse_numbers,
+    parse_pairs,
+    parse_size,
+)
+from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.errors import WanExportError
 
 VALUES = [
@@ -75,6 +84,32 @@ def test_a_number_out_of_its_range_is_refused_by_name(words: str, said: str) -> 
     assert result.exit_code == 2 and said in result.output
 
 
+@pytest.mark.parametrize("command", ["run", "compare", "bench"])
+def test_every_option_of_load_is_one_of_the_commands(command: str) -> None:
+    named = {parameter.name for parameter in cli.commands[command].params}
+    assert {field.name for field in fields(EngineOptions)} <= named
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0", "cuda:11"])
+def test_a_device_is_named_as_pytorch_does(device: str) -> None:
+    assert DEVICE.convert(device, None, None) == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "cpu:0"])
+@pytest.mark.parametrize("command", ["build --resolution 1 --frames 1", "compare b", "bench b"])
+def test_another_name_is_no_device(command: str, device: str) -> None:
+    result = CliRunner().invoke(cli, [*command.split(), "--device", device])
+    assert result.exit_code == 2
+    assert "--device" in result.output and "cuda:N" in result.output
+
+
+def test_help_has_options_in_the_order_in_which_they_are_written() -> None:
+    text = CliRunner().invoke(cli, ["run", "--help"]).output
+    names = ("--prompt", "--seed", "--steps", "--timesteps", "--backend", "--weights", "--json")
+    places = [text.index(f"  {name} ") for name in names]
+    assert places == sorted(places)
+
+
 def test_sizes_in_bytes() -> None:
     assert parse_size("--workspace", "8GiB") == 8 * 2**30
     assert parse_size("--workspace", "1.5 mb") == 1_500_000
@@ -87,6 +122,7 @@ def test_sizes_in_bytes() -> None:
 
 def test_pairs_of_a_key_and_a_value() -> None:
     assert parse_pairs("--o", ["a=1", " b = 2=3 ", "a=1"]) == {"a": "1", "b": "2=3"}
+    assert parse_pairs("--o", []) is None
     for text in ("=", "a=", "=1", " = 1", "a", "a= "):
         with pytest.raises(WanExportError, match=r"expected KEY=VALUE"):
             parse_pairs("--o", [text])

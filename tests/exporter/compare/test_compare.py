@@ -29,6 +29,7 @@ from wanexport.runtime import load
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.tensorfile import load_arrays, read_header, save_arrays
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
 
 
@@ -323,7 +324,8 @@ def test_conditioned_families_are_compared_through_their_own_inputs(
 ) -> None:
     config = small_config(preset, num_layers=1)
     monkeypatch.setitem(PRESETS, preset, replace(PRESETS[preset], config=config))
-    size = f"{8 * config.spatial_stride}x{8 * config.spatial_stride}"
+    side = 8 * family_of(config).vae.spatial_stride
+    size = f"{side}x{side}"
     build(preset, random_weights=0, resolution=size, frames=9, output=tmp_path / "b")
     result = compare(tmp_path / "b", steps=3)
     assert result["passed"]

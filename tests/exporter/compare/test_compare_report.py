@@ -16,13 +16,19 @@ from tests.exporter.bundle.disk_faults import full_after
 from tests.exporter.bundle.stub_build import files_of, stub_build
 from wanexport.exporter.bench import report as bench_report
 from wanexport.exporter.bundle.lock import bundle_lock
-from wanexport.exporter.compare.compare import _keep
+from wanexport.exporter.compare import report as compare_report
 from wanexport.exporter.compare.recorded import Loop
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.errors import WanExportWarning
 
 ROW = {"error": 1e-6, "floor": 0.0, "gate": 1e-5, "solver": 0.0, "drift": 0.0, "passed": True}
-RESULT: dict[str, Any] = {"steps": [ROW], "reference": "graph", "model": None, "inputs": "seed 0"}
+RESULT: dict[str, Any] = {
+    "steps": [ROW],
+    "weights": None,
+    "reference": "graph",
+    "model": None,
+    "inputs": "seed 0",
+}
 LOOP = Loop({"noise": np.zeros((1, 16), np.float32)}, 4)
 
 
@@ -33,7 +39,8 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def keep(bundle: Path, report: Path | None = None) -> str | None:
-    return _keep(bundle, read_manifest(bundle).engines[0], LOOP, RESULT, report)
+    outcome = compare_report.Outcome(read_manifest(bundle).engines[0], LOOP, RESULT)
+    return compare_report.keep(bundle, outcome, report)
 
 
 def is_noted(bundle: Path) -> bool:
@@ -116,7 +123,8 @@ def test_leftovers_of_killed_reports_go(bundle: Path) -> None:
 
 
 def bench(folder: Path, *, is_own: bool) -> str | None:
-    arm = {"arm": "onnx", "median": 1.0, "min": 1.0, "max": 1.0, "percent_of_floor": 1.0}
+    arm = {"arm": "onnx", "engine": "e", "median": 1.0, "min": 1.0, "max": 1.0}
+    arm["percent_of_floor"] = 1.0
     result = {"engine": "e", "arms": [arm], "floor_seconds": 1.0, "model": "tiny", "machine": "m"}
     with warnings.catch_warnings(action="ignore"):
         return bench_report.save(result, folder, is_own=is_own)

@@ -21,9 +21,10 @@ from wanexport.exporter.compare.compare import compare
 from wanexport.exporter.compare.polygraphy import SavedFiles, feed, save_calls
 from wanexport.exporter.compare.rows import ComparedCall
 from wanexport.runtime import load
-from wanexport.runtime.bundle.manifest import TensorSpec, read_manifest
+from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.program import Input, TensorSpec
 
 
 def run(command: str) -> subprocess.CompletedProcess[str]:
@@ -108,11 +109,13 @@ def saved(
     folder: Path,
     *,
     weights: object = None,
+    file: str | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """What is said of one call of an engine whose record has these changes.
 
-    weights are what a TensorRT engine holds unless they are inside of its plan.
+    weights are what a TensorRT engine holds unless they are inside of its plan, and file is where
+    weights lie that are not the bundle's.
     """
     manifest = read_manifest(bundle)
     record = replace(next(e for e in manifest.engines if e.dtype == "fp32"), **changes)
@@ -122,13 +125,14 @@ def saved(
     values = {name: np.zeros(spec.shape, np.float32) for name, spec in record.inputs.items()}
     velocity = np.ones(record.output.shape, np.float32)
     engine = Mock(weights=weights)
+    (own,) = (w.file.path for w in manifest.weights.values() if w.dtype == record.dtype)
     return save_calls(
         SavedFiles(folder / "in.json", folder / "out.json"),
         [ComparedCall(values, velocity, velocity, 0.25)],
-        bundle=Path("b"),
-        manifest=manifest,
-        denoiser=Denoiser(record, {"": engine}),
-        reference="graph",
+        Path("b"),
+        Denoiser(record, {"": engine}),
+        {"": Mock(path=Path("b") / (file or own))},
+        "graph",
     )
 
 
@@ -149,7 +153,7 @@ def test_commands_for_every_kind_of_engine(tiny_bundle: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"backend": "aoti"}, "polygraphy runs no AOTInductor engine"),
+        ({"backend": "aoti"}, "polygraphy runs no aoti engine"),
         (
             {"backend": "tensorrt", "weights": "on the device"},
             "the plan takes its weights as inputs: polygraphy runs one built with --bake-weights",
@@ -164,8 +168,20 @@ def test_without_a_command_one_line_says_why(
     assert all(Path(file).stat().st_size for file in told["files"])
 
 
+def test_a_model_with_a_state_has_no_command(tiny_bundle: Path, tmp_path: Path) -> None:
+    program = read_manifest(tiny_bundle).engines[0].program
+    kept = replace(program, state={"memory": TensorSpec((1,))})
+    told = saved(tiny_bundle, tmp_path, program=kept)
+    assert told["commands"] == [] and "keeps a state" in told["note"]
+
+
+def test_weights_of_another_name_have_no_command(tiny_bundle: Path, tmp_path: Path) -> None:
+    told = saved(tiny_bundle, tmp_path, file="style.safetensors")
+    assert told["commands"] == [] and "style.safetensors" in told["note"]
+
+
 def test_a_feed_is_padded_and_has_a_timestep_for_each_frame() -> None:
-    specs = {"timestep": TensorSpec((3,)), "text": TensorSpec((1, 4, 2))}
+    specs = {"timestep": Input((3,)), "text": Input((1, 4, 2), draw="rows")}
     values = feed({"timestep": 7, "text": np.ones((2, 2))}, specs)
     np.testing.assert_array_equal(values["timestep"], [7, 7, 7])
     np.testing.assert_array_equal(values["text"], [[[1, 1], [1, 1], [0, 0], [0, 0]]])

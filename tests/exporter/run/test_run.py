@@ -35,13 +35,14 @@ from wanexport.exporter.run import run as generate
 from wanexport.exporter.run.request import RunRequest, sidecar
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.tensorfile import load_arrays, save_arrays
-from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.denoiser import Session
 from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.family import negative_prompt
+from wanexport.runtime.family import FAMILIES, family_of
 from wanexport.runtime.parts.image_encoder import open_image_encoder
 from wanexport.runtime.parts.text_encoder import UMT5TextEncoder, open_text_encoder
 from wanexport.runtime.parts.vae import Vae, open_vae
 from wanexport.runtime.serving import video as video_module
+from wanexport.runtime.settings import Settings
 
 T5 = "models_t5_umt5-xxl-enc-bf16.pth"
 CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -185,7 +186,8 @@ def expected_latent(
         first = (mean - 0.1) / 0.8
     x = noise
     for sigma, after in pairwise(SIGMAS):
-        times = np.full(config.num_timesteps(geometry), 1000 * sigma, np.float32)
+        frames = geometry.latent[0] if family_of(config).blends_first_frame else 1
+        times = np.full(frames, 1000 * sigma, np.float32)
         if first is not None:
             x[:, :, :1], times[0] = first, 0
         given = [{**inputs, "latent": x, "timestep": times, "text": text} for text in texts]
@@ -263,7 +265,7 @@ def assert_run_is_right(
     latent = load_arrays(folder / "x.safetensors")["latent"]
     assert np.abs(latent - expected).max() <= 1e-4 * np.abs(expected).max()
     run(*arguments, "--seed", 5, "-o", folder / "x.mp4")
-    video, fps = expected_video(expected), 24 if family.config.per_frame_timestep else 16
+    video, fps = expected_video(expected), 24 if family.config.family == "ti2v" else 16
     assert np.abs(written[0] - video).max() <= 2  # of 255
     assert_the_video_is(folder / "x.mp4", video, fps)
     for output in ("x.safetensors", "x.mp4"):  # neither's record is the other's
@@ -347,7 +349,7 @@ def test_the_record_repeats_the_run(i2v: Family, tmp_path: Path) -> None:
     assert record["key"] == engine.key and record["engine"] == engine.name
     assert record["weights"] == {name: w.file.sha256 for name, w in weights.items()}
     assert (record["prompt"], record["seed"]) == (prompt, 9)
-    assert record["negative"] == negative_prompt(engine)
+    assert record["negative"] == FAMILIES["i2v"].negative
     assert (record["steps"], record["shift"], record["solver"]) == (2, 3.0, "unipc")
     assert record["guidance"] == [5.0, 5.0]
     assert (record["height"], record["width"], record["frames"]) == (32, 48, 9)
@@ -417,7 +419,7 @@ def test_the_user_sees_each_stage_and_the_encoder_is_gone_before_the_denoising(
         close(encoder)
 
     monkeypatch.setattr(UMT5TextEncoder, "close", close_and_say)
-    request = RunRequest(t2v.bundle, tmp_path / "x.mp4", prompt=PROMPT, settings={"steps": 3})
+    request = RunRequest(t2v.bundle, tmp_path / "x.mp4", prompt=PROMPT, settings=Settings(steps=3))
     generate.run(request, show=lambda stage, done, of: events.append(stage), tell=events.append)
     named = NAMED.format(t2v.bundle.parent / "model")
     stages = [event if event.startswith("taking") else event.partition(",")[0] for event in events]
@@ -538,7 +540,7 @@ def test_a_fault_of_ours_after_the_sampling_is_traced_and_says_where_the_latent_
     assert result.stderr == f"{named}note: the latent is saved as {tmp_path / 'x.safetensors'}\n"
     assert load_arrays(tmp_path / "x.safetensors")["latent"].shape == (1, 16, 3, 4, 6)
     # Before the last step there is nothing to save.
-    monkeypatch.setattr(Denoiser, "__call__", fail)
+    monkeypatch.setattr(Session, "__call__", fail)
     result = invoke("run", t2v.bundle, "--prompt", PROMPT, *SAMPLING, "-o", tmp_path / "y.mp4")
     assert isinstance(result.exception, ZeroDivisionError) and result.stderr == named
     assert not list(tmp_path.glob("y*"))
@@ -601,7 +603,7 @@ def test_a_missing_package_is_named_in_one_line_before_the_sampling(
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delattr(Denoiser, "__call__")
+    monkeypatch.delattr(Session, "__call__")
     message = refusal_of(
         i2v.bundle, "--prompt", PROMPT, "--image", image, *SAMPLING, "-o", tmp_path / "x.mp4"
     )

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest, WanExportError
 from wanexport.runtime.serving import video
 from wanexport.runtime.serving.video import write_video
 
@@ -50,6 +50,15 @@ def test_what_is_read_back_is_what_was_written(tmp_path: Path, fps: int) -> None
     assert found.shape == clip.shape
     psnr = 10 * np.log10(255**2 / ((found - clip) ** 2).mean(axis=(1, 2, 3)))
     assert (psnr > 35).all()
+
+
+def test_a_path_may_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video("text.mp4", smooth_clip(5), 16)
+    write_video(Path("path.mp4"), smooth_clip(5), 16)
+    assert Path("text.mp4").read_bytes() == Path("path.mp4").read_bytes()
+    with pytest.raises(BadRequest, match="path is empty"):
+        write_video("", smooth_clip(5), 16)
 
 
 def test_one_frame_is_a_video(tmp_path: Path) -> None:
@@ -107,10 +116,11 @@ def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
         (np.zeros((1, 3, 32, 32), np.uint8), r"expected uint8 \[F, H, W, 3\]"),
         (np.zeros((0, 32, 32, 3), np.uint8), r"expected uint8 \[F, H, W, 3\]"),
         (np.zeros((32, 32, 3), np.uint8), r"expected uint8 \[F, H, W, 3\]"),
+        (None, r"type NoneType: expected uint8 \[F, H, W, 3\]"),
     ],
 )
-def test_what_is_no_clip_is_refused(tmp_path: Path, frames: np.ndarray, message: str) -> None:
-    with pytest.raises(WanExportError, match=message):
+def test_what_is_no_clip_is_refused(tmp_path: Path, frames: Any, message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
         write_video(tmp_path / "clip.mp4", frames, 16)
     assert not list(tmp_path.iterdir())
 

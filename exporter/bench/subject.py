@@ -1,0 +1,99 @@
+"""What `bench` measures: one engine of one expert, with all said that the options leave open."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from wanexport.exporter.bench.arms import Job
+from wanexport.exporter.bench.expert import with_measured_expert
+from wanexport.exporter.bench.process import PEAK
+from wanexport.runtime.bundle.check import check_size
+from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
+from wanexport.runtime.bundle.pinned_file import PinnedFile
+from wanexport.runtime.engines.choose import choose_engine
+from wanexport.runtime.engines.engine import EngineOptions
+from wanexport.runtime.engines.table import ENGINES
+from wanexport.runtime.load import check_options, find_weights
+from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
+
+_TIMESTEP = 812.0
+_HIGH_NOISE_TIMESTEP = 950.0
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model of one expert, an engine of it, opened how, its weights' file."""
+
+    bundle: Path
+    manifest: Manifest
+    record: EngineRecord
+    options: EngineOptions
+    weights: PinnedFile
+    expert: str | None
+    timestep: float
+
+
+def choose_subject(bundle: Path, asked: EngineOptions) -> Subject:
+    """The engine that is measured, with all said that the options leave open."""
+    whole = read_manifest(bundle)
+    manifest = with_measured_expert(whole)
+    choice = choose_engine(bundle, manifest, asked)
+    record, geometry = choice.record, choice.record.geometry
+    check_options(record, asked, ENGINES[record.backend].backend().OPTIONS)
+    options = replace(
+        asked,
+        backend=None,  # each arm's own
+        device=choice.device,
+        dtype=record.dtype,
+        resolution=f"{geometry.height}x{geometry.width}",
+        frames=geometry.frames,
+        weights=_weights_of_expert(asked.weights, whole),
+    )
+    (weights,) = find_weights(bundle, record, options.weights, manifest).files.values()
+    boundaries = [e.sampling.boundary for e in whole.engines if e.key == record.key]
+    expert = whole.experts[0] if whole.experts else None
+    timestep = _timestep(boundaries[0])
+    return Subject(bundle, manifest, record, options, weights, expert, timestep)
+
+
+def _weights_of_expert(weights: str | Path | None, whole: Manifest) -> str | None:
+    """The name of a weights set, or the absolute path of what the measured expert reads."""
+    names = {record.name for record in whole.weights.values()}
+    if weights is None or (isinstance(weights, str) and weights in names):
+        return weights
+    path = Path(weights).resolve()
+    return str(path / whole.experts[0] if whole.experts and path.is_dir() else path)
+
+
+def _timestep(boundary: float | None) -> float:
+    """A timestep that the measured expert serves."""
+    if boundary is None:
+        return _TIMESTEP
+    return max(_HIGH_NOISE_TIMESTEP, boundary * NUM_TRAIN_TIMESTEPS)
+
+
+def first_job(subject: Subject, folder: Path, rounds: int, profile: bool) -> Job:
+    """What every process is told but for its arm: here it is to measure the machine."""
+    return Job(
+        arm=PEAK,
+        bundle=str(subject.bundle),
+        options=asdict(subject.options),
+        geometry=asdict(subject.record.geometry),
+        weights=str(subject.weights.path),
+        inputs=str(folder / "inputs.safetensors"),
+        velocity=str(folder / "velocity.safetensors"),
+        package=str(folder / "block.pt2"),
+        rounds=rounds,
+        profile=profile,
+        spawned=0.0,
+    )
+
+
+def read_files(subject: Subject) -> None:
+    """Have the page cache hold what the arms read, lest the first of them pay for the disk."""
+    engine = [check_size(subject.bundle, file) for file in subject.record.files.values()]
+    buffer = bytearray(_CHUNK)
+    for file in (subject.weights, *engine):
+        with file.path.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass

@@ -1,0 +1,170 @@
+"""How the command line shows a bundle: what a build made of it, and all that it holds."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from wanexport.exporter.cli.terminal import in_bytes, in_short, out, short, write
+
+
+def show_build(record: dict[str, Any]) -> None:
+    """The engines and weights that a build made or reused."""
+    for engine in record["engines"]:
+        geometry, proof = engine["geometry"], engine["proof"]
+        size = sum(file["size"] for file in engine["files"].values())
+        write(
+            out,
+            (record["bundle"], "bold"),
+            f": {short(record['model'])}, height {geometry['height']}, width {geometry['width']}, "
+            f"{geometry['frames']} frames, {record['tokens']} tokens",
+        )
+        write(out, f"  engine {engine['name']}: {in_bytes(size)}")
+        if attention := _attention(engine):
+            write(out, f"  attention: {attention}")
+        if "attention_expected" in engine["build"]:
+            write(out, f"  {_plan(engine['build'])}")
+        write(out, f"  {_proof(proof)}")
+    for name, file in record["weights"].items():
+        write(out, f"  weights {name}: {in_bytes(file['size'])}")
+    if record["reused"]:
+        write(out, f"  reused: {', '.join(record['reused'])}")
+    write(out, f"  {record['seconds']} s, peak memory {in_bytes(record['peak_rss_bytes'])}")
+
+
+def _proof(proof: dict[str, Any]) -> str:
+    method, blocks, tokens = (
+        short(proof.get(name, "-")) for name in ("method", "blocks", "tokens")
+    )
+    error, gate = in_short(proof.get("error")), in_short(proof.get("gate"))
+    return (
+        f"proof: {method}, {blocks} blocks at {tokens} tokens; relative L2 error {error}, "
+        f"gate {gate}"
+    )
+
+
+def _attention(engine: dict[str, Any]) -> str:
+    """The kernel of each kind of attention, or the operator that stands for all."""
+    attention = _details(engine).get("attention", "")
+    if not isinstance(attention, dict):
+        return short(attention)
+    return ", ".join(f"{short(name)} ({short(kind)})" for kind, name in attention.items())
+
+
+def _details(engine: dict[str, Any]) -> dict[str, Any]:
+    """An engine's details, none where they have a form of a later version."""
+    details = engine["details"]
+    return details if isinstance(details, dict) else {}
+
+
+def _plan(build: dict[str, Any]) -> str:
+    """What is known of a TensorRT plan: its attention, memory and build."""
+    found, expected = build.get("attention_layers", "-"), build["attention_expected"]
+    known = [f"{found} of {expected} attention layers native"]
+    if build.get("attention_kernels") is not None:
+        known.append(f"{build['attention_kernels']} attention kernels")
+    if build.get("activation_bytes") is not None:
+        known.append(f"activations {in_bytes(build['activation_bytes'])}")
+    if "plan_seconds" in build:
+        peak = in_bytes(build.get("plan_peak_rss_bytes", 0))
+        known.append(f"built in {build['plan_seconds']} s at {peak}")
+    return f"plan: {', '.join(known)}"
+
+
+def show_inspect(record: dict[str, Any]) -> None:
+    """The model, its weights, and a few lines for each engine."""
+    config, parameters = record["config"], record["parameters"]
+    size = f"{parameters / 1e9:.2f} billion parameters, " if parameters else ""
+    experts = f", experts {' and '.join(record['experts'])}" if record["experts"] else ""
+    write(
+        out,
+        (record["bundle"], "bold"),
+        f": {short(record['model'])}, family {short(record['family'])}{experts}, {size}dim "
+        f"{config['dim']}, {config['num_heads']} heads, {config['num_layers']} blocks; "
+        f"{in_bytes(record['bytes'])}, built by wanexport {short(record['wanexport'])}",
+    )
+    for name, weights in record["weights"].items():
+        write(out, f"  weights {name}: {_weights(weights)}")
+    for engine in record["engines"]:
+        for line in _engine_lines(engine):
+            write(out, line)
+    for engine in record["unread"]:
+        write(
+            out, f"  engine of a later wanexport, which this one does not read: {_unread(engine)}"
+        )
+    if not record["problems"]:
+        checked = "every hash" if record["verified"] else "sizes, headers and engines"
+        write(out, f"{checked} verified")
+
+
+def _weights(weights: dict[str, Any]) -> str:
+    """A file of a weights set: which part it is, how large, and where it comes from."""
+    part = f"set {weights['name']} ({weights['role']})"
+    expert = f", expert {weights['expert']}" if weights["expert"] else ""
+    stated = {key: value for key, value in weights["source"].items() if key != "files"}
+    source = ", ".join(f"{short(key)} {short(value)}" for key, value in stated.items())
+    return (
+        f"{part}{expert}, {weights['dtype']}, layout {weights['layout'][:12]}, "
+        f"{in_bytes(weights['file']['size'])}, from {source}"
+    )
+
+
+def _unread(engine: dict[str, Any]) -> str:
+    """What an engine of an unknown kind says of itself."""
+    names = [name for name in ("role", "backend", "dtype") if name in engine]
+    return ", ".join(f"{name} {short(engine[name])}" for name in names) or "it says nothing"
+
+
+def _engine_lines(engine: dict[str, Any]) -> Iterator[str]:
+    flops = engine["build"].get("flops_per_forward", 0) / 1e12
+    yield (
+        f"  engine {engine['name']}: {engine['tokens']} tokens, {in_bytes(engine['bytes'])}, "
+        f"{flops:.3g} TFLOPs a forward"
+    )
+    if engine["unusable"]:
+        yield f"    not usable: {engine['unusable']}"
+    target = ", ".join(f"{name} {short(value)}" for name, value in engine["target"].items())
+    yield f"    target: {target}; reads weights of layout {engine['layout'][:12]}"
+    yield from _program_lines(engine["program"])
+    yield from _detail_lines(engine)
+    if engine["proof"]:
+        yield f"    {_proof(engine['proof'])}"
+    yield f"    parity: {_parity(engine['parity'])}"
+    yield f"    lint: {sum(engine['lint'].values())} findings"
+    yield f"    sampling: {_sampling(engine['sampling'])}"
+
+
+def _program_lines(program: dict[str, Any]) -> Iterator[str]:
+    """What the engine is called with, and what it calls."""
+    inputs = (f"{name} {list(spec['shape'])}" for name, spec in program["inputs"].items())
+    yield f"    inputs: {', '.join(inputs)}"
+    calls = [
+        f"{call['name']} x {call['repeat']}" if call["repeat"] > 1 else call["name"]
+        for call in program["calls"]
+    ]
+    state = f"; state: {', '.join(program['state'])}" if program["state"] else ""
+    yield f"    calls: {', '.join(calls)}{state}"
+
+
+def _detail_lines(engine: dict[str, Any]) -> Iterator[str]:
+    if attention := _attention(engine):
+        yield f"    attention: {attention}"
+    others = {name: v for name, v in _details(engine).items() if name != "attention" and v}
+    if others:
+        yield f"    {', '.join(f'{short(name)} {short(value)}' for name, value in others.items())}"
+
+
+def _parity(parity: dict[str, Any]) -> str:
+    if not parity:
+        return "not compared yet"
+    verdict = "passed" if parity.get("passed") else "failed"
+    weights = f" with weights {short(parity['weights'])}" if parity.get("weights") else ""
+    reference, error = short(parity.get("reference", "-")), in_short(parity.get("error"))
+    return f"{verdict} against {reference}{weights}; error {error}"
+
+
+def _sampling(sampling: dict[str, Any]) -> str:
+    guidance = ", ".join(f"{g:g}" for g in dict.fromkeys(sampling["guidance"]))
+    boundary = f", experts meet at {sampling['boundary']}" if sampling["boundary"] else ""
+    return (
+        f"{sampling['solver']}, {sampling['steps']} steps, shift {sampling['shift']:g}, "
+        f"guidance {guidance}{boundary}, {sampling['fps']} fps"
+    )

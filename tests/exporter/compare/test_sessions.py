@@ -1,0 +1,96 @@
+"""Calls of a session are compared in a session: what a model keeps between them counts too.
+
+The model here keeps a sum: its velocity is that of all latents so far and of the prompt.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from wanexport.exporter.compare.peers import Peers
+from wanexport.exporter.compare.recorded import Loop
+from wanexport.exporter.compare.rows import Comparison
+from wanexport.exporter.compare.sessions import Recorder, Replay
+from wanexport.runtime.family import SamplingDefaults
+
+STEPS = 3
+SAMPLING = SamplingDefaults(STEPS, 5.0, (2.0, 2.0), None, 16)
+Velocity = Callable[..., np.ndarray]
+
+
+class Summing:
+    """A denoiser whose sessions keep a sum of latents; `keep` scales what is kept.
+
+    With `shared`, all its sessions keep one sum, as a faulty engine's would.
+    """
+
+    sampling, record = SAMPLING, SimpleNamespace(dtype="fp32")
+
+    def __init__(self, *, keep: float = 1.0, shared: bool = False) -> None:
+        self.keep, self.shared = keep, [np.zeros(1)] if shared else None
+        self.inputs: dict[str, Any] = {}
+        self.opened = 0
+
+    def __call__(self, **inputs: Any) -> np.ndarray:
+        return self.session()(**inputs)
+
+    def session(self, **constant: Any) -> Velocity:
+        total = self.shared or [np.zeros(1)]
+        self.opened += 1
+
+        def call(**given: Any) -> np.ndarray:
+            inputs = {**constant, **given}
+            total[0] = self.keep * total[0] + inputs["latent"]
+            velocity: np.ndarray = (total[0] + inputs["text"].sum()).astype(np.float32)
+            return velocity
+
+        return call
+
+
+def loop() -> Loop:
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((1, 2, 1, 2, 2), np.float32)
+    return Loop({"noise": noise, "text": np.ones((1, 2)), "negative": np.ones((1, 3))}, STEPS)
+
+
+def rows(engine: Summing) -> list[dict[str, Any]]:
+    peers = Peers({("graph", "fp32"): Summing()}, None)  # type: ignore[dict-item]
+    recorder = Recorder(engine)  # type: ignore[arg-type]
+    compared, _ = Comparison(recorder, peers, "graph", lambda *_: None).rows(loop())
+    return compared
+
+
+def test_an_engine_that_keeps_the_same_passes() -> None:
+    engine = Summing()
+    assert [row["error"] for row in rows(engine)] == [0, 0, 0]
+    assert engine.opened == 4  # for prompt and negative, in the reference's steps and on its own
+
+
+@pytest.mark.parametrize("engine", [Summing(keep=0.0), Summing(keep=0.99)])
+def test_an_engine_that_loses_its_state_fails_from_the_second_step_on(engine: Summing) -> None:
+    assert [row["passed"] for row in rows(engine)] == [True, False, False]
+
+
+def test_an_engine_whose_sessions_meet_fails() -> None:
+    assert not any(row["passed"] for row in rows(Summing(shared=True)))
+
+
+def test_calls_are_repeated_with_all_that_they_were_given() -> None:
+    recorder = Recorder(Summing(), keep=True)  # type: ignore[arg-type]
+    text, x = np.ones(2), np.full(1, 3.0)
+    first, second = recorder.session(text=text), recorder.session(text=2 * text)
+    expected = [
+        first(latent=x),
+        second(latent=x),
+        first(latent=2 * x),
+        recorder(latent=x, text=text),
+    ]
+    assert [float(velocity[0]) for velocity in expected] == [5, 7, 11, 5]
+    assert [call.session for call in recorder.calls] == [0, 1, 0, 2]
+    assert recorder.calls[2].inputs.keys() == {"latent", "text"}
+    assert len(recorder.seconds) == 4
+    replay = Replay(Summing())
+    assert [replay(call) for call in recorder.calls] == expected
