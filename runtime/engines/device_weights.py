@@ -84,7 +84,8 @@ class DeviceWeights:
         """Have the tensors of this file, whose layout is that of the first, until the block ends.
 
         Raises BundleError when the file cannot be read, is not what was pinned, or is laid out
-        otherwise; what is held then is neither, until the next call.
+        otherwise. What was held then stays, unless the file was cut or changed while it was read:
+        what is held is neither then, until the next call.
         """
         with self._queue, self._turn:
             while self._holders and not self.holds(file):
@@ -100,7 +101,7 @@ class DeviceWeights:
                 self._turn.notify_all()
 
     def _replace(self, file: PinnedFile) -> None:
-        started, self.file = time.perf_counter(), None
+        started = time.perf_counter()
         self._fill(file)
         self.file, self.generation = file, self.generation + 1
         self.switches.append(time.perf_counter() - started)
@@ -119,6 +120,7 @@ class DeviceWeights:
                 )
             if self.device.type == "cuda":  # what still reads the old content must end first
                 torch.cuda.synchronize(self.device)
+            self.file = None
             with ThreadPoolExecutor(_THREADS) as pool:
                 shares = [self._pieces[i::_THREADS] for i in range(_THREADS)]
                 list(pool.map(partial(self._read, handle, file.path), shares))

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import EngineFailure
 
 PREFIX = "wanexport-"  # of every temporary folder of ours
 _MARK = ".wanexport-temporary"  # in each of them: the name alone may be a user's own
@@ -25,7 +25,7 @@ _NEEDED_BY_COMPILERS = 128 << 20  # by three at once: sources, objects and a pre
 
 
 def check_temporary_folder(*, runs_code: bool = False, compiles: bool = False) -> None:
-    """Raise WanExportError unless temporary files can be made here.
+    """Raise EngineFailure unless temporary files can be made here.
 
     runs_code says that code is unpacked there and run, compiles that it is made there too. Folders
     that processes of this user left there more than a day ago are removed.
@@ -37,7 +37,7 @@ def check_temporary_folder(*, runs_code: bool = False, compiles: bool = False) -
     needed = _NEEDED_BY_LIBTORCH if runs_code else _NEEDED
     if obstacle := _obstacle(folder, runs_code, _NEEDED_BY_COMPILERS if compiles else needed):
         origin = f" ({variable})" if variable else ""
-        raise WanExportError(f"temporary files go to {folder}{origin}, {obstacle}: {cure}")
+        raise EngineFailure(f"temporary files go to {folder}{origin}, {obstacle}: {cure}")
     _remove_abandoned(folder)
 
 
