@@ -6,9 +6,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from wanexport.runtime.bundle.manifest import EngineRecord, SamplingDefaults, engine_label
-from wanexport.runtime.bundle.signature import weights_header_sha256
+from wanexport.runtime.bundle.details import AotiDetails, OnnxDetails, TensorRtDetails
+from wanexport.runtime.bundle.manifest import EngineRecord, engine_label
+from wanexport.runtime.bundle.signature import layout_sha256, program_of
+from wanexport.runtime.family import SamplingDefaults, family_of
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.program import Program
 from wanexport.runtime.wan_config import WanConfig
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (0 when the length is unknown)
@@ -32,24 +35,28 @@ class TensorRtOptions:
     allow_unfused: bool = False
 
 
+Options = TensorRtOptions | None  # a backend's own; None where it takes none
+
+
 @dataclass(frozen=True)
 class Request:
-    """One engine to build; `target` is what the backend binds it to."""
+    """One engine to build, every choice made by the backend's `resolve`.
+
+    device is where it is made and proven, `cpu` or `cuda:1`; `target` is what the backend binds it
+    to. attention is one of the backend's choices, None where its build measures them.
+    """
 
     config: WanConfig
     geometry: Geometry
     sampling: SamplingDefaults
     backend: str
     dtype: str
+    device: str
     target: dict[str, str]
-    attention: str | None = None  # of the backend's choices; None for its own
-    tensorrt: TensorRtOptions | None = None
-    baked: dict[str, str] = field(default_factory=dict)  # expert -> hash of the weights inside
-
-    @property
-    def device(self) -> str:
-        """`cpu` or `cuda`."""
-        return self.target["device"]
+    attention: str | None = None
+    options: Options = None
+    bakes: bool = False  # whether weights go into the engine
+    baked: dict[str, str] = field(default_factory=dict)  # and then the hash of each expert's
 
     @property
     def label(self) -> str:
@@ -57,9 +64,19 @@ class Request:
         return engine_label(self.backend, self.dtype, self.target)
 
     @property
-    def weights_header(self) -> str:
-        """Hash of the header of the weights file that the engine reads."""
-        return weights_header_sha256(self.config, self.dtype)
+    def layout(self) -> str:
+        """The layout of the weights file that the engine reads."""
+        return layout_sha256(self.config, self.dtype)
+
+    @property
+    def program(self) -> Program:
+        """The calls of the model at this geometry."""
+        return program_of(self.config, self.geometry)
+
+    @property
+    def graph(self) -> str:
+        """The module and class of the model's graph."""
+        return family_of(self.config).graph
 
 
 @dataclass(frozen=True)
@@ -70,10 +87,10 @@ class Compiled:
     """
 
     files: dict[str, Path]
+    program: Program
+    details: OnnxDetails | AotiDetails | TensorRtDetails
     lint: dict[str, int]
     build: dict[str, Any] = field(default_factory=dict)
-    parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    attention: dict[str, str] = field(default_factory=dict)
     is_whole: bool = True
 
 
@@ -88,17 +105,34 @@ class Backend(Protocol):
     def BINDING(self) -> tuple[str, ...]:
         """What of a target an engine is bound to."""
 
+    @property
+    def OPTIONS(self) -> type | None:
+        """The kind of Options that it takes."""
+
+    @property
+    def COMPILES(self) -> bool:
+        """Whether it runs a C++ compiler and what that makes."""
+
+    def default_device(self) -> str:
+        """The device that it can use best on this machine."""
+
+    def default_dtype(self, device: str) -> str:
+        """The precision of its engines on a device, unless another is asked for."""
+
     def code(self, device: str) -> tuple[ModuleType, ...]:
         """What decides an engine's bytes, beside the graph's own code."""
 
     def libraries(self, request: Request) -> dict[str, str]:
         """Versions of what makes the engine."""
 
-    def targets(self, device: str, options: TensorRtOptions) -> list[dict[str, str]]:
+    def targets(self, device: str, options: Options) -> list[dict[str, str]]:
         """What engines are made for, one each. Raises WanExportError when none can be made."""
 
     def check_attention(self, attention: str | None, dtype: str, target: Mapping[str, str]) -> None:
-        """Raise WanExportError when one of ATTENTION does not go with precision and target."""
+        """Raise BadRequest when one of ATTENTION does not go with precision and target."""
+
+    def resolve(self, request: Request) -> Request:
+        """The request with every choice made. Raises BadRequest for a model that it cannot take."""
 
     def compile_engine(
         self, folder: Path, request: Request, weights: Mapping[str, Path], progress: Progress

@@ -1,15 +1,24 @@
-"""What the proofs of all backends share: their size, and the fresh process that they run in."""
+"""What the proofs of all backends share: their size, their process, and the worst of them."""
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanexport.exporter.child.child import run_process
+from wanexport.exporter.reference.eager import cut_to_ends
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.wan_config import WanConfig
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 MAX_TOKENS = 1000
+
+
+def cut_for(config: WanConfig, verify: str) -> WanConfig:
+    """The part of a model that a proof runs: its `ends`, or with `full` all of it."""
+    return cut_to_ends(config) if verify == "ends" else config
 
 
 def run_in_fresh_process(
@@ -23,3 +32,9 @@ def run_in_fresh_process(
         return run_process(f"backends.{module}", job, folder)
     except WanExportError as error:
         raise WanExportError(f"the built engine failed its proof: {error}") from error
+
+
+def worst(figures: Sequence[dict[str, Any]], verify: str, started: float) -> dict[str, Any]:
+    """The figures of the expert that is farthest off, for the record of a proof that began then."""
+    seconds = round(time.monotonic() - started, 2)
+    return {**max(figures, key=lambda f: f["error"]), "verify": verify, "seconds": seconds}

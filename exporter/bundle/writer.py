@@ -98,19 +98,19 @@ class BundleWriter:
         self.sweep()
 
     def known_weights(self) -> dict[str, WeightsRecord]:
-        """Every finished weights set by name, committed ones first."""
+        """Every finished file of a weights set by its label, committed ones first."""
         return {**self.journal.weights, **self.committed.weights}
 
-    def forget_weights(self, name: str) -> None:
+    def forget_weights(self, label: str) -> None:
         """Drop weights that an earlier try finished but none committed, and what they proved."""
-        left = {key: record for key, record in self.journal.weights.items() if key != name}
+        left = {key: record for key, record in self.journal.weights.items() if key != label}
         self.journal = replace(self.journal, weights=left, engines=())
         self._note()
 
-    def find_weights(self, name: str, header_sha256: str) -> WeightsRecord | None:
-        """The finished weights set of this name and layout, if it is whole on disk."""
-        record = self.known_weights().get(name)
-        if record and record.header_sha256 == header_sha256:
+    def find_weights(self, label: str, layout: str) -> WeightsRecord | None:
+        """The finished weights of this label and layout, if they are whole on disk."""
+        record = self.known_weights().get(label)
+        if record and record.layout == layout:
             return record if _is_whole(check_weights, self.path, record) else None
         return None
 
@@ -125,10 +125,10 @@ class BundleWriter:
                 return engine
         return None
 
-    def put_weights(self, name: str, record: WeightsRecord) -> None:
-        """List a finished weights set, in the place of one of the same name."""
+    def put_weights(self, label: str, record: WeightsRecord) -> None:
+        """List finished weights, in the place of those of the same label."""
         self.manifest, self.journal = (
-            replace(m, weights={**m.weights, name: record}) for m in (self.manifest, self.journal)
+            replace(m, weights={**m.weights, label: record}) for m in (self.manifest, self.journal)
         )
         self._note()
 

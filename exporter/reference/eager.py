@@ -9,10 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from wanexport.graphs.checkpoint import SourceTensor
-from wanexport.graphs.wan import WanModel, parameter_dtype
-from wanexport.graphs.weights import DTYPES, read_tensor
-from wanexport.runtime.bundle.signature import parameter_shapes
+from wanexport.graphs.graph import empty_graph, parameter_dtype
+from wanexport.graphs.weights import DTYPES, bundle_tensors, read_tensor
+from wanexport.runtime.arrays import Array
+from wanexport.runtime.bundle.pinned_file import PinnedFile
+from wanexport.runtime.engines.device import to_device
+from wanexport.runtime.engines.engine import CLOSED, Memory, new_memory
+from wanexport.runtime.errors import EngineFailure
+from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.program import Program, of_layer
 from wanexport.runtime.wan_config import WanConfig
 
 
@@ -22,7 +28,8 @@ class EagerEngine:
     `tensors` says where each parameter lies. Each is rounded to `rounded` (fp32, bf16 or fp16: the
     dtype of a bundle's weights) and then cast to the graph's own dtype: a reference in fp32 upcasts
     bf16 weights. Unless `resident`, each module reads its parameters when it runs and drops them
-    after it, so that a forward takes the memory of one module instead of the model's.
+    after it, so that a forward takes the memory of one module instead of the model's. `graph` names
+    the class of the graph, by default the family's.
     """
 
     def __init__(
@@ -32,23 +39,31 @@ class EagerEngine:
         dtype: str,
         tensors: Mapping[str, SourceTensor],
         *,
+        graph: str | None = None,
         rounded: str = "fp32",
         resident: bool = True,
         device: str = "cpu",
     ) -> None:
         self.tensors, self.dtype, self.rounded = tensors, DTYPES[dtype], DTYPES[rounded]
-        self.device = device
-        with torch.device("meta"):
-            self.model = WanModel(config, geometry, self.dtype)
-        for module in self.model.modules():
-            for name, table in module.named_buffers(recurse=False):
-                module.register_buffer(name, table.to(device), persistent=False)
+        self.device, self.resident = device, resident
+        reference = graph or family_of(config).graph
+        self.model = empty_graph(reference, config, geometry, self.dtype, device=device)
+        self._file: PinnedFile | None = None
+        self._is_open = True
+        self._read_resident()
         for prefix, module in self.model.named_modules():
-            if resident:
-                self._read(prefix, module)
-            elif next(module.parameters(recurse=False), None) is not None:
+            if not self._stays(module) and _has_own(module):
                 module.register_forward_pre_hook(partial(self._read, prefix))
                 module.register_forward_hook(_drop)
+
+    def _stays(self, module: nn.Module) -> bool:
+        """Whether a module keeps its parameters; nobody calls the graph itself as a module."""
+        return self.resident or module is self.model
+
+    def _read_resident(self) -> None:
+        for prefix, module in self.model.named_modules():
+            if self._stays(module):
+                self._read(prefix, module)
 
     def _read(self, prefix: str, module: nn.Module, *_hook_arguments: Any) -> None:
         """Give the module its own parameters, not those of its children."""
@@ -58,12 +73,57 @@ class EagerEngine:
             tensor = read_tensor(self.tensors[full], fits=rounded).to(self.device).to(rounded)
             _set(module, name, tensor.to(parameter_dtype(full, self.dtype)))
 
-    def __call__(self, inputs: Mapping[str, Any]) -> Any:
-        """Run the model and return its velocity: numpy for numpy, a tensor for tensors."""
-        given = {name: torch.as_tensor(value).to(self.device) for name, value in inputs.items()}
+    def array(self, value: Array) -> Tensor:
+        """An fp32 tensor on the device."""
+        return to_device(value, torch.device(self.device))
+
+    def memory(self) -> Memory:
+        """What a new session keeps: a state of zeros."""
+        return new_memory(self.model.program, lambda shape: torch.zeros(shape, device=self.device))
+
+    def use(self, weights: PinnedFile) -> None:
+        """Read parameters from another file of a bundle, by their official names."""
+        if weights != self._file:
+            self.tensors = bundle_tensors(weights.path, {name: name for name in self.tensors})
+            self._file = weights
+            self._read_resident()
+
+    def close(self) -> None:
+        """Let go of the parameters; a call then raises EngineFailure."""
+        self._is_open = False
+        for module in self.model.modules():
+            _drop(module)
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Any],
+        weights: PinnedFile | None = None,
+        memory: Memory | None = None,
+    ) -> Any:
+        """Run the Program's calls and return the velocity: numpy for numpy, a tensor for tensors.
+
+        Raises EngineFailure after `close`.
+        """
+        if not self._is_open:
+            raise EngineFailure(CLOSED)
+        if weights is not None:
+            self.use(weights)
+        memory = self.memory() if memory is None else memory
+        given = {name: self.array(value) for name, value in inputs.items()}
         with torch.no_grad():
-            velocity = self.model(**given)
-        return velocity if isinstance(inputs["latent"], Tensor) else velocity.cpu().numpy()
+            if memory.values is None or memory.weights != weights:
+                known = self.model.run(given, memory.state, ("prompt",))
+                memory.values = {n: value for n, value in known.items() if n not in given}
+                memory.weights = weights
+            known = self.model.run({**given, **memory.values}, memory.state, ("step",))
+        (velocity,) = (known[name] for name in self.model.program.outputs)
+        is_torch = any(isinstance(value, Tensor) for value in inputs.values())
+        return velocity if is_torch else velocity.cpu().numpy()
+
+
+def _has_own(module: nn.Module) -> bool:
+    """Whether a module has parameters of its own, beside its children's."""
+    return next(module.parameters(recurse=False), None) is not None
 
 
 def _drop(module: nn.Module, *_hook_arguments: Any) -> None:
@@ -76,11 +136,17 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def cut_to_ends(config: WanConfig) -> WanConfig:
-    """The config with only the first and the last block."""
+    """The config with only the first and the last layer."""
     return replace(config, num_layers=min(2, config.num_layers))
 
 
-def tensors_of_cut(cut: WanConfig, full: WanConfig) -> dict[str, str]:
-    """The full model's name for each parameter of the cut, whose last block is the last there."""
-    last = (f"blocks.{cut.num_layers - 1}.", f"blocks.{full.num_layers - 1}.")
-    return {name: name.replace(*last) for name in parameter_shapes(cut)}
+def tensors_of_cut(cut: Program, full: Program) -> dict[str, str]:
+    """The full model's name for each parameter of a cut, whose last layer is the last there."""
+    names: dict[str, str] = {}
+    for own, whole in zip(cut.calls, full.calls, strict=True):
+        for index in range(own.repeat):
+            is_last = index and index == own.repeat - 1
+            there = whole.repeat - 1 if is_last else index
+            own_names = of_layer(own.parameters, index)
+            names |= dict(zip(own_names, of_layer(whole.parameters, there), strict=True))
+    return names

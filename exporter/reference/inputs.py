@@ -4,51 +4,64 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.bundle.signature import input_shapes
-from wanexport.runtime.denoiser import pad_text
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.bundle.signature import program_of
+from wanexport.runtime.denoiser import pad_rows
+from wanexport.runtime.errors import BadRequest
+from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.program import Input
 from wanexport.runtime.sample import seeded_noise
 from wanexport.runtime.wan_config import WanConfig
+
+_OF_THE_LOOP = ("latent", "timestep")  # which a sampling loop makes itself
+_ROWS, _NEGATIVE_ROWS = 77, 126
+_GIVEN = 4  # channels of a condition that say which latent frames are given
 
 
 def seeded_inputs(config: WanConfig, geometry: Geometry, seed: int) -> dict[str, Any]:
     """A full set of `sample` inputs that stands in for encoders: only `noise` is what it says.
 
-    Text and negative have 77 and 126 rows; condition marks the first latent frame as given, as in
-    image-to-video; first_frame is there where the timestep is per frame.
+    Each is drawn as its `draw` in the Program says; text and negative have 77 and 126 rows.
+    first_frame is there where the family blends one in. Raises BadRequest for a negative seed.
     """
     if seed < 0:
-        raise WanExportError(f"seed must be 0 or more, got {seed}")
+        raise BadRequest(f"seed must be 0 or more, got {seed}")
     rng = np.random.default_rng([seed, 1])
-    shapes = input_shapes(config, geometry)
-    latent = shapes["latent"]
-    inputs: dict[str, Any] = {
-        "noise": seeded_noise(latent, seed),
-        "text": rng.standard_normal((77, config.text_dim), np.float32),
-        "negative": rng.standard_normal((126, config.text_dim), np.float32),
-    }
-    if "condition" in shapes:
-        condition = rng.standard_normal(shapes["condition"], np.float32)
-        condition[:, :4] = 0
-        condition[:, :4, 0] = 1
-        inputs["condition"] = condition
-    if "image" in shapes:
-        inputs["image"] = rng.standard_normal(shapes["image"], np.float32)
-    if config.per_frame_timestep:
+    specs = program_of(config, geometry).inputs
+    latent = specs["latent"].shape
+    inputs: dict[str, Any] = {"noise": seeded_noise(latent, seed)}
+    for name, spec in specs.items():
+        if name not in _OF_THE_LOOP:
+            inputs[name] = _drawn(rng, spec, _ROWS)
+        if name == "text":
+            inputs["negative"] = _drawn(rng, spec, _NEGATIVE_ROWS)
+    if family_of(config).blends_first_frame:
         inputs["first_frame"] = rng.standard_normal((*latent[:2], 1, *latent[3:]), np.float32)
     return inputs
+
+
+def _drawn(rng: np.random.Generator, spec: Input, rows: int) -> np.ndarray:
+    if spec.draw == "rows":
+        *_, most, width = spec.shape
+        return rng.standard_normal((min(rows, most), width), np.float32)
+    values = rng.standard_normal(spec.shape, np.float32)
+    if spec.draw == "masked":
+        values[:, :_GIVEN] = 0
+        values[:, :_GIVEN, 0] = 1
+    return values
 
 
 def forward_inputs(
     config: WanConfig, geometry: Geometry, timestep: float, seed: int
 ) -> dict[str, np.ndarray]:
-    """The same inputs for one forward of the graph, where frame 0 of TI2V is at timestep 0."""
-    inputs = seeded_inputs(config, geometry, seed)
-    shapes = input_shapes(config, geometry)
-    times = np.full(shapes["timestep"], timestep, np.float32)
-    if config.per_frame_timestep:
+    """The same inputs for one forward of the graph; a blended first frame is at timestep 0."""
+    drawn = seeded_inputs(config, geometry, seed)
+    specs = program_of(config, geometry).inputs
+    times = np.full(specs["timestep"].shape, timestep, np.float32)
+    if family_of(config).blends_first_frame:
         times[0] = 0
-    feed = {"latent": inputs["noise"], "timestep": times}
-    feed["text"] = pad_text(inputs["text"], shapes["text"])
-    return feed | {name: inputs[name] for name in ("condition", "image") if name in shapes}
+    given = {**drawn, "latent": drawn["noise"], "timestep": times}
+    return {
+        name: pad_rows(given[name], spec.shape) if spec.draw == "rows" else given[name]
+        for name, spec in specs.items()
+    }

@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 from wanexport.graphs.weights import DTYPES
-from wanexport.runtime.bundle.signature import key_lengths
+from wanexport.runtime.bundle.signature import program_of
+from wanexport.runtime.engines.choose import device_kind
 from wanexport.runtime.engines.kernels import kernel_obstacle
 from wanexport.runtime.engines.operators import Kernel, open_kernel
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import EngineFailure, WanExportWarning
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.program import Attention
 from wanexport.runtime.wan_config import WanConfig
 
 _CANDIDATES = ("cudnn", "sdpa", "fa4")
@@ -29,44 +31,50 @@ def choose_kernels(
     flash_library: Path | None,
     wanted: str | None = None,
 ) -> tuple[dict[str, str], Seconds]:
-    """The kernel for each number of keys, and the median seconds of every one that was tried.
+    """The kernel for each kind of attention, and the median seconds of every one that was tried.
 
-    wanted is the kernel of self-attention, if it is not to be the fastest. A kernel that cannot be
-    measured is left out with a warning. Raises WanExportError when none is left.
+    device is PyTorch's name of the one that is measured. wanted is the kernel of self-attention, if
+    it is not to be the fastest. A kernel that cannot be measured is left out with a warning. Raises
+    EngineFailure when none is left.
     """
-    target = {"device": device, "arch": _arch() if device == "cuda" else ""}
-    names = [name for name in _CANDIDATES if not kernel_obstacle(name, target, dtype)]
-    if flash_library is None:
-        names = [name for name in names if name != "fa4"]
+    names = _names(dtype, device, flash_library is not None)
     chosen: dict[str, str] = {}
     seconds: Seconds = {}
-    for length in key_lengths(config, geometry):
-        own = [wanted] if wanted and length == geometry.num_tokens else names
+    for kind, shape in program_of(config, geometry).attention.items():
+        own = [wanted] if wanted and kind == "self" else names
         if own == ["sdpa"]:  # which runs wherever PyTorch does
-            chosen[str(length)] = own[0]
+            chosen[kind] = own[0]
             continue
         times = {}
         for name in own:
             kernel = open_kernel(name, flash_library)
             try:
-                times[name] = _time(config, geometry.num_tokens, length, dtype, kernel)
+                times[name] = _time(config, shape, dtype, device, kernel)
             except RuntimeError as error:  # a kernel that refuses the shape, or no memory for it
-                _warn(name, length, error)
-        chosen[str(length)], seconds[str(length)] = _best(times), times
-    if device == "cuda":
+                _warn(name, kind, error)
+        chosen[kind], seconds[kind] = _best(times), times
+    if device != "cpu":
         torch.cuda.empty_cache()  # the proof's process needs the room
     return chosen, seconds
 
 
-def _arch() -> str:
-    major, minor = torch.cuda.get_device_capability()
+def _names(dtype: str, device: str, has_flash: bool) -> list[str]:
+    """The kernels that can be measured on a device."""
+    kind = device_kind(device)
+    target = {"device": kind, "arch": "" if kind == "cpu" else _arch(device)}
+    names = [name for name in _CANDIDATES if not kernel_obstacle(name, target, dtype)]
+    return names if has_flash else [name for name in names if name != "fa4"]
+
+
+def _arch(device: str) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 
 
-def _warn(name: str, keys: int, error: RuntimeError) -> None:
+def _warn(name: str, kind: str, error: RuntimeError) -> None:
     reason = " ".join(str(error).split())[:160]
     warnings.warn(
-        f"attention to {keys} keys is chosen without {name}, which did not run ({reason}): "
+        f"attention of kind {kind} is chosen without {name}, which did not run ({reason}): "
         f"if another program took the GPU's memory, close it and build into a new folder",
         WanExportWarning,
         stacklevel=3,
@@ -76,7 +84,7 @@ def _warn(name: str, keys: int, error: RuntimeError) -> None:
 def _best(seconds: dict[str, float]) -> str:
     """cuDNN's unless another is clearly faster."""
     if not seconds:
-        raise WanExportError(
+        raise EngineFailure(
             "no attention kernel runs at this shape: build a smaller --resolution or fewer --frames"
         )
     fastest = min(seconds, key=lambda name: seconds[name])
@@ -84,20 +92,21 @@ def _best(seconds: dict[str, float]) -> str:
     return fastest if seconds[fastest] < _MARGIN * default else "cudnn"
 
 
-def _time(config: WanConfig, queries: int, keys: int, dtype: str, kernel: Kernel) -> float:
+def _time(config: WanConfig, shape: Attention, dtype: str, device: str, kernel: Kernel) -> float:
     """Median seconds of one call. Raises RuntimeError as the kernel does."""
 
     def random(length: int) -> torch.Tensor:
-        shape = (1, length, config.num_heads, config.head_dim)
-        return torch.randn(shape, device="cuda", dtype=DTYPES[dtype])
+        heads = (1, length, config.num_heads, config.head_dim)
+        return torch.randn(heads, device=device, dtype=DTYPES[dtype])
 
-    q, k, v = random(queries), random(keys), random(keys)
     times = []
-    for _ in range(_WARM_UPS + _ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        kernel(q, k, v)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+    with torch.cuda.device(device):
+        q, k, v = random(shape.queries), random(shape.keys), random(shape.keys)
+        for _ in range(_WARM_UPS + _ROUNDS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            kernel(q, k, v)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times[_WARM_UPS:])

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from wanexport.exporter.backends.aoti import attention as attention_rule
 from wanexport.exporter.backends.aoti import compile as to_aoti
 from wanexport.exporter.backends.aoti import compiler
@@ -18,11 +20,11 @@ from wanexport.exporter.backends.aoti.flash_attention import (
     flash_attention_versions,
 )
 from wanexport.exporter.backends.aoti.prove import prove_regions
-from wanexport.exporter.backends.backend import Compiled, Progress, Request, TensorRtOptions
+from wanexport.exporter.backends.backend import Compiled, Options, Progress, Request
 from wanexport.exporter.child.process import Lifeline
 from wanexport.graphs import regions
+from wanexport.runtime.bundle.details import AotiDetails
 from wanexport.runtime.bundle.manifest import EngineRecord
-from wanexport.runtime.bundle.signature import region_parameters
 from wanexport.runtime.engines import aoti as aoti_engine
 from wanexport.runtime.engines import processor
 from wanexport.runtime.engines.kernels import KERNELS, check_kernel, kernel_obstacle
@@ -30,6 +32,19 @@ from wanexport.runtime.errors import WanExportError, WanExportWarning
 
 ATTENTION = KERNELS
 BINDING = aoti_engine.BINDING
+OPTIONS = None
+COMPILES = True
+_FLASH = "flash_attention"  # the role of its library, and of the note why there is none
+
+
+def default_device() -> str:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> str:
+    """The precision that runs best there."""
+    return "fp32" if device == "cpu" else "bf16"
 
 
 def code(device: str) -> tuple[ModuleType, ...]:
@@ -56,7 +71,7 @@ def libraries(request: Request) -> dict[str, str]:
     return found
 
 
-def targets(device: str, options: TensorRtOptions) -> list[dict[str, str]]:
+def targets(device: str, options: Options) -> list[dict[str, str]]:
     """What the engine is bound to. Raises WanExportError for a device that is not there."""
     to_aoti.check_compiler(device)
     return [aoti_engine.versions(device)]
@@ -69,10 +84,15 @@ def check_attention(attention: str | None, dtype: str, target: Mapping[str, str]
         flash_attention_versions()
 
 
+def resolve(request: Request) -> Request:
+    """The request as it is: a kernel of attention that is not named is found by measurement."""
+    return request
+
+
 def compile_engine(
     folder: Path, request: Request, weights: Mapping[str, Path], progress: Progress
 ) -> Compiled:
-    """Write the three packages, and the FlashAttention kernel where it serves.
+    """Write the packages of the calls, and the FlashAttention kernel where it serves.
 
     Raises WanExportError when a compiler fails, or the attention kernel asked for cannot be had.
     """
@@ -94,14 +114,14 @@ def compile_engine(
         config, geometry, request.dtype, request.device, library, request.attention
     )
     if library is not None:
-        files["flash_attention"] = library
+        files[_FLASH] = library
     return Compiled(
         files=files,
+        program=request.program,
+        details=AotiDetails(attention=kernels),
         lint=lint,
         build={"compile_seconds": seconds, "attention_seconds": measured, **notes},
-        parameters=region_parameters(config),
-        attention=kernels,
-        is_whole="flash_attention" not in notes,
+        is_whole=_FLASH not in notes,
     )
 
 
@@ -114,13 +134,17 @@ def _flash_attention(
     try:
         versions = flash_attention_versions()
         library = compile_flash_attention(
-            folder, dtype=request.dtype, head_dim=request.config.head_dim, lifeline=lifeline
+            folder,
+            dtype=request.dtype,
+            head_dim=request.config.head_dim,
+            device=request.device,
+            lifeline=lifeline,
         )
     except WanExportError as error:
         if request.attention == "fa4":
             raise
         warnings.warn(f"attention will run on cuDNN: {error}", WanExportWarning, stacklevel=2)
-        return None, {"flash_attention": str(error)}
+        return None, {_FLASH: str(error)}
     return library, versions
 
 

@@ -1,6 +1,6 @@
-"""Compile the regions of a model with AOTInductor: three packages without weights.
+"""Compile the calls of a model with AOTInductor: packages without weights.
 
-python -m wanexport.exporter.backends.aoti.compile JOB.json        compiles one region
+python -m wanexport.exporter.backends.aoti.compile JOB.json        compiles one call
 """
 
 import platform
@@ -9,13 +9,14 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch.export import ExportedProgram
 
 from wanexport.exporter.backends.aoti.compiler import compiler, compiler_version, restrict_inductor
@@ -23,16 +24,20 @@ from wanexport.exporter.backends.backend import Progress
 from wanexport.exporter.child.child import known, main, run_process, temporary_folder
 from wanexport.exporter.child.process import Lifeline
 from wanexport.exporter.child.quiet import quiet
-from wanexport.exporter.lint.program import count, lint_program
-from wanexport.graphs.regions import trace_regions
+from wanexport.exporter.lint.program import attention_operators, count, lint_program
+from wanexport.graphs.graph import empty_graph
+from wanexport.graphs.regions import trace_calls, written_inputs
 from wanexport.graphs.signature import attention_count
-from wanexport.graphs.wan import Block
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.bundle.durable import write_durably
-from wanexport.runtime.bundle.signature import REGIONS
+from wanexport.runtime.bundle.signature import program_of
+from wanexport.runtime.engines.choose import device_kind
+from wanexport.runtime.engines.device import gpu_or_cpu
 from wanexport.runtime.engines.processor import level_for
 from wanexport.runtime.errors import WanExportError, needing_package
+from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.program import Program
 from wanexport.runtime.wan_config import WanConfig
 
 _ADVICE = "try another C++ compiler with CXX, else report this"
@@ -51,14 +56,23 @@ _CONFIGS = {
 
 @dataclass(frozen=True)
 class RegionJob:
-    """One region to compile; `path` is where its package goes."""
+    """One call of a graph to compile; `graph` names its class, `path` is where the package goes."""
 
-    region: str
+    call: str
+    graph: str
     config: dict[str, Any]
     geometry: dict[str, Any]
     dtype: str
     device: str
     path: str
+
+
+class Regions(NamedTuple):
+    """The packages by the call that each is, what lint counted in them, and their seconds."""
+
+    files: dict[str, Path]
+    lint: dict[str, int]
+    seconds: dict[str, float]
 
 
 def compile_regions(
@@ -68,64 +82,85 @@ def compile_regions(
     device: str,
     folder: Path,
     progress: Progress = lambda stage, done, total: None,
-) -> tuple[dict[str, Path], dict[str, int], dict[str, float]]:
-    """Write embed.pt2, block.pt2 and head.pt2; return them, lint counts, and seconds of each.
+) -> Regions:
+    """Write a package for each call of the model's Program, as `embed.pt2`.
 
-    The regions are compiled at once, each in a process of its own. Raises WanExportError when the
-    compiler is missing, fails, or makes what cannot be loaded.
+    They are compiled at once, each in a process of its own. Raises WanExportError when the compiler
+    is missing, fails, or makes what cannot be loaded.
     """
     check_compiler(device)
-    files = {name: folder / f"{name}.pt2" for name in REGIONS}
+    program = program_of(config, geometry)
+    files = {call.name: folder / f"{call.name}.pt2" for call in program.calls}
     progress("compiling", 0, len(files))
-    counts: Counter[str] = Counter()
-    seconds = {}
+    results: dict[str, dict[str, Any]] = {}
     with temporary_folder() as scratch, ThreadPoolExecutor(len(files)) as pool, Lifeline() as line:
+        job = RegionJob(
+            "", family_of(config).graph, asdict(config), asdict(geometry), dtype, device, ""
+        )
 
         def compile_in_child(name: str) -> dict[str, Any]:
-            path = str(scratch / f"{name}.pt2")
-            job = RegionJob(name, asdict(config), asdict(geometry), dtype, device, path)
-            return run_process("backends.aoti.compile", job, scratch, advice=_ADVICE, lifeline=line)
+            own = replace(job, call=name, path=str(scratch / f"{name}.pt2"))
+            return run_process("backends.aoti.compile", own, scratch, advice=_ADVICE, lifeline=line)
 
         running = {pool.submit(compile_in_child, name): name for name in files}
         for number, done in enumerate(as_completed(running)):
-            result, name = done.result(), running[done]
+            name = running[done]
+            results[name] = done.result()
             # Of a child that outlives this process by an instant, nothing reaches the bundle.
             write_durably(files[name], (scratch / f"{name}.pt2").read_bytes())
-            counts.update(result["lint"])
-            seconds[name] = result["seconds"]
             progress("compiling", number + 1, len(files))
-    return files, dict(counts), seconds
+    _check_attentions(program, results)
+    counts: Counter[str] = Counter()
+    for result in results.values():
+        counts.update(result["lint"])
+    return Regions(files, dict(counts), {name: r["seconds"] for name, r in results.items()})
+
+
+def _check_attentions(program: Program, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise RuntimeError when the calls have not the attention operators that the Program has."""
+    found = sum(results[call.name]["attentions"] * call.repeat for call in program.calls)
+    if found != attention_count(program):
+        raise RuntimeError(
+            f"unclean graph: {found} attention operators, the model has {attention_count(program)}"
+        )
 
 
 def compile_region(job: RegionJob) -> dict[str, Any]:
-    """Compile one region; return its lint counts and seconds.
+    """Compile one call; return its lint counts, attention operators and seconds.
 
     Raises WanExportError when the compiler fails or makes what cannot be loaded, RuntimeError when
     the graph is not clean: a fault of ours.
     """
     started = time.monotonic()
-    config, geometry = WanConfig(**job.config), Geometry(**job.geometry)
-    dtype, block = DTYPES[job.dtype], _block_of(job.device)
-    program = trace_regions(config, geometry, dtype, job.device, block, [job.region])[job.region]
-    per_block = attention_count(config) // config.num_layers
-    findings = lint_program(program, per_block if job.region == "block" else 0)
+    exported, writable = _trace(job)
+    findings = lint_program(exported, writable=writable)
     if findings:
         raise RuntimeError(f"unclean graph: {findings[0]}, and {len(findings) - 1} more")
-    path = Path(job.path)
-    restrict_inductor(level_for(job.device))
-    if job.device == "cuda":
+    path, kind = Path(job.path), device_kind(job.device)
+    restrict_inductor(level_for(kind))
+    if kind != "cpu":
         _take_no_vector_instructions()
-    _compile(program, path)
+    _compile(exported, path)
     _check_linkage(path)
-    return {"lint": count(findings), "seconds": round(time.monotonic() - started, 2)}
+    return {
+        "lint": count(findings),
+        "attentions": attention_operators(exported),
+        "seconds": round(time.monotonic() - started, 2),
+    }
 
 
-def _block_of(device: str) -> Callable[[WanConfig], Block]:
-    if device == "cpu":
-        return Block
-    from wanexport.graphs.fused_block import FusedBlock  # needs Triton
-
-    return FusedBlock
+def _trace(job: RegionJob) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """The call as a graph, and which of its inputs it may write."""
+    on_gpu = job.device != "cpu"
+    if on_gpu:  # whose kernels are compiled for the current GPU
+        torch.cuda.set_device(gpu_or_cpu(job.device))
+    graph = empty_graph(
+        job.graph, WanConfig(**job.config), Geometry(**job.geometry), DTYPES[job.dtype],
+        device=job.device, fused=on_gpu,
+    )  # fmt: skip
+    exported = trace_calls(graph, job.device, [job.call])[job.call]
+    (call,) = (call for call in graph.program.calls if call.name == job.call)
+    return exported, written_inputs(exported, len(call.state))
 
 
 def _take_no_vector_instructions() -> None:
@@ -160,13 +195,13 @@ def check_compiler(device: str) -> None:
 
     Also on a kind of processor whose levels of instructions have no names here.
     """
-    if not level_for(device):
+    if not level_for(device_kind(device)):
         raise WanExportError(
             f"AOTInductor engines are built on x86-64 and ARM64 processors, not on "
             f"{platform.machine()}: choose --backend onnx"
         )
     compiler_version()
-    if device == "cuda":
+    if device != "cpu":
         with needing_package("triton", "AOTInductor on a GPU"):
             import triton  # noqa: F401
 

@@ -73,9 +73,14 @@ def flash_attention_versions() -> dict[str, str]:
 
 
 def compile_flash_attention(
-    folder: Path, *, dtype: str, head_dim: int, lifeline: Lifeline | None = None
+    folder: Path,
+    *,
+    dtype: str,
+    head_dim: int,
+    device: str = "cuda",
+    lifeline: Lifeline | None = None,
 ) -> Path:
-    """Write the kernel for the current CUDA device into the folder, and return the library's path.
+    """Write the kernel for a GPU of this machine into the folder, and return the library's path.
 
     dtype is `bf16` or `fp16`; the compilers are stopped when the lifeline's block ends.
     Raises WanExportError when a package or a C++ compiler is missing,
@@ -87,18 +92,18 @@ def compile_flash_attention(
     library = folder / f"flash_attention-{dtype}-{head_dim}.so"
     with tempfile.TemporaryDirectory(prefix="flash-attention-", dir=folder) as name:
         kernel = Path(name).resolve() / "kernel.o"
-        needed = _compile_in_child(kernel, _architecture(), dtype, head_dim, lifeline)
+        needed = _compile_in_child(kernel, _architecture(device), dtype, head_dim, lifeline)
         _link(kernel, needed, library, lifeline)
     return library
 
 
-def _architecture() -> str:
-    """The current device as `90`. Raises WanExportError when it is no Hopper GPU."""
+def _architecture(device: str) -> str:
+    """The GPU's architecture as `90`. Raises WanExportError when it is none of Hopper."""
     import torch
 
     if not torch.cuda.is_available():
         raise WanExportError("FlashAttention-4 is compiled for this machine's GPU: it has none")
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     # Newer kernels specialize on the lengths; one library must serve every geometry.
     if major != 9:
         raise WanExportError(

@@ -6,35 +6,29 @@ It opens the packages, and compares them, or others of fewer tokens, with eager 
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from wanexport.exporter.child.child import main
-from wanexport.exporter.reference.eager import EagerEngine
-from wanexport.exporter.reference.figures import SEED, TIMESTEP, proof_figures
-from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.figures import Case, proof_figures
 from wanexport.graphs.weights import bundle_tensors, read_tensor
-from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.wan_config import WanConfig
+from wanexport.runtime.engines.aoti import Regions
+from wanexport.runtime.engines.device import gpu_or_cpu, to_device
+from wanexport.runtime.engines.engine import new_memory
+from wanexport.runtime.engines.operators import open_kernel
 
 
 @dataclass(frozen=True)
-class RegionsJob:
+class RegionsJob(Case):
     """What the fresh process is told of an AOTInductor engine; all paths are absolute."""
 
     engine: dict[str, str]  # packages by role, as built
-    compared: dict[str, str]  # and those that run
-    parameters: dict[str, tuple[str, ...]]
-    attention: dict[str, str]
-    device: str
-    dtype: str
-    weights: str  # file
-    tensors: dict[str, str]  # names of the cut's parameters -> names in `weights`
-    config: dict[str, Any]  # of the cut
-    geometry: dict[str, Any]  # of `compared`
+    compared: dict[str, str]  # and those that run, of the case's size
+    attention: dict[str, str]  # kernels by kind
 
 
 def prove_regions(job: RegionsJob) -> dict[str, Any]:
@@ -43,42 +37,28 @@ def prove_regions(job: RegionsJob) -> dict[str, Any]:
     Raises WanExportError when a package cannot be opened, an output is not finite, or the gate
     fails.
     """
-    import torch
-
-    from wanexport.runtime.engines.aoti import Regions, to_device
-    from wanexport.runtime.engines.operators import open_kernel
-
-    config, geometry = WanConfig(**job.config), Geometry(**job.geometry)
-    device = torch.device("cuda", 0) if job.device == "cuda" else torch.device("cpu")
-    library = job.compared.get("flash_attention")
-    kernels = {
-        int(keys): open_kernel(name, Path(library) if library else None)
-        for keys, name in job.attention.items()
-    }
-
-    def open_regions(files: dict[str, str]) -> Regions:
-        paths = {role: Path(path) for role, path in files.items()}
-        return Regions(paths, job.parameters, config.num_layers, kernels, device)
-
-    regions = open_regions(job.compared)
+    device = gpu_or_cpu(job.device)
+    regions = _open(job, job.compared, device)
     method = "engine opened and run"
     if job.engine != job.compared:
-        open_regions(job.engine)
-        method = f"engine opened; compiled anew for {geometry.num_tokens} tokens and run"
-    inputs = forward_inputs(config, geometry, TIMESTEP, SEED)
+        _open(job, job.engine, device)
+        method = f"engine opened; compiled anew for {job.size.num_tokens} tokens and run"
     sources = bundle_tensors(Path(job.weights), job.tensors)
     tensors = {name: read_tensor(source).to(device) for name, source in sources.items()}
-    given = [to_device(value, device) for value in inputs.values()]
-    velocity = regions.bind(tensors)(given).cpu().numpy()
+    given = {name: to_device(value, device) for name, value in job.arrays().items()}
+    memory = new_memory(regions.program, lambda shape: torch.zeros(shape, device=device))
+    velocity = regions.bind(tensors)(given, memory)
+    return proof_figures(job, method, velocity.cpu().numpy())
 
-    def eager(dtype: str) -> np.ndarray:
-        model = EagerEngine(config, geometry, dtype, sources, resident=False, device=job.device)
-        output: np.ndarray = model(inputs)
-        return output
 
-    reference = eager("fp32")
-    floor = None if job.dtype == "fp32" else eager(job.dtype)
-    return proof_figures(job.dtype, method, config, geometry, velocity, reference, floor)
+def _open(job: RegionsJob, files: Mapping[str, str], device: torch.device) -> Regions:
+    library = files.get("flash_attention")
+    kernels = {
+        kind: open_kernel(name, Path(library) if library else None)
+        for kind, name in job.attention.items()
+    }
+    paths = {role: Path(path) for role, path in files.items()}
+    return Regions(paths, job.program(), kernels, device)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,18 @@ of full size would take minutes, they are opened, and packages of at most 1000 t
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from wanexport.exporter.backends.aoti.compile import compile_regions
 from wanexport.exporter.backends.aoti.proof_process import RegionsJob
 from wanexport.exporter.backends.backend import Request
-from wanexport.exporter.backends.proof import MAX_TOKENS, run_in_fresh_process
+from wanexport.exporter.backends.proof import MAX_TOKENS, cut_for, run_in_fresh_process, worst
 from wanexport.exporter.child.child import temporary_folder
-from wanexport.exporter.reference.eager import cut_to_ends, tensors_of_cut
+from wanexport.exporter.reference.eager import tensors_of_cut
+from wanexport.exporter.reference.figures import make_case
 from wanexport.runtime.bundle.manifest import EngineRecord
+from wanexport.runtime.bundle.signature import program_of
 
 
 def prove_regions(
@@ -27,32 +28,27 @@ def prove_regions(
     verify is `ends` or `full`: which blocks run. Raises WanExportError when it fails.
     """
     started = time.monotonic()
-    config = request.config
-    cut = cut_to_ends(config) if verify == "ends" else config
+    config, geometry, dtype = request.config, request.geometry, request.dtype
+    cut, device = cut_for(config, verify), request.device
     files = {role: (bundle / file.path).resolve() for role, file in engine.files.items()}
     figures = []
     with temporary_folder() as scratch:
-        geometry, compared, kernels = request.geometry, dict(files), dict(engine.attention)
-        if request.device == "cpu" and geometry.num_tokens > MAX_TOKENS:
+        compared, kernels = files, dict(engine.details.attention)
+        if device == "cpu" and geometry.num_tokens > MAX_TOKENS:
             geometry = geometry.reduced(MAX_TOKENS)
-            compared, _, _ = compile_regions(config, geometry, request.dtype, "cpu", scratch)
-            kernels = {}
+            compared, kernels = compile_regions(config, geometry, dtype, device, scratch).files, {}
+        tensors = tensors_of_cut(program_of(cut, geometry), program_of(config, geometry))
+        case = make_case(cut, geometry, dtype, device=device, tensors=tensors, folder=scratch)
         for file in weights:
             job = RegionsJob(
+                **case,
+                weights=str(file.resolve()),
                 engine=_texts(files),
                 compared=_texts(compared),
-                parameters=engine.parameters,
                 attention=kernels,
-                device=request.device,
-                dtype=request.dtype,
-                weights=str(file.resolve()),
-                tensors=tensors_of_cut(cut, config),
-                config=asdict(cut),
-                geometry=asdict(geometry),
             )
             figures.append(run_in_fresh_process("aoti.proof_process", job, scratch))
-    worst = max(figures, key=lambda f: f["error"])
-    return {**worst, "verify": verify, "seconds": round(time.monotonic() - started, 2)}
+    return worst(figures, verify, started)
 
 
 def _texts(files: Mapping[str, Path]) -> dict[str, str]:

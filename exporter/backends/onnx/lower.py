@@ -35,19 +35,19 @@ from wanexport.exporter.backends.onnx.trace import trace
 from wanexport.exporter.child.quiet import quiet
 from wanexport.exporter.lint.onnx import lint_onnx
 from wanexport.exporter.lint.program import count, lint_program
+from wanexport.graphs.graph import NEXT, empty_graph
+from wanexport.graphs.regions import written_inputs
 from wanexport.graphs.signature import attention_count
 from wanexport.graphs.weights import DTYPES
+from wanexport.runtime.bundle.path import WEIGHTS_FILE
 from wanexport.runtime.bundle.tensorfile import TensorEntry
+from wanexport.runtime.dtypes import STORED
+from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.load import WEIGHTS_FILE
+from wanexport.runtime.program import Program
 from wanexport.runtime.wan_config import WanConfig
 
 OPSET = 23
-_IR_DTYPES = {
-    "F32": ir.DataType.FLOAT,
-    "BF16": ir.DataType.BFLOAT16,
-    "F16": ir.DataType.FLOAT16,
-}
 _LARGEST_FOLDED = 8192  # elements: folded further, the RoPE tables would grow to the whole grid
 _CLEANUPS = (
     partial(optimizer.fold_constants, output_size_limit=_LARGEST_FOLDED),
@@ -61,15 +61,18 @@ _CLEANUPS = (
 
 
 def to_onnx(
-    program: ExportedProgram,
+    exported: ExportedProgram,
+    program: Program,
     weights: Mapping[str, TensorEntry],
     *,
     attention: str = "native",
     as_inputs: bool = False,
     wide_bias: bool = False,
 ) -> ir.Model:
-    """Translate the program; `weights` says where in the weights file each parameter lies.
+    """Translate a whole graph; `weights` says where in the weights file each parameter lies.
 
+    Inputs and outputs have their names in the Program; after the inputs comes its state, and after
+    the outputs what the state becomes, named with NEXT.
     A parameter stored in another dtype than the program's is cast where it is first used. With
     as_inputs the parameters are inputs of the graph after its own, under their official names.
     attention is `native`, one operator; `mha`, one of ONNX Runtime's own operators; or
@@ -78,24 +81,24 @@ def to_onnx(
     """
     linear, gelu = (wide_linear, wide_gelu) if wide_bias else (plain_linear, None)
     with quiet("torch.onnx"):
-        exported = torch.onnx.export(
-            program,
+        translated = torch.onnx.export(
+            exported,
             dynamo=True,
             opset_version=OPSET,
             optimize=False,  # with weights that hold no memory the exporter's own optimizer fails
             verbose=False,
             custom_translation_table={
                 torch.ops.aten.linear.default: linear,
-                torch.ops.wanexport.attention.default: _ATTENTION[attention],
+                torch.ops.wanexport.attention.kind: _ATTENTION[attention],
                 **({torch.ops.aten.gelu.default: gelu} if gelu else {}),
             },
         )
-    assert exported is not None
-    model = exported.model
+    assert translated is not None
+    model = translated.model
+    num_inputs = _name_ends(model.graph, program)
     # As inputs the parameters keep their names and are out of the constant folder's reach.
-    names = program.graph_signature.parameters
+    names = exported.graph_signature.parameters
     parameters = {name: model.graph.initializers.pop(name) for name in names}
-    num_inputs = len(model.graph.inputs)
     for value in parameters.values():
         value.const_value = None
         model.graph.inputs.append(value)
@@ -103,7 +106,6 @@ def to_onnx(
         cleanup(model)
     if wide_bias:
         keep_wide(model)
-    model.graph.outputs[0].name = "velocity"
     model.graph.name = "wan_denoiser"
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     if attention == "mha":  # after the checker, which knows only ONNX's own operators
@@ -112,12 +114,29 @@ def to_onnx(
         return model
     del model.graph.inputs[num_inputs:]
     for name, value in parameters.items():
-        stored = _IR_DTYPES[weights[name].dtype]
+        stored = _ir_dtype(weights[name])
         if value.dtype != stored:
             value = _cast_at_first_use(model.graph, value, stored)
         _read_from_weights_file(value, name, weights[name])
         model.graph.initializers.add(value)
     return model
+
+
+def _name_ends(graph: ir.Graph, program: Program) -> int:
+    """Give inputs and outputs their names in the Program; return how many inputs there are."""
+    states = tuple(program.states())
+    inputs = (*program.inputs, *states)
+    outputs = (*program.outputs, *(name + NEXT for name in states))
+    for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        for value, name in zip(values, names, strict=True):
+            value.name = name
+    return len(inputs)
+
+
+def _ir_dtype(entry: TensorEntry) -> ir.DataType:
+    """What onnx_ir calls the dtype of a tensor in the weights file."""
+    dtype: ir.DataType = getattr(ir.DataType, STORED[entry.dtype].onnx)
+    return dtype
 
 
 def _cast_at_first_use(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -149,12 +168,12 @@ def _cast_at_first_use(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> 
 
 
 def _read_from_weights_file(value: ir.Value, name: str, entry: TensorEntry) -> None:
-    value.name, value.shape, value.dtype = name, ir.Shape(entry.shape), _IR_DTYPES[entry.dtype]
+    value.name, value.shape, value.dtype = name, ir.Shape(entry.shape), _ir_dtype(entry)
     value.const_value = ir.ExternalTensor(
         WEIGHTS_FILE,
         entry.offset,
         entry.size,
-        _IR_DTYPES[entry.dtype],
+        _ir_dtype(entry),
         shape=ir.Shape(entry.shape),
         name=name,
     )
@@ -175,18 +194,22 @@ def lower(
     The options are those of `to_onnx`. Raises RuntimeError when either is not clean: a fault of
     ours.
     """
-    program = trace(config, geometry, DTYPES[dtype])
-    graph = to_onnx(program, weights, attention=attention, as_inputs=as_inputs, wide_bias=wide_bias)
-    expected = attention_count(config)
-    findings = lint_program(program, expected)
+    graph = empty_graph(family_of(config).graph, config, geometry, DTYPES[dtype])
+    program, expected = graph.program, attention_count(graph.program)
+    exported = trace(graph)
+    model = to_onnx(
+        exported, program, weights, attention=attention, as_inputs=as_inputs, wide_bias=wide_bias
+    )
+    written = written_inputs(exported, len(program.states()))
+    findings = lint_program(exported, expected, written)
     if attention in ("native", "mha"):
-        findings += lint_onnx(ir.to_proto(graph), expected)
+        findings += lint_onnx(ir.to_proto(model), expected)
     else:  # what was asked for is no finding
-        unasked = lint_onnx(ir.to_proto(graph), 0)
+        unasked = lint_onnx(ir.to_proto(model), 0)
         findings += [f for f in unasked if (f.kind, f.detail) != ("unfused_attention", "Softmax")]
     if findings:
         raise RuntimeError(f"unclean graph: {findings[0]}, and {len(findings) - 1} more")
-    return graph, count(findings)
+    return model, count(findings)
 
 
 def serialize(model: ir.Model) -> bytes:
@@ -200,14 +223,14 @@ def node_counts(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
-def _attention(q: Any, k: Any, v: Any) -> Any:
+def _attention(q: Any, k: Any, v: Any, kind: str) -> Any:
     """[B, S, H, D] to ONNX's [B, H, S, D] and back; its default scale is ours, 1 / sqrt(D)."""
     q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
     out, *_ = op.Attention(q, k, v)  # the operator has optional outputs: take the first
     return op.Transpose(out, perm=[0, 2, 1, 3])
 
 
-def _decomposed_attention(q: Any, k: Any, v: Any) -> Any:
+def _decomposed_attention(q: Any, k: Any, v: Any, kind: str) -> Any:
     """The same in products and a softmax, with the scale on q, as TensorRT fuses it."""
     scale = op.CastLike(op.Constant(value_float=float(q.shape[-1]) ** -0.5), q)
     scaled = op.Mul(op.Transpose(q, perm=[0, 2, 1, 3]), scale)

@@ -1,28 +1,27 @@
-"""Trace the graph with torch.export at one geometry, with parameters that hold no memory."""
+"""Trace a whole graph with torch.export, with parameters that hold no memory."""
+
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
-from wanexport.graphs.wan import WanModel
-from wanexport.runtime.bundle.signature import input_shapes
-from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.wan_config import WanConfig
+from wanexport.graphs.graph import Graph, empty_tensor
 
 
-def trace(config: WanConfig, geometry: Geometry, dtype: torch.dtype) -> ExportedProgram:
-    """Export `WanModel` at exactly this geometry; every shape in the program is a constant."""
-    with torch.device("meta"):
-        model = WanModel(config, geometry, dtype)
-    # The buffers (RoPE tables, frequencies) are real: they are small and belong to the graph.
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        for module in model.modules():
+def trace(graph: Graph) -> ExportedProgram:
+    """Export an empty graph on the CPU at its geometry; every shape in the program is a constant.
+
+    The inputs are the Program's, and after them its state.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in graph.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype)
                 setattr(module, name, nn.Parameter(empty, requires_grad=False))
-        inputs = {
-            name: torch.empty(shape) for name, shape in input_shapes(config, geometry).items()
+        given: dict[str, Any] = {
+            name: empty_tensor(spec, graph.dtype) for name, spec in graph.program.inputs.items()
         }
-    return torch.export.export(model, (), inputs)
+        state = [empty_tensor(spec, graph.dtype) for spec in graph.program.states().values()]
+    return torch.export.export(graph, (), {**given, "state": state} if state else given)

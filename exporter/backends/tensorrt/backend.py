@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,13 @@ from typing import Any
 import onnx_ir
 import torch
 
-from wanexport.exporter.backends.backend import Compiled, Progress, Request, TensorRtOptions
+from wanexport.exporter.backends.backend import (
+    Compiled,
+    Options,
+    Progress,
+    Request,
+    TensorRtOptions,
+)
 from wanexport.exporter.backends.onnx import lower as to_onnx
 from wanexport.exporter.backends.onnx import passes, trace
 from wanexport.exporter.backends.onnx.prove import prove as prove_onnx
@@ -28,14 +35,17 @@ from wanexport.exporter.lint import onnx as onnx_lint
 from wanexport.exporter.lint import tensorrt as tensorrt_lint
 from wanexport.exporter.lint import tensorrt_operators
 from wanexport.graphs.signature import attention_count
+from wanexport.runtime.bundle.details import TensorRtDetails
 from wanexport.runtime.bundle.durable import fsync_folder, write_durably
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.signature import weights_layout
 from wanexport.runtime.engines.cache_folder import cache_folder
-from wanexport.runtime.engines.choose import RUNNABLE_DTYPES
+from wanexport.runtime.engines.choose import device_kind
+from wanexport.runtime.engines.onnx import RUNNABLE_DTYPES
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS
-from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
+from wanexport.runtime.errors import BadRequest, WanExportError, WanExportWarning, explain
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.program import WHOLE
 from wanexport.runtime.wan_config import WanConfig
 
 
@@ -43,11 +53,21 @@ class TensorRtBackend:
     """Builds plans with TensorRT (`tensorrt`) or TensorRT for RTX (`tensorrt-rtx`)."""
 
     ATTENTION = ("native", "decomposed")
+    OPTIONS = TensorRtOptions
+    COMPILES = False
 
     def __init__(self, flavour: str) -> None:
         self.flavour, self.title = flavour, FLAVOURS[flavour].title
         self.BINDING: tuple[str, ...] = ("device", "arch", flavour)
         self._twin: tuple[object, dict[str, Any]] | None = None  # what was proven, and its figures
+
+    def default_device(self) -> str:
+        """A GPU where there is one; without one, plans for others are built."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def default_dtype(self, device: str) -> str:
+        """The precision that TensorRT has a fused attention for, wherever the plan is built."""
+        return "bf16"
 
     def code(self, device: str) -> tuple[ModuleType, ...]:
         """What decides an engine's bytes, beside the graph's own code."""
@@ -58,15 +78,34 @@ class TensorRtBackend:
         """Versions of what makes the graph; TensorRT's own is in the target."""
         return {name: version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")}
 
-    def targets(self, device: str, options: TensorRtOptions) -> list[dict[str, str]]:
+    def targets(self, device: str, options: Options) -> list[dict[str, str]]:
         """What plans are made for, one each: the GPU here, or with TensorRT for RTX any.
 
         Raises WanExportError when TensorRT is missing, has not the options, or knows no target.
         """
-        return find_targets(self.flavour, options)
+        return find_targets(self.flavour, options or TensorRtOptions(), _gpu(device))
 
     def check_attention(self, attention: str | None, dtype: str, target: Mapping[str, str]) -> None:
         """What TensorRT does with it shows when it has built the plan."""
+
+    def resolve(self, request: Request) -> Request:
+        """The request with its own options, of which the targets make several requests.
+
+        Raises BadRequest for a model with state, which a plan does not keep.
+        """
+        if request.program.state:
+            raise BadRequest(
+                f"{self.title} builds no {request.config.family}, which keeps a state between "
+                f"steps: use --backend onnx or aoti"
+            )
+        options = request.options or TensorRtOptions()
+        return replace(
+            request,
+            device=_gpu(request.device),
+            attention=request.attention or self.ATTENTION[0],
+            options=replace(options, targets=()),
+            bakes=options.bake_weights,
+        )
 
     def compile_engine(
         self, folder: Path, request: Request, weights: Mapping[str, Path], progress: Progress
@@ -80,41 +119,33 @@ class TensorRtBackend:
         def show(stage: str, done: int, total: int) -> None:
             progress(f"{request.label}: {stage}", done, total)
 
-        options, is_here = request.tensorrt or TensorRtOptions(), self._is_here(request.target)
-        _check_fusion_can_be_known(request, options, is_here)
-        gpu = torch.cuda.get_device_properties(0).total_memory if is_here else None
+        options, gpu = _options(request), _memory(request)
+        _check_fusion_can_be_known(request, options, gpu is not None)
         room = check_room(request, folder, gpu)
         show("tracing and lowering", 0, 0)
-        baked = options.bake_weights
-        attention = request.attention or self.ATTENTION[0]
-        graph, lint = _lowered(
-            request.config, request.geometry, request.dtype, attention, not baked
-        )
+        graph, lint = _lowered_for(request, not request.bakes)
         files, results = {}, []
         # Beside the plan, where a sweep finds it after a kill.
         with TemporaryDirectory(prefix="plan-", dir=folder) as name:
             scratch = Path(name).resolve()
             (scratch / "denoiser.onnx").write_bytes(graph)
-            for role, source in _roles(weights, baked).items():
+            for role, source in _roles(weights, request.bakes).items():
                 files[role] = folder / f"{role}.plan"
-                job = self._job(request, options, is_here, scratch, files[role], source)
+                job = self._job(request, options, scratch, files[role], source)
                 results.append(_run(job, scratch, show))
                 _take_over(job, folder)
         files["layers"] = folder / "layers.json"
-        report = {
-            **_summary(results),
-            "attention_expected": attention_count(request.config),
-            "hardware_compatible": options.hardware_compatible,
-            "version_compatible": options.version_compatible,
-        }
+        program = request.program
+        report = {**_summary(results), "attention_expected": attention_count(program)}
         _check_fusion(request, options, report)
-        return Compiled(files=files, lint=lint, build={**report, "needs_bytes": room})
+        details = TensorRtDetails(options.hardware_compatible, options.version_compatible)
+        build = {**report, "needs_bytes": room}
+        return Compiled(files, program.whole(), details, lint, build)
 
     def _job(
         self,
         request: Request,
         options: TensorRtOptions,
-        is_here: bool,
         scratch: Path,
         plan: Path,
         weights: Path | None,
@@ -129,7 +160,7 @@ class TensorRtBackend:
             weights=str(weights.resolve().parent) if weights else "",
             dtype=request.dtype,
             arch=arch,
-            opens_here=is_here,
+            device=request.device if _is_here(request) else "",
             plan=str(scratch / plan.name),
             layers=str(scratch / "layers.json"),
             timing_cache=str(cache / name) if cache else "",
@@ -152,7 +183,7 @@ class TensorRtBackend:
 
         Raises WanExportError when it fails.
         """
-        if self._is_here(request.target):
+        if _is_here(request):
             from wanexport.exporter.backends.tensorrt.prove import prove_plan
 
             return prove_plan(request, engine, bundle, weights, verify)
@@ -173,11 +204,10 @@ class TensorRtBackend:
     ) -> dict[str, Any]:
         """Prove, by ONNX Runtime, the graph that the plan was built of."""
         config, geometry, dtype = request.config, request.geometry, request.dtype
-        attention = request.attention or self.ATTENTION[0]
         with temporary_folder() as scratch:
             path = scratch / "denoiser.onnx"
             if dtype in RUNNABLE_DTYPES:  # of others only a cut is lowered, in fp32
-                path.write_bytes(_lowered(config, geometry, dtype, attention, False)[0])
+                path.write_bytes(_lowered_for(request, False)[0])
             figures = prove_onnx(
                 config,
                 geometry,
@@ -185,15 +215,33 @@ class TensorRtBackend:
                 verify=verify,
                 engine=path,
                 weights=weights,
-                attention=attention,
+                attention=request.attention,
                 wide_bias=False,
             )
         compared = figures["method"].rpartition("; ")[2]
         return {**figures, "method": f"parsed and built by {self.title}; {compared}"}
 
-    def _is_here(self, target: Mapping[str, str]) -> bool:
-        """Whether this machine's GPU is the target, so that it opens the plan."""
-        return target["arch"] == gpu_arch()
+
+def _gpu(device: str) -> str:
+    """The GPU of a request: the one that it names, else the current one."""
+    return "cuda" if device_kind(device) == "cpu" else device
+
+
+def _is_here(request: Request) -> bool:
+    """Whether this machine's GPU is the target, so that it opens the plan."""
+    return request.target["arch"] == gpu_arch(request.device)
+
+
+def _memory(request: Request) -> int | None:
+    """Bytes of memory of the GPU that is the target, None where that is not here."""
+    if not _is_here(request):
+        return None
+    return int(torch.cuda.get_device_properties(request.device).total_memory)
+
+
+def _options(request: Request) -> TensorRtOptions:
+    assert request.options is not None
+    return request.options
 
 
 def _run(job: PlanJob, scratch: Path, progress: Progress) -> dict[str, Any]:
@@ -230,6 +278,11 @@ def _take_over(job: PlanJob, folder: Path) -> None:
             )
 
 
+def _lowered_for(request: Request, as_inputs: bool) -> tuple[bytes, dict[str, int]]:
+    assert request.attention is not None
+    return _lowered(request.config, request.geometry, request.dtype, request.attention, as_inputs)
+
+
 @lru_cache(maxsize=2)  # one as inputs for every target's plan, one with initializers for the proof
 def _lowered(
     config: WanConfig, geometry: Geometry, dtype: str, attention: str, as_inputs: bool
@@ -249,10 +302,8 @@ def _lowered(
 def _roles(weights: Mapping[str, Path], baked: bool) -> dict[str, Path | None]:
     """The plans to build by role, with the weights that go into each."""
     if not baked:
-        return {"denoiser": None}
-    return {
-        f"denoiser-{expert}" if expert else "denoiser": path for expert, path in weights.items()
-    }
+        return {WHOLE: None}
+    return {f"{WHOLE}-{expert}" if expert else WHOLE: path for expert, path in weights.items()}
 
 
 def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:

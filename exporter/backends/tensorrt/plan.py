@@ -27,9 +27,9 @@ _ATTENTION_KERNEL = re.compile("mha", re.IGNORECASE)
 class PlanJob:
     """One plan to build. Paths are absolute, an empty one is none; options are TensorRtOptions'.
 
-    weights is the folder of the file that holds the graph's initializers; opens_here tells that the
-    plan is for this machine's GPU and can be asked what it became. The timing cache is read where
-    it is, and written to new_timing_cache.
+    weights is the folder of the file that holds the graph's initializers; device is the GPU of this
+    machine that the plan is for, so that it can be asked what it became. The timing cache is read
+    where it is, and written to new_timing_cache.
     """
 
     flavour: str
@@ -37,7 +37,7 @@ class PlanJob:
     weights: str
     dtype: str
     arch: str
-    opens_here: bool
+    device: str
     plan: str
     layers: str
     timing_cache: str
@@ -56,6 +56,10 @@ def build_plan(job: PlanJob, progress: Callable[[str, int, int], None]) -> dict[
     that it was replaced. Raises WanExportError when TensorRT refuses the graph, the build or the
     plan.
     """
+    if job.device:  # TensorRT builds for the current one
+        import torch
+
+        torch.cuda.set_device(job.device)
     trt = import_tensorrt(job.flavour)
     log = message_log(trt)
     log.clear()
@@ -81,7 +85,7 @@ def build_plan(job: PlanJob, progress: Callable[[str, int, int], None]) -> dict[
     }
     config.progress_monitor = None  # it must outlive the build, and no longer
     del monitor
-    if job.opens_here:
+    if job.device:
         layers, result["activation_bytes"] = _inspect(trt, job, log, plan)
         result["attention_kernels"] = _count_attention_kernels(layers)
     with durable_file(Path(job.plan)) as file:

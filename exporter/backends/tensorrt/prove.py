@@ -5,16 +5,17 @@ A plan is whole: it runs as it is, with all blocks, at its own size.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from wanexport.exporter.backends.backend import Request
-from wanexport.exporter.backends.proof import run_in_fresh_process
+from wanexport.exporter.backends.proof import run_in_fresh_process, worst
 from wanexport.exporter.backends.tensorrt.proof_process import PlanJob
+from wanexport.exporter.child.child import temporary_folder
+from wanexport.exporter.reference.figures import make_case
 from wanexport.runtime.bundle.manifest import EngineRecord
+from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.engines.tensorrt import plan_role
-from wanexport.runtime.engines.tensorrt_target import is_version_compatible
 
 
 def prove_plan(
@@ -26,18 +27,21 @@ def prove_plan(
     """
     started = time.monotonic()
     experts = tuple(request.baked) or ("",) * len(weights)  # in the order of weights
+    names = {name: name for name in parameter_shapes(request.config)}
     figures = []
-    for expert, file in zip(experts, weights, strict=True):
-        plan = (bundle / engine.files[plan_role(engine.files, expert)].path).resolve()
-        job = PlanJob(
-            flavour=engine.backend,
-            plan=str(plan),
-            version_compatible=is_version_compatible(engine),
-            dtype=request.dtype,
-            weights=str(file.resolve()),
-            config=asdict(request.config),
-            geometry=asdict(request.geometry),
-        )
-        figures.append(run_in_fresh_process("tensorrt.proof_process", job))
-    worst = max(figures, key=lambda f: f["error"])
-    return {**worst, "verify": "full", "seconds": round(time.monotonic() - started, 2)}
+    with temporary_folder() as scratch:
+        case = make_case(
+            request.config, request.geometry, request.dtype,
+            device=request.device, tensors=names, folder=scratch,
+        )  # fmt: skip
+        for expert, file in zip(experts, weights, strict=True):
+            plan = bundle / engine.files[plan_role(engine.files, expert)].path
+            job = PlanJob(
+                **case,
+                weights=str(file.resolve()),
+                flavour=engine.backend,
+                plan=str(plan.resolve()),
+                version_compatible=engine.details.version_compatible,
+            )
+            figures.append(run_in_fresh_process("tensorrt.proof_process", job, scratch))
+    return worst(figures, "full", started)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from wanexport.exporter.backends.backend import Request
 from wanexport.runtime.bundle.signature import weights_layout
+from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.machine.memory import available_bytes
 
-_ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _HOST_BASE, _HOST_PER_BLOCK = 400_000_000, 25_000_000
 _PLAN_BASE, _PLAN_PER_BLOCK = 5_000_000, 2_000_000  # with the list of layers
 _BAKED_COPIES = 3  # of the weights, in the memory of a build that puts them into the plan
@@ -29,7 +29,7 @@ class Estimate:
 
 def estimate(request: Request) -> Estimate:
     """What the request's engine will take."""
-    config, itemsize = request.config, _ITEMSIZES[request.dtype]
+    config, itemsize = request.config, DTYPES[request.dtype].itemsize
     _, entries = weights_layout(config, request.dtype)
     weights = sum(entry.size for entry in entries.values())
     # The residual stream and its norm in fp32; then queries, keys, values and output, or the FFN.

@@ -6,20 +6,23 @@ from typing import Any
 import torch
 
 from wanexport.exporter.backends.backend import TensorRtOptions
+from wanexport.runtime.engines.device import gpu_or_cpu
 from wanexport.runtime.engines.onnx import import_onnxruntime
 from wanexport.runtime.engines.tensorrt_library import import_tensorrt
 from wanexport.runtime.engines.tensorrt_target import arch
 from wanexport.runtime.errors import WanExportError
 
 
-def find_targets(flavour: str, options: TensorRtOptions) -> list[dict[str, str]]:
-    """What plans are made for, one each: the GPU here, or with TensorRT for RTX any.
+def find_targets(
+    flavour: str, options: TensorRtOptions, device: str = "cuda"
+) -> list[dict[str, str]]:
+    """What plans are made for, one each: a GPU here, or with TensorRT for RTX any.
 
     Raises WanExportError when TensorRT is missing, has not the options, or knows no target, or
     ONNX Runtime is missing for the proof of a plan that cannot run here.
     """
     trt = import_tensorrt(flavour)
-    here = gpu_arch()
+    here = gpu_arch(device)
     if flavour == "tensorrt":
         archs = [_own_target(options.targets, here)]
     else:
@@ -44,9 +47,9 @@ def _own_target(named: Sequence[str], here: str | None) -> str:
     return here
 
 
-def gpu_arch() -> str | None:
-    """The architecture of the current GPU as `sm89`, if there is one."""
-    return arch() if torch.cuda.is_available() else None
+def gpu_arch(device: str = "cuda") -> str | None:
+    """The architecture of a GPU of this machine as `sm89`, None where there is none at all."""
+    return arch(gpu_or_cpu(device)) if torch.cuda.is_available() else None
 
 
 def _refuse_absent_options(trt: Any, options: TensorRtOptions) -> None:

@@ -1,0 +1,139 @@
+"""What a build is asked for, and what of that is refused before any model is looked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple, Required, TypedDict
+
+from wanexport.exporter.backends.backend import Backend, Options, Progress, TensorRtOptions
+from wanexport.exporter.backends.table import BACKENDS, default_backend, find_backend
+from wanexport.runtime.dtypes import PRECISIONS
+from wanexport.runtime.engines.choose import check_device
+from wanexport.runtime.errors import BadRequest
+from wanexport.runtime.geometry import Geometry, Resolution, parse_resolution
+from wanexport.runtime.machine.temporary import check_temporary_folder
+
+VERIFY = ("ends", "full")
+
+
+def _untold(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+class BuildKeywords(TypedDict, total=False):
+    """The fields of BuildOptions, as `build` takes them."""
+
+    resolution: Required[Resolution]
+    frames: Required[int]
+    output: str | Path | None
+    backends: Sequence[str] | None
+    dtype: str | None
+    device: str | None
+    attention: str | None
+    tensorrt: TensorRtOptions | None
+    random_weights: int | None
+    expert_alone: bool
+    verify: str
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build, where and how; `build` says what each means, and None is its default."""
+
+    resolution: Resolution
+    frames: int
+    output: str | Path | None = None
+    backends: Sequence[str] | None = None
+    dtype: str | None = None
+    device: str | None = None
+    attention: str | None = None
+    tensorrt: TensorRtOptions | None = None
+    random_weights: int | None = None
+    expert_alone: bool = False
+    verify: str = "ends"
+    progress: Progress = _untold
+
+
+class Ordered(NamedTuple):
+    """One engine to build, of a model that is not known yet."""
+
+    backend: str
+    device: str
+    target: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a build makes: engines of one size and precision."""
+
+    height: int
+    width: int
+    frames: int
+    dtype: str
+    engines: tuple[Ordered, ...]
+
+
+def make_order(asked: BuildOptions) -> Order:
+    """The engines that are asked for, once each, with the defaults of this machine.
+
+    Raises BadRequest for what cannot be, and WanExportError for what this machine cannot make.
+    """
+    device = None if asked.device is None else check_device(asked.device)
+    names = [default_backend(device)] if asked.backends is None else dict.fromkeys(asked.backends)
+    if not names:
+        raise BadRequest(f"no backends: expected of {', '.join(BACKENDS)}")
+    kinds = {name: find_backend(name) for name in names}
+    devices = {name: device or kind.default_device() for name, kind in kinds.items()}
+    dtype = asked.dtype or _default_dtype(kinds, devices)
+    _check_among("dtype", dtype, PRECISIONS)
+    _check_among("verify", asked.verify, VERIFY)
+    for name, kind in kinds.items():
+        _check_attention(name, kind, asked.attention)
+    _check_taken(kinds, asked.tensorrt)
+    height, width = parse_resolution(asked.resolution)
+    Geometry(height, width, asked.frames)  # refuses what no Wan takes
+    check_temporary_folder(compiles=any(kind.COMPILES for kind in kinds.values()))
+    engines = tuple(
+        Ordered(name, devices[name], target)
+        for name, kind in kinds.items()
+        for target in kind.targets(devices[name], options_for(kind, asked))
+    )
+    for name, _, target in engines:
+        kinds[name].check_attention(asked.attention, dtype, target)
+    return Order(height, width, asked.frames, dtype, engines)
+
+
+def options_for(kind: Backend, asked: BuildOptions) -> Options:
+    """A backend's own options, None where it takes none or none were given."""
+    return asked.tensorrt if kind.OPTIONS is TensorRtOptions else None
+
+
+def _default_dtype(kinds: dict[str, Backend], devices: dict[str, str]) -> str:
+    """One precision for all, which is that of a GPU where one of them is for a GPU."""
+    wanted = {kind.default_dtype(devices[name]) for name, kind in kinds.items()}
+    return "fp32" if wanted == {"fp32"} else "bf16"
+
+
+def _check_among(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise BadRequest(f"unknown {name} {value!r}: expected of {', '.join(known)}")
+
+
+def _check_attention(name: str, kind: Backend, attention: str | None) -> None:
+    if attention is not None and attention not in kind.ATTENTION:
+        expected = ", ".join(kind.ATTENTION)
+        raise BadRequest(f"backend {name} has no attention {attention!r}: expected of {expected}")
+
+
+def _check_taken(kinds: dict[str, Backend], options: Options) -> None:
+    """Refuse options that nothing in the build would take."""
+    if options is None or any(kind.OPTIONS is type(options) for kind in kinds.values()):
+        return
+    given = [f.name for f in fields(options) if getattr(options, f.name) != f.default]
+    takers = [name for name, kind in BACKENDS.items() if kind.OPTIONS is type(options)]
+    if given:
+        raise BadRequest(
+            f"{', '.join(given).replace('_', ' ')}: only TensorRT takes this; leave it out, or add "
+            f"--backend {' or '.join(takers)}"
+        )
