@@ -11,7 +11,9 @@ from tests.graphs.test_rope import complex_original, strided
 from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
 from wanexport.exporter.backends.onnx.trace import trace
 from wanexport.exporter.lint.program import KINDS, count, lint_program
+from wanexport.graphs.graph import empty_graph
 from wanexport.graphs.signature import attention_count
+from wanexport.runtime.family import family_of
 
 
 class Wrapped(nn.Module):
@@ -86,12 +88,13 @@ FAULTS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_our_graphs_are_clean(preset: str, dtype: torch.dtype) -> None:
     config = small_config(preset)
-    program = trace(config, small_geometry(config), dtype)
-    assert lint_program(program, attention_count(config)) == []
-    (fewer,) = lint_program(program, attention_count(config) + 1)
+    graph = empty_graph(family_of(config).graph, config, small_geometry(config), dtype)
+    program, expected = trace(graph), attention_count(graph.program)
+    assert lint_program(program, expected) == []
+    (fewer,) = lint_program(program, expected + 1)
     assert fewer.kind == "unfused_attention"
     calls = [node for node in program.graph.nodes if "wanexport" in str(node.target)]
-    assert len(calls) == attention_count(config)
+    assert len(calls) == expected == config.num_layers * (3 if config.image_tokens else 2)
     assert not [node for node in program.graph.nodes if "scaled_dot_product" in str(node.target)]
 
 
