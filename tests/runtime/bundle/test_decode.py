@@ -6,7 +6,6 @@ What is wrong with one engine's record makes that engine unusable, and nothing e
 import json
 import os
 import time
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from wanexport.exporter.bundle.lock import LOCK, SOFT_LOCK
 from wanexport.exporter.bundle.place import JOURNAL, REPLACED
 from wanexport.exporter.bundle.sweep import MARK
 from wanexport.exporter.bundle.writer import write_manifest
-from wanexport.runtime.bundle.manifest import MANIFEST, MAX_BYTES, read_manifest, to_json
+from wanexport.runtime.bundle.manifest import MANIFEST, MAX_BYTES, read_manifest
 from wanexport.runtime.bundle.path import RESERVED
 from wanexport.runtime.bundle.usable import why_unread, why_unusable
 from wanexport.runtime.engines.choose import choose_engine
