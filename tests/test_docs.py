@@ -125,6 +125,14 @@ def test_every_file_and_module_that_is_named_is_there(page: Document) -> None:
             assert has(name), name
 
 
+@EACH
+def test_every_target_of_make_that_is_named_is_there(page: Document) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in (*page.spans, *page.commands("bash", "sh")):
+        if command.startswith("make "):
+            assert command.split()[1] in targets
+
+
 def test_a_file_that_is_not_there_is_found() -> None:
     assert paths_in("exporter/none.py") == ["exporter/none.py"]
     assert paths_in("python samples/01.py FILE") == ["samples/01.py"]
