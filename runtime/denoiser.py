@@ -86,8 +86,9 @@ class Denoiser:
         that run; no engine is built or opened, except that ONNX Runtime on a CPU opens a session. A
         call has one set, whole: that of the moment it began. Denoisers of a process that share
         weights on a device take turns from then on, and read anew at each.
-        Raises BadRequest when there is no such set, BundleError when a file is missing, was altered
-        or is laid out otherwise, EngineFailure when the device fails; the set before stays in use.
+        Raises BadRequest when there is no such set, or a file is laid out otherwise, BundleError
+        when one is missing or was altered, EngineFailure when the device fails; the set before
+        stays in use.
         """
         if self._find is None or self._weights is None:
             raise BadRequest(

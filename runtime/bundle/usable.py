@@ -63,13 +63,21 @@ def unread_name(data: Mapping[str, Any]) -> str:
     return printable(label, 100)
 
 
-def why_unread(bundle: Path, manifest: Manifest, data: Mapping[str, Any]) -> str:
-    """One line with the cure for an engine whose record cannot be read."""
-    name, known = unread_name(data), {"role": (DENOISER,), "backend": KINDS, "dtype": PRECISIONS}
+def unread_unfamiliar(data: Mapping[str, Any]) -> str:
+    """What kind an engine whose record cannot be read is of, in words; empty for a known one."""
+    known = {"role": (DENOISER,), "backend": KINDS, "dtype": PRECISIONS}
     for field, values in known.items():
         stated = data.get(field)
         if isinstance(stated, str) and stated not in values:
-            return _of_later(manifest, name, f"has {field} {printable(stated, 30)}")
+            return f"{field} {printable(stated, 30)}"
+    return ""
+
+
+def why_unread(bundle: Path, manifest: Manifest, data: Mapping[str, Any]) -> str:
+    """One line with the cure for an engine whose record cannot be read."""
+    name = unread_name(data)
+    if unfamiliar := unread_unfamiliar(data):
+        return _of_later(manifest, name, f"has {unfamiliar}")
     reason = "its record is of another form"
     try:
         decode_engine(data, "its record")

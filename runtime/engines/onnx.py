@@ -234,7 +234,7 @@ def versions(device: str = "cpu") -> dict[str, str]:
 
 
 def import_onnxruntime() -> Any:
-    """The module. Raises WanExportError when it is not installed, or does not import."""
+    """The module. Raises BundleError when it is not installed, or does not import."""
     disable_telemetry()
     with needing_extra("cpu", "an ONNX engine"):
         import onnxruntime
