@@ -9,17 +9,22 @@ from typing import Any
 from wanexport.runtime.bundle.check import check_content, check_weights
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
 from wanexport.runtime.bundle.tensorfile import read_header
-from wanexport.runtime.bundle.usable import why_unusable
+from wanexport.runtime.bundle.usable import (
+    unread_name,
+    unread_unfamiliar,
+    why_unread,
+    why_unusable,
+)
 from wanexport.runtime.errors import WanExportError
 
 
 def inspect(bundle: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """Describe a bundle; `problems` says what is wrong with its files, nothing when it is empty.
 
-    `sets` are the weights sets; `unread` are engines of a kind that only a later version knows, as
-    they were read. Sizes, weights' headers and engines are checked, and with verify the hash of
-    every file. What a later version made is no problem while there is an engine beside it that can
-    be used.
+    `sets` are the weights sets; `unread` are engines whose records cannot be read, as they are in
+    the manifest. Sizes, weights' headers and engines are checked, and with verify the hash of every
+    file. What a later version made is no problem while there is an engine beside it that can be
+    used.
     Raises WanExportError when the folder is no bundle, or its manifest cannot be read.
     """
     bundle = Path(bundle)
@@ -33,6 +38,10 @@ def inspect(bundle: str | Path, *, verify: bool = False) -> dict[str, Any]:
         "parameters": None if problems else _parameters(bundle, manifest),
         "bytes": sum(file.size for file in manifest.files()),
         "engines": [_describe(bundle, manifest, engine) for engine in manifest.engines],
+        "unread": [
+            {**data, "name": unread_name(data), "unusable": why_unread(bundle, manifest, data)}
+            for data in manifest.unread
+        ],
         "verified": verify,
         "problems": problems,
     }
@@ -70,16 +79,13 @@ def _parameters(bundle: Path, manifest: Manifest) -> int:
 
 
 def _problems(bundle: Path, manifest: Manifest, verify: bool) -> Iterator[str]:
-    reasons = [why_unusable(bundle, manifest, engine) for engine in manifest.engines]
-    for engine, reason in zip(manifest.engines, reasons):
-        if reason and (all(reasons) or not engine.unfamiliar):
-            yield reason
-    if not reasons and manifest.unread:
-        yield (
-            f"{bundle} has engines of a later wanexport alone: install wanexport "
-            f"{manifest.wanexport}, or add one with wanexport build -o {bundle}"
-        )
-    elif not reasons:
+    engines = [(why_unusable(bundle, manifest, e), e.unfamiliar) for e in manifest.engines]
+    engines += [
+        (why_unread(bundle, manifest, data), unread_unfamiliar(data)) for data in manifest.unread
+    ]
+    is_all = all(reason for reason, _ in engines)
+    yield from (reason for reason, later in engines if reason and (is_all or not later))
+    if not engines:
         yield f"{bundle} has no engine: add one with wanexport build -o {bundle}"
     yield from _file_problems(bundle, manifest, verify)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest
 
 Array = Any  # a numpy array or a torch tensor
 
@@ -19,13 +19,13 @@ def is_torch(value: Any) -> bool:
 def to_numpy(value: Array) -> np.ndarray:
     """An fp32 numpy array of a number, an array or a torch tensor on any device.
 
-    Raises WanExportError for anything else.
+    Raises BadRequest for anything else.
     """
     try:
         plain = value.detach().float().cpu().numpy() if is_torch(value) else value
         return np.ascontiguousarray(plain, np.float32)
     except (TypeError, ValueError, NotImplementedError) as error:  # the last of a meta tensor
-        raise WanExportError(
+        raise BadRequest(
             f"{type(value).__name__} is no array of numbers: pass numpy arrays or torch tensors"
         ) from error
 

@@ -8,7 +8,7 @@ import json
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
 from math import isfinite
 from types import UnionType
@@ -142,12 +142,49 @@ def _decode_record(hint: type, data: Any, where: str) -> Any:
     if missing := needed - data.keys():
         raise TypeError(f"{where} has no {', '.join(sorted(missing))}")
     known = {k: decode(own, data[k], f"{where}.{k}") for k, own in hints.items() if k in data}
-    if keeps_unknown:
-        known["unknown"] = {k: v for k, v in data.items() if k not in hints}
     try:
-        return hint(**known)
+        record = hint(**known)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    return keeping_unknown(record, data) if keeps_unknown else record
+
+
+def keeping_unknown(record: Any, data: Any) -> Any:
+    """A record whose `unknown` is what of parsed JSON, however deep, it does not hold otherwise."""
+    return replace(record, unknown=_left_over(data, encode(replace(record, unknown={}))))
+
+
+def encode(value: Any) -> Any:
+    """What `decode` reads, of records; what a record keeps as unknown is in its place."""
+    if is_dataclass(value) and not isinstance(value, type):
+        known = {f.name: encode(getattr(value, f.name)) for f in fields(value)}
+        return _merged(known, known.pop("unknown", {}))
+    if isinstance(value, dict):
+        return {key: encode(inner) for key, inner in value.items()}
+    return [encode(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _left_over(data: Any, kept: Any) -> dict[str, Any]:
+    """What `_merged` adds to kept to have all of data, by field or by place in a list."""
+    if isinstance(data, list) and isinstance(kept, list) and len(data) == len(kept):
+        data, kept = _by_place(data), _by_place(kept)
+    if not isinstance(data, dict) or not isinstance(kept, dict):
+        return {}
+    inner = {k: _left_over(v, kept[k]) if k in kept else v for k, v in data.items()}
+    return {k: v for k, v in inner.items() if v or k not in kept}
+
+
+def _merged(kept: Any, left: Mapping[str, Any]) -> Any:
+    """The same fields and items, with what was left over of them."""
+    if isinstance(kept, dict):
+        return kept | {k: _merged(kept[k], v) if k in kept else v for k, v in left.items()}
+    if isinstance(kept, list):
+        return [_merged(v, left[k]) if k in left else v for k, v in _by_place(kept).items()]
+    return kept
+
+
+def _by_place(items: list[Any]) -> dict[str, Any]:
+    return {str(place): item for place, item in enumerate(items)}
 
 
 @cache

@@ -86,8 +86,9 @@ class Denoiser:
         that run; no engine is built or opened, except that ONNX Runtime on a CPU opens a session. A
         call has one set, whole: that of the moment it began. Denoisers of a process that share
         weights on a device take turns from then on, and read anew at each.
-        Raises BadRequest when there is no such set, BundleError when a file is missing, was altered
-        or is laid out otherwise, EngineFailure when the device fails; the set before stays in use.
+        Raises BadRequest when there is no such set, or a file is laid out otherwise, BundleError
+        when one is missing or was altered, EngineFailure when the device fails; the set before
+        stays in use.
         """
         if self._find is None or self._weights is None:
             raise BadRequest(
@@ -237,6 +238,9 @@ class Session:
         checked = denoiser.check(self._given, known=denoiser.inputs)
         self._times = checked.get("timestep")
         self._constant = {name: denoiser.array(value) for name, value in checked.items()}
+        calls = denoiser.record.program.calls
+        # What the calls of the prompt compute holds as long as these inputs do.
+        self._of_prompt = {name for c in calls if c.when == "prompt" for name in c.reads}
         self._memories: dict[str, Memory] = {}  # by expert
         self._state: dict[str, Array] = {}
 
@@ -248,8 +252,14 @@ class Session:
         times = checked["timestep"] if "timestep" in checked else self._times
         assert times is not None  # or its name would have been missed
         arrays = {**self._constant, **{n: denoiser.array(value) for n, value in checked.items()}}
+        if self._of_prompt.intersection(checked):
+            self._forget_prompt()
         velocity = self._run(denoiser.expert(float(times.max())), arrays)
         return like(velocity, {**self._given, **given}["latent"])
+
+    def _forget_prompt(self) -> None:
+        for memory in self._memories.values():
+            memory.values = None
 
     def _run(self, expert: str, arrays: Mapping[str, Array]) -> Array:
         """One expert's call; the state goes on from what the other left."""

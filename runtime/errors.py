@@ -19,7 +19,7 @@ class BadRequest(WanExportError):
 
 
 class BundleError(WanExportError):
-    """The bundle, or a file that it needs, is missing, damaged, or not for this machine."""
+    """The bundle, or a file or package it needs, is missing, damaged, or not for this machine."""
 
 
 class EngineFailure(WanExportError):
@@ -36,7 +36,7 @@ class WanExportWarning(UserWarning):
 def needing_extra(extra: str, what: str) -> AbstractContextManager[None]:
     """Around imports that `what` needs of an extra of wanexport (`build,cpu`: of several).
 
-    Makes of their failure a WanExportError, in one line: a package that is not there is named with
+    Makes of their failure a BundleError, in one line: a package that is not there is named with
     what installs it, one that is there and does not import gives its own error.
     """
     # wanexport is on no registry.
@@ -67,7 +67,7 @@ def _needing(what: str, remedy: str) -> Iterator[None]:
                 f"needs a package that is installed but does not import ({reason}); "
                 f"wanexport doctor says which, and what to install"
             )
-        raise WanExportError(f"{what} {fault}") from error
+        raise BundleError(f"{what} {fault}") from error
 
 
 def _missing(error: BaseException) -> str:

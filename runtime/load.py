@@ -11,7 +11,6 @@ from wanexport.runtime.bundle.manifest import (
     BASE,
     EngineRecord,
     Manifest,
-    WeightsRecord,
     read_manifest,
 )
 from wanexport.runtime.bundle.path import WEIGHTS_FILE
@@ -116,8 +115,8 @@ def find_weights(
 
     weights is the name of one of the bundle's, None for the base set, or a file or folder. Without
     a manifest the bundle's is read, which may have got other sets since the engine was opened.
-    Raises BadRequest when there is none of this name and layout, BundleError when a file is missing
-    or laid out for another engine.
+    Raises BadRequest when there is none of this name and layout, and for a file that is laid out
+    for another engine, BundleError for one that is missing, damaged or not the manifest's.
     """
     manifest = manifest or read_manifest(bundle)
     sets = manifest.sets(record.layout)
@@ -127,7 +126,7 @@ def find_weights(
         records = sets[name]
         if missing := [expert for expert in experts if expert not in records]:
             raise BundleError(f"weights set {name} lacks {missing[0]}: run wanexport build again")
-        return WeightsSet(name, {e: _own(bundle, records[e], record) for e in experts})
+        return WeightsSet(name, {e: check_weights(bundle, records[e]) for e in experts})
     if weights is None:
         raise BundleError(f"{bundle} has no weights for engine {record.name}: build it again")
     if not os.path.lexists(weights):
@@ -162,19 +161,9 @@ def _other(path: Path, record: EngineRecord) -> PinnedFile:
     with file.opened():
         read_header(path)  # refuses a file that was cut short
         found = header_sha256(path)
-    _check_layout(path, found, record)
-    return file
-
-
-def _own(bundle: Path, weights: WeightsRecord, record: EngineRecord) -> PinnedFile:
-    file = check_weights(bundle, weights)
-    _check_layout(file.path, weights.layout, record)
-    return file
-
-
-def _check_layout(path: Path, found: str, record: EngineRecord) -> None:
     if found != record.layout:
         raise BadRequest(
             f"{path} is laid out for another engine: its header hash is {found[:12]}, engine "
             f"{record.name} needs {record.layout[:12]}; run wanexport build again"
         )
+    return file

@@ -12,6 +12,8 @@ from wanexport.runtime.decode import Line, Name, Range, Size, Text
 
 ENGINE_DTYPE = "engine"  # of a value: whatever precision the engine has
 MOMENTS = ("prompt", "step")  # when a call runs: once for a prompt, or at every step
+DRAWS = ("normal", "rows", "masked")  # how a seeded input is made
+ATTENTION_KINDS = ("self", "text", "image")  # of the video to itself, to text, to image tokens
 LAYER = "{i}"
 WHOLE = "denoiser"  # the call that an engine of one graph is
 _MOST_LAYERS = 1024
@@ -112,15 +114,27 @@ class Program:
         call = Call(WHOLE, tuple(self.inputs), tuple(self.outputs), state=tuple(self.states()))
         return replace(self, calls=(call,), values={}, state=self.states())
 
+    @property
+    def unfamiliar(self) -> str:
+        """What of it this version does not know, in words; empty when it knows all."""
+        unknown = [f"a call at each {call.when}" for call in self.calls if call.when not in MOMENTS]
+        for name, spec in self.inputs.items():
+            unknown += [f"input {name} drawn as {spec.draw}"] if spec.draw not in DRAWS else []
+        unknown += [f"attention of kind {k}" for k in self.attention if k not in ATTENTION_KINDS]
+        return next(iter(unknown), "")
+
     def fault(self) -> str:
         """What is wrong with the order of calls and names, in words; empty when nothing is."""
-        known: set[str] = set(self.inputs)
+        known, of_steps = set(self.inputs), set[str]()
         for call in self.calls:
             if missing := [name for name in call.reads if name not in known]:
                 return f"call {call.name} reads {missing[0]}, which nothing before it writes"
-            if call.when not in MOMENTS:
-                return f"call {call.name} runs at each {call.when}"
+            if missing := [name for name in call.state if name not in self.state]:
+                return f"call {call.name} keeps {missing[0]}, which is no state"
+            if call.when != "step" and (wrong := of_steps.intersection(call.reads)):
+                return f"call {call.name} runs once a prompt and reads {min(wrong)} of each step"
             known |= set(call.writes)
+            of_steps |= set(call.writes) if call.when == "step" else set()
         missing = [name for name in self.outputs if name not in known]
         return f"no call writes {missing[0]}" if missing else ""
 

@@ -87,9 +87,7 @@ def show_inspect(record: dict[str, Any]) -> None:
         for line in _engine_lines(engine):
             write(out, line)
     for engine in record["unread"]:
-        write(
-            out, f"  engine of a later wanexport, which this one does not read: {_unread(engine)}"
-        )
+        write(out, f"  {engine['unusable']}")
     if not record["problems"]:
         checked = "every hash" if record["verified"] else "sizes, headers and engines"
         write(out, f"{checked} verified")
@@ -105,12 +103,6 @@ def _weights(weights: dict[str, Any]) -> str:
         f"{part}{expert}, {weights['dtype']}, layout {weights['layout'][:12]}, "
         f"{in_bytes(weights['file']['size'])}, from {source}"
     )
-
-
-def _unread(engine: dict[str, Any]) -> str:
-    """What an engine of an unknown kind says of itself."""
-    names = [name for name in ("role", "backend", "dtype") if name in engine]
-    return ", ".join(f"{name} {short(engine[name])}" for name in names) or "it says nothing"
 
 
 def _engine_lines(engine: dict[str, Any]) -> Iterator[str]:

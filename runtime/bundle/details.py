@@ -68,22 +68,27 @@ class TensorRtDetails:
             return "it is for no version of TensorRT"
         if target.get("device") != "cuda":
             return f"it is for device {target.get('device')}"
-        return "" if any(is_plan(role) for role in files) else "it has no plan"
+        return "" if WHOLE in files or _OWN_PLANS <= set(files) else "it has no plan for an expert"
 
 
 class Kind(NamedTuple):
-    """What the manifest holds of a backend's engines: the type of details, and roles of files."""
+    """What the manifest holds of a backend's engines.
+
+    `details` is their type, `files` are roles beside those that are named as the Program's calls.
+    The Program of one that `is_whole` is one call.
+    """
 
     details: type[OnnxDetails] | type[AotiDetails] | type[TensorRtDetails]
-    files: frozenset[str] = frozenset()  # beside those that are named as the Program's calls
+    is_whole: bool
+    files: frozenset[str] = frozenset()
 
 
-_PLANS = frozenset({"layers", *(f"{WHOLE}-{expert}" for expert in EXPERTS)})
+_OWN_PLANS = frozenset(f"{WHOLE}-{expert}" for expert in EXPERTS)
 KINDS = {
-    "onnx": Kind(OnnxDetails),
-    "aoti": Kind(AotiDetails, frozenset({"flash_attention"})),
-    "tensorrt": Kind(TensorRtDetails, _PLANS),
-    "tensorrt-rtx": Kind(TensorRtDetails, _PLANS),
+    "onnx": Kind(OnnxDetails, True),
+    "aoti": Kind(AotiDetails, False, frozenset({"flash_attention"})),
+    "tensorrt": Kind(TensorRtDetails, True, _OWN_PLANS | {"layers"}),
+    "tensorrt-rtx": Kind(TensorRtDetails, True, _OWN_PLANS | {"layers"}),
 }
 
 

@@ -2,15 +2,16 @@
 
 The manifest is the commit point: a reader sees a whole old bundle, a whole new one, or none.
 Whoever wrote it, what is read is within bounds; `usable.py` says whether an engine fits its model.
-Fields that a later version wrote are ignored and kept; what it wrote otherwise than this one reads
-makes an engine unusable, not the bundle.
+Fields that a later version wrote, at whatever depth, are ignored and kept. An engine whose record
+cannot be read cannot be used, and is kept as it is; the bundle and its other engines serve on.
 """
 
 import errno
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +29,13 @@ from wanexport.runtime.decode import (
     Size,
     Text,
     decode,
+    encode,
+    keeping_unknown,
     parse_json,
 )
 from wanexport.runtime.dtypes import PRECISIONS
 from wanexport.runtime.errors import BundleError, WanExportError, printable
-from wanexport.runtime.family import SamplingDefaults
+from wanexport.runtime.family import SamplingDefaults, family_named
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.program import Input, Program, TensorSpec
 from wanexport.runtime.wan_config import WanConfig
@@ -44,6 +47,7 @@ MAX_BYTES = 8_000_000
 DEVICES = ("cpu", "cuda")
 DENOISER = "denoiser"  # the role of weights and engines
 BASE = "base"  # the weights set that a build makes
+_MOST = 1000  # engines: ten times what any bundle has
 _REMEDY = "restore it, or build again into another folder with -o; the weights stay good"
 
 
@@ -162,6 +166,8 @@ class EngineRecord:
             return f"device {self.target['device']}"
         if not isinstance(self.details, KINDS[self.backend].details):
             return "details of another form"
+        if self.program.unfamiliar:
+            return self.program.unfamiliar
         role = unknown_file(self.backend, self.program, self.files)
         return f"file {role}" if role else ""
 
@@ -184,7 +190,7 @@ def engine_label(backend: str, dtype: str, target: Mapping[str, str]) -> str:
 class Manifest:
     """What a bundle holds. `model` is a preset's name or, for other sizes, the family's.
 
-    `unread` are engines of a kind that only a later version knows, as they were read.
+    `unread` are the records of engines that cannot be read, as they are in the file.
     """
 
     model: Line
@@ -219,22 +225,29 @@ class Manifest:
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
     """What `from_json` reads, with what a later version wrote in its place."""
-    data = asdict(manifest)
-    for record in (data, *data["weights"].values(), *data["engines"]):
-        record |= record.pop("unknown")
+    data = encode(manifest)
     data["engines"] += data.pop("unread")
     return {"family": data["config"].pop("family"), **data}
 
 
 def from_json(data: Any) -> Manifest:
-    """A Manifest from parsed JSON. Raises TypeError or ValueError when it is none."""
+    """A Manifest from parsed JSON.
+
+    Raises TypeError or ValueError when it is none, BundleError when it is of a model of another
+    form than this version knows.
+    """
     config, engines = data["config"], data["engines"]
-    if not isinstance(config, dict) or not isinstance(engines, list):
-        raise TypeError("config is no object, or engines no list")
-    rows = [_read_engine(engine, f"engines[{i}]") for i, engine in enumerate(engines)]
+    if not isinstance(config, dict) or not isinstance(engines, list) or len(engines) > _MOST:
+        raise TypeError(f"config is no object, or engines are no list of at most {_MOST}")
+    family = decode(Name, data["family"], "family")
     known = {key: value for key, value in data.items() if key not in ("family", "unread")}
-    known |= {"config": {**config, "family": data["family"]}, "engines": []}
-    manifest: Manifest = decode(Manifest, known, "manifest")
+    known |= {"config": {**config, "family": family}, "engines": []}
+    try:
+        manifest: Manifest = decode(Manifest, known, "manifest")
+    except (TypeError, ValueError):
+        family_named(family)  # whose sizes may be others
+        raise
+    rows = [_read_engine(engine, f"engines[{i}]") for i, engine in enumerate(engines)]
     manifest = replace(
         manifest,
         engines=tuple(row for row in rows if isinstance(row, EngineRecord)),
@@ -245,34 +258,39 @@ def from_json(data: Any) -> Manifest:
 
 
 def _read_engine(data: Any, where: str) -> EngineRecord | dict[str, Any]:
-    """An engine's record; as it was read where a later version must have written it otherwise."""
+    """An engine's record, or what stands in its place. Raises TypeError when that is no object."""
     try:
-        engine: EngineRecord = decode(EngineRecord, data, where)
-    except (KeyError, TypeError, ValueError):
-        if isinstance(data, dict) and _is_of_later(data):
+        return decode_engine(data, where)
+    except (TypeError, ValueError):
+        if isinstance(data, dict):
             return data
         raise
+
+
+def decode_engine(data: Any, where: str) -> EngineRecord:
+    """An engine's record from parsed JSON, with details of its backend's type where they have it.
+
+    Raises TypeError or ValueError when it is none.
+    """
+    engine: EngineRecord = decode(EngineRecord, data, where)
     kind = KINDS.get(engine.backend)
     if kind is None:
         return engine
     try:
-        return replace(engine, details=decode(kind.details, engine.details, f"{where}.details"))
+        details = decode(kind.details, engine.details, f"{where}.details")
     except (TypeError, ValueError):
         return engine
-
-
-def _is_of_later(data: Mapping[str, Any]) -> bool:
-    """Whether what an engine says of itself is a kind that this version does not know."""
-    known = {"role": (DENOISER,), "backend": KINDS, "dtype": PRECISIONS}
-    stated = {name: data.get(name) for name in known}
-    return any(isinstance(v, str) and v not in known[name] for name, v in stated.items())
+    typed: EngineRecord = keeping_unknown(replace(engine, details=details), data)
+    return typed
 
 
 def _files_of(engine: Mapping[str, Any]) -> list[FileRecord]:
-    """The files that an engine of an unknown kind lists, where it lists them as others do."""
-    files = engine.get("files")
-    values = files.values() if isinstance(files, dict) else []
-    return [decode(FileRecord, value, "file") for value in values]
+    """The files that a record lists which cannot be read, where it lists them as others do."""
+    files, found = engine.get("files"), []
+    for value in files.values() if isinstance(files, dict) else ():
+        with suppress(TypeError, ValueError):
+            found.append(decode(FileRecord, value, "file"))
+    return found
 
 
 def _check_files(files: Sequence[FileRecord]) -> None:
@@ -312,8 +330,8 @@ def read_manifest(bundle: Path, name: str = MANIFEST) -> Manifest:
                 f"{path} has schema {reprlib.repr(schema)}, this wanexport reads 1 and {SCHEMA}: "
                 f"install the wanexport that wrote it, or build again into another folder with -o"
             )
-        return from_json(upgrade(data) if schema == 1 else data)
-    except WanExportError:
+        return from_json(upgrade(data) if type(schema) is int and schema == 1 else data)
+    except BundleError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path} is damaged ({printable(error, 300)}): {_REMEDY}") from error

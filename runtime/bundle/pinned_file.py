@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from wanexport.runtime.bundle.regular_file import open_regular
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BundleError
 
 
 class Identity(NamedTuple):
@@ -39,7 +39,7 @@ class PinnedFile:
     def opened(self) -> Iterator[int]:
         """A descriptor of the file, to which the path leads before the block and after it.
 
-        Raises WanExportError when the file went or was changed, and when it cannot be read.
+        Raises BundleError when the file went or was changed, and when it cannot be read.
         """
         descriptor = _open(self.path)
         try:
@@ -47,32 +47,32 @@ class PinnedFile:
             yield descriptor
             self.check()
         except OSError as error:
-            raise WanExportError(_refusal(self.path, error)) from error
+            raise BundleError(_refusal(self.path, error)) from error
         finally:
             os.close(descriptor)
 
     def check(self, descriptor: int | None = None) -> None:
-        """Raise WanExportError unless what the descriptor, or the path, leads to is the same."""
+        """Raise BundleError unless what the descriptor, or the path, leads to is the same."""
         try:
             found = os.stat(self.path if descriptor is None else descriptor)
         except OSError as error:
-            raise WanExportError(_refusal(self.path, error)) from error
+            raise BundleError(_refusal(self.path, error)) from error
         if _identity(found) != self.identity:
-            raise WanExportError(f"{self.path} was changed since it was checked: load it again")
+            raise BundleError(f"{self.path} was changed since it was checked: load it again")
 
     def read(self) -> bytes:
-        """The whole content. Raises WanExportError when it is not what was hashed."""
+        """The whole content. Raises BundleError when it is not what was hashed."""
         with self.opened() as descriptor, open(descriptor, "rb", closefd=False) as file:
             content = file.read()
         if self.sha256 and hashlib.sha256(content).hexdigest() != self.sha256:
-            raise WanExportError(f"{self.path} was changed since it was checked: load it again")
+            raise BundleError(f"{self.path} was changed since it was checked: load it again")
         return content
 
 
 def pin(file: Path | PinnedFile) -> PinnedFile:
     """The file as it is now; what is pinned already stays as it was.
 
-    Raises WanExportError when there is none, it is no regular file, or it cannot be opened.
+    Raises BundleError when there is none, it is no regular file, or it cannot be opened.
     """
     if isinstance(file, PinnedFile):
         return file
@@ -91,7 +91,7 @@ def _open(path: Path) -> int:
     try:
         return open_regular(path)
     except OSError as error:
-        raise WanExportError(_refusal(path, error)) from error
+        raise BundleError(_refusal(path, error)) from error
 
 
 def _refusal(path: Path, error: OSError) -> str:

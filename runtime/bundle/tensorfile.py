@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from wanexport.runtime.bundle.durable import durable_file
-from wanexport.runtime.bundle.regular_file import open_regular
+from wanexport.runtime.bundle.regular_file import open_regular, read_into
 from wanexport.runtime.dtypes import STORED
-from wanexport.runtime.errors import WanExportError, printable
+from wanexport.runtime.errors import BundleError, printable
 
 # A Wan's header takes 0.2 MB. The rest is for metadata, which may hold a picture or a workflow.
 # Parsing takes up to 40 bytes for each of the header.
@@ -44,7 +44,7 @@ class TensorEntry:
 def header_sha256(file: Path | int) -> str:
     """SHA-256 of the length field and header: names, dtypes, shapes and offsets of all tensors.
 
-    file is a path or a descriptor, whose position stays. Raises WanExportError as read_header does
+    file is a path or a descriptor, whose position stays. Raises BundleError as read_header does
     for a file without a whole header.
     """
     with _opened(file) as (descriptor, name):
@@ -54,7 +54,7 @@ def header_sha256(file: Path | int) -> str:
 def read_header(file: Path | int) -> dict[str, TensorEntry]:
     """Entries of all tensors by name; file is a path or a descriptor, whose position stays.
 
-    Raises WanExportError when the file is no regular one, the header is damaged or over 16 MiB, a
+    Raises BundleError when the file is no regular one, the header is damaged or over 16 MiB, a
     dtype is unknown, an entry does not fit its shape, or the tensors overlap, leave gaps or do not
     end where the file does.
     """
@@ -75,37 +75,50 @@ def read_metadata(file: Path | int) -> dict[str, Any]:
 def _opened(file: Path | int) -> Iterator[tuple[int, str]]:
     """A descriptor of the file, and its name for errors; closed again if it was opened here."""
     if isinstance(file, int):
-        yield file, printable(Path(os.readlink(f"/proc/self/fd/{file}")))
+        yield file, printable(_path_of(file))
         return
     try:
         descriptor = open_regular(file)
     except OSError as error:
-        raise WanExportError(f"cannot read {printable(file)}: {error.strerror}") from error
+        raise BundleError(f"cannot read {printable(file)}: {error.strerror}") from error
     try:
         yield descriptor, printable(file)
     finally:
         os.close(descriptor)
 
 
+def _path_of(descriptor: int) -> Path:
+    """The path that an open file has, where the system tells."""
+    try:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    except OSError:
+        return Path("the file")
+
+
+def _read(descriptor: int, size: int, offset: int) -> bytes:
+    buffer = bytearray(size)
+    return bytes(buffer[: read_into(descriptor, memoryview(buffer), offset)])
+
+
 def _raw_header(descriptor: int, name: str) -> bytes:
     """The length field and the JSON that follows it."""
     try:
-        length_field = os.pread(descriptor, 8, 0)
+        length_field = _read(descriptor, 8, 0)
         length, left = int.from_bytes(length_field, "little"), os.fstat(descriptor).st_size - 8
         if len(length_field) < 8 or length > left:
-            raise WanExportError(
+            raise BundleError(
                 f"{name} is not a safetensors file, or is cut short: download it again"
             )
         if length > _MAX_HEADER:
-            raise WanExportError(
+            raise BundleError(
                 f"{name} has a header of {length} bytes, more than the {_MAX_HEADER} that any "
                 f"model takes: it is damaged, download it again"
             )
-        raw = length_field + os.pread(descriptor, length, 8)
+        raw = length_field + _read(descriptor, length, 8)
     except OSError as error:
-        raise WanExportError(f"cannot read {name}: {error.strerror}") from error
+        raise BundleError(f"cannot read {name}: {error.strerror}") from error
     if len(raw) < 8 + length:
-        raise WanExportError(f"{name} ended while its header was read: download it again")
+        raise BundleError(f"{name} ended while its header was read: download it again")
     return raw
 
 
@@ -123,7 +136,7 @@ def _parse(raw: bytes, name: str) -> tuple[dict[str, TensorEntry], dict[str, Any
         entries = {key: _entry(key, fields, len(raw)) for key, fields in header.items()}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = printable(error, 300)
-        raise WanExportError(
+        raise BundleError(
             f"{name} has a damaged safetensors header ({reason}): download it again"
         ) from error
     return entries, metadata
@@ -164,13 +177,13 @@ def _check_layout(
     end = data_start
     for tensor, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
         if entry.offset != end:
-            raise WanExportError(
+            raise BundleError(
                 f"{name} has a damaged safetensors header ({printable(tensor)} begins at byte "
                 f"{entry.offset}, what lies before it ends at {end}): download it again"
             )
         end = entry.offset + entry.size
     if file_size != end:
-        raise WanExportError(
+        raise BundleError(
             f"{name} has {file_size} bytes, its header describes {end}: download it again"
         )
 
@@ -206,17 +219,17 @@ def make_header(
 def read_array(file: Path | int, entry: TensorEntry) -> np.ndarray:
     """One tensor; bf16, which numpy lacks, is widened to fp32.
 
-    Raises WanExportError for a dtype that numpy lacks, and when the file ends early.
+    Raises BundleError for a dtype that numpy lacks, and when the file ends early.
     """
     bits = "uint16" if entry.dtype == "BF16" else STORED[entry.dtype].numpy
     with _opened(file) as (descriptor, name):
         if not bits:
-            raise WanExportError(
+            raise BundleError(
                 f"{name} holds a {entry.dtype} tensor, which is not read: expected F32, BF16 or F16"
             )
         buffer = bytearray(entry.size)
         if not read_at(descriptor, memoryview(buffer), entry.offset):
-            raise WanExportError(f"{name} ended while it was read: write it again")
+            raise BundleError(f"{name} ended while it was read: write it again")
     array: np.ndarray = np.frombuffer(buffer, bits).reshape(entry.shape)
     if entry.dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
@@ -227,9 +240,9 @@ def read_at(descriptor: int, view: memoryview, offset: int) -> bool:
     """Fill view from an offset of an open file, whose position stays; False when it ends before."""
     while view:
         try:
-            count = os.preadv(descriptor, [view], offset)
+            count = read_into(descriptor, view, offset)
         except OSError as error:  # which names no file
-            name = os.readlink(f"/proc/self/fd/{descriptor}")
+            name = str(_path_of(descriptor))
             raise OSError(error.errno, error.strerror, name) from error
         if not count:
             return False

@@ -5,12 +5,24 @@ derived anew, and an engine whose record says otherwise is never opened.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from wanexport.runtime.bundle.manifest import EngineRecord, Manifest
+from wanexport.runtime.bundle.details import KINDS
+from wanexport.runtime.bundle.manifest import (
+    DENOISER,
+    EngineRecord,
+    Manifest,
+    decode_engine,
+    engine_label,
+)
 from wanexport.runtime.bundle.signature import layout_sha256, program_of
-from wanexport.runtime.errors import BundleError
+from wanexport.runtime.decode import decode
+from wanexport.runtime.dtypes import PRECISIONS
+from wanexport.runtime.errors import BundleError, printable
 from wanexport.runtime.family import FAMILIES, family_of
+from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.program import Program, TensorSpec
 from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
@@ -29,19 +41,59 @@ def why_unusable(bundle: Path, manifest: Manifest, engine: EngineRecord) -> str:
     if not unfamiliar and manifest.config.family not in FAMILIES:
         unfamiliar = f"family {manifest.config.family}"
     if unfamiliar:
-        return (
-            f"engine {engine.name} has {unfamiliar}, which this wanexport does not know: install "
-            f"the one that built it, wanexport {manifest.wanexport}, or build another engine"
-        )
+        return _of_later(manifest, engine.name, f"has {unfamiliar}")
     if reason := mismatch(manifest.config, engine) or _lacks(manifest, engine):
         geometry = engine.geometry
-        size = f"{geometry.height}x{geometry.width}"
+        size = f"--resolution {geometry.height}x{geometry.width} --frames {geometry.frames}"
         return (
             f"engine {engine.name} cannot be used: {reason}; build it again with wanexport build "
-            f"--backend {engine.backend} --dtype {engine.dtype} "
-            f"--resolution {size} --frames {geometry.frames} -o {bundle}"
+            f"--backend {engine.backend} --dtype {engine.dtype} {size} -o {bundle}"
         )
     return ""
+
+
+def unread_name(data: Mapping[str, Any]) -> str:
+    """How messages call an engine whose record cannot be read, by what it says of itself."""
+    backend, dtype = (printable(data.get(name, "?"), 30) for name in ("backend", "dtype"))
+    target = data.get("target")
+    label = engine_label(backend, dtype, target if isinstance(target, dict) else {})
+    with suppress(KeyError, TypeError, ValueError):
+        geometry: Geometry = decode(Geometry, data["geometry"], "")
+        label = f"{geometry.name}/{label}"
+    return printable(label, 100)
+
+
+def unread_unfamiliar(data: Mapping[str, Any]) -> str:
+    """What kind an engine whose record cannot be read is of, in words; empty for a known one."""
+    known = {"role": (DENOISER,), "backend": KINDS, "dtype": PRECISIONS}
+    for field, values in known.items():
+        stated = data.get(field)
+        if isinstance(stated, str) and stated not in values:
+            return f"{field} {printable(stated, 30)}"
+    return ""
+
+
+def why_unread(bundle: Path, manifest: Manifest, data: Mapping[str, Any]) -> str:
+    """One line with the cure for an engine whose record cannot be read."""
+    name = unread_name(data)
+    if unfamiliar := unread_unfamiliar(data):
+        return _of_later(manifest, name, f"has {unfamiliar}")
+    reason = "its record is of another form"
+    try:
+        decode_engine(data, "its record")
+    except (TypeError, ValueError) as error:
+        reason = printable(error, 300)
+    return (
+        f"engine {name} cannot be used: {reason}; install the wanexport that built it, "
+        f"{manifest.wanexport}, or build it again with wanexport build -o {bundle}"
+    )
+
+
+def _of_later(manifest: Manifest, name: str, what: str) -> str:
+    return (
+        f"engine {name} {what}, which this wanexport does not know: install the one that built "
+        f"it, wanexport {manifest.wanexport}, or build another engine"
+    )
 
 
 def _lacks(manifest: Manifest, engine: EngineRecord) -> str:
@@ -49,8 +101,10 @@ def _lacks(manifest: Manifest, engine: EngineRecord) -> str:
     boundary, experts = engine.sampling.boundary, manifest.experts
     if (boundary is not None) != bool(experts) or (boundary is not None and not 0 < boundary < 1):
         return f"boundary {boundary} does not fit {len(experts)} experts"
-    served = {expert for records in manifest.sets(engine.layout).values() for expert in records}
-    return "" if served >= set(experts or ("",)) else "the bundle lacks weights of an expert"
+    needed, sets = set(experts or ("",)), manifest.sets(engine.layout).values()
+    if any(needed <= records.keys() for records in sets):
+        return ""
+    return "the bundle lacks weights of an expert"
 
 
 def mismatch(config: WanConfig, engine: EngineRecord) -> str:
@@ -63,13 +117,13 @@ def mismatch(config: WanConfig, engine: EngineRecord) -> str:
     if stride != expected:
         return f"it is for a VAE of stride {stride}, the model's has {expected}"
     program = program_of(config, engine.geometry)
-    if len(engine.program.calls) < len(program.calls):
+    if KINDS[engine.backend].is_whole:
         program = program.whole()
     if differing := _difference(engine.program, program):
         return differing
     if engine.layout != layout_sha256(config, engine.dtype):
         return "it is for weights of another layout than this wanexport gives the model"
-    kernels = getattr(engine.details, "attention", {})
+    kernels = getattr(engine.details, "attention", None)  # a TensorRT plan has none to choose
     if isinstance(kernels, dict) and kernels.keys() != program.attention.keys():
         found, needed = ", ".join(kernels) or "none", ", ".join(program.attention)
         return f"it has kernels for attention of kind {found:.60}, the model needs {needed}"
@@ -82,6 +136,9 @@ def _difference(own: Program, model: Program) -> str:
         return f"its inputs are {_shown(own.inputs)}, the model takes {_shown(model.inputs)}"
     if own.outputs != model.outputs:
         return f"its output is {_shown(own.outputs)}, the model's {_shown(model.outputs)}"
+    if own.attention.keys() != model.attention.keys():
+        kinds = ", ".join(own.attention) or "none"
+        return f"it has attention of kind {kinds:.60}, the model {', '.join(model.attention)}"
     for call, expected in zip(own.calls, model.calls):
         if call.parameters != expected.parameters:
             pairs = zip(call.parameters, expected.parameters)
@@ -92,5 +149,8 @@ def _difference(own: Program, model: Program) -> str:
 
 def _shown(specs: Mapping[str, TensorSpec]) -> str:
     """Names, shapes and dtypes in few words."""
-    shown = ", ".join(f"{name} {list(spec.shape)} {spec.dtype}" for name, spec in specs.items())
+    shown = ", ".join(
+        " ".join([name, str(list(spec.shape)), spec.dtype, getattr(spec, "draw", "")]).strip()
+        for name, spec in specs.items()
+    )
     return f"{shown:.200}" or "none"

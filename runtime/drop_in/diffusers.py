@@ -41,7 +41,7 @@ class CompiledWanTransformer(EngineModule):
     load_options are those of `load`. The engine of one expert of two is passed as `denoiser`: see
     `compiled_experts`, which makes both. Inputs and outputs are fp32 whatever the engine's
     precision, so a pipeline guides and steps in fp32, as the official code does.
-    Raises BadRequest as `load` does, without diffusers, and for a bundle of two experts.
+    Raises what `load` raises, BundleError without diffusers, BadRequest for two experts.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ def compiled_experts(
 
     The first is the high-noise expert. The pipeline's `boundary_ratio` says which one serves a
     step. load_options are those of `load`, `offload` among them.
-    Raises BadRequest as `load` does, and for a bundle of one model.
+    Raises what `load` raises, and BadRequest for a bundle of one model.
     """
     denoisers = open_experts(bundle, **load_options)
     if set(denoisers) != {HIGH_NOISE, LOW_NOISE}:
@@ -155,7 +155,7 @@ def compiled_experts(
 def transformer_config(bundle: str | Path) -> Mapping[str, Any]:
     """The config of a bundle's model as `WanTransformer3DModel` has it, with keys as attributes.
 
-    Raises BadRequest without diffusers, and for a manifest that cannot be read.
+    Raises BundleError without diffusers, and for a manifest that cannot be read.
     """
     with needing_extra("diffusers", "a transformer for diffusers"):
         from diffusers.configuration_utils import FrozenDict

@@ -36,8 +36,9 @@ def patch(
 
     The pipeline keeps its text encoder, VAE, schedule and choice of expert; its own models are
     moved to the CPU, lest they take the memory that the engine needs, and let go once the engine is
-    open. load_options are those of `load`. Raises BadRequest as `load` does, and when pipeline
-    and bundle do not have the same number of models; the pipeline then keeps its own, on the CPU.
+    open. load_options are those of `load`. Raises what `load` raises, and BadRequest when
+    pipeline and bundle do not have the same number of models; the pipeline then keeps its own, on
+    the CPU.
     """
     if getattr(wan_pipeline, "sp_size", 1) > 1:
         raise BadRequest(

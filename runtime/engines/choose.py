@@ -4,13 +4,13 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from wanexport.runtime.bundle.manifest import DEVICES, EngineRecord, Manifest
-from wanexport.runtime.bundle.usable import why_unusable
+from wanexport.runtime.bundle.manifest import DENOISER, DEVICES, EngineRecord, Manifest
+from wanexport.runtime.bundle.usable import unread_name, why_unread, why_unusable
 from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.engines.onnx_providers import PROVIDERS
 from wanexport.runtime.engines.table import BACKENDS, ENGINES
@@ -44,8 +44,8 @@ def choose_engine(bundle: Path, manifest: Manifest, options: EngineOptions) -> C
     held = ", ".join(_held(manifest)) or "none"
     if not fitting:
         raise BadRequest(
-            f"{bundle} has no such engine; it holds {held}: "
-            f"choose one, or add yours with wanexport build"
+            f"{bundle} has no such engine; it holds {held}: choose one, or add yours with "
+            f"wanexport build{''.join(f'; {why}' for why in _of_others(bundle, manifest))}"
         )
     if len({choice.record.geometry for choice in fitting}) > 1:
         raise BadRequest(f"{bundle} holds several shapes ({held}): name resolution and frames")
@@ -57,7 +57,13 @@ def choose_engine(bundle: Path, manifest: Manifest, options: EngineOptions) -> C
     if not runnable:
         raise BundleError("; ".join(dict.fromkeys(refusals)))
     chosen = min(runnable, key=_preference)
-    _tell_of_better(chosen, dict(zip(refusals, fitting)))
+    better = _better(chosen, dict(zip(refusals, fitting)))
+    if better := [*better, *_unread_better(bundle, manifest, options, chosen)]:
+        warnings.warn(
+            f"{'; '.join(better)}: engine {chosen.record.name} runs on {chosen.device} instead",
+            WanExportWarning,
+            stacklevel=2,
+        )
     return chosen
 
 
@@ -74,9 +80,21 @@ def device_kind(device: str) -> str:
 
 
 def _held(manifest: Manifest) -> list[str]:
-    """What a bundle's engines are called, those of a kind unknown here too."""
-    unread = [f"{e.get('role', '?')} {e.get('backend', '?')}" for e in manifest.unread]
-    return [*(engine.name for engine in manifest.engines), *map("{:.60}".format, unread)]
+    """What a bundle's engines are called, those that cannot be read too."""
+    return [*(engine.name for engine in manifest.engines), *map(unread_name, manifest.unread)]
+
+
+def _of_others(bundle: Path, manifest: Manifest) -> Iterator[str]:
+    """Why the engines that no options choose cannot be used."""
+    yield from (why_unread(bundle, manifest, data) for data in manifest.unread)
+    for engine in manifest.engines:
+        if not _is_known(engine):
+            yield why_unusable(bundle, manifest, engine)
+
+
+def _is_known(engine: EngineRecord) -> bool:
+    """Whether an engine does what engines do here: others neither run nor compete."""
+    return engine.role == DENOISER and engine.backend in BACKENDS
 
 
 def _check(options: EngineOptions) -> None:
@@ -133,7 +151,7 @@ def _fits(choice: Choice, options: EngineOptions) -> bool:
     record, size = choice.record, options.resolution
     geometry = record.geometry
     return (
-        record.backend in BACKENDS
+        _is_known(record)
         and options.backend in (None, record.backend)
         and options.dtype in (None, record.dtype)
         and options.device in (None, choice.device)
@@ -142,19 +160,28 @@ def _fits(choice: Choice, options: EngineOptions) -> bool:
     )
 
 
-def _tell_of_better(chosen: Choice, refused: Mapping[str, Choice]) -> None:
-    """Warn of engines that would run in the chosen one's place, by the reason why they cannot."""
-    reasons = [
+def _better(chosen: Choice, refused: Mapping[str, Choice]) -> list[str]:
+    """Why engines that would run in the chosen one's place cannot; refused has each by its why."""
+    return [
         reason
         for reason, choice in refused.items()
         if reason and _place(choice) < _place(chosen) and (_is_bound(choice) or _has_gpu())
     ]
-    if reasons:
-        warnings.warn(
-            f"{'; '.join(reasons)}: engine {chosen.record.name} runs on {chosen.device} instead",
-            WanExportWarning,
-            stacklevel=3,
-        )
+
+
+def _unread_better(
+    bundle: Path, manifest: Manifest, options: EngineOptions, chosen: Choice
+) -> Iterator[str]:
+    """The same of engines whose records cannot be read, by what they say of themselves."""
+    for data in manifest.unread:
+        target = data.get("target")
+        device = target.get("device") if isinstance(target, dict) else None
+        kind = (data.get("backend"), device, data.get("dtype"))
+        wanted = (options.backend, device_kind(options.device or "") or None, options.dtype)
+        is_asked = all(own in (None, given) for own, given in zip(wanted, kind))
+        is_asked &= data.get("role", DENOISER) == DENOISER
+        if is_asked and kind in _PREFERENCE and _PREFERENCE.index(kind) < _place(chosen):
+            yield why_unread(bundle, manifest, data)
 
 
 def _is_bound(choice: Choice) -> bool:

@@ -1,6 +1,5 @@
 """A weights file in one buffer of device memory, read once for all engines that need it."""
 
-import os
 import threading
 import time
 from collections import deque
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
+from wanexport.runtime.bundle.regular_file import read_into
 from wanexport.runtime.bundle.tensorfile import TensorEntry, header_sha256, read_header
 from wanexport.runtime.dtypes import STORED
 from wanexport.runtime.errors import BundleError, EngineFailure
@@ -84,7 +84,8 @@ class DeviceWeights:
         """Have the tensors of this file, whose layout is that of the first, until the block ends.
 
         Raises BundleError when the file cannot be read, is not what was pinned, or is laid out
-        otherwise; what is held then is neither, until the next call.
+        otherwise. What was held then stays, unless the file was cut or changed while it was read:
+        what is held is neither then, until the next call.
         """
         with self._queue, self._turn:
             while self._holders and not self.holds(file):
@@ -100,7 +101,7 @@ class DeviceWeights:
                 self._turn.notify_all()
 
     def _replace(self, file: PinnedFile) -> None:
-        started, self.file = time.perf_counter(), None
+        started = time.perf_counter()
         self._fill(file)
         self.file, self.generation = file, self.generation + 1
         self.switches.append(time.perf_counter() - started)
@@ -119,6 +120,7 @@ class DeviceWeights:
                 )
             if self.device.type == "cuda":  # what still reads the old content must end first
                 torch.cuda.synchronize(self.device)
+            self.file = None
             with ThreadPoolExecutor(_THREADS) as pool:
                 shares = [self._pieces[i::_THREADS] for i in range(_THREADS)]
                 list(pool.map(partial(self._read, handle, file.path), shares))
@@ -186,7 +188,7 @@ def _read_piece(handle: int, file: Path, piece: _Piece, target: Tensor) -> None:
     view = memoryview(target.numpy().data)
     done = 0
     while done < piece.size:
-        count = os.preadv(handle, [view[done:]], piece.source + done)
+        count = read_into(handle, view[done:], piece.source + done)
         if not count:
             raise BundleError(f"{file} ended while it was read: write it again")
         done += count

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
-from wanexport.runtime.errors import WanExportError, installing, needing_package
+from wanexport.runtime.errors import BundleError, installing, needing_package
 
 FUNCTION = "flash_attention"  # the symbol in the library is __tvm_ffi_<FUNCTION>
 # How PyTorch gives tvm-ffi its tensors and its current stream: the name now, and that before.
@@ -20,11 +20,11 @@ class FlashAttention:
     """softmax(q k^T / sqrt(D)) v by a library's kernel, for the dtype and D of its compilation."""
 
     def __init__(self, library: Path | PinnedFile) -> None:
-        """Load the library. Raises WanExportError when it, or apache-tvm-ffi, cannot be loaded, and
+        """Load the library. Raises BundleError when it, or apache-tvm-ffi, cannot be loaded, and
         when it is not what was pinned."""
         # With neither, tvm-ffi would compile a C++ extension when it is imported.
         if not any(hasattr(Tensor, name) for name in EXCHANGES):
-            raise WanExportError(
+            raise BundleError(
                 f"FlashAttention-4 cannot be called by PyTorch {torch.__version__}: "
                 f"{installing('torch>=2.11')}"
             )
@@ -38,7 +38,7 @@ class FlashAttention:
                 self._function = tvm_ffi.load_module(name)[FUNCTION]
             except Exception as error:
                 reason = " ".join(str(error).split())
-                raise WanExportError(
+                raise BundleError(
                     f"the attention kernel {name} cannot be loaded: build the bundle again here "
                     f"({reason})"
                 ) from error

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from wanexport.runtime.errors import BadRequest
+from wanexport.runtime.program import ATTENTION_KINDS
 
-ATTENTION_KINDS = ("self", "text", "image")  # of the video to itself, to text, to image tokens
 KERNELS = ("fa4", "cudnn", "sdpa")
 _HALF = ("bf16", "fp16")
 _CUDNN_NEEDS = 80  # compute capability: NVIDIA's Ampere

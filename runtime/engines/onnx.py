@@ -111,11 +111,7 @@ class OnnxEngine:
 
     def use(self, weights: PinnedFile) -> None:
         """Open a session with the weights of a file; calls that run keep theirs."""
-        with self._lock:
-            if self._session is None:
-                raise EngineFailure(CLOSED)
-            if self._session.weights.identity != weights.identity:
-                self._session = OnnxSession(self.graph, weights)
+        self._session_of(weights)
 
     def __call__(
         self,
@@ -130,20 +126,21 @@ class OnnxEngine:
                 f"{limit_bytes() / 1e9:.0f} GB here: build an engine of a smaller --resolution or "
                 f"fewer --frames"
             )
-        session = self._of(weights)
+        session = self._session_of(weights)
         memory = self.memory() if memory is None else memory
         velocity, *state = session({**inputs, **memory.state})
         memory.state = dict(zip(memory.state, state, strict=True))
         return velocity
 
-    def _of(self, weights: PinnedFile | None) -> OnnxSession:
-        """The session of a file, which a swap may replace while it runs."""
-        if weights is not None:
-            self.use(weights)
-        session = self._session
-        if session is None:
-            raise EngineFailure(CLOSED)
-        return session
+    def _session_of(self, weights: PinnedFile | None) -> OnnxSession:
+        """The session of a file, None for that there is; others may replace it while it runs."""
+        with self._lock:
+            session = self._session
+            if session is None:
+                raise EngineFailure(CLOSED)
+            if weights is not None and session.weights.identity != weights.identity:
+                self._session = session = OnnxSession(self.graph, weights)
+            return session
 
     def close(self) -> None:
         """Let go of the session; a call then raises EngineFailure."""
@@ -237,7 +234,7 @@ def versions(device: str = "cpu") -> dict[str, str]:
 
 
 def import_onnxruntime() -> Any:
-    """The module. Raises WanExportError when it is not installed, or does not import."""
+    """The module. Raises BundleError when it is not installed, or does not import."""
     disable_telemetry()
     with needing_extra("cpu", "an ONNX engine"):
         import onnxruntime

@@ -92,6 +92,12 @@ class OnnxGpuSession:
         self.assigned = _assigned(self.session)
         self._check_assignment(graph.path)
 
+    @property
+    def copies_weights(self) -> bool:
+        """Whether opening took so much memory that the session may have its own copy of them."""
+        size = sum(tensor.nbytes for tensor in self._tensors.values())
+        return self.grown > max(size, _OVERHEAD)
+
     def with_weights(self, file: PinnedFile) -> "OnnxGpuSession":
         """Another session over the same graph, with the weights of a file."""
         return OnnxGpuSession(self.graph, file, self._tensors, self.device, self.provider)
@@ -243,13 +249,8 @@ class OnnxGpuEngine:
 
     def use(self, weights: PinnedFile) -> None:
         """Read the weights of a file now, when calls that run have ended."""
-        if self.weights is not None:
-            with self.weights.held(weights):
-                return
-        with self._lock:
-            session = self._open_session()
-            if session.file.identity != weights.identity:
-                self.session = session.with_weights(weights)
+        with self._session_of(weights):
+            pass
 
     def __call__(
         self,
@@ -261,25 +262,33 @@ class OnnxGpuEngine:
 
         Raises EngineFailure when the device has too little memory, and after `close`.
         """
-        file = weights or self.file
         memory = self.memory() if memory is None else memory
-        if self.weights is None:
-            self.use(file)
-        session = self._open_session()
-        held = nullcontext() if self.weights is None else self.weights.held(file)
-        with held, session.lock:
+        with self._session_of(weights or self.file) as session, session.lock:
             velocity, *state = session({**inputs, **memory.state})
         memory.state = dict(zip(memory.state, state, strict=True))
         return velocity
 
-    def _open_session(self) -> OnnxGpuSession:
-        if self.session is None:
-            raise EngineFailure(CLOSED)
-        return self.session
+    @contextmanager
+    def _session_of(self, file: PinnedFile) -> Iterator[OnnxGpuSession]:
+        """The session with the weights of a file, for as long as the block lasts.
+
+        One that has a copy of others is opened anew.
+        """
+        weights = self.weights
+        with nullcontext() if weights is None else weights.held(file):
+            with self._lock:
+                session = self.session
+                if session is None:
+                    raise EngineFailure(CLOSED)
+                is_own = weights is None or session.copies_weights
+                if is_own and session.file.identity != file.identity:
+                    self.session = session = session.with_weights(file)
+            yield session
 
     def close(self) -> None:
         """Let go of session and weights; a call then raises EngineFailure."""
-        self.session = self.weights = None
+        with self._lock:
+            self.session = self.weights = None
 
 
 def open_engines(
@@ -331,10 +340,9 @@ def _in_place(
     provider: Provider,
 ) -> OnnxGpuSession:
     """A session whose weights can be replaced. Raises BadRequest when ONNX Runtime copies them."""
-    most = max(held.buffer.numel(), _OVERHEAD)
     for _ in range(2):  # what a neighbour took meanwhile counts as grown: not so twice
         session = OnnxGpuSession(graph, file, held.tensors, device, provider)
-        if session.grown <= most:
+        if not session.copies_weights:
             return session
         del session
     raise BadRequest(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.bundle.tensorfile import read_header
 from wanexport.runtime.errors import (
+    BadRequest,
     WanExportError,
     WanExportWarning,
     explain,
@@ -96,7 +97,7 @@ class Provider:
     """What executes the graph: a name of `PROVIDERS`, and its options as ONNX Runtime has them.
 
     cache is the folder for what TensorRT's providers compile.
-    Raises WanExportError for an unknown provider, or an option that is the engine's own.
+    Raises BadRequest for an unknown provider, or an option that is the engine's own.
     """
 
     name: str = "cuda"
@@ -105,12 +106,12 @@ class Provider:
 
     def __post_init__(self) -> None:
         if self.name not in PROVIDERS:
-            raise WanExportError(
+            raise BadRequest(
                 f"unknown provider {self.name!r}: expected one of {', '.join(PROVIDERS)}"
             )
         for name in self.options:
             if name in _RESERVED + _CUDA_GRAPH:
-                raise WanExportError(f"provider option {name} is set by the engine: leave it out")
+                raise BadRequest(f"provider option {name} is set by the engine: leave it out")
 
     @property
     def compiles(self) -> bool:

@@ -50,7 +50,7 @@ class Kind(NamedTuple):
     own_memory: bool = False
 
     def backend(self) -> Backend:
-        """The module, imported. Raises WanExportError as its imports do."""
+        """The module, imported. Raises BundleError as its imports do."""
         return cast(Backend, importlib.import_module(f"wanexport.runtime.engines.{self.module}"))
 
 

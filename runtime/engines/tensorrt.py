@@ -27,8 +27,9 @@ from wanexport.runtime.engines.tensorrt_library import FLAVOURS, import_tensorrt
 from wanexport.runtime.engines.tensorrt_plan import OUTPUT, Plan
 from wanexport.runtime.engines.tensorrt_target import arch
 from wanexport.runtime.engines.tensorrt_target import refusal as target_refusal
-from wanexport.runtime.errors import BadRequest, EngineFailure
+from wanexport.runtime.errors import BadRequest, BundleError, EngineFailure
 from wanexport.runtime.program import WHOLE, TensorSpec
+from wanexport.runtime.wan_config import EXPERTS
 
 OPTIONS = frozenset({"offload", "cuda_graph"})
 _BAKED = (
@@ -142,7 +143,9 @@ class TensorRtEngine:
 
     def _held(self, file: PinnedFile | None) -> AbstractContextManager[None]:
         weights = self.weights
-        if weights is None and file is not None and self.buffers is not None:
+        if self.buffers is None:
+            raise EngineFailure(CLOSED)
+        if weights is None and file is not None:
             raise BadRequest(_BAKED.format(self.plan.path))
         if weights is None or self.file is None:
             return nullcontext()
@@ -162,6 +165,8 @@ class TensorRtEngine:
         if buffers is None:
             raise EngineFailure(CLOSED)
         with self._held(weights), buffers.turn():
+            if self.buffers is None:
+                raise EngineFailure(CLOSED)
             for name, buffer in buffers.inputs.items():
                 buffer.copy_(inputs[name])
             if self.graph is None:
@@ -172,11 +177,11 @@ class TensorRtEngine:
 
     def close(self) -> None:
         """Let go of context, buffers and weights; a call then raises EngineFailure."""
-        if self.buffers is not None:
-            with self.buffers.turn():
-                self.buffers.idle.synchronize()
-                self.context = self.graph = self.weights = None
-        self.buffers = None
+        buffers = self.buffers
+        if buffers is not None:
+            with buffers.turn():
+                buffers.idle.synchronize()
+                self.context = self.graph = self.weights = self.buffers = None
 
     @property
     def device_memory(self) -> dict[str, int]:
@@ -247,6 +252,10 @@ def open_engines(
     is_baked = not any(plan.parameters(record.inputs) for plan in plans.values())
     if is_baked and (options.offload or options.weights is not None):
         raise BadRequest(_BAKED.format(f"engine {record.name}"))
+    needed = EXPERTS if is_baked and record.sampling.boundary is not None else ("",)
+    if missing := [expert for expert in needed if expert not in plans]:
+        role = "-".join(filter(None, (WHOLE, missing[0])))
+        raise BundleError(f"engine {record.name} has no {role}: run wanexport build again")
     chosen = {} if is_baked else weights()
     plans = plans if is_baked else {expert: plans[""] for expert in chosen}
     for expert, plan in plans.items():

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import EngineFailure
 
 PREFIX = "wanexport-"  # of every temporary folder of ours
 _MARK = ".wanexport-temporary"  # in each of them: the name alone may be a user's own
@@ -25,19 +25,19 @@ _NEEDED_BY_COMPILERS = 128 << 20  # by three at once: sources, objects and a pre
 
 
 def check_temporary_folder(*, runs_code: bool = False, compiles: bool = False) -> None:
-    """Raise WanExportError unless temporary files can be made here.
+    """Raise EngineFailure unless temporary files can be made here.
 
     runs_code says that code is unpacked there and run, compiles that it is made there too. Folders
     that processes of this user left there more than a day ago are removed.
     """
     variable = next((name for name in _NAMES if os.environ.get(name)), None)
-    folder = Path(os.environ[variable] if variable else "/tmp")
+    folder = Path(os.environ[variable] if variable else "/tmp")  # Windows sets TEMP
     runs_code = runs_code or compiles
     cure = f"set TMPDIR to a folder {'that may run programs, ' if runs_code else ''}with room"
     needed = _NEEDED_BY_LIBTORCH if runs_code else _NEEDED
     if obstacle := _obstacle(folder, runs_code, _NEEDED_BY_COMPILERS if compiles else needed):
         origin = f" ({variable})" if variable else ""
-        raise WanExportError(f"temporary files go to {folder}{origin}, {obstacle}: {cure}")
+        raise EngineFailure(f"temporary files go to {folder}{origin}, {obstacle}: {cure}")
     _remove_abandoned(folder)
 
 
@@ -64,13 +64,20 @@ def _obstacle(folder: Path, runs_code: bool, needed: int) -> str:
 def _obstacle_of(folder: Path, runs_code: bool, needed: int) -> str:
     if not folder.is_dir():
         return "which is a file" if folder.exists() else "which does not exist"
-    status = os.statvfs(folder)
-    if runs_code and status.f_flag & os.ST_NOEXEC:
+    free, is_noexec = _free_and_noexec(folder)
+    if runs_code and is_noexec:
         return "which is mounted noexec: compiled code cannot run there"
-    free = status.f_bavail * status.f_frsize
     if free < needed:
         return f"which is full: {needed >> 20} MB are needed, {free / (1 << 20):.1f} MB are free"
     return _write_obstacle(folder / f"{PREFIX}{secrets.token_hex(8)}")
+
+
+def _free_and_noexec(folder: Path) -> tuple[int, bool]:
+    """The bytes that are free in a folder, and whether it forbids programs."""
+    if not hasattr(os, "statvfs"):  # Windows
+        return shutil.disk_usage(folder).free, False
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize, bool(status.f_flag & os.ST_NOEXEC)
 
 
 def _write_obstacle(path: Path) -> str:
@@ -91,10 +98,15 @@ def _remove_abandoned(folder: Path) -> None:
         for entry in os.scandir(folder):
             with suppress(OSError):
                 status = entry.stat(follow_symlinks=False)
-                is_ours = entry.name.startswith(PREFIX) and status.st_uid == os.getuid()
+                is_ours = entry.name.startswith(PREFIX) and _is_own(status)
                 is_ours = is_ours and stat.S_ISDIR(status.st_mode)
                 if is_ours and (Path(entry.path) / _MARK).is_file() and _is_old(entry.path):
                     shutil.rmtree(entry.path)
+
+
+def _is_own(status: os.stat_result) -> bool:
+    """Whether a folder is this user's; Windows gives each user a folder for temporary files."""
+    return not hasattr(os, "getuid") or status.st_uid == os.getuid()
 
 
 def _is_old(folder: str) -> bool:

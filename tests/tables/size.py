@@ -1,4 +1,4 @@
-"""Print the README's table of a forward's time over models and video sizes, on a GPU.
+"""Print the table of a forward's time over models and video sizes, on a GPU.
 
     python -m tests.tables.size FOLDER
 

@@ -1,20 +1,28 @@
 """Calls of a session are compared in a session: what a model keeps between them counts too.
 
-The model here keeps a sum: its velocity is that of all latents so far and of the prompt.
+The model of most tests keeps a sum: its velocity is that of all latents so far and of the prompt.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.exporter.families import memory
+from tests.oracles.wan_reference import small_config
+from wanexport.exporter.build import build
+from wanexport.exporter.compare.compare import compare
 from wanexport.exporter.compare.peers import Peers
 from wanexport.exporter.compare.recorded import Loop
 from wanexport.exporter.compare.rows import Comparison
 from wanexport.exporter.compare.sessions import Recorder, Replay
-from wanexport.runtime.family import SamplingDefaults
+from wanexport.graphs.config import PRESETS, Preset
+from wanexport.runtime.engines.onnx import OnnxEngine
+from wanexport.runtime.family import FAMILIES, SamplingDefaults
 
 STEPS = 3
 SAMPLING = SamplingDefaults(STEPS, 5.0, (2.0, 2.0), None, 16)
@@ -94,3 +102,27 @@ def test_calls_are_repeated_with_all_that_they_were_given() -> None:
     assert len(recorder.seconds) == 4
     replay = Replay(Summing())
     assert [replay(call) for call in recorder.calls] == expected
+
+
+@pytest.fixture
+def with_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The bundle of a model that reads its text once a prompt, and whose blocks remember."""
+    monkeypatch.setitem(FAMILIES, "memory", memory.FAMILY)
+    config = replace(small_config("t2v-1.3b"), family="memory")
+    monkeypatch.setitem(PRESETS, "memory", Preset(config))
+    build("memory", random_weights=0, resolution="32x48", frames=5, output=tmp_path / "b")
+    return tmp_path / "b"
+
+
+def test_what_a_model_keeps_between_steps_is_compared(
+    with_state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compare(with_state, steps=3)["passed"]
+    whole = OnnxEngine.__call__
+
+    def forgetful(self: OnnxEngine, inputs: Any, weights: Any = None, memory: Any = None) -> Any:
+        return whole(self, inputs, weights, self.memory())
+
+    monkeypatch.setattr(OnnxEngine, "__call__", forgetful)
+    result = compare(with_state, steps=3)
+    assert [row["passed"] for row in result["steps"]] == [True, False, False]
