@@ -113,13 +113,6 @@ def test_what_an_engine_does_not_need_is_imported_when_it_is_asked_for() -> None
     assert child.returncode == 0, child.stderr
 
 
-def test_the_runtime_imports_where_there_are_no_posix_modules() -> None:
-    """As on Windows: neither locks nor resource usage."""
-    code = WITHOUT_TORCH.format(blocked={"fcntl", "resource"}) + "import wanexport.runtime\n"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-
-
 def test_load_sample_and_run_work_without_torch(tiny_bundle: Path, tmp_path: Path) -> None:
     code = WITHOUT_TORCH.format(blocked=BLOCKED) + (
         "import numpy as np\n"

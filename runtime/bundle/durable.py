@@ -12,6 +12,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,6 +52,8 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+                if not _has_locks():  # Windows, which renames no open file
+                    file.close()
                 _replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -118,8 +121,11 @@ def own_folder(parent: Path, name: str) -> Path:
 def remove_partials(folder: Path, is_ours: Callable[[str], bool] = is_partial) -> None:
     """Remove the files that killed writers had begun in a folder, as far as that is allowed.
 
-    What is being written is left, and so is all that is no regular file.
+    What is being written is left, and so is all that is no regular file. On Windows all is left: it
+    has no locks that tell, and opens no name in an open folder.
     """
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -171,12 +177,17 @@ def _create(path: Path) -> tuple[Path, BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def _has_locks() -> bool:
+    """Whether the system has the locks of `_flock`: Windows, where bundles are read, has not."""
+    return find_spec("fcntl") is not None
+
+
 def _flock(file: BinaryIO) -> None:
     """Lock a file; BlockingIOError says that another has it, OSError that nothing locks here."""
-    try:
-        import fcntl
-    except ImportError as error:  # Windows, where bundles are read
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
+    if not _has_locks():
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    import fcntl
+
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

@@ -21,7 +21,8 @@ def check_path(path: str) -> None:
     parts = PurePosixPath(path).parts
     if path.startswith("/") or ".." in parts:
         raise ValueError(f"{path!r:.80} lies outside the bundle")
-    is_plain = path.isprintable() and "\\" not in path and str(PurePosixPath(path)) == path
+    # To Windows a backslash is a separator, and a colon begins a drive's path or a hidden stream.
+    is_plain = path.isprintable() and not {*"\\:"} & {*path} and str(PurePosixPath(path)) == path
     sizes = [len(os.fsencode(part)) for part in parts] if is_plain else []
     if not sizes or max(sizes) > _MAX_COMPONENT or sum(sizes) + len(sizes) > _MAX_PATH:
         raise ValueError(f"{path!r:.80} is no path of a file in the bundle")

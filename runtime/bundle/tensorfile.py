@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from wanexport.runtime.bundle.durable import durable_file
-from wanexport.runtime.bundle.regular_file import open_regular
+from wanexport.runtime.bundle.regular_file import open_regular, read_into
 from wanexport.runtime.dtypes import STORED
 from wanexport.runtime.errors import BundleError, printable
 
@@ -75,7 +75,7 @@ def read_metadata(file: Path | int) -> dict[str, Any]:
 def _opened(file: Path | int) -> Iterator[tuple[int, str]]:
     """A descriptor of the file, and its name for errors; closed again if it was opened here."""
     if isinstance(file, int):
-        yield file, printable(Path(os.readlink(f"/proc/self/fd/{file}")))
+        yield file, printable(_path_of(file))
         return
     try:
         descriptor = open_regular(file)
@@ -87,10 +87,23 @@ def _opened(file: Path | int) -> Iterator[tuple[int, str]]:
         os.close(descriptor)
 
 
+def _path_of(descriptor: int) -> Path:
+    """The path that an open file has, where the system tells."""
+    try:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    except OSError:
+        return Path("the file")
+
+
+def _read(descriptor: int, size: int, offset: int) -> bytes:
+    buffer = bytearray(size)
+    return bytes(buffer[: read_into(descriptor, memoryview(buffer), offset)])
+
+
 def _raw_header(descriptor: int, name: str) -> bytes:
     """The length field and the JSON that follows it."""
     try:
-        length_field = os.pread(descriptor, 8, 0)
+        length_field = _read(descriptor, 8, 0)
         length, left = int.from_bytes(length_field, "little"), os.fstat(descriptor).st_size - 8
         if len(length_field) < 8 or length > left:
             raise BundleError(
@@ -101,7 +114,7 @@ def _raw_header(descriptor: int, name: str) -> bytes:
                 f"{name} has a header of {length} bytes, more than the {_MAX_HEADER} that any "
                 f"model takes: it is damaged, download it again"
             )
-        raw = length_field + os.pread(descriptor, length, 8)
+        raw = length_field + _read(descriptor, length, 8)
     except OSError as error:
         raise BundleError(f"cannot read {name}: {error.strerror}") from error
     if len(raw) < 8 + length:
@@ -227,9 +240,9 @@ def read_at(descriptor: int, view: memoryview, offset: int) -> bool:
     """Fill view from an offset of an open file, whose position stays; False when it ends before."""
     while view:
         try:
-            count = os.preadv(descriptor, [view], offset)
+            count = read_into(descriptor, view, offset)
         except OSError as error:  # which names no file
-            name = os.readlink(f"/proc/self/fd/{descriptor}")
+            name = str(_path_of(descriptor))
             raise OSError(error.errno, error.strerror, name) from error
         if not count:
             return False

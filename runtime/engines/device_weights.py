@@ -1,6 +1,5 @@
 """A weights file in one buffer of device memory, read once for all engines that need it."""
 
-import os
 import threading
 import time
 from collections import deque
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
+from wanexport.runtime.bundle.regular_file import read_into
 from wanexport.runtime.bundle.tensorfile import TensorEntry, header_sha256, read_header
 from wanexport.runtime.dtypes import STORED
 from wanexport.runtime.errors import BundleError, EngineFailure
@@ -188,7 +188,7 @@ def _read_piece(handle: int, file: Path, piece: _Piece, target: Tensor) -> None:
     view = memoryview(target.numpy().data)
     done = 0
     while done < piece.size:
-        count = os.preadv(handle, [view[done:]], piece.source + done)
+        count = read_into(handle, view[done:], piece.source + done)
         if not count:
             raise BundleError(f"{file} ended while it was read: write it again")
         done += count

@@ -35,8 +35,11 @@ def level_of(flags: str, machine: str) -> str:
 
 @cache
 def level_here() -> str:
-    """The highest level of this machine's processor, as `level_of`."""
-    lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    """The highest level of this machine's processor, as `level_of`, as far as Linux tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:  # on another system
+        lines = []
     named = (line.partition(":") for line in lines)
     flags = [value for name, _, value in named if name.strip() in ("flags", "Features")]
     return level_of(flags[0] if flags else "", platform.machine())

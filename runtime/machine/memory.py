@@ -1,19 +1,24 @@
 """How much memory there is, and how much was used."""
 
+import ctypes
+import os
 import sys
 from pathlib import Path
 
 from wanexport.runtime.machine.control_groups import control_groups, memory_limit, memory_used
+from wanexport.runtime.machine.windows import windows_memory
 
 
 def peak_rss() -> int:
-    """Largest resident memory of this process or of any finished child, in bytes.
+    """Largest resident memory of this process or of any finished child, in bytes; 0 on Windows.
 
     `getrusage` says of this process what the one that started it held until then, too; of a child
     it says no more than that of this one.
     """
-    import resource  # which Windows lacks
-
+    try:
+        import resource
+    except ImportError:
+        return 0
     lines = Path("/proc/self/status").read_text().splitlines()
     own = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
     return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
@@ -64,5 +69,18 @@ def _limited(size: int) -> int:
 
 
 def _meminfo() -> dict[str, int]:
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    """Bytes by the names that Linux has for them: MemTotal, MemAvailable and SwapTotal."""
+    try:
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return _meminfo_elsewhere()
     return {fields[0].rstrip(":"): int(fields[1]) * 1024 for fields in lines}
+
+
+def _meminfo_elsewhere() -> dict[str, int]:
+    """The same on Windows; on other systems all counts as available, and none as swap."""
+    windows = getattr(ctypes, "windll", None)
+    if windows is not None:
+        return windows_memory(windows.kernel32)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {"MemTotal": total, "MemAvailable": total, "SwapTotal": 0}

@@ -31,7 +31,7 @@ def check_temporary_folder(*, runs_code: bool = False, compiles: bool = False) -
     that processes of this user left there more than a day ago are removed.
     """
     variable = next((name for name in _NAMES if os.environ.get(name)), None)
-    folder = Path(os.environ[variable] if variable else "/tmp")
+    folder = Path(os.environ[variable] if variable else "/tmp")  # Windows sets TEMP
     runs_code = runs_code or compiles
     cure = f"set TMPDIR to a folder {'that may run programs, ' if runs_code else ''}with room"
     needed = _NEEDED_BY_LIBTORCH if runs_code else _NEEDED
@@ -64,13 +64,20 @@ def _obstacle(folder: Path, runs_code: bool, needed: int) -> str:
 def _obstacle_of(folder: Path, runs_code: bool, needed: int) -> str:
     if not folder.is_dir():
         return "which is a file" if folder.exists() else "which does not exist"
-    status = os.statvfs(folder)
-    if runs_code and status.f_flag & os.ST_NOEXEC:
+    free, is_noexec = _free_and_noexec(folder)
+    if runs_code and is_noexec:
         return "which is mounted noexec: compiled code cannot run there"
-    free = status.f_bavail * status.f_frsize
     if free < needed:
         return f"which is full: {needed >> 20} MB are needed, {free / (1 << 20):.1f} MB are free"
     return _write_obstacle(folder / f"{PREFIX}{secrets.token_hex(8)}")
+
+
+def _free_and_noexec(folder: Path) -> tuple[int, bool]:
+    """The bytes that are free in a folder, and whether it forbids programs."""
+    if not hasattr(os, "statvfs"):  # Windows
+        return shutil.disk_usage(folder).free, False
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize, bool(status.f_flag & os.ST_NOEXEC)
 
 
 def _write_obstacle(path: Path) -> str:
@@ -91,10 +98,15 @@ def _remove_abandoned(folder: Path) -> None:
         for entry in os.scandir(folder):
             with suppress(OSError):
                 status = entry.stat(follow_symlinks=False)
-                is_ours = entry.name.startswith(PREFIX) and status.st_uid == os.getuid()
+                is_ours = entry.name.startswith(PREFIX) and _is_own(status)
                 is_ours = is_ours and stat.S_ISDIR(status.st_mode)
                 if is_ours and (Path(entry.path) / _MARK).is_file() and _is_old(entry.path):
                     shutil.rmtree(entry.path)
+
+
+def _is_own(status: os.stat_result) -> bool:
+    """Whether a folder is this user's; Windows gives each user a folder for temporary files."""
+    return not hasattr(os, "getuid") or status.st_uid == os.getuid()
 
 
 def _is_old(folder: str) -> bool:

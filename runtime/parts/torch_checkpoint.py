@@ -41,7 +41,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"cannot read {printable(path)}: {error.strerror}: pass a checkpoint that has it"
         ) from error
     try:
-        state = _load(descriptor)
+        state = _load(descriptor, path)
     except UnpicklingError as error:
         raise BundleError(
             f"{printable(path)} is damaged or holds more than tensors, which could run code, and "
@@ -61,7 +61,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _load(descriptor: int) -> Any:
+def _load(descriptor: int, path: Path) -> Any:
     """What torch.save wrote into an open file, mapped where its format allows; closes the file."""
     with open(descriptor, "rb") as file:
         mappable = file.read(len(_ZIP)) == _ZIP
@@ -71,8 +71,9 @@ def _load(descriptor: int) -> Any:
             # torch.save packs nothing: a small file could not be unpacked in bounded memory.
             if any(record.compress_type != ZIP_STORED for record in records):
                 raise ValueError("packed records")
-        # By the descriptor: another file may have the name meanwhile.
-        name = f"/proc/self/fd/{descriptor}"
+        # By the descriptor, where it has a name: another file may have the path meanwhile.
+        own = Path(f"/proc/self/fd/{descriptor}")
+        name = own if own.exists() else path
         return torch.load(name, map_location="cpu", weights_only=True, mmap=mappable)
 
 
