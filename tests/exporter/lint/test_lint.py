@@ -95,6 +95,7 @@ def test_our_graphs_are_clean(preset: str, dtype: torch.dtype) -> None:
     assert fewer.kind == "unfused_attention"
     calls = [node for node in program.graph.nodes if "wanexport" in str(node.target)]
     assert len(calls) == expected == attention_operators(program)
+    assert expected == config.num_layers * (3 if config.image_tokens else 2)
     assert not [node for node in program.graph.nodes if "scaled_dot_product" in str(node.target)]
 
 
