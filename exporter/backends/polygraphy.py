@@ -1,4 +1,4 @@
-"""How NVIDIA's polygraphy runs the engines of each backend that it can."""
+"""How polygraphy runs the engines of each backend that it knows."""
 
 import shlex
 from collections.abc import Callable
