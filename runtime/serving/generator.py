@@ -91,7 +91,8 @@ class Generator:
         """
         if name is None and not self._holds_others:
             return
-        self._holds_others = True  # even where the change fails: what it holds then is not known
+        # Even where the change fails: what it holds then is known only where it cannot change.
+        self._holds_others = bool(self._own_weights)
         with _computing(self.gpu):
             self.denoiser.use(self._own_weights if name is None else name)
         self._holds_others = name is not None
