@@ -79,22 +79,7 @@ def to_onnx(
     `decomposed`, products and a softmax. With wide_bias what follows a bf16 or fp16 product is
     fp32: ONNX Runtime on CUDA rounds before it adds a bias, and GELU at each of its steps.
     """
-    linear, gelu = (wide_linear, wide_gelu) if wide_bias else (plain_linear, None)
-    with quiet("torch.onnx"):
-        translated = torch.onnx.export(
-            exported,
-            dynamo=True,
-            opset_version=OPSET,
-            optimize=False,  # with weights that hold no memory the exporter's own optimizer fails
-            verbose=False,
-            custom_translation_table={
-                torch.ops.aten.linear.default: linear,
-                torch.ops.wanexport.attention.kind: _ATTENTION[attention],
-                **({torch.ops.aten.gelu.default: gelu} if gelu else {}),
-            },
-        )
-    assert translated is not None
-    model = translated.model
+    model = _translate(exported, attention, wide_bias)
     num_inputs = _name_ends(model.graph, program)
     # As inputs the parameters keep their names and are out of the constant folder's reach.
     names = exported.graph_signature.parameters
@@ -110,16 +95,42 @@ def to_onnx(
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     if attention == "mha":  # after the checker, which knows only ONNX's own operators
         use_multi_head_attention(model)
-    if as_inputs:
-        return model
-    del model.graph.inputs[num_inputs:]
+    if not as_inputs:
+        del model.graph.inputs[num_inputs:]
+        _store(model.graph, parameters, weights)
+    return model
+
+
+def _translate(exported: ExportedProgram, attention: str, wide_bias: bool) -> ir.Model:
+    """The program in ONNX's operators, as PyTorch's exporter has it."""
+    linear, gelu = (wide_linear, wide_gelu) if wide_bias else (plain_linear, None)
+    with quiet("torch.onnx"):
+        translated = torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,  # with weights that hold no memory the exporter's own optimizer fails
+            verbose=False,
+            custom_translation_table={
+                torch.ops.aten.linear.default: linear,
+                torch.ops.wanexport.attention.kind: _ATTENTION[attention],
+                **({torch.ops.aten.gelu.default: gelu} if gelu else {}),
+            },
+        )
+    assert translated is not None
+    return translated.model
+
+
+def _store(
+    graph: ir.Graph, parameters: Mapping[str, ir.Value], weights: Mapping[str, TensorEntry]
+) -> None:
+    """Make the parameters initializers that lie in the weights file."""
     for name, value in parameters.items():
         stored = _ir_dtype(weights[name])
         if value.dtype != stored:
-            value = _cast_at_first_use(model.graph, value, stored)
+            value = _cast_at_first_use(graph, value, stored)
         _read_from_weights_file(value, name, weights[name])
-        model.graph.initializers.add(value)
-    return model
+        graph.initializers.add(value)
 
 
 def _name_ends(graph: ir.Graph, program: Program) -> int:
