@@ -119,3 +119,12 @@ def test_the_working_tree_is_read_whole() -> None:
     assert len(found.lengths) > 1000
     assert "exporter/reference/diffusers.py" in {place.file for place in found.lists}
     assert len(row(found)) == 8
+
+
+def test_the_working_tree_keeps_its_contracts() -> None:
+    """No code but the backends' own decides by a backend's name; inputs come from Programs."""
+    found = contracts_of(None)
+    assert not found.branches, "\n".join(map(str, found.branches))
+    assert found.files_with_lists <= 1, "\n".join(map(str, found.lists))
+    assert len(found.long_functions) <= 6, "\n".join(map(str, found.long_functions))
+    assert found.median <= 8 and found.ninth_decile <= 24

@@ -5,6 +5,7 @@ The engine is ONNX Runtime's on a CPU; its graph is small, its weights are a bun
 
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import md5
@@ -230,7 +231,8 @@ def test_after_close_neither_calls_nor_swaps_are_served(bundle: Path) -> None:
     denoiser.close()
     denoiser.close()
     given = {name: value for name, value in inputs().items() if name != "text"}
-    for call in (lambda: denoiser(**inputs()), lambda: session(**given)):
+    calls: list[Callable[[], Any]] = [lambda: denoiser(**inputs()), lambda: session(**given)]
+    for call in calls:
         with pytest.raises(EngineFailure, match="was closed: load it again"):
             call()
     with pytest.raises(EngineFailure, match="was closed"):

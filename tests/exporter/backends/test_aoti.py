@@ -1,12 +1,17 @@
 """AOTInductor engines on the CPU: parity, no compiler at run time, refusals, shared weights."""
 
+import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,11 +37,12 @@ from wanexport.exporter.backends.aoti import compile as to_aoti
 from wanexport.exporter.backends.aoti import prove as prove_module
 from wanexport.exporter.backends.aoti.compile import RegionJob, compile_region, compile_regions
 from wanexport.exporter.backends.backend import Request
-from wanexport.exporter.build import build
-from wanexport.exporter.bundle.writer import file_record, write_manifest
+from wanexport.exporter.build import add_weights, build
+from wanexport.exporter.bundle.writer import file_record, open_bundle, write_manifest
 from wanexport.exporter.cli.main import cli
 from wanexport.exporter.inspection import inspect
 from wanexport.exporter.lint.onnx import lint
+from wanexport.exporter.model_source import resolve
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.config import PRESETS
@@ -47,7 +53,7 @@ from wanexport.runtime.bundle.path import WEIGHTS_FILE
 from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.engines.aoti import AotiEngine
 from wanexport.runtime.engines.engine import Memory
-from wanexport.runtime.errors import WanExportWarning
+from wanexport.runtime.errors import BundleError, EngineFailure, WanExportWarning
 from wanexport.runtime.family import family_of
 from wanexport.runtime.program import Input, Program
 from wanexport.runtime.wan_config import EXPERTS
@@ -518,3 +524,75 @@ def test_calls_that_have_not_the_models_attentions_are_no_engine() -> None:
     to_aoti._check_attentions(program, found)
     with pytest.raises(RuntimeError, match="4 attention operators, the model has 6"):
         to_aoti._check_attentions(program, {**found, "block": {"attentions": 2}})
+
+
+def with_style(bundle: Path, folder: Path) -> Path:
+    """The bundle with a second weights set, of another checkpoint."""
+    config = small_config(PRESET)
+    model = write_official(folder / "style", official_state(diffusers_model(config, 1)), config)
+    source = resolve(str(model), None)
+    with open_bundle(bundle, read_manifest(bundle)) as writer:
+        add_weights(writer, source, "", "fp32", lambda *_: None, name="style")
+        writer.commit()
+    return bundle
+
+
+def test_sets_are_swapped_between_forwards_and_never_within_one(copy: Path, tmp_path: Path) -> None:
+    """Two threads call while two others swap; what is computed is one set's own, to the bit."""
+    bundle, inputs = with_style(copy, tmp_path), inputs_of(PRESET, 950.0)
+    own = {name: digest(load(bundle, weights=name)(**inputs)) for name in ("base", "style")}
+    for name, seed in (("base", 0), ("style", 1)):
+        theirs = diffusers_velocity(
+            diffusers_model(small_config(PRESET), seed), small_config(PRESET), inputs
+        )
+        assert relative_l2(load(bundle, weights=name)(**inputs), theirs) <= 1e-5
+    denoiser, done = load(bundle), threading.Event()
+
+    def swap(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(25):
+            denoiser.use(rng.choice(list(own)))
+            time.sleep(rng.random() * 0.05)
+
+    def call() -> list[str]:
+        seen = [digest(denoiser(**inputs))]
+        while not done.is_set():
+            seen.append(digest(denoiser(**inputs)))
+        return seen
+
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(call) for _ in range(2)]
+        swaps = [pool.submit(swap, seed) for seed in (0, 1)]
+        try:
+            for future in swaps:
+                future.result()
+        finally:
+            done.set()
+        seen = {one for future in calls for one in future.result()}
+    assert seen == set(own.values()) and len(own) == 2
+    for name in ("style", "base"):
+        denoiser.use(name)
+        assert digest(denoiser(**inputs)) == own[name]
+
+
+def test_a_swap_opens_no_package_and_a_failed_one_changes_nothing(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, inputs = with_style(copy, tmp_path), inputs_of(PRESET, 950.0)
+    denoiser = load(bundle)
+    own = digest(denoiser(**inputs))
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", None)
+    denoiser.use("style")
+    assert digest(denoiser(**inputs)) != own
+    denoiser.use("base")
+    (bundle / read_manifest(bundle).weights["style-fp32"].file.path).unlink()
+    with pytest.raises(BundleError, match="is missing from the bundle"):
+        denoiser.use("style")
+    assert denoiser.weights == "base" and digest(denoiser(**inputs)) == own
+    denoiser.close()
+    with pytest.raises(EngineFailure, match="was closed: load it again"):
+        denoiser(**inputs)
+
+
+def digest(velocity: np.ndarray) -> str:
+    return hashlib.md5(velocity.tobytes()).hexdigest()

@@ -92,7 +92,7 @@ def test_fields_at_all_depths_at_once_outlive_a_write(bundle: Path) -> None:
     assert reasons(bundle) == [] and survives(bundle)
 
 
-Change = Callable[[dict[str, Any]], Any]  # of one engine's record
+Change = Callable[[dict[str, Any]], None]  # of one engine's record
 
 
 def sets(*path: Any) -> Change:
@@ -113,6 +113,17 @@ def lacks(*names: str) -> Change:
     def change(record: dict[str, Any]) -> None:
         for name in names:
             record[f"{name}_v3"] = record.pop(name)
+
+    return change
+
+
+def without(name: str, **stated: Any) -> Change:
+    """A record that lacks a field, or with no name all of them, and states others."""
+
+    def change(record: dict[str, Any]) -> None:
+        for own in list(record) if not name else [name]:
+            del record[own]
+        record.update(stated)
 
     return change
 
@@ -152,12 +163,12 @@ UNKNOWN: dict[str, tuple[int, Change, str]] = {  # of which engine, what, and wh
     "steps": (1, sets("sampling", "steps", "few"), "its record.sampling.steps is 'few'"),
     "fields of another kind": (
         0,
-        lambda record: (record.update(dtype="fp8"), record.pop("sampling")),
+        without("sampling", dtype="fp8"),
         "has dtype fp8, which",
     ),
     "nothing that is known": (
         1,
-        lambda record: (record.clear(), record.update(role="text", format=3)),
+        without("", role="text", format=3),
         "engine ?-? has role text, which",
     ),
 }

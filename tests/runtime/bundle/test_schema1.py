@@ -57,9 +57,8 @@ def test_each_family_is_known_by_its_channels_and_experts(
     found = read_engine(tmp_path, family, record)
     bundle = read_manifest(tmp_path)
     inputs, outputs, tokens, has_experts, *_ = FAMILIES[family]
-    config = WanConfig(
-        family=family, in_channels=inputs, out_channels=outputs, image_tokens=tokens, **SIZES
-    )  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {**SIZES, "in_channels": inputs, "out_channels": outputs}
+    config = WanConfig(family=family, image_tokens=tokens, **sizes)
     assert bundle.config == config and found.family == family
     assert bundle.experts == tuple(EXPERTS if has_experts else ())
     geometry = Geometry(**record["geometry"])

@@ -250,7 +250,7 @@ def test_swaps_from_two_threads_during_forwards_leave_every_forward_one_set(
     """Every layer reads its weights late, so that a swap within a forward would be seen."""
     plain = replace(PROGRAM, state={}, calls=tuple(replace(c, state=()) for c in PROGRAM.calls))
     slow = {name: slowly(f) for name, f in FUNCTIONS.items()}
-    slow["block"] = slowly(lambda *given: block(*given, torch.zeros(4)))
+    slow["block"] = slowly(lambda *given: FUNCTIONS["block"](*given, torch.zeros(4)))
     denoiser, done = denoiser_of(files, FakeRegions(plain, **slow)), threading.Event()
     own = []
     for name in ("0", "1"):

@@ -16,7 +16,7 @@ from wanexport.exporter.build import build
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Geometry
 from wanexport.runtime.bundle.signature import program_of
-from wanexport.runtime.engines.kernels import ATTENTION_KINDS, check_kernel, kernel_obstacle
+from wanexport.runtime.engines.kernels import check_kernel, kernel_obstacle
 from wanexport.runtime.engines.operators import (
     attention,
     attention_kernels,
@@ -25,7 +25,7 @@ from wanexport.runtime.engines.operators import (
     sdpa,
 )
 from wanexport.runtime.errors import BadRequest, BundleError, EngineFailure, WanExportWarning
-from wanexport.runtime.program import Attention
+from wanexport.runtime.program import ATTENTION_KINDS, Attention
 
 
 def qkv(keys: int) -> tuple[Tensor, Tensor, Tensor]:
