@@ -42,9 +42,10 @@ def adams_bashforth(
 
     Each step integrates the line through the last two velocities; the first has only one.
     """
+    session = denoiser.session(text=text)  # what stays the same is checked and moved once
     last_velocity, last_change = None, 1.0
     for sigma, next_sigma in pairwise(sigmas):
-        velocity = denoiser(latent=latent, timestep=sigma * NUM_TRAIN_TIMESTEPS, text=text)
+        velocity = session(latent=latent, timestep=sigma * NUM_TRAIN_TIMESTEPS)
         change = next_sigma - sigma
         slope = 0.0 if last_velocity is None else (velocity - last_velocity) / last_change
         latent = latent + change * (velocity + change / 2 * slope)
