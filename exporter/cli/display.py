@@ -67,9 +67,7 @@ def _show_steps(result: dict[str, Any]) -> None:
     title += f" against {result['reference']}"
     title += f" with the tensors of {result['model']}" if result["model"] else ""
     table = new_table(title)
-    names = (
-        "error", "floor", "recorded", "rounding", "gate", "eager", "max", "p99", "solver", "drift",
-    )  # fmt: skip
+    names = ("error", "floor", "recorded", "rounding", "gate", "eager", "max", "p99", "drift")
     shown = [name for name in names if any(row[name] is not None for row in result["steps"])]
     for name in ("step", *shown, "1 - cosine", "NaN", "Inf", "passed"):
         table.add_column(name, justify="right", no_wrap=True)
