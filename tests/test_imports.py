@@ -1,6 +1,7 @@
 """Imports go one way, between packages and rooms; the runtime needs neither PyTorch nor time."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,10 @@ sys.meta_path.insert(0, Refuse())
 """
 BLOCKED = {"torch", "onnx", "onnx_ir", "onnxscript", "diffusers", "transformers", "safetensors"}
 BLOCKED |= {"av", "PIL", "ftfy", "tokenizers"}
+STARTING = (
+    r"(torch\.)?(subprocess|multiprocessing)\b|concurrent\.futures\.Process|pty\b"
+    r"|os\.(fork|spawn|exec|system|popen|posix_spawn)|asyncio\.(create_)?subprocess"
+)
 
 
 def imported_packages(file: Path) -> set[str]:
@@ -40,6 +45,46 @@ def imported_packages(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return {name.split(".")[1] for name in names if name.startswith("wanexport.")}
+
+
+def starts_a_process(source: str) -> list[str]:
+    """What in a source starts a process, or imports what does."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names.append(ast.unparse(node))
+    return [name for name in names if re.match(STARTING, name)]
+
+
+def test_every_process_is_started_in_one_room() -> None:
+    room_of_processes = ROOT / "exporter" / "child"
+    files = [file for package in FORBIDDEN for file in (ROOT / package).rglob("*.py")]
+    found = {file: starts_a_process(file.read_text()) for file in files}
+    assert {file.parent for file, names in found.items() if names} == {room_of_processes}
+
+
+@pytest.mark.parametrize(
+    ("source", "is_seen"),
+    [
+        ("import subprocess", True),
+        ("from subprocess import Popen", True),
+        ("import multiprocessing.pool", True),
+        ("from concurrent.futures import ProcessPoolExecutor", True),
+        ("from concurrent.futures import ThreadPoolExecutor", False),
+        ("import os\nos.spawnv(0, 'a', [])", True),
+        ("from os import fork", True),
+        ("import os\nos.posix_spawn('a', [], {})", True),
+        ("from torch import multiprocessing", True),
+        ("import os\nos.path.exists('a')", False),
+        ("'subprocess'", False),
+    ],
+)
+def test_what_starts_a_process_is_seen(source: str, is_seen: bool) -> None:
+    assert bool(starts_a_process(source)) is is_seen
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)

@@ -16,13 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wanexport.exporter.bench.arms import ARMS, Job
-from wanexport.exporter.bench.opening import (
-    compile_block,
-    import_libraries,
-    open_arm,
-    read_inputs,
-)
+from wanexport.exporter.bench.arms import Arm, Job
+from wanexport.exporter.bench.opening import import_libraries, open_arm, read_inputs
 from wanexport.exporter.child.child import main
 from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.bundle.tensorfile import save_arrays
@@ -31,7 +26,6 @@ from wanexport.runtime.engines.table import ENGINES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.machine.memory import peak_gpu_bytes, peak_rss
 
-PEAK = "peak"  # the job that measures the machine instead of an arm
 WARM_UP_SECONDS = 1.0  # of calls, until clocks and threads have settled
 _PRODUCTS = {  # device -> m, k, n of the matrix products whose best rate is the peak
     "cuda": ((8192, 8192, 8192), (4096, 5120, 13824), (32768, 5120, 13824)),
@@ -54,11 +48,10 @@ class Span(NamedTuple):
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Do the job: measure the machine, compile a package, or measure an arm."""
-    stated = Job(**job)
-    if stated.arm == PEAK:
-        return measure_machine(stated.device, stated.dtype)
-    return compile_block(stated) if stated.compile_only else measure_arm(stated)
+    """Do the job: measure an arm, or without one the machine."""
+    arm = job["arm"]
+    stated = Job(**{**job, "arm": arm and Arm(**arm)})
+    return measure_arm(stated) if arm else measure_machine(stated.device, stated.dtype)
 
 
 def measure_arm(job: Job) -> dict[str, Any]:
@@ -102,7 +95,7 @@ def peak_bytes(job: Job, before: int) -> int:
     """
     if not job.on_gpu:
         return peak_rss()
-    backend = ARMS[job.arm].backend
+    backend = job.measured.backend
     if backend is not None and ENGINES[backend].own_memory:
         return _device_bytes() - before
     return peak_gpu_bytes()

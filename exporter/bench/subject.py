@@ -1,19 +1,19 @@
 """What `bench` measures: one engine of one expert, with all said that the options leave open."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from wanexport.exporter.bench.arms import Job
+from wanexport.exporter.bench.arms import ARMS, Arm, Job, options_of, options_taken
 from wanexport.exporter.bench.expert import with_measured_expert
-from wanexport.exporter.bench.process import PEAK
 from wanexport.runtime.bundle.check import check_size
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
 from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.engines.choose import choose_engine
 from wanexport.runtime.engines.engine import EngineOptions
-from wanexport.runtime.engines.table import ENGINES
-from wanexport.runtime.load import check_options, find_weights
+from wanexport.runtime.errors import BadRequest, WanExportError
+from wanexport.runtime.load import find_weights
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
 
 _TIMESTEP = 812.0
@@ -34,16 +34,15 @@ class Subject:
     timestep: float
 
 
-def choose_subject(bundle: Path, asked: EngineOptions) -> Subject:
-    """The engine that is measured, with all said that the options leave open."""
+def choose_subject(bundle: Path, asked: EngineOptions, arms: Sequence[Arm]) -> Subject:
+    """The engine of the first arm that has one, by default the best one, with all said of it."""
     whole = read_manifest(bundle)
     manifest = with_measured_expert(whole)
-    choice = choose_engine(bundle, manifest, asked)
+    engines = [options_of(arm, asked) for arm in arms if arm.backend is not None]
+    choice = choose_engine(bundle, manifest, engines[0] if engines else asked)
     record, geometry = choice.record, choice.record.geometry
-    check_options(record, asked, ENGINES[record.backend].backend().OPTIONS)
     options = replace(
         asked,
-        backend=None,  # each arm's own
         device=choice.device,
         dtype=record.dtype,
         resolution=f"{geometry.height}x{geometry.width}",
@@ -75,17 +74,53 @@ def _timestep(boundary: float | None) -> float:
     return max(_HIGH_NOISE_TIMESTEP, boundary * NUM_TRAIN_TIMESTEPS)
 
 
+def engine_of(arm: Arm, subject: Subject) -> EngineRecord | None:
+    """The engine that an arm runs, None of a peer. Raises WanExportError when there is none."""
+    if arm.backend is None:
+        return None
+    options = options_of(arm, subject.options)
+    return choose_engine(subject.bundle, subject.manifest, options).record
+
+
+def arms_that_apply(subject: Subject) -> list[Arm]:
+    """The arms that can run; on a CPU, where compiling takes minutes, without those that do."""
+    arms = (arm for arm in ARMS.values() if arm.compiles is None or subject.options.device != "cpu")
+    return [arm for arm in arms if not _obstacle(arm, subject)]
+
+
+def check_arms(arms: Sequence[Arm], subject: Subject) -> None:
+    """Raise BadRequest for an arm that cannot run here, and for an option that no arm takes."""
+    for arm in arms:
+        if reason := _obstacle(arm, subject):
+            raise BadRequest(f"arm {arm.name} cannot run here: {reason}")
+    if unused := subject.options.given().keys() - frozenset().union(*map(options_taken, arms)):
+        names, words = ", ".join(arm.name for arm in arms), " and ".join(sorted(unused))
+        raise BadRequest(f"no arm of {names} takes {words.replace('_', ' ')}: leave it out")
+
+
+def _obstacle(arm: Arm, subject: Subject) -> str:
+    """Why an arm cannot run here; empty when it can."""
+    try:
+        engine_of(arm, subject)
+        if arm.peer is not None:
+            from wanexport.exporter.compare.peers import check_implementation
+
+            check_implementation(arm.peer)
+    except WanExportError as error:
+        return str(error)
+    return ""
+
+
 def first_job(subject: Subject, folder: Path, rounds: int, profile: bool) -> Job:
     """What every process is told but for its arm: here it is to measure the machine."""
     return Job(
-        arm=PEAK,
+        arm=None,
         bundle=str(subject.bundle),
         options=asdict(subject.options),
         geometry=asdict(subject.record.geometry),
         weights=str(subject.weights.path),
         inputs=str(folder / "inputs.safetensors"),
         velocity=str(folder / "velocity.safetensors"),
-        package=str(folder / "block.pt2"),
         rounds=rounds,
         profile=profile,
         spawned=0.0,

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from wanexport.exporter.bench.arms import ARMS, LEAST_ROUNDS
 from wanexport.exporter.child.process import missing_name
 from wanexport.exporter.cli.display import (
     show_bench,
@@ -28,10 +29,10 @@ from wanexport.exporter.cli.options import (
     COUNT,
     DEVICE,
     DTYPES,
-    POSITIVE,
     SEED,
     CheckedGroup,
     as_json,
+    bench_options,
     engine_options,
     parse_names,
     parsed,
@@ -189,18 +190,17 @@ def compare(bundle: Path, as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--against", metavar="ARMS", callback=parsed(parse_names),
-    help="What to measure, with commas between, as wanexport,diffusers,compile. Default: all that "
-    "apply on a GPU, on a CPU those that compile nothing.",
+    "--arms", metavar="NAME,...", callback=parsed(parse_names),
+    help=f"What is measured, of {', '.join(ARMS)}. Default: all that apply, on a CPU without "
+    "compile.",
 )  # fmt: skip
-@click.option("--rounds", type=COUNT, default=5, show_default=True, help="Forwards timed of each.")
 @click.option(
-    "--budget", type=POSITIVE, default=540.0, show_default=True,
-    help="Seconds for the whole command; what does not fit is skipped.",
+    "--rounds", type=click.IntRange(min=LEAST_ROUNDS), default=LEAST_ROUNDS, show_default=True,
+    help="How many forwards of each arm are timed.",
 )  # fmt: skip
 @click.option("--profile", is_flag=True, help="Count host waits, and the GPU's busy share.")
 @click.option("--report", type=click.Path(path_type=Path), help="Default: BUNDLE/reports.")
-@engine_options
+@bench_options
 @as_json
 def bench(bundle: Path, as_json: bool, **options: Any) -> None:
     """Measure an engine and others on the same inputs and weights; exit code 1 when one failed.

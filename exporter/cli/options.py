@@ -20,7 +20,6 @@ from wanexport.runtime.solvers import SOLVERS
 
 DTYPES = PRECISIONS
 SEED, COUNT = click.IntRange(min=0), click.IntRange(min=1)
-POSITIVE = click.FloatRange(min=0, min_open=True)
 _SIZES = (2**20, 2**50)  # of a --workspace: a plain 8 is not meant, nor is a petabyte
 _MAY_BE_EMPTY = ("negative",)  # an empty prompt is one
 _FILE = click.Path(path_type=Path)
@@ -208,8 +207,7 @@ sampling_options = _adding(
         help="A distilled model's timesteps, as 1000,750,500,250.",
     ),
 )  # fmt: skip
-engine_options = _adding(  # the fields of EngineOptions
-    click.option("--backend", type=click.Choice(BACKENDS), help="Engine backend."),
+_MEASURED = (  # the fields of EngineOptions that say something of one expert of any backend
     click.option("--resolution", help="Height x width of the engine, as 480x832."),
     click.option("--frames", type=int, help="Pixel frames of the engine."),
     click.option("--dtype", type=click.Choice(DTYPES), help="Engine precision."),
@@ -221,7 +219,6 @@ engine_options = _adding(  # the fields of EngineOptions
     click.option(
         "--attention", type=click.Choice(KERNELS), help="Self-attention in an aoti engine."
     ),
-    click.option("--offload", is_flag=True, help="Keep one of two experts on the GPU, swap them."),
     click.option(
         "--cuda-graph/--no-cuda-graph", default=None,
         help="Replay a captured graph. Default: where launching takes as long as running.",
@@ -235,6 +232,12 @@ engine_options = _adding(  # the fields of EngineOptions
         callback=parsed(parse_pairs), help="An option of that provider; may be repeated.",
     ),
 )  # fmt: skip
+bench_options = _adding(*_MEASURED)
+engine_options = _adding(  # the fields of EngineOptions
+    click.option("--backend", type=click.Choice(BACKENDS), help="Engine backend."),
+    *_MEASURED,
+    click.option("--offload", is_flag=True, help="Keep one of two experts on the GPU, swap them."),
+)
 tensorrt_options = _adding(  # the fields of TensorRtOptions
     click.option(
         "--target", "targets", metavar="SM,...", callback=parsed(parse_names),

@@ -2,8 +2,8 @@
 
 The reference is the graph in eager fp32 with the bundle's weights, or diffusers' model, or recorded
 velocities; the floor is the graph in the engine's own precision. Each step is teacher-forced:
-engine and floor are given what the reference was given. Beside it stand the free-running drift,
-where the engine follows its own latents, and the solver against its fp64 oracle.
+engine and floor are given what the reference was given. Beside it stands the free-running drift,
+where the engine follows its own latents.
 """
 
 import statistics

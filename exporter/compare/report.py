@@ -64,7 +64,7 @@ def _save(folder: Path, outcome: Outcome) -> None:
 def _note_parity(bundle: Path, engine: EngineRecord, result: Mapping[str, Any]) -> None:
     """Keep the worst step in the manifest, unless the engine was rebuilt meanwhile."""
     worst = max(result["steps"], key=_badness)
-    names = ("error", "floor", "gate", "solver", "drift", "passed")
+    names = ("error", "floor", "gate", "drift", "passed")
     parity = {name: worst[name] for name in names}
     parity |= {name: result[name] for name in ("reference", "model", "weights", "inputs")}
     with bundle_lock(bundle, waits=True):

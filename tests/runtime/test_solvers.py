@@ -5,13 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from wanexport.exporter.compare.solver_oracle import exact_latents, shifted_grid
+from tests.oracles.solver_oracle import exact_latents, shifted_grid
+from wanexport.runtime import solvers
 from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.family import SamplingDefaults
 from wanexport.runtime.sample import sample
-from wanexport.runtime.solvers import make_schedule
+from wanexport.runtime.solvers import UniPC, make_schedule
 
-STEPS = (4, 8, 40, 50)
-SHIFTS = (3.0, 5.0, 12.0)
+STEPS = (1, 2, 3, 4, 8, 40, 50)
+SHIFTS = (1.0, 3.0, 5.0, 12.0)
 
 
 def velocity(x: np.ndarray, sigma: float) -> np.ndarray:
@@ -19,28 +21,89 @@ def velocity(x: np.ndarray, sigma: float) -> np.ndarray:
     return np.tanh(1.3 * x + sigma) - 0.4 * x
 
 
-def run(solver: str, noise: np.ndarray, steps: int, shift: float) -> np.ndarray:
+def latents(solver: str, noise: np.ndarray, steps: int, shift: float) -> list[np.ndarray]:
+    """The latent after every step of our loop in that field."""
     sigmas = iter(make_schedule(solver, steps=steps, shift=shift).sigmas)
 
     def denoiser(latent: np.ndarray, **_: object) -> np.ndarray:
         return velocity(latent, next(sigmas)).astype(np.float32)
 
     settings = {"solver": solver, "steps": steps, "shift": shift, "guidance": 1.0}
-    return list(sample(denoiser, noise=noise, text=None, **settings))[-1].latent  # type: ignore[arg-type]
+    return [step.latent for step in sample(denoiser, noise=noise, text=None, **settings)]  # type: ignore[arg-type]
+
+
+def largest_error(ours: list[np.ndarray], exact: list[np.ndarray]) -> float:
+    """Of the relative L2 errors after each step."""
+    errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, exact, strict=True)]
+    return float(max(errors))
+
+
+def error_in_field(solver: str, steps: int, shift: float, noise: np.ndarray) -> float:
+    ours = latents(solver, noise, steps, shift)
+    assert {latent.dtype for latent in ours} == {np.dtype(np.float32)}
+    sigmas = shifted_grid(solver, steps, shift)
+    exact = exact_latents(solver, noise, sigmas, lambda x, i: velocity(x, sigmas[i]))
+    return largest_error(ours, exact)
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
-def test_solver_follows_its_closed_form(
+def test_every_step_follows_its_closed_form(
     solver: str, steps: int, shift: float, rng: np.random.Generator
 ) -> None:
     noise = rng.standard_normal((1, 16, 3, 8, 8)).astype(np.float32)
-    ours = run(solver, noise, steps, shift)
+    assert error_in_field(solver, steps, shift, noise) <= 2e-6
+
+
+class Guided:
+    """A denoiser of two experts with a text and a negative one; it keeps its velocities."""
+
+    def __init__(self, solver: str, steps: int, shift: float) -> None:
+        self.sampling = SamplingDefaults(steps, shift, (3.0, 4.0), 0.875, 16, solver)
+        self.velocities: list[np.ndarray] = []
+
+    def __call__(self, latent: np.ndarray, timestep: object, text: np.ndarray) -> np.ndarray:
+        level = float(np.max(np.asarray(timestep, np.float64))) / 1000
+        self.velocities.append(velocity(latent + text.sum(), level).astype(np.float32))
+        return self.velocities[-1]
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
+@pytest.mark.parametrize("holds", [False, True], ids=["free", "first frame held"])
+def test_a_guided_loop_follows_the_closed_form_on_its_own_velocities(
+    solver: str, steps: int, shift: float, holds: bool, rng: np.random.Generator
+) -> None:
+    noise = rng.standard_normal((1, 16, 3, 8, 8)).astype(np.float32)
+    first = rng.standard_normal((1, 16, 1, 8, 8)).astype(np.float32) if holds else None
+    denoiser = Guided(solver, steps, shift)
+    texts = {"text": np.full((1, 1), 0.5, np.float32), "negative": np.full((1, 1), -0.5)}
+    run = list(sample(denoiser, noise=noise, first_frame=first, **texts))
+    pairs = np.array(denoiser.velocities, np.float64).reshape(steps, 2, *noise.shape)
+    scales = [4.0 if step.timestep >= 875 else 3.0 for step in run]
+    guided = [no + scale * (yes - no) for (yes, no), scale in zip(pairs, scales, strict=True)]
+
+    def hold(latent: np.ndarray) -> np.ndarray:
+        return latent if first is None else np.concatenate([first, latent[:, :, 1:]], axis=2)
+
     sigmas = shifted_grid(solver, steps, shift)
-    exact = exact_latents(solver, noise, sigmas, lambda x, i: velocity(x, sigmas[i]))[-1]
-    assert ours.dtype == np.float32
-    assert np.linalg.norm(ours - exact) / np.linalg.norm(exact) <= 2e-6
+    exact = exact_latents(solver, noise, sigmas, lambda _, i: guided[i], hold)
+    assert largest_error([step.latent for step in run], exact) <= 2e-6
+
+
+def test_a_coefficient_that_is_wrong_by_a_hundredth_is_seen(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = rng.standard_normal((1, 16, 3, 8, 8)).astype(np.float32)
+    ratio = UniPC._previous_ratio
+    with monkeypatch.context() as patch:
+        patch.setattr(UniPC, "_previous_ratio", lambda *given: 1.01 * ratio(*given))
+        assert error_in_field("unipc", 4, 5.0, noise) > 2e-5  # ten times what passes
+    with monkeypatch.context() as patch:
+        patch.setattr(solvers, "expm1", lambda x: 1.01 * math.expm1(x))
+        assert error_in_field("dpm++", 4, 5.0, noise) > 2e-5  # ten times what passes
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Faults that `compare` must catch, planted in a bundle, in the graph's code or in a solver.
+"""Faults that `compare` must catch, planted in a bundle or in the graph's code.
 
     python -m tests.tables.faults        prints the table
 
@@ -28,12 +28,10 @@ from tests.oracles.wan_reference import (
 from wanexport.exporter.build import build
 from wanexport.exporter.bundle.writer import file_record, write_manifest
 from wanexport.exporter.compare.compare import compare
-from wanexport.exporter.reference.parity import FP32_GATE
 from wanexport.graphs import wan as graph
 from wanexport.graphs.rope import apply_rope
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.tensorfile import read_array, read_header
-from wanexport.runtime.solvers import UniPC
 
 Result = dict[str, Any]
 Fault = Callable[[Path], Result]  # plants it in a bundle and compares
@@ -124,7 +122,7 @@ def coarser_epsilon(model: onnx.ModelProto) -> None:
                 attribute.f = 1e-3
 
 
-_apply_rope, _Modulation, _previous_ratio = apply_rope, graph.Modulation, UniPC._previous_ratio
+_apply_rope, _Modulation = apply_rope, graph.Modulation
 
 
 def rope_without_rows(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -140,17 +138,8 @@ def swapped_modulation(shift: Tensor, scale: Tensor, gate: Tensor) -> graph.Modu
     return _Modulation(shift=gate, scale=scale, gate=shift)
 
 
-def wrong_ratio(self: UniPC, index: int, h: float) -> float:
-    return 1.01 * _previous_ratio(self, index, h)
-
-
 def unharmed(bundle: Path) -> Result:
     return compare(bundle, dtype="fp32")
-
-
-def wrong_solver(bundle: Path) -> Result:
-    with patch.object(UniPC, "_previous_ratio", wrong_ratio):
-        return compare(bundle, dtype="fp32")
 
 
 def in_graph(change: Callable[[onnx.ModelProto], None], dtype: str = "fp32") -> Fault:
@@ -201,14 +190,12 @@ FAULTS: dict[str, Fault] = {
     "modulation rounded to bf16, fp32 engine": in_graph(modulate_in_bf16),
     "modulation rounded to bf16, fp16 engine": in_graph(modulate_in_bf16, "fp16"),
     "LayerNorm with eps 1e-3, fp32 engine": in_graph(coarser_epsilon),
-    "a coefficient of UniPC wrong by 1 %": wrong_solver,
 }
 
 
 def error_over_gate(result: Result) -> float:
-    """The largest error of a step over its gate, be it the engine's or the solver's."""
-    rows = result["steps"]
-    return max(max(row["error"] / row["gate"], row["solver"] / FP32_GATE) for row in rows)
+    """The largest error of a step over its gate."""
+    return max(row["error"] / row["gate"] for row in result["steps"])
 
 
 def main() -> None:

@@ -6,10 +6,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -20,11 +19,20 @@ from click.testing import CliRunner
 
 from tests.exporter.bundle.other_weights import add_style
 from tests.exporter.child.killed_parents import alive
+from tests.tables import bench_arms
+from wanexport.exporter.bench import bench as bench_module
 from wanexport.exporter.bench import opening as bench_opening
 from wanexport.exporter.bench import process as bench_process
-from wanexport.exporter.bench import subject as bench_subject
-from wanexport.exporter.bench.arms import ARMS, Job, choose_arms, kernel_of, options_of
-from wanexport.exporter.bench.bench import _OverBudget, _Session, bench
+from wanexport.exporter.bench.arms import (
+    ARMS,
+    Arm,
+    Job,
+    find_arms,
+    kernel_shown,
+    options_of,
+    peer_kernel,
+)
+from wanexport.exporter.bench.bench import bench, run_job
 from wanexport.exporter.bench.opening import import_libraries, open_arm, read_inputs
 from wanexport.exporter.bench.process import (
     Span,
@@ -35,6 +43,13 @@ from wanexport.exporter.bench.process import (
     peak_bytes,
 )
 from wanexport.exporter.bench.report import row, save
+from wanexport.exporter.bench.subject import (
+    Subject,
+    arms_that_apply,
+    check_arms,
+    choose_subject,
+    first_job,
+)
 from wanexport.exporter.bundle.writer import file_record, write_manifest
 from wanexport.exporter.cli.main import cli
 from wanexport.exporter.reference.diffusers import DiffusersEngine
@@ -48,8 +63,8 @@ from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.bundle.tensorfile import header_sha256, load_arrays, save_arrays
 from wanexport.runtime.engines.choose import Choice
 from wanexport.runtime.engines.engine import EngineOptions
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.program import WHOLE
+from wanexport.runtime.engines.table import ENGINES
+from wanexport.runtime.errors import EngineFailure, WanExportError
 from wanexport.runtime.wan_config import EXPERTS
 
 FLOPS = 1_237_581_824  # of the tiny preset at 64x96x9, counted by hand below
@@ -59,10 +74,10 @@ FLOPS = 1_237_581_824  # of the tiny preset at 64x96x9, counted by hand below
 def measured(
     tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], Path]:
-    """One real run of four arms at tiny size, and its folder of reports."""
+    """One real run of three arms at tiny size, and its folder of reports."""
     folder = tmp_path_factory.mktemp("bench")
-    arms = ("onnx", "graph", "diffusers", "regional-aoti")
-    return bench(tiny_bundle, dtype="fp32", against=arms, report=folder), folder
+    arms = ("onnx", "graph", "diffusers")
+    return bench(tiny_bundle, dtype="fp32", arms=arms, report=folder), folder
 
 
 def test_arms_get_the_same_inputs_and_weights(
@@ -70,8 +85,8 @@ def test_arms_get_the_same_inputs_and_weights(
 ) -> None:
     result, _ = measured
     lines = {line["arm"]: line for line in result["arms"]}
-    assert list(lines) == ["onnx", "graph", "diffusers", "regional-aoti"]
-    assert (result["failed"], result["skipped"], result["warning"]) == ({}, {}, None)
+    assert list(lines) == ["onnx", "graph", "diffusers"]
+    assert (result["failed"], result["warning"]) == ({}, None)
     assert result["compared_with"] == "graph"
     for line in lines.values():
         assert line["difference"] <= 1e-5
@@ -90,7 +105,7 @@ def test_the_onnx_arm_needs_only_its_provider(
 
     monkeypatch.setattr("wanexport.runtime.engines.onnx.gpu_obstacle", obstacle)
     with pytest.raises(WanExportError, match=r"there is no tensorrt$"):
-        bench(tiny_bundle, provider="tensorrt", against=["onnx"])
+        bench(tiny_bundle, provider="tensorrt", arms=["onnx"])
     opened: list[tuple[Choice, EngineOptions]] = []
 
     def open_engine(bundle: Path, manifest: Any, *given: Any) -> Mock:
@@ -100,10 +115,9 @@ def test_the_onnx_arm_needs_only_its_provider(
     monkeypatch.setattr(bench_opening, "open_engine", open_engine)
     options = {"key": "value"}
     asked = EngineOptions(dtype="bf16", provider="tensorrt-rtx", provider_options=options)
-    subject = bench_subject.choose_subject(tiny_bundle, asked)
-    job = bench_subject.first_job(subject, tmp_path, 5, False)
-    assert choose_arms(subject.manifest, job, ["onnx"], None) == ["onnx"]
-    open_arm(replace(job, arm="onnx"))
+    subject = choose_subject(tiny_bundle, asked, [ARMS["onnx"]])
+    check_arms([ARMS["onnx"]], subject)
+    open_arm(replace(first_job(subject, tmp_path, 5, False), arm=ARMS["onnx"]))
     ((choice, given),) = opened
     assert (given.provider, given.provider_options) == ("tensorrt-rtx", options)
     assert (choice.device, choice.record.dtype) == ("cuda", "bf16")
@@ -133,8 +147,7 @@ def test_figures_follow_from_the_seconds(measured: tuple[dict[str, Any], Path]) 
         assert line["peak_bytes"] > 50e6
     compiled = {line["arm"]: line["compile_seconds"] for line in result["arms"]}
     assert compiled["graph"] is compiled["diffusers"] is None
-    assert compiled["regional-aoti"] > 1  # and none of it in the cold start, which loads a package
-    assert result["arms"][3]["cold_start"]["first_call"] < compiled["regional-aoti"]
+    assert compiled["onnx"] > 0
 
 
 def test_report_plot_and_table(
@@ -144,22 +157,21 @@ def test_report_plot_and_table(
     saved = json.loads((folder / "bench-64x96x9-onnx-fp32.json").read_text())
     assert saved == {name: value for name, value in result.items() if name != "warning"}
     assert (folder / "bench-64x96x9-onnx-fp32.png").read_bytes()[:4] == b"\x89PNG"
-    shown = result | {"failed": {"compile": "no g++"}, "skipped": {"max-autotune": "too late"}}
+    shown = result | {"failed": {"compile": "no g++"}}
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
         "wanexport.exporter.bench.bench.bench",
         lambda bundle, **options: asked.update(options) or shown,
     )
-    output = CliRunner().invoke(cli, ["bench", str(tiny_bundle), "--against", "onnx, graph"])
+    output = CliRunner().invoke(cli, ["bench", str(tiny_bundle), "--arms", "onnx, graph"])
     assert output.exit_code == 1  # since an arm failed
-    assert asked["against"] == ["onnx", "graph"]
-    assert (asked["rounds"], asked["budget"], asked["profile"]) == (5, 540.0, False)
+    assert asked["arms"] == ["onnx", "graph"]
+    assert (asked["rounds"], asked["profile"]) == (5, False)
     for line in result["arms"]:
         (text,) = (t for t in output.stdout.splitlines() if t.strip().startswith(line["arm"] + " "))
         assert f"{1e3 * line['median']:.4g} (" in text
         assert f" {line['percent_of_floor']:.1f} " in text
     assert "failed compile: no g++" in output.stdout
-    assert "skipped max-autotune: too late" in output.stdout
     assert f"{result['peak'] / 1e12:.3g} TFLOP/s in float32 matrix products" in output.stdout
     assert max(map(len, output.stdout.splitlines())) < 140
 
@@ -215,14 +227,13 @@ def job_of(bundle: Path, arm: str, folder: Path, dtype: str = "fp32") -> Job:
     inputs = forward_inputs(manifest.config, geometry, 950.0, 0)
     save_arrays(folder / "inputs.safetensors", inputs)
     return Job(
-        arm=arm,
+        arm=ARMS[arm],
         bundle=str(bundle),
         options={"device": "cpu", "dtype": dtype, "resolution": "64x96", "frames": 9},
         geometry=vars(geometry),
         weights=str(bundle / next(w.file.path for w in weights if w.dtype == dtype)),
         inputs=str(folder / "inputs.safetensors"),
         velocity=str(folder / "velocity.safetensors"),
-        package=str(folder / "block.pt2"),
         rounds=5,
         profile=False,
         spawned=time.time(),
@@ -234,38 +245,31 @@ def placed(job: Job, **options: str) -> Job:
     return replace(job, options=job.options | options)
 
 
-Children = Callable[[dict[str, float]], list[str]]
+Children = Callable[..., list[Job]]
 
 
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> Children:
-    """Replace processes by ones that take so many seconds of a clock of ours; the list says which.
+    """Replace processes by doubles, of which those of the named arms fail; the list has their jobs.
 
-    An arm of negative seconds fails, the machine's peak takes 10 seconds.
+    The floor is 2 seconds, a forward takes 3 and the first one 5.
     """
-    now, ran = [0.0], []
 
-    def install(seconds: dict[str, float]) -> list[str]:
-        def child(session: _Session, **changes: Any) -> dict[str, Any]:
-            job = replace(session.job, **changes)
-            ran.append(job.arm)
-            if job.arm == "peak":
-                now[0] += 10
+    def install(failing: Collection[str] = ()) -> list[Job]:
+        ran: list[Job] = []
+
+        def run(job: Job, folder: Path) -> dict[str, Any]:
+            ran.append(job)
+            if job.arm is None:
                 stated = {"products": {}, "product_dtype": "float32", "machine": "m", "torch": "t"}
-                return {"peak": FLOPS / 2, **stated}  # a floor of 2 seconds
-            if seconds[job.arm] < 0:
+                return {"peak": FLOPS / 2, **stated}
+            if job.arm.name in failing:
                 raise WanExportError("its process died of signal 11")
-            if seconds[job.arm] > session.left:
-                now[0] += session.left
-                raise _OverBudget
-            now[0] += seconds[job.arm]
             save_arrays(Path(job.velocity), {"velocity": np.ones(3, np.float32)})
             cold = {"first_call": 5.0, "first_step": 9.0}
             return {"seconds": [3.0] * 5, "cold_start": cold, "peak_bytes": 1}
 
-        monkeypatch.setattr(_Session, "child", child)
-        clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time)
-        monkeypatch.setattr("wanexport.exporter.bench.bench.time", clock)
+        monkeypatch.setattr(bench_module, "run_job", run)
         return ran
 
     return install
@@ -303,8 +307,8 @@ def test_of_two_experts_the_high_noise_one_is_measured(
     for arm in ("onnx", "graph", "diffusers"):
         velocity = open_arm(job_of(bundle, arm, tmp_path))(inputs)
         assert relative_l2(velocity, high) <= 1e-5
-    children({"onnx": 1})
-    result = bench(bundle, against=["onnx"], report=tmp_path)
+    children()
+    result = bench(bundle, arms=["onnx"], report=tmp_path)
     assert (result["expert"], result["timestep"]) == ("high_noise", 950)
 
 
@@ -322,17 +326,14 @@ def test_diffusers_takes_and_gives_either_kind_of_array(tiny_bundle: Path) -> No
     np.testing.assert_array_equal(array, tensor.numpy())
 
 
-def test_kernels_are_chosen_on_a_gpu_only(tiny_bundle: Path, tmp_path: Path) -> None:
-    def kernel(arm: str, device: str, dtype: str) -> str | None:
-        return kernel_of(ARMS[arm], placed(job, device=device, dtype=dtype))
+def test_peers_are_held_to_a_kernel_on_a_gpu_only() -> None:
+    def kernel(arm: Arm, device: str, dtype: str) -> str | None:
+        return peer_kernel(arm, EngineOptions(device=device, dtype=dtype))
 
-    job = job_of(tiny_bundle, "onnx", tmp_path)
-    assert kernel("diffusers", "cuda", "bf16") == "cudnn"
-    assert kernel("diffusers-fa2", "cuda:1", "fp16") == "fa2"
-    assert kernel("diffusers", "cuda", "fp32") is None  # neither kernel takes it
-    assert kernel("wanexport-fa4", "cuda", "bf16") == "fa4"
-    assert kernel("wanexport", "cuda", "bf16") is None
-    assert all(kernel(arm, "cpu", "fp32") is None for arm in ARMS)
+    assert kernel(ARMS["diffusers"], "cuda", "bf16") == "cudnn"
+    assert kernel(bench_arms.OWN["diffusers-fa2"], "cuda:1", "fp16") == "fa2"
+    assert kernel(ARMS["diffusers"], "cuda", "fp32") is None  # neither kernel takes it
+    assert kernel(ARMS["graph"], "cpu", "bf16") is None
 
 
 def test_memory_beside_pytorchs_counts_where_a_library_takes_its_own(
@@ -341,7 +342,7 @@ def test_memory_beside_pytorchs_counts_where_a_library_takes_its_own(
     monkeypatch.setattr(bench_process, "_device_bytes", lambda: 9_000)
     monkeypatch.setattr(bench_process, "peak_gpu_bytes", lambda: 70)
     job = placed(job_of(tiny_bundle, "graph", tmp_path), device="cuda")
-    own = {arm: peak_bytes(replace(job, arm=arm), 2_000) for arm in ARMS}
+    own = {name: peak_bytes(replace(job, arm=arm), 2_000) for name, arm in ARMS.items()}
     assert {arm for arm, taken in own.items() if taken == 7_000} == {
         "onnx",
         "tensorrt",
@@ -361,106 +362,124 @@ def test_importing_tensorrt_is_part_of_a_cold_start(
     assert imported == [flavour]
 
 
-def test_by_default_what_applies_is_measured(tiny_bundle: Path, tmp_path: Path) -> None:
-    manifest, job = read_manifest(tiny_bundle), job_of(tiny_bundle, "onnx", tmp_path)
-    assert choose_arms(manifest, job, None, None) == ["onnx", "graph", "diffusers"]
-    assert choose_arms(manifest, job, ["graph", "onnx", "graph"], None) == ["graph", "onnx"]
+def subject_of(bundle: Path, **options: Any) -> Subject:
+    return choose_subject(bundle, EngineOptions(**options), [])
+
+
+def names_of(arms: list[Arm]) -> list[str]:
+    return [arm.name for arm in arms]
+
+
+def test_by_default_what_applies_is_measured(tiny_bundle: Path) -> None:
+    subject = subject_of(tiny_bundle, dtype="fp32")
+    assert names_of(arms_that_apply(subject)) == ["onnx", "graph", "diffusers"]
+    assert names_of(find_arms(["graph", "onnx", "graph"])) == ["graph", "onnx"]
 
 
 @pytest.fixture
-def on_gpu(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    """A job on a GPU, where the bundle seems to hold an aoti engine with FlashAttention-4."""
-    record = read_manifest(tiny_bundle).engines[0]
-    record = replace(
-        record,
-        details=AotiDetails({"self": "fa4", "text": "cudnn"}),
-        files=record.files | {"flash_attention": record.files[WHOLE]},
-    )
-    hold(monkeypatch, {"aoti": record})
-    return placed(job_of(tiny_bundle, "onnx", tmp_path), device="cuda", dtype="bf16")
+def on_gpu(tiny_bundle: Path) -> Subject:
+    """A subject that seems to lie on a GPU."""
+    subject = subject_of(tiny_bundle, dtype="fp32")
+    return replace(subject, options=replace(subject.options, device="cuda", dtype="bf16"))
 
 
-def hold(monkeypatch: pytest.MonkeyPatch, records: dict[str, EngineRecord]) -> None:
-    """Have the bundle hold these engines, by their backend."""
+def hold(monkeypatch: pytest.MonkeyPatch, record: EngineRecord, backends: Collection[str]) -> None:
+    """Have the bundle hold the engine for these backends."""
 
     def choose(bundle: Path, _: object, options: EngineOptions) -> Choice:
-        if options.backend not in records:
+        if options.backend not in backends:
             raise WanExportError(f"{bundle} has no such engine")
-        return Choice(replace(records[options.backend], backend=options.backend), "cuda")
+        return Choice(replace(record, backend=options.backend), "cuda")
 
-    monkeypatch.setattr("wanexport.exporter.bench.arms.choose_engine", choose)
-
-
-def test_an_arm_that_is_another_once_more_is_left_out(on_gpu: Job, tiny_bundle: Path) -> None:
-    manifest = read_manifest(tiny_bundle)
-    chosen = choose_arms(manifest, on_gpu, None, "aoti")
-    first = ["wanexport", "graph", "diffusers", "regional-aoti", "compile"]
-    variants = ["wanexport-cudnn", "wanexport-sdpa"]  # fa4 is wanexport itself
-    assert chosen == [*first, *variants, "diffusers-fa2", "max-autotune"]
-    assert choose_arms(manifest, on_gpu, ["wanexport-fa4"], None) == ["wanexport-fa4"]
+    monkeypatch.setattr("wanexport.exporter.bench.subject.choose_engine", choose)
 
 
 def test_arms_of_the_engines_that_are_there(
-    on_gpu: Job, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    on_gpu: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = read_manifest(tiny_bundle)
-    in_bundle = {"onnx", "tensorrt-rtx"}
-    hold(monkeypatch, dict.fromkeys(in_bundle, manifest.engines[0]))
-    others = choose_arms(manifest, on_gpu, None, None)
-    assert others[:4] == ["tensorrt-rtx", "onnx", "graph", "diffusers"]
-    assert not in_bundle & set(choose_arms(manifest, on_gpu, None, "aoti"))
-    with pytest.raises(
-        WanExportError, match=r"arm tensorrt cannot run here: .* has no such engine"
-    ):
-        choose_arms(manifest, on_gpu, ["tensorrt"], None)
-    hold(monkeypatch, {"aoti": manifest.engines[0]})
-    with pytest.raises(WanExportError, match="has no FlashAttention-4 kernel"):
-        choose_arms(manifest, on_gpu, ["wanexport-fa4"], None)
+    hold(monkeypatch, on_gpu.record, {"onnx", "tensorrt-rtx"})
+    applying = names_of(arms_that_apply(on_gpu))
+    assert applying == ["tensorrt-rtx", "onnx", "graph", "diffusers", "compile"]
+    with pytest.raises(WanExportError, match=r"arm tensorrt cannot run here: .* no such engine"):
+        check_arms([ARMS["tensorrt"]], on_gpu)
 
 
-def test_an_engine_is_opened_with_the_options_that_it_has(on_gpu: Job) -> None:
-    asked = {"attention": "sdpa", "cuda_graph": False, "provider": "cuda", "weights": "style"}
-    job = replace(on_gpu, options=on_gpu.options | asked)
-    aoti = options_of(ARMS["wanexport"], job).given()
-    assert {n: aoti.get(n) for n in asked} == asked | {"provider": None}
-    assert options_of(ARMS["wanexport-cudnn"], job).attention == "cudnn"
-    onnx = options_of(ARMS["onnx"], job).given()
+def test_every_backend_has_an_arm_of_its_name() -> None:
+    engines = {arm.name for arm in ARMS.values() if arm.backend == arm.name}
+    assert engines == {"aoti", "onnx", "tensorrt", "tensorrt-rtx"} == set(ENGINES)
+    assert ARMS.keys() - engines == {"graph", "diffusers", "compile"}
+
+
+def test_an_engine_is_opened_with_the_options_that_it_has() -> None:
+    given = {"attention": "sdpa", "cuda_graph": False, "provider": "cuda", "weights": "style"}
+    asked = EngineOptions(device="cuda", **given)  # type: ignore[arg-type]
+    aoti = options_of(ARMS["aoti"], asked).given()
+    assert {n: aoti.get(n) for n in given} == given | {"provider": None}
+    assert options_of(bench_arms.OWN["aoti-cudnn"], asked).attention == "cudnn"
+    onnx = options_of(ARMS["onnx"], asked).given()
     assert (onnx["provider"], onnx["weights"]) == ("cuda", "style")
     assert {"attention", "cuda_graph"}.isdisjoint(onnx)
 
 
+def test_the_attention_that_an_arm_runs_is_told(on_gpu: Subject) -> None:
+    engine = replace(on_gpu.record, details=AotiDetails({"self": "fa4", "text": "cudnn"}))
+    asked = on_gpu.options
+    assert kernel_shown(ARMS["aoti"], asked, engine) == "fa4"
+    assert kernel_shown(bench_arms.OWN["aoti-sdpa"], asked, engine) == "sdpa"
+    assert kernel_shown(ARMS["onnx"], asked, on_gpu.record) == "native"
+    assert kernel_shown(ARMS["compile"], asked, None) == "cudnn"
+
+
+def test_the_first_engine_that_is_named_gives_precision_and_shape(
+    on_gpu: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[EngineOptions] = []
+
+    def choose(bundle: Path, _: object, options: EngineOptions) -> Choice:
+        asked.append(options)
+        return Choice(on_gpu.record, "cuda")
+
+    monkeypatch.setattr("wanexport.exporter.bench.subject.choose_engine", choose)
+    options = EngineOptions(provider="cuda", cuda_graph=True)
+    arms = find_arms(["graph", "aoti", "onnx"])
+    subject = choose_subject(on_gpu.bundle, options, arms)
+    assert asked == [EngineOptions(backend="aoti", cuda_graph=True)]
+    assert subject.options.provider == "cuda" and subject.options.cuda_graph
+    check_arms(arms, subject)
+
+
 def test_other_weights_are_every_arms(bundle: Path, tmp_path: Path, children: Children) -> None:
     add_style(bundle)
-    children({"onnx": 1})
-    named = bench(bundle, dtype="fp32", against=["onnx"], weights="style", report=tmp_path / "r")
+    children()
+    named = bench(bundle, dtype="fp32", arms=["onnx"], weights="style", report=tmp_path / "r")
     assert named["weights"] == "style"
     with_style = load(bundle, dtype="fp32", weights="style")
     for weights in ("style", bundle / "weights" / "style-fp32"):
-        subject = bench_subject.choose_subject(bundle, EngineOptions(dtype="fp32", weights=weights))
-        job = bench_subject.first_job(subject, tmp_path, 5, False)
+        subject = subject_of(bundle, dtype="fp32", weights=weights)
+        job = first_job(subject, tmp_path, 5, False)
         inputs = forward_inputs(subject.manifest.config, subject.record.geometry, 950.0, 0)
         save_arrays(Path(job.inputs), inputs)
         expected = with_style(**inputs)
         assert relative_l2(load(bundle, dtype="fp32")(**inputs), expected) > 0.1
         for arm in ("onnx", "graph", "diffusers"):
-            own = replace(job, arm=arm)
+            own = replace(job, arm=ARMS[arm])
             assert relative_l2(open_arm(own)(read_inputs(own)), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"against": ["onnx", "vllm"]}, "unknown arm 'vllm': expected some of wanexport, tens"),
-        ({"against": ["wanexport"]}, "arm wanexport cannot run here: .* has no such engine"),
-        ({"against": ["tensorrt-rtx"]}, "arm tensorrt-rtx cannot run here: .* has no such engine"),
-        ({"against": ["diffusers-fa2"]}, "no choice of attention kernels for fp32 on cpu"),
+        ({"arms": ["onnx", "vllm"]}, "unknown arm 'vllm': expected some of aoti, tensorrt, "),
+        ({"arms": ["aoti"]}, "has no such engine"),
+        ({"arms": ["onnx", "tensorrt-rtx"]}, "arm tensorrt-rtx cannot run here: .* no such engine"),
         ({"rounds": 4}, "4 rounds make no median: expected 5 or more"),
         ({"offload": True}, "bench measures one expert"),
-        ({"attention": "sdpa"}, "has no attention kernel"),
+        ({"backend": "onnx"}, "bench takes no backend: name it among the arms"),
+        ({"attention": "sdpa"}, "no arm of onnx, graph, diffusers takes attention: leave it out"),
+        ({"arms": ["graph"], "cuda_graph": True}, "no arm of graph takes cuda graph"),
         ({"weights": "style"}, "no weights set style"),
         ({"resolution": "480x832"}, "has no such engine"),
         ({"dtype": "bf16"}, "ONNX Runtime cannot execute"),
-        ({"budget": 0.0}, "a budget of 0 s does not even do for the machine's peak"),
     ],
 )
 def test_mistakes_are_refused_before_any_arm_runs(
@@ -477,84 +496,58 @@ def test_without_diffusers_its_arms_are_refused(
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(WanExportError, match=r"arm compile cannot run here: .*needs diffusers"):
-        bench(tiny_bundle, dtype="fp32", against=["compile"])
-
-
-ALL_ON_CPU = ("onnx", "graph", "diffusers")
-
-
-def test_arms_that_do_not_fit_the_budget_are_skipped_aloud(
-    children: Children, tiny_bundle: Path, tmp_path: Path
-) -> None:
-    ran = children({"diffusers": 40, "onnx": 30, "compile": 1, "graph": 15})
-    options: dict[str, Any] = {"dtype": "fp32", "report": tmp_path}
-    arms = ("diffusers", "onnx", "compile", "graph")
-    result = bench(tiny_bundle, against=arms, budget=100, **options)
-    # 100 - 10 - 40 - 30 leaves 20: too little for what ran 40 s without compiling.
-    assert [line["arm"] for line in result["arms"]] == ["diffusers", "onnx", "graph"]
-    assert result["skipped"] == {"compile": "takes some 40 s, the budget has 20 s left"}
-    assert ran == ["peak", "diffusers", "onnx", "graph"]
-    assert result["arms"][0]["percent_of_floor"] == pytest.approx(100 * 2 / 3)
-
-
-def test_what_compiling_took_is_not_expected_of_others(
-    children: Children, tiny_bundle: Path, tmp_path: Path
-) -> None:
-    children({"compile": 60, "diffusers": 20})
-    options: dict[str, Any] = {"dtype": "fp32", "report": tmp_path}
-    result = bench(tiny_bundle, against=("compile", "diffusers"), budget=100, **options)
-    assert [line["arm"] for line in result["arms"]] == ["compile", "diffusers"]
-    assert result["arms"][0]["compile_seconds"] == 5 - 3  # what its first call took more
-    assert result["arms"][1]["compile_seconds"] is None
-
-
-def test_an_arm_slower_than_the_budget_is_stopped(
-    children: Children, tiny_bundle: Path, tmp_path: Path
-) -> None:
-    children({"onnx": 20, "compile": 500, "graph": 20})
-    arms = ("onnx", "compile", "graph")
-    result = bench(tiny_bundle, dtype="fp32", against=arms, budget=60, report=tmp_path)
-    assert [line["arm"] for line in result["arms"]] == ["onnx"]
-    assert result["skipped"]["compile"] == "stopped after 30 s, when the budget was spent"
-    assert result["skipped"]["graph"] == "takes some 14 s, the budget has 0 s left"
-
-
-def test_what_not_even_the_floor_fits_is_not_begun(
-    children: Children, tiny_bundle: Path, tmp_path: Path
-) -> None:
-    ran = children({"onnx": 1})
-    with pytest.raises(WanExportError, match="onnx: takes some 14 s, the budget has 13 s left"):
-        bench(tiny_bundle, dtype="fp32", against=["onnx"], budget=23, report=tmp_path)
-    assert ran == ["peak"]  # seven forwards of two seconds each
+        bench(tiny_bundle, dtype="fp32", arms=["compile"])
 
 
 def test_an_arm_that_fails_does_not_stop_the_others(
     children: Children, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    children({"onnx": 1, "graph": -1, "diffusers": 1})
-    result = bench(tiny_bundle, dtype="fp32", against=ALL_ON_CPU, report=tmp_path)
+    ran = children(["graph"])
+    arms = ("onnx", "graph", "diffusers")
+    result = bench(tiny_bundle, dtype="fp32", arms=arms, report=tmp_path)
+    assert [job.arm and job.arm.name for job in ran] == [None, *arms]
     assert [line["arm"] for line in result["arms"]] == ["onnx", "diffusers"]
     assert result["failed"] == {"graph": "its process died of signal 11"}
     assert result["compared_with"] == "onnx"
+    assert result["arms"][0]["percent_of_floor"] == pytest.approx(100 * 2 / 3)
     with pytest.raises(WanExportError, match=r"^graph: its process died of signal 11$"):
-        bench(tiny_bundle, dtype="fp32", against=["graph"], report=tmp_path)
+        bench(tiny_bundle, dtype="fp32", arms=["graph"], report=tmp_path)
+
+
+def test_what_the_first_call_took_more_is_compiling(
+    children: Children, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    children()
+    arms = ("compile", "diffusers")
+    result = bench(tiny_bundle, dtype="fp32", arms=arms, report=tmp_path)
+    assert [line["compile_seconds"] for line in result["arms"]] == [5 - 3, None]
+
+
+def test_the_projects_own_arms_are_measured_as_the_others(
+    children: Children, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = children()
+    bench_arms.main([str(tiny_bundle), "--profile", "max-autotune", "onnx"])
+    measured = [(job.arm.compiles, job.arm.backend, job.profile) for job in ran if job.arm]
+    assert measured == [("max-autotune-no-cudagraphs", None, True), (None, "onnx", True)]
+    printed = capsys.readouterr().out
+    assert " max-autotune " in printed and " onnx " in printed
 
 
 def test_a_real_failure_is_told_in_the_words_of_its_process(bundle: Path, tmp_path: Path) -> None:
     (graph,) = (bundle / "engines").rglob("onnx-fp32/*.onnx")
     job = job_of(bundle, "onnx", tmp_path)
     graph.write_bytes(graph.read_bytes()[:-1] + b"\0")
-    session = _Session(job, tmp_path, time.monotonic(), 60.0)
     with pytest.raises(WanExportError, match="was altered after the build"):
-        session.child()
+        run_job(job, tmp_path)
 
 
-def test_a_child_out_of_time_is_stopped(
+def test_an_arm_that_takes_too_long_is_stopped(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = _Session(job_of(bundle, "onnx", tmp_path), tmp_path, time.monotonic(), 0.3)
-    with pytest.raises(_OverBudget):
-        session.child()  # which takes longer to import
+    monkeypatch.setattr(bench_module, "_LIMIT", 0.3)  # it takes longer to import
+    with pytest.raises(EngineFailure, match=r"stopped after 0\.3 s"):
+        run_job(job_of(bundle, "onnx", tmp_path), tmp_path)
     assert not alive("bench.process")
 
 
@@ -580,7 +573,7 @@ def test_an_engine_needs_no_torch_to_be_measured(tiny_bundle: Path, tmp_path: Pa
     job = job_of(tiny_bundle, "onnx", tmp_path)
     code = (
         "import sys; from wanexport.exporter.bench.process import work; "
-        f"work({vars(job)!r}); assert 'torch' not in sys.modules, 'torch was imported'"
+        f"work({asdict(job)!r}); assert 'torch' not in sys.modules, 'torch was imported'"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr

@@ -70,9 +70,7 @@ def test_a_number_that_is_none_is_refused_by_name(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("bench b --budget 0", "'--budget': 0.0 is not in the range x>0"),
-        ("bench b --budget -5", "'--budget': -5.0 is not in the range x>0"),
-        ("bench b --rounds 0", "'--rounds': 0 is not in the range x>=1"),
+        ("bench b --rounds 4", "'--rounds': 4 is not in the range x>=5"),
         ("run b --prompt x -o x.mp4 --steps 0", "'--steps': 0 is not in the range x>=1"),
         ("run b --prompt x -o x.mp4 --frames 1.5", "'--frames': '1.5' is not a valid integer"),
         ("run b --prompt x -o x.mp4 --seed -1", "'--seed': -1 is not in the range x>=0"),
@@ -84,10 +82,13 @@ def test_a_number_out_of_its_range_is_refused_by_name(words: str, said: str) -> 
     assert result.exit_code == 2 and said in result.output
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "bench"])
-def test_every_option_of_load_is_one_of_the_commands(command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "lacks"),
+    [("run", set()), ("compare", set()), ("bench", {"backend", "offload"})],
+)
+def test_every_option_of_load_is_one_of_the_commands(command: str, lacks: set[str]) -> None:
     named = {parameter.name for parameter in cli.commands[command].params}
-    assert {field.name for field in fields(EngineOptions)} <= named
+    assert {field.name for field in fields(EngineOptions)} - named == lacks
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0", "cuda:11"])

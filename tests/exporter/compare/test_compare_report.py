@@ -21,7 +21,7 @@ from wanexport.exporter.compare.recorded import Loop
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.errors import WanExportWarning
 
-ROW = {"error": 1e-6, "floor": 0.0, "gate": 1e-5, "solver": 0.0, "drift": 0.0, "passed": True}
+ROW = {"error": 1e-6, "floor": 0.0, "gate": 1e-5, "drift": 0.0, "passed": True}
 RESULT: dict[str, Any] = {
     "steps": [ROW],
     "weights": None,

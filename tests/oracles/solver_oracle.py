@@ -1,8 +1,8 @@
 """Wan's solvers written a second time, in fp64 and straight from the papers, to check the first.
 
-`compare` runs them on a loop's own velocities: a wrong coefficient in `runtime/solvers.py` would
-move reference and engine alike. UniPC: Zhao et al. 2023, algorithms 5 to 8 with B(h) = e^h - 1,
-whose linear systems numpy solves. DPM-Solver++(2M): Lu et al. 2022, algorithm 2.
+`compare` cannot: a wrong coefficient in `runtime/solvers.py` moves reference and engine alike.
+UniPC: Zhao et al. 2023, algorithms 5 to 8 with B(h) = e^h - 1, whose linear systems numpy solves.
+DPM-Solver++(2M): Lu et al. 2022, algorithm 2.
 """
 
 import math
