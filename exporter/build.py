@@ -11,14 +11,13 @@ from typing import Any, Unpack
 
 from wanexport.exporter.backends.backend import Progress, Request
 from wanexport.exporter.backends.order import (
-    VERIFY,
     BuildKeywords,
     BuildOptions,
     Order,
     make_order,
     options_for,
 )
-from wanexport.exporter.backends.table import BACKENDS, find_backend
+from wanexport.exporter.backends.table import find_backend
 from wanexport.exporter.bundle.place import check_place
 from wanexport.exporter.bundle.writer import BundleWriter, file_record, open_bundle
 from wanexport.exporter.child.process import missing_name
@@ -30,7 +29,6 @@ from wanexport.graphs.weights import write_weights
 from wanexport.runtime.bundle.manifest import (
     BASE,
     DENOISER,
-    DEVICES,
     EngineRecord,
     FileRecord,
     Manifest,
@@ -40,7 +38,6 @@ from wanexport.runtime.bundle.manifest import (
 from wanexport.runtime.bundle.path import WEIGHTS_FILE
 from wanexport.runtime.bundle.signature import layout_sha256, weights_layout
 from wanexport.runtime.bundle.tensorfile import header_sha256
-from wanexport.runtime.dtypes import PRECISIONS
 from wanexport.runtime.errors import BadRequest, EngineFailure, refuse_empty
 from wanexport.runtime.family import SamplingDefaults, family_of
 from wanexport.runtime.geometry import Geometry
@@ -51,12 +48,6 @@ _NO_KEY = "0" * 64  # of an engine that no later build may take for its own
 _HOLDS_OTHER = {  # by whether it is the base set
     True: "{0} holds other weights, of {2}: name another folder with -o",
     False: "{0} holds other weights named {1}, of {2}: choose another name",
-}
-CHOICES = {
-    "backends": tuple(BACKENDS),
-    "dtype": PRECISIONS,
-    "device": DEVICES,
-    "verify": VERIFY,
 }
 
 

@@ -101,7 +101,7 @@ from wanexport.runtime.parts.torch_checkpoint import read_state_dict
 bundle, folder = map(Path, sys.argv[1:])
 torch.save({"a": torch.ones(3)}, folder / "a.pth")
 assert read_state_dict(folder / "a.pth")["a"].sum() == 3
-record = read_manifest(bundle).weights["fp32"]
+(record,) = [w for w in read_manifest(bundle).weights.values() if w.dtype == "fp32"]
 pinned = check_weights(bundle, record)
 whole, arrays = pinned.path.read_bytes(), load_arrays(pinned.path)
 weights = DeviceWeights(pinned, torch.device("cpu"))
