@@ -43,7 +43,7 @@ from wanexport.runtime.bundle.manifest import (
     to_json,
 )
 from wanexport.runtime.bundle.path import ARTEFACTS
-from wanexport.runtime.bundle.usable import why_unusable
+from wanexport.runtime.bundle.usable import unread_name, unread_unfamiliar, why_unusable
 from wanexport.runtime.errors import BadRequest, WanExportError, WanExportWarning, explain
 
 _SHOWN = 5  # names of a list that may be long
@@ -137,10 +137,7 @@ class BundleWriter:
     def put_engine(self, record: EngineRecord) -> None:
         """List a finished engine, in the place of one of the same name."""
         self.manifest, self.journal = (
-            replace(
-                m, engines=tuple(({e.name: e for e in m.engines} | {record.name: record}).values())
-            )
-            for m in (self.manifest, self.journal)
+            _with_engine(m, record) for m in (self.manifest, self.journal)
         )
         self._note()
 
@@ -213,6 +210,14 @@ class BundleWriter:
 
 def _paths(*manifests: Manifest) -> set[str]:
     return {file.path for manifest in manifests for file in manifest.files()}
+
+
+def _with_engine(manifest: Manifest, record: EngineRecord) -> Manifest:
+    """The manifest with an engine in the place of one of its name, be it one that cannot be read;
+    what a later version made of another kind stays."""
+    engines = {engine.name: engine for engine in manifest.engines} | {record.name: record}
+    unread = [d for d in manifest.unread if unread_unfamiliar(d) or unread_name(d) != record.name]
+    return replace(manifest, engines=tuple(engines.values()), unread=tuple(unread))
 
 
 def _identity(manifest: Manifest) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.exporter.bundle.stub_build import _weights as stub_weights
 from tests.exporter.bundle.stub_build import empty, stub_build
+from tests.runtime.bundle.small_bundle import manifest_of, put, small_bundle
 from wanexport.exporter.bundle import writer as module
 from wanexport.exporter.bundle.place import JOURNAL
 from wanexport.exporter.bundle.sweep import mark
@@ -217,3 +218,20 @@ def test_a_journal_that_cannot_be_read_loses_nothing_of_what_it_lists(
         with open_bundle(tmp_path / "b", empty()):
             pass
     assert {path.name for path in (tmp_path / "b").rglob("*")} == before
+
+
+def test_an_engine_that_cannot_be_read_is_replaced_by_one_of_its_name(tmp_path: Path) -> None:
+    """What a later version made of another kind stays, whatever its name."""
+    bundle = small_bundle(tmp_path / "bundle", "onnx", "aoti")
+    whole, data = read_manifest(bundle), manifest_of(bundle)
+    later = {**data["engines"][0], "role": "vae", "program": None}
+    del data["engines"][0]["program"]
+    put(bundle, {**data, "engines": [*data["engines"], later]})
+    assert len(read_manifest(bundle).unread) == 2
+    with open_bundle(bundle, empty_like(whole)) as writer:
+        writer.put_engine(whole.engines[1])
+        assert len(writer.manifest.unread) == 2
+        writer.put_engine(whole.engines[0])
+        writer.commit()
+    assert {e.name: e for e in read_manifest(bundle).engines} == {e.name: e for e in whole.engines}
+    assert read_manifest(bundle).unread == (later,)
