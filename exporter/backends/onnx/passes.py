@@ -1,5 +1,6 @@
-"""Passes over a lowered graph: fp32 biases and GELU, ONNX Runtime's attention operator."""
+"""Passes over a lowered call: fp32 biases and GELU, and the attention that runtimes want."""
 
+from math import sqrt
 from typing import Any
 
 import onnx_ir as ir
@@ -7,6 +8,8 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
 )
 from onnxscript import opset23 as op
+
+_FACTOR = 0.25  # a power of two: products with it are exact in every precision
 
 
 def plain_linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -110,3 +113,29 @@ def _reshape(value: ir.Value, shape: list[int], nodes: list[ir.Node]) -> ir.Valu
     result = reshape.outputs[0]
     result.type, result.shape = value.type, ir.Shape(shape)
     return result
+
+
+def separate_queries(model: ir.Model) -> int:
+    """Give attentions that share a query different scales, and return how many were changed.
+
+    TensorRT for RTX 1.7 crashes where two attentions of one query are added, as in the image
+    branch. It multiplies the query by the scale: with another scale it is another query. The keys,
+    which are few, take the difference.
+    """
+    queries, changed = set(), 0
+    for node in list(model.graph):
+        if node.op_type != "Attention":
+            continue
+        query, key = node.inputs[:2]
+        if query in queries:
+            number = ir.node("Constant", [], attributes={"value_float": _FACTOR})
+            factor = ir.node("CastLike", [number.outputs[0], key])
+            scaled = ir.node("Mul", [key, factor.outputs[0]])
+            model.graph.insert_before(node, [number, factor, scaled])
+            node.replace_input_with(1, scaled.outputs[0])
+            # ONNX's own scale is 1 / sqrt(D).
+            head_dim = _static_shape(_before_transpose(query))[-1]
+            node.attributes.add(ir.AttrFloat32("scale", 1 / (sqrt(head_dim) * _FACTOR)))
+            changed += 1
+        queries.add(query)
+    return changed
