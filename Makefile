@@ -6,7 +6,7 @@ EXTRAS := cpu,build,bench,aoti,diffusers,pipeline,tensorrt-rtx
 # Whose real Python bindings tests/exporter/backends/test_tensorrt_contract.py checks; one environment holds one.
 TENSORRT := 10.14.1.48.post1 10.16.1.11 11.4.0.106
 # Test files that build for long, which test-oldest leaves out.
-LONG := readme install packaging build compare to_tensorrt tiny_wan run samples bench pipeline official
+LONG := readme docs_run install packaging build compare to_tensorrt tiny_wan run samples bench pipeline official
 
 .PHONY: setup demo test test-oldest check lint types clean
 

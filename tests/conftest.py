@@ -19,6 +19,7 @@ from wanexport.runtime.wan_config import WanConfig
 
 LONGEST = (
     "test_readme",
+    "test_docs_run",
     "test_build",
     "test_aoti",
     "test_compare",

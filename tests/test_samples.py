@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.documents import documents
+
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "samples"
 ON_A_GPU = "04_tensorrt_on_your_gpu.py"
@@ -22,15 +24,16 @@ LAST_WORDS = {
     "07_your_own_solver.py": "same latent",
     "08_persistent_pipeline.py": "served 6 requests with 4 calls of the text encoder",
 }
-# test_readme runs these, which take their time: by the README, or by its `make demo`.
-BY_THE_README = {"01_text_embeddings.py", "03_compare_recorded.py", "09_tiny_trained_wan.py"}
+# test_readme and test_docs_run run these, as README and docs/ show them.
+SHOWN = {"01_text_embeddings.py", "03_compare_recorded.py", "09_tiny_trained_wan.py"}
 
 
 def test_every_sample_is_run() -> None:
     names = {path.name for path in SAMPLES.glob("*.py")}
-    assert names == LAST_WORDS.keys() | BY_THE_README | {ON_A_GPU}
-    commands = (ROOT / "README.md").read_text() + (ROOT / "Makefile").read_text()
-    assert all(f"python samples/{name} " in commands for name in BY_THE_README)
+    assert names == LAST_WORDS.keys() | SHOWN | {ON_A_GPU}
+    commands = [command for page in documents() for command in page.commands("bash")]
+    shown = {command.split()[1] for command in commands if command.startswith("python ")}
+    assert {f"samples/{name}" for name in SHOWN} == shown
 
 
 @pytest.mark.parametrize("name", LAST_WORDS)

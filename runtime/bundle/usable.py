@@ -123,7 +123,7 @@ def mismatch(config: WanConfig, engine: EngineRecord) -> str:
         return differing
     if engine.layout != layout_sha256(config, engine.dtype):
         return "it is for weights of another layout than this wanexport gives the model"
-    kernels = getattr(engine.details, "attention", {})
+    kernels = getattr(engine.details, "attention", None)  # a TensorRT plan has none to choose
     if isinstance(kernels, dict) and kernels.keys() != program.attention.keys():
         found, needed = ", ".join(kernels) or "none", ", ".join(program.attention)
         return f"it has kernels for attention of kind {found:.60}, the model needs {needed}"

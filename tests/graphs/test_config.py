@@ -6,9 +6,11 @@ import pytest
 
 from tests.oracles.wan_reference import small_config
 from wanexport.graphs.config import PRESETS, sampling_defaults, variant
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest, WanExportError
+from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.wan_config import EXPERTS, WanConfig
+from wanexport.runtime.plain_wan import family_name
+from wanexport.runtime.wan_config import EXPERTS
 
 
 def test_presets_are_known_by_their_config() -> None:
@@ -38,7 +40,7 @@ def test_sampling_defaults_at_720p_are_the_official_ones(
     fps: int,
 ) -> None:
     chosen = PRESETS[preset]
-    geometry = Geometry(704, 1280, 81, chosen.config.spatial_stride)
+    geometry = Geometry(704, 1280, 81, family_of(chosen.config).vae.spatial_stride)
     defaults = sampling_defaults(chosen.config, chosen.experts, geometry)
     assert (defaults.steps, defaults.shift, defaults.guidance) == (steps, shift, guidance)
     assert (defaults.boundary, defaults.fps, defaults.solver) == (boundary, fps, "unipc")
@@ -63,7 +65,19 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict[str, int], message: str
         replace(small_config("t2v-1.3b"), **changes)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_presets_family_is_the_one_its_tensors_tell(preset: str) -> None:
+    config, experts = PRESETS[preset].config, PRESETS[preset].experts
+    sizes = config.condition_channels, config.out_channels, config.image_tokens
+    assert family_name(*sizes, len(experts)) == config.family
+
+
+def test_one_expert_alone_has_no_boundary() -> None:
+    config, geometry = PRESETS["i2v-a14b"].config, Geometry(480, 832, 81)
+    assert sampling_defaults(config, EXPERTS, geometry).boundary == 0.9
+    assert sampling_defaults(config, (), geometry).boundary is None
+
+
 def test_two_experts_of_a_one_expert_family_are_refused() -> None:
-    config: WanConfig = small_config("ti2v-5b")
-    with pytest.raises(WanExportError, match="two experts"):
-        variant(config, EXPERTS)
+    with pytest.raises(BadRequest, match="two experts"):
+        family_name(0, 48, 0, len(EXPERTS))

@@ -18,7 +18,8 @@ import torch
 torch.library.wrap_triton = lambda kernel: kernel
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.fused_block import FusedBlock
-from wanexport.graphs.wan import Block, Conditioning, parameter_dtype
+from wanexport.graphs.graph import parameter_dtype
+from wanexport.graphs.wan import Block, Conditioning
 
 config = replace(PRESETS["i2v-14b"].config, dim=384, ffn_dim=512, num_heads=3)  # no power of two
 
@@ -32,8 +33,8 @@ def errors(dtype, rows):
     exact = Block(config)
     exact.load_state_dict({k: v.float() for k, v in plain.state_dict().items()}, assign=True)
     angles = torch.randn(1, rows * 5, 1, 64)
-    given = {"time": torch.randn(rows, 6, 384), "cos": angles.cos(), "sin": angles.sin()}
-    low = {"text": torch.randn(1, 512, 384), "image": torch.randn(1, 257, 384)}
+    given = {"modulation": torch.randn(rows, 6, 384), "cos": angles.cos(), "sin": angles.sin()}
+    low = {"context": torch.randn(1, 512, 384), "image_context": torch.randn(1, 257, 384)}
     cond = Conditioning(**given, **{k: v.to(dtype) for k, v in low.items()})
     wide = Conditioning(**{k: v.float() for k, v in cond._asdict().items()})
     x = torch.randn(rows, 5, 384)

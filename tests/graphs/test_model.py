@@ -18,9 +18,10 @@ from tests.oracles.wan_reference import (
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.config import PRESETS
+from wanexport.graphs.graph import parameter_dtype
 from wanexport.graphs.signature import attention_count, forward_flops
-from wanexport.graphs.wan import TimeFeatures, WanModel, parameter_dtype
-from wanexport.runtime.bundle.signature import parameter_shapes
+from wanexport.graphs.wan import TimeFeatures, WanModel
+from wanexport.runtime.bundle.signature import parameter_shapes, program_of
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.wan_config import WanConfig
 
@@ -124,10 +125,10 @@ def test_precision_policy_is_the_official_one() -> None:
 
 
 def test_flops_and_attention_counts() -> None:
-    config = PRESETS["t2v-1.3b"].config
-    assert forward_flops(config, Geometry(480, 832, 81)) == pytest.approx(283e12, rel=0.01)
-    assert attention_count(config) == 60
-    assert attention_count(PRESETS["i2v-14b"].config) == 120
+    config, geometry = PRESETS["t2v-1.3b"].config, Geometry(480, 832, 81)
+    assert forward_flops(config, geometry) == pytest.approx(283e12, rel=0.01)
+    assert attention_count(program_of(config, geometry)) == 60
+    assert attention_count(program_of(PRESETS["i2v-14b"].config, geometry)) == 120
 
 
 def test_frames_with_one_timestep_equal_the_scalar_model() -> None:

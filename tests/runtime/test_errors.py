@@ -90,6 +90,7 @@ def test_every_extra_that_the_code_names_is_declared() -> None:
         *(ROOT / "runtime").rglob("*.py"),
         *(ROOT / "exporter").rglob("*.py"),
         ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
     ]
     text = "\n".join(file.read_text() for file in files)
     named = re.findall(r'needing_extra\(\s*"([a-z,-]+)"|\.\[([a-z,-]+)\]\'', text)
@@ -103,7 +104,7 @@ def test_no_message_installs_wanexport_from_a_registry() -> None:
     sources = [file for name in ("runtime", "exporter", "graphs", "samples") for file in
                (ROOT / name).rglob("*.py")]  # fmt: skip
     assert sources
-    for file in (*sources, ROOT / "README.md"):
+    for file in (*sources, ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         assert not re.search(r"install '?wanexport", file.read_text()), file
 
 

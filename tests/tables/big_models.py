@@ -1,4 +1,4 @@
-"""Print the README's table of large builds: bf16 ONNX with random weights at each main shape.
+"""Print the table of large builds: bf16 ONNX with random weights at each main shape.
 
     python -m tests.tables.big_models FOLDER [MODEL ...]
 

@@ -1,6 +1,6 @@
 """Faults that `compare` must catch, planted in a bundle, in the graph's code or in a solver.
 
-    python -m tests.tables.faults        prints the README's table
+    python -m tests.tables.faults        prints the table
 
 Each fault takes a bundle of its own, built from a checkpoint, and returns compare's result.
 """

@@ -1,4 +1,4 @@
-"""Print the README's table of one block's kernels: time, what bounds it, and how near it comes.
+"""Print the table of one block's kernels: time, what bounds it, and how near it comes.
 
     python -m tests.tables.kernels BUNDLE
 

@@ -1,4 +1,4 @@
-"""Print the README's table of ONNX Runtime on a GPU: which attention it runs, time and memory.
+"""Print the table of ONNX Runtime on a GPU: which attention it runs, time and memory.
 
     python -m tests.tables.onnx_gpu BUNDLE
 

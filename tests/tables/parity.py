@@ -1,4 +1,4 @@
-"""Print the README's parity table: every family at dim 256, four blocks, 72 tokens, t = 812.
+"""Print the parity table: every family at dim 256, four blocks, 72 tokens, t = 812.
 
 python -m tests.tables.parity
 """

@@ -1,4 +1,4 @@
-"""Print the README's table of a pipeline's requests: the first and later ones, cold and prewarmed.
+"""Print the table of a pipeline's requests: the first and later ones, cold and prewarmed.
 
     python -m tests.tables.pipeline FOLDER [full]
 

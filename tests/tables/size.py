@@ -1,4 +1,4 @@
-"""Print the README's table of a forward's time over models and video sizes, on a GPU.
+"""Print the table of a forward's time over models and video sizes, on a GPU.
 
     python -m tests.tables.size FOLDER
 
@@ -24,12 +24,15 @@ from wanexport.exporter.backends.aoti.flash_attention import compile_flash_atten
 from wanexport.exporter.bench.process import time_calls
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.graphs.config import PRESETS
+from wanexport.graphs.graph import parameter_dtype
 from wanexport.graphs.signature import forward_flops
-from wanexport.graphs.wan import parameter_dtype
 from wanexport.runtime import Geometry, WanExportError
-from wanexport.runtime.bundle.signature import parameter_shapes, region_parameters
-from wanexport.runtime.engines.aoti import Regions, to_device
+from wanexport.runtime.bundle.signature import parameter_shapes, program_of
+from wanexport.runtime.engines.aoti import Regions
+from wanexport.runtime.engines.device import to_device
+from wanexport.runtime.engines.engine import Memory
 from wanexport.runtime.engines.operators import open_kernel
+from wanexport.runtime.family import family_of
 from wanexport.runtime.wan_config import WanConfig
 
 ROUNDS, WARM_UPS = 5, 1
@@ -45,7 +48,8 @@ class Size(NamedTuple):
     @property
     def geometry(self) -> Geometry:
         """With the stride of the model's own VAE."""
-        return Geometry(*self.resolution, self.frames, PRESETS[self.preset].config.spatial_stride)
+        stride = family_of(PRESETS[self.preset].config).vae.spatial_stride
+        return Geometry(*self.resolution, self.frames, stride)
 
     @property
     def folder(self) -> str:
@@ -113,14 +117,14 @@ def row(
     """Measure one size."""
     device, geometry = torch.device("cuda", 0), size.geometry
     chosen, _ = choose_kernels(config, geometry, "bf16", "cuda", flash)
-    kernels = {int(keys): open_kernel(name, flash) for keys, name in chosen.items()}
-    files = {name: folder / f"{name}.pt2" for name in ("embed", "block", "head")}
-    regions = Regions(files, region_parameters(config), config.num_layers, kernels, device)
-    bound = regions.bind(weights)
+    kernels = {kind: open_kernel(name, flash) for kind, name in chosen.items()}
+    program = program_of(config, geometry)
+    files = {call.name: folder / f"{call.name}.pt2" for call in program.calls}
+    bound = Regions(files, program, kernels, device).bind(weights)
     arrays = forward_inputs(config, geometry, 812.0, 0)
-    inputs = [to_device(array, device) for array in arrays.values()]
-    assert bound(inputs).isfinite().all()
-    times = time_calls(lambda: bound(inputs), "cuda", ROUNDS + WARM_UPS)[WARM_UPS:]
+    inputs = {name: to_device(array, device) for name, array in arrays.items()}
+    assert bound(inputs, Memory()).isfinite().all()
+    times = time_calls(lambda: bound(inputs, Memory()), "cuda", ROUNDS + WARM_UPS)[WARM_UPS:]
     a, b = torch.randn(2, 8192, 8192, device=device).to(torch.bfloat16)
     product = sorted(time_calls(lambda: a @ b, "cuda", ROUNDS + WARM_UPS)[WARM_UPS:])[ROUNDS // 2]
     median, peak = sorted(times)[ROUNDS // 2], 2 * 8192**3 / product
@@ -130,7 +134,7 @@ def row(
         f"| {size.preset} at {geometry.name} | {geometry.num_tokens} | {flops / 1e12:.0f} | "
         f"{median * 1e3:.1f} ({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}) | "
         f"{flops / median / 1e12:.0f} | {peak / 1e12:.0f} | {flops / median / peak:.0%} | "
-        f"{chosen[str(geometry.num_tokens)]} | {memory / 1e9:.1f} GB |"
+        f"{chosen['self']} | {memory / 1e9:.1f} GB |"
     )
 
 

@@ -1,4 +1,4 @@
-"""Print the README's table of step times: ONNX Runtime against eager PyTorch on this CPU.
+"""Print the table of step times: ONNX Runtime against eager PyTorch on this CPU.
 
     python -m tests.tables.speed FOLDER
 

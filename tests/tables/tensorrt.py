@@ -1,4 +1,4 @@
-"""Print the README's table of TensorRT for RTX builds at full size; it needs no GPU, nor weights.
+"""Print the table of TensorRT for RTX builds at full size; it needs no GPU, nor weights.
 
     python -m tests.tables.tensorrt [PRESET ...]
 

@@ -1,4 +1,4 @@
-"""Print the README's table of the tiny trained Wan: 200 clips of each backend, read and compared.
+"""Print the table of the tiny trained Wan: 200 clips of each backend, read and compared.
 
     python -m tests.tables.tiny_wan FOLDER
 

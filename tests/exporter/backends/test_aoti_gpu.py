@@ -168,7 +168,7 @@ def test_serving_compiles_nothing_and_repeats_across_processes_and_builds(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fused_block_is_the_block(dtype: torch.dtype, rows: int) -> None:
     from wanexport.graphs.fused_block import FusedBlock
-    from wanexport.graphs.wan import parameter_dtype
+    from wanexport.graphs.graph import parameter_dtype
 
     config = replace(small_config("i2v-14b"), dim=384, num_heads=3)  # no power of two
     torch.manual_seed(0)
@@ -181,11 +181,11 @@ def test_the_fused_block_is_the_block(dtype: torch.dtype, rows: int) -> None:
     fused.load_state_dict(plain.state_dict(), assign=True)
     angles = torch.randn(1, rows * 50, 1, 64, device="cuda")
     cond = Conditioning(
-        time=torch.randn(rows, 6, 384, device="cuda"),
-        text=torch.randn(1, 512, 384, device="cuda").to(dtype),
+        modulation=torch.randn(rows, 6, 384, device="cuda"),
+        context=torch.randn(1, 512, 384, device="cuda").to(dtype),
         cos=angles.cos(),
         sin=angles.sin(),
-        image=torch.randn(1, 257, 384, device="cuda").to(dtype),
+        image_context=torch.randn(1, 257, 384, device="cuda").to(dtype),
     )
     x = torch.randn(rows, 50, 384, device="cuda")
     exact_block = Block(config).cuda().requires_grad_(False)

@@ -557,7 +557,7 @@ def test_a_negative_prompt_without_guidance_is_remarked_on(t2v: Family, tmp_path
 def test_images_that_do_not_fit_the_model(i2v: Family, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     arguments = (i2v.bundle, "--prompt", PROMPT, "-o", tmp_path / "x.mp4")
-    assert "name the first image with --image" in refusal_of(*arguments)
+    assert "give it a first image (--image)" in refusal_of(*arguments)
     (image,) = saved_pictures(i2v, tmp_path, 1)
     both = ("--image", image, "--last-image", image)
     assert "leave out the last image" in refusal_of(*arguments, *both)
@@ -589,10 +589,10 @@ def test_a_bundle_without_its_encoders_says_where_to_get_them(t2v: Family, tmp_p
     write_manifest(bundle, replace(manifest, weights=random))
     save_arrays(tmp_path / "text.safetensors", {"text": np.ones((1, 4096), np.float32)})
     message = refusal_of(bundle, "--prompt", PROMPT, "-o", tmp_path / "x.mp4")
-    assert "random weights" in message and "-m, as Wan-AI/Wan2.1-T2V-1.3B" in message
+    assert "random weights" in message and "(-m, model=), as Wan-AI/Wan2.1-T2V-1.3B" in message
     text = ("--text", tmp_path / "text.safetensors", "--guidance", 1)
     message = refusal_of(bundle, *text, "-o", tmp_path / "x.mp4")
-    assert "name a checkpoint that has the VAE with -m" in message
+    assert "name a checkpoint that has the VAE (-m" in message
 
 
 @pytest.mark.parametrize("package", ["av", "PIL", "diffusers", "transformers", "ftfy"])

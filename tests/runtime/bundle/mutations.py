@@ -29,6 +29,7 @@ HOSTILE: tuple[Any, ...] = (
     "\ud800", "a\u202eb", "[/bold]", "[red]", "%s", "{}", "x" * 300, "x" * 100_000,
     "manifest.json", ".lock", "nan", "1e999", "0" * 64, "fp8", "onnx", "aoti", "tensorrt",
     "cuda", "cpu", "sm90", "high_noise", "https://a/b",
+    "helios", "t2v", "vae", "denoiser", "{i}", "prompt", "block",
     [], [[]], [0], [1, 16, 2, 0, 8], [None], ["a"], {}, {"a": {}}, {"": 0}, _DEEP, _WIDE,
 )  # fmt: skip
 
@@ -157,10 +158,11 @@ def failures(bundle: Path, seeds: range, work: Callable[[Path], None]) -> list[s
 
 def read_inspect_choose(bundle: Path) -> None:
     """What reads a manifest without opening an engine, and shows it."""
-    from wanexport.exporter.cli.display import show_inspect
+    from wanexport.exporter.cli.display_bundle import show_inspect
     from wanexport.exporter.inspection import inspect
     from wanexport.runtime.bundle.manifest import read_manifest
     from wanexport.runtime.engines.choose import choose_engine
+    from wanexport.runtime.engines.engine import EngineOptions
     from wanexport.runtime.errors import WanExportError
 
     manifest = read_manifest(bundle)
@@ -169,7 +171,7 @@ def read_inspect_choose(bundle: Path) -> None:
     show_inspect(record)
     for backend in (None, "onnx", "aoti", "tensorrt"):
         try:
-            choose_engine(bundle, manifest, backend=backend)
+            choose_engine(bundle, manifest, EngineOptions(backend=backend))
         except WanExportError as error:
             if not str(error).isprintable():
                 raise AssertionError(f"{error!r:.300}") from error

@@ -4,30 +4,26 @@ Its engines are text, so nothing opens them; its weights are zeros under a true 
 """
 
 import json
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from wanexport.exporter.bundle.writer import file_record, write_manifest
+from wanexport.runtime.bundle.details import AotiDetails, Details, OnnxDetails, TensorRtDetails
 from wanexport.runtime.bundle.manifest import (
+    BASE,
+    DENOISER,
     EngineRecord,
     Manifest,
-    SamplingDefaults,
-    TensorSpec,
     WeightsRecord,
+    weights_label,
 )
-from wanexport.runtime.bundle.signature import (
-    input_shapes,
-    key_lengths,
-    region_parameters,
-    weights_header_sha256,
-    weights_layout,
-)
+from wanexport.runtime.bundle.signature import layout_sha256, program_of, weights_layout
+from wanexport.runtime.family import SamplingDefaults
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.wan_config import WanConfig
 
-CONFIG = WanConfig(64, 128, 2, 2, 16, 16, 0, text_dim=32, text_len=8, freq_dim=16)
+CONFIG = WanConfig("t2v", 64, 128, 2, 2, 16, 16, 0, text_dim=32, text_len=8, freq_dim=16)
 GEOMETRY = Geometry(64, 96, 9)
 _FILES = {
     "onnx": ("denoiser",),
@@ -39,27 +35,41 @@ _TARGETS = {
     "aoti": {"device": "cpu", "arch": "x86_64", "instructions": "AVX2", "torch": "2.13.0"},
     "tensorrt": {"device": "cuda", "arch": "sm89", "tensorrt": "10.16.1"},
 }
+_DETAILS: dict[str, Details] = {
+    "onnx": OnnxDetails(attention_score_bytes=10**6),
+    "aoti": AotiDetails({"self": "sdpa", "text": "sdpa"}),
+    "tensorrt": TensorRtDetails(),
+}
 
 
 def small_bundle(folder: Path, *backends: str, config: WanConfig = CONFIG) -> Path:
     """A bundle with one fp32 engine of each backend, by default onnx alone."""
-    weights = folder / "weights/fp32/denoiser.safetensors"
+    record = weights_record(folder, config=config)
+    engines = tuple(_engine(folder, backend, config) for backend in backends or ("onnx",))
+    write_manifest(folder, Manifest("small", config, (), {"fp32": record}, engines, "0.1.0"))
+    return folder
+
+
+def weights_record(
+    folder: Path, name: str = BASE, expert: str = "", *, config: WanConfig = CONFIG
+) -> WeightsRecord:
+    """A part of a weights set in fp32, whose file is written."""
+    weights = folder / "weights" / weights_label(name, expert, "fp32") / "denoiser.safetensors"
     weights.parent.mkdir(parents=True)
     header, entries = weights_layout(config, "fp32")
     with weights.open("wb") as file:
         file.write(header)
         file.truncate(max(entry.offset + entry.size for entry in entries.values()))
-    record = WeightsRecord(
+    return WeightsRecord(
+        name=name,
+        role=DENOISER,
+        expert=expert,
         dtype="fp32",
-        expert="",
+        layout=layout_sha256(config, "fp32"),
         file=file_record(folder, weights),
-        header_sha256=weights_header_sha256(config, "fp32"),
         content=sha256(b"").hexdigest(),
         source={"path": "/models/small", "layout": "official", "files": {"a": [1, 2]}},
     )
-    engines = tuple(_engine(folder, backend, config) for backend in backends or ("onnx",))
-    write_manifest(folder, Manifest("small", config, (), {"fp32": record}, engines, "0.1.0"))
-    return folder
 
 
 def _engine(folder: Path, backend: str, config: WanConfig) -> EngineRecord:
@@ -69,23 +79,21 @@ def _engine(folder: Path, backend: str, config: WanConfig) -> EngineRecord:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"the {role} of an engine")
         files[role] = file_record(folder, path)
-    inputs = {name: TensorSpec(s) for name, s in input_shapes(config, GEOMETRY).items()}
-    lengths = key_lengths(config, GEOMETRY)
-    is_aoti = backend == "aoti"
+    program = program_of(config, GEOMETRY)
     return EngineRecord(
         backend=backend,
+        role=DENOISER,
+        family=config.family,
         dtype="fp32",
         geometry=GEOMETRY,
-        inputs=inputs,
-        output=inputs["latent"],
+        program=program if backend == "aoti" else program.whole(),
+        details=_DETAILS[backend],
         sampling=SamplingDefaults(4, 5.0, (5.0, 5.0), None, 16),
         files=files,
-        weights_header_sha256=weights_header_sha256(config, "fp32"),
+        layout=layout_sha256(config, "fp32"),
         key="0123abcd",
         target=_TARGETS[backend],
-        parameters=region_parameters(config) if is_aoti else {},
-        attention={str(length): "sdpa" for length in lengths} if is_aoti else {},
-        build={"seconds": 1.5, "flops_per_forward": 10**9, "attention_score_bytes": 10**6},
+        build={"seconds": 1.5, "flops_per_forward": 10**9},
         lint={"host_sync": 0},
         proof={"method": "x", "blocks": 2, "tokens": 72, "error": 1e-6, "gate": 1e-5},
         parity={"passed": True, "reference": "graph", "error": 1e-6},
@@ -111,8 +119,3 @@ def change(bundle: Path, place: str, value: object) -> Path:
         record = record[int(name)] if isinstance(record, list) else record[name]
     record[int(last) if isinstance(record, list) else last] = value
     return put(bundle, data)
-
-
-def config_of(config: WanConfig) -> dict[str, Any]:
-    """The config as a manifest states it."""
-    return asdict(config)

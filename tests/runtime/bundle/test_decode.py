@@ -1,4 +1,7 @@
-"""Whatever a manifest says is within bounds, or refused in one line; nothing is slow or hangs."""
+"""Whatever a manifest says is within bounds, or refused in one line; nothing is slow or hangs.
+
+What is wrong with one engine's record makes that engine unusable, and nothing else.
+"""
 
 import json
 import os
@@ -13,11 +16,12 @@ from wanexport.exporter.bundle.lock import LOCK, SOFT_LOCK
 from wanexport.exporter.bundle.place import JOURNAL, REPLACED
 from wanexport.exporter.bundle.sweep import MARK
 from wanexport.exporter.bundle.writer import write_manifest
-from wanexport.runtime.bundle.manifest import MANIFEST, MAX_BYTES, read_manifest, to_json
+from wanexport.runtime.bundle.manifest import MANIFEST, MAX_BYTES, read_manifest
 from wanexport.runtime.bundle.path import RESERVED
-from wanexport.runtime.bundle.usable import why_unusable
+from wanexport.runtime.bundle.usable import why_unread, why_unusable
 from wanexport.runtime.engines.choose import choose_engine
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.engines.engine import EngineOptions
+from wanexport.runtime.errors import BundleError, WanExportError
 
 HUGE = 10**400
 DEEP: Any = {}
@@ -31,12 +35,26 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def refusal(bundle: Path) -> str:
-    with pytest.raises(WanExportError) as refused:
+    with pytest.raises(BundleError) as refused:
         read_manifest(bundle)
-    message = str(refused.value)
+    return checked(str(refused.value))
+
+
+def checked(message: str) -> str:
+    """The message, which is one short line and advises to throw nothing away."""
     assert message.isprintable() and len(message) < 1000
-    assert "delete" not in message
+    assert "delete" not in message and "remove" not in message
     return message
+
+
+def fault_of_one_engine(bundle: Path) -> str:
+    """Why the one engine that cannot be used cannot."""
+    manifest = read_manifest(bundle)
+    assert len(manifest.engines) + len(manifest.unread) == 3
+    found = [why_unread(bundle, manifest, data) for data in manifest.unread]
+    found += [why_unusable(bundle, manifest, engine) for engine in manifest.engines]
+    (reason,) = filter(None, found)
+    return checked(reason)
 
 
 def test_what_is_written_is_read_back(bundle: Path) -> None:
@@ -58,28 +76,10 @@ def test_what_is_written_is_read_back(bundle: Path) -> None:
         ("weights.fp32.file.size", 2**53), ("weights.fp32.file.size", HUGE),
         ("weights.fp32.file.size", 5.0), ("weights.fp32.file.size", -1),
         ("weights.fp32.file.sha256", "0" * 63), ("weights.fp32.file.sha256", "z" * 64),
-        ("weights.fp32.header_sha256", ""), ("weights.fp32.source", []),
-        ("weights.fp32.source.path", 3), ("weights.fp32.source.hub", ["a/b"]),
-        ("engines.0.files", {}), ("engines.1.files", {}), ("engines.2.files", {}),
-        ("engines.0.geometry.height", 2**63), ("engines.0.geometry.frames", 0),
-        ("engines.0.inputs.latent.shape", [1, 16, 3, 8, 2**63]),
-        ("engines.0.inputs.latent.shape", [1] * 5000), ("engines.0.output.dtype", "a b"),
-        ("engines.0.sampling.steps", 0), ("engines.0.sampling.steps", 10**9),
-        ("engines.0.sampling.shift", HUGE), ("engines.0.sampling.shift", 0),
-        ("engines.0.sampling.shift", -5.0), ("engines.0.sampling.fps", 0),
-        ("engines.0.sampling.guidance", [5.0, 1e9]), ("engines.0.sampling.guidance", 5.0),
-        ("engines.0.sampling.boundary", 0.5), ("engines.0.sampling.solver", "a\nb"),
-        ("engines.0.target.device", "\0"), ("engines.1.target.arch", "\0"),
-        ("engines.1.target.arch", "../.."), ("engines.1.target.arch", "x" * 300),
-        ("engines.0.target", {"device": 1}), ("engines.0.backend", "x" * 300),
-        ("engines.2.target.tensorrt", "new"), ("engines.0.key", "../x"),
-        ("engines.1.parameters.block", "blocks"), ("engines.1.attention", {"12": 3}),
-        ("engines.0.build.attention_score_bytes", []), ("engines.0.build", "x"),
-        ("engines.0.build.attention_score_bytes", HUGE),
-        ("engines.0.build.flops_per_forward", {}), ("engines.0.build.hardware_compatible", "no"),
-        ("engines.0.proof.gate", "x"), ("engines.0.proof.error", HUGE), ("engines.0.proof", 1),
-        ("engines.0.parity.passed", "yes"), ("engines.0.parity.error", []),
-        ("engines.0.lint.host_sync", "0"), ("engines.0.lint.host_sync", HUGE),
+        ("weights.fp32.layout", ""), ("weights.fp32.source", []), ("weights.fp32.name", "a b"),
+        ("weights.fp32.role", 1), ("weights.fp32.dtype", None), ("weights.fp32", []),
+        ("weights.fp32.source.path", 3), ("weights.fp32.source.hub", ["a/b"]), ("weights", []),
+        ("family", 1), ("family", "a b"), ("family", None), ("engines", {}), ("engines.0", 5),
     ],
 )  # fmt: skip
 def test_a_value_out_of_bounds_is_damage_in_one_line(
@@ -88,6 +88,71 @@ def test_a_value_out_of_bounds_is_damage_in_one_line(
     message = refusal(change(bundle, place, value))
     assert "is damaged" in message and "build again into another folder with -o" in message
     assert "the weights stay good" in message
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("0.files", {}), ("1.files", {}), ("2.files", {}), ("0.files", []), ("1.files.embed", 1),
+        ("0.files.denoiser.size", "5"), ("0.geometry.height", 2**63), ("0.geometry.frames", 0),
+        ("0.program.inputs.latent.shape", [1, 16, 3, 8, 2**63]),
+        ("0.program.inputs.latent.shape", [1] * 5000), ("0.program.outputs.velocity.dtype", "a b"),
+        ("1.program", {}), ("1.program.calls", []), ("1.program.calls", {}),
+        ("1.program.calls.1.repeat", HUGE), ("1.program.calls.1.repeat", 0),
+        ("1.program.calls.1.repeat", 3), ("1.program.calls.0.name", "../x"),
+        ("1.program.calls.0.reads", "latent"), ("1.program.calls.1.parameters", "blocks"),
+        ("1.program.calls.2.reads", ["x", "nothing"]), ("1.program.calls.1.state", ["memory"]),
+        ("1.program.values.x.shape", [0]), ("1.program.attention.self.keys", 9),
+        ("0.sampling.steps", 0), ("0.sampling.steps", 10**9), ("0.sampling.steps", True),
+        ("0.sampling.shift", HUGE), ("0.sampling.shift", 0), ("0.sampling.shift", -5.0),
+        ("0.sampling.fps", 0), ("0.sampling.guidance", [5.0, 1e9]), ("0.sampling.guidance", 5.0),
+        ("0.sampling.boundary", 0.5), ("0.sampling.solver", "a\nb"), ("0.layout", ""),
+        ("0.target.device", "\0"), ("1.target.arch", "\0"), ("1.target.arch", "../.."),
+        ("1.target.arch", "x" * 300), ("0.target", {"device": 1}), ("0.target", {}),
+        ("0.backend", "x" * 300), ("0.backend", None), ("0.role", "\x1b[2J"), ("0.dtype", HUGE),
+        ("2.target", {"device": "cuda", "tensorrt": "1"}), ("2.target.tensorrt", "new"),
+        ("2.target", {"device": "cuda", "arch": "sm89"}), ("2.target.arch", "x86"),
+        ("2.target.device", "cpu"), ("0.key", "../x"), ("0.details", []),
+        ("1.details.attention", {"self": 3}), ("1.details.attention", {}),
+        ("1.details.attention", {"self": "sdpa", "image": "sdpa"}),
+        ("0.details.attention_score_bytes", []), ("0.details.attention_score_bytes", HUGE),
+        ("2.details.hardware_compatible", "no"), ("0.build", "x"),
+        ("0.build.flops_per_forward", {}), ("0.family", "i2v"), ("0.family", 1),
+        ("0.proof.gate", "x"), ("0.proof.error", HUGE), ("0.proof", 1),
+        ("0.parity.passed", "yes"), ("0.parity.error", []),
+        ("0.lint.host_sync", "0"), ("0.lint.host_sync", HUGE),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_an_engine_is_its_own(bundle: Path, place: str, value: object) -> None:
+    """Without a record that can be read it is kept as it is: a write loses nothing of it."""
+    reason = fault_of_one_engine(change(bundle, f"engines.{place}", value))
+    assert reason.startswith("engine ") and "build " in reason
+    stated = manifest_of(bundle)
+    write_manifest(bundle, read_manifest(bundle))
+    engines = {json.dumps(engine) for engine in manifest_of(bundle)["engines"]}
+    assert engines == {json.dumps(engine) for engine in stated["engines"]}
+
+
+def test_a_program_of_another_backends_form_is_not_opened(bundle: Path) -> None:
+    """A graph cannot be called in parts, nor a package whole: neither checks what it is given."""
+    onnx, aoti, _ = manifest_of(bundle)["engines"]
+    for number, other in ((0, aoti), (1, onnx)):
+        whole = small_bundle(bundle / str(number), "onnx", "aoti", "tensorrt")
+        for name in ("program", "files"):
+            change(whole, f"engines.{number}.{name}", other[name])
+        reason = fault_of_one_engine(whole)
+        assert "calls are not the model's" in reason or "other parameters" in reason
+
+
+@pytest.mark.parametrize("files", [["high_noise"], ["low_noise"], ["high_noise", "low_noise"]])
+def test_a_plan_is_there_for_every_expert(bundle: Path, files: list[str]) -> None:
+    file = manifest_of(bundle)["engines"][2]["files"]["denoiser"]
+    change(bundle, "engines.2.files", {f"denoiser-{expert}": file for expert in files})
+    if len(files) == 2:
+        manifest = read_manifest(bundle)
+        assert not why_unusable(bundle, manifest, manifest.engines[2])
+    else:
+        assert "has no plan for an expert" in fault_of_one_engine(bundle)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +216,7 @@ def test_a_thousand_engines_fit_and_more_are_refused_soon(bundle: Path) -> None:
     put(bundle, data)
     started = time.process_time()
     assert len(read_manifest(bundle).engines) == 1000
-    data["engines"] *= 2
+    data["engines"].append({})
     refusal(put(bundle, data))
     assert time.process_time() - started < 5
 
@@ -170,63 +235,35 @@ def test_a_pipe_or_a_device_does_not_hang(bundle: Path, name: str) -> None:
 
 
 def test_another_schema_names_it_and_keeps_the_bundle(bundle: Path) -> None:
-    for schema in (2, HUGE):
+    for schema in (0, 3, HUGE):
         message = refusal(change(bundle, "schema", schema))
         assert "install the wanexport that wrote it" in message
 
 
-@pytest.mark.parametrize("place", ["", "config", "weights.fp32", "engines.0", "engines.0.sampling"])
-def test_a_field_of_a_later_version_is_ignored(bundle: Path, place: str) -> None:
-    before = read_manifest(bundle)
-    change(bundle, f"{place}.later".strip("."), {"any": ["thing", None]})
-    after = read_manifest(bundle)
-    assert after.config == before.config and len(after.engines) == 3
-    assert choose_engine(bundle, after).backend == "onnx"
-
-
-@pytest.mark.parametrize("place", ["later", "weights.fp32.later", "engines.0.later"])
-def test_a_field_of_a_later_version_outlives_a_write(bundle: Path, place: str) -> None:
-    change(bundle, place, {"any": ["thing", None]})
-    stated = manifest_of(bundle)
-    write_manifest(bundle, read_manifest(bundle))
-    assert manifest_of(bundle) == stated == json.loads(json.dumps(to_json(read_manifest(bundle))))
-
-
 @pytest.mark.parametrize(
     ("place", "value", "what"),
     [
-        ("engines.0.backend", "quantum", "backend quantum"),
-        ("engines.0.dtype", "fp8", "dtype fp8"),
-        ("engines.0.target.device", "npu", "device npu"),
-        ("engines.0.files.tokens", {"path": "x", "size": 0, "sha256": "0" * 64}, "file tokens"),
-    ],
-)
-def test_what_a_later_version_made_is_one_engine_that_cannot_be_used(
-    bundle: Path, place: str, value: object, what: str
-) -> None:
-    manifest = read_manifest(change(bundle, place, value))
-    reasons = [why_unusable(bundle, manifest, engine) for engine in manifest.engines]
-    assert f"has {what}, which this wanexport does not know: install" in reasons[0]
-    assert reasons[1:] == ["", ""]
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "what"),
-    [
-        ("inputs.latent.shape", [0], "its inputs are latent"),
-        ("inputs.latent.shape", [1, 16, 2, 0, 8], "its inputs are latent"),
-        ("inputs.latent.shape", [1, 16, 3, 8, 16], "its inputs are latent"),
-        ("inputs.text.dtype", "fp16", "its inputs are latent"),
-        ("inputs.image", {"shape": [1]}, "its inputs are latent"),
-        ("output.shape", [1, 16, 3, 8, 16], "it has output"),
-        ("output.dtype", "bf16", "it has output"),
+        ("program.inputs.latent.shape", [0], "its inputs are latent"),
+        ("program.inputs.latent.shape", [1, 16, 2, 0, 8], "its inputs are latent"),
+        ("program.inputs.latent.shape", [1, 16, 3, 8, 16], "its inputs are latent"),
+        ("program.inputs.text.dtype", "fp16", "its inputs are latent"),
+        ("program.inputs.text.draw", "normal", "[1, 8, 32] fp32 normal, the model takes"),
+        ("program.inputs.image", {"shape": [1]}, "its inputs are latent"),
+        ("program.outputs.velocity.shape", [1, 16, 3, 8, 16], "its output is velocity"),
+        ("program.outputs.velocity.dtype", "bf16", "its output is velocity"),
         ("geometry.width", 64, "its inputs are latent"),
         ("geometry.spatial_stride", 4, "VAE of stride 4"),
-        ("weights_header_sha256", "0" * 64, "weights of another layout"),
-        ("parameters.block", [], "its block takes other parameters"),
-        ("parameters.head", ["head.head.weight"], "its head takes other parameters"),
-        ("attention", {}, "attention to none keys"),
-        ("attention", {"72": "sdpa", "9": "sdpa"}, "attention to 72, 9 keys, the model to 72, 8"),
+        ("layout", "0" * 64, "weights of another layout"),
+        ("family", "ti2v", "it is of family ti2v, the model of t2v"),
+        ("program.calls.1.parameters", [], "its block takes other parameters"),
+        ("program.calls.2.parameters", ["head.head.weight"], "its head takes other parameters"),
+        ("program.calls.1.writes", ["context"], "its calls are not the model's"),
+        ("program.calls.1.repeat", 1, "its calls are not the model's"),
+        ("program.attention.self.count", 1, "its calls are not the model's"),
+        ("program.values.context.dtype", "fp32", "its calls are not the model's"),
+        ("program.attention", {}, "it has attention of kind none, the model self, text"),
+        ("details.attention", {}, "kernels for attention of kind none, the model needs self, t"),
+        ("details.attention", {"self": "sdpa"}, "attention of kind self, the model needs self, t"),
     ],
 )
 def test_numbers_that_do_not_follow_from_the_config_never_reach_an_engine(
@@ -236,13 +273,13 @@ def test_numbers_that_do_not_follow_from_the_config_never_reach_an_engine(
     reason = why_unusable(bundle, manifest, manifest.engines[1])
     assert what in reason and reason.isprintable()
     assert "wanexport build --backend aoti --dtype fp32 --resolution 64x" in reason
-    with pytest.raises(WanExportError, match="cannot be used"):
-        choose_engine(bundle, manifest, backend="aoti")
+    with pytest.raises(BundleError, match="cannot be used"):
+        choose_engine(bundle, manifest, EngineOptions(backend="aoti"))
 
 
 def test_inputs_in_another_order_are_another_signature(bundle: Path) -> None:
-    inputs = manifest_of(bundle)["engines"][1]["inputs"]
-    change(bundle, "engines.1.inputs", dict(reversed(inputs.items())))
+    inputs = manifest_of(bundle)["engines"][1]["program"]["inputs"]
+    change(bundle, "engines.1.program.inputs", dict(reversed(inputs.items())))
     manifest = read_manifest(bundle)
     assert "its inputs are text" in why_unusable(bundle, manifest, manifest.engines[1])
 

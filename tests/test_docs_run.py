@@ -1,0 +1,64 @@
+"""Every command in docs/ runs as written, each page in a copy of its own of one small bundle.
+
+That bundle is what the first command of docs/build.md makes, which the other pages refer to.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.documents import Document, document, documents
+from tests.shown_commands import (
+    copy_tree,
+    needs_environment,
+    offline_environment,
+    run,
+    run_scripts,
+)
+from wanexport.runtime.bundle.tensorfile import load_arrays
+
+FIRST = document("docs/build.md").commands("bash")[0]
+PAGES = [p for p in documents() if p.name.startswith("docs/") and p.blocks("bash", "python")]
+MADE = {  # what a page's commands leave, by its name
+    "docs/build.md": ("tiny/engines/128x192x17/onnx-fp32/denoiser.onnx",),
+    "docs/run.md": ("latents.safetensors", "distilled.safetensors.json"),
+    "docs/compare.md": ("in.json", "out.json", "bundle/reports"),
+    "docs/bench.md": ("tiny/reports/bench-64x96x9-onnx-fp32.json",),
+}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return offline_environment(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
+    """A copy of the tree in which the first command of docs/build.md has run."""
+    folder = tmp_path_factory.mktemp("docs") / "wanexport"
+    copy_tree(folder)
+    run(["bash", "-c", FIRST], folder, environment)
+    return folder
+
+
+@needs_environment
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_runs(
+    page: Document, built: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "wanexport"
+    shutil.copytree(built, folder, symlinks=True)
+    for command in page.commands("bash"):
+        if command != FIRST:
+            run(["bash", "-c", command], folder, environment)
+    run_scripts(page, folder, environment)
+    assert all((folder / name).exists() for name in MADE.get(page.name, ()))
+    if page.name == "docs/run.md":  # the shapes that it states
+        assert load_arrays(folder / "text.safetensors")["text"].shape == (77, 4096)
+        assert load_arrays(folder / "latents.safetensors")["latent"].shape == (1, 16, 3, 8, 12)
+
+
+def test_the_pages_that_leave_something_are_there() -> None:
+    assert MADE.keys() <= {page.name for page in PAGES}
+    assert FIRST.endswith(" -o tiny")
