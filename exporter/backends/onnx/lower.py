@@ -12,7 +12,6 @@ import torch
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
     CommonSubexpressionEliminationPass,
-    DeduplicateInitializersPass,
     IdentityEliminationPass,
     RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
@@ -160,10 +159,10 @@ def _folds(node: ir.Node) -> bool | None:
     return False if any(t.dtype.is_floating_point() and len(t.shape) > 1 for t in tables) else None
 
 
+# Equal tables of two axes stay two: which are equal depends on the size.
 _CLEANUPS = (
     partial(optimizer.fold_constants, should_fold=_folds),
     IdentityEliminationPass(),
-    DeduplicateInitializersPass(),
     CommonSubexpressionEliminationPass(),
     RemoveUnusedNodesPass(),
     RemoveUnusedOpsetsPass(),
