@@ -41,13 +41,17 @@ from wanexport.runtime.bundle.path import WEIGHTS_FILE
 from wanexport.runtime.bundle.signature import layout_sha256, weights_layout
 from wanexport.runtime.bundle.tensorfile import header_sha256
 from wanexport.runtime.dtypes import PRECISIONS
-from wanexport.runtime.errors import BadRequest, WanExportError, refuse_empty
+from wanexport.runtime.errors import BadRequest, EngineFailure, refuse_empty
 from wanexport.runtime.family import SamplingDefaults, family_of
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.machine.memory import peak_rss
 from wanexport.runtime.wan_config import WanConfig
 
 _NO_KEY = "0" * 64  # of an engine that no later build may take for its own
+_HOLDS_OTHER = {  # by whether it is the base set
+    True: "{0} holds other weights, of {2}: name another folder with -o",
+    False: "{0} holds other weights named {1}, of {2}: choose another name",
+}
 CHOICES = {
     "backends": tuple(BACKENDS),
     "dtype": PRECISIONS,
@@ -211,8 +215,7 @@ def _check_source(
             continue
         origins = [known.source[k] for k in ("hub", "path", "preset") if k in known.source]
         origin = origins[0] if origins else "another source"
-        where = str(writer.path) if name == BASE else f"weights set {name} of {writer.path}"
-        raise BadRequest(f"{where} holds other weights, of {origin}: name another folder with -o")
+        raise BadRequest(_HOLDS_OTHER[name == BASE].format(writer.path, name, origin))
 
 
 def convert_weights(
@@ -252,7 +255,7 @@ def _check_disk(folder: Path, config: WanConfig, dtype: str) -> None:
     _, entries = weights_layout(config, dtype)
     needed, free = sum(e.size for e in entries.values()), shutil.disk_usage(folder).free
     if needed > free:
-        raise WanExportError(
+        raise EngineFailure(
             f"{folder} needs {needed / 1e9:.2f} GB for weights, its disk has {free / 1e9:.2f} GB "
             f"free: name a folder elsewhere with -o"
         )

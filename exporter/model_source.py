@@ -9,7 +9,7 @@ from wanexport.graphs.checkpoint import Checkpoint, open_checkpoint
 from wanexport.graphs.config import PRESETS, variant
 from wanexport.graphs.experts import FOLDERS, expert_of_name
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights
-from wanexport.runtime.errors import WanExportError, printable
+from wanexport.runtime.errors import BadRequest, printable
 from wanexport.runtime.parts.hub import EXAMPLE, download
 from wanexport.runtime.wan_config import WanConfig
 
@@ -48,10 +48,10 @@ def resolve(
 ) -> ModelSource:
     """Find the model; expert_alone allows one expert of an A14B without the other.
 
-    Raises WanExportError when it does not exist, is no Wan checkpoint, or is one expert alone.
+    Raises BadRequest when it does not exist, is no Wan checkpoint, or is one expert alone.
     """
     if model is not None and not model.strip():
-        raise WanExportError(f"-m is empty: name a folder or a hub id, as {EXAMPLE}")
+        raise BadRequest(f"-m is empty: name a folder or a hub id, as {EXAMPLE}")
     if random_weights is not None:
         return _random(model or DEFAULT_PRESET, random_weights)
     model = model or DEFAULT_MODEL
@@ -61,13 +61,13 @@ def resolve(
         _check_alone(checkpoint, printable(path), checkpoint.alone, expert_alone)
         return _from_checkpoint(checkpoint, {"path": str(path.resolve())})
     if model.lower() in PRESETS:
-        raise WanExportError(
+        raise BadRequest(
             f"{model} is a preset, not a checkpoint: add --random-weights SEED, "
             f"or name a folder or hub id"
         )
     path = download(model, _DIT_FILES)
     if not any(file.suffix == ".safetensors" for file in path.rglob("*")):
-        raise WanExportError(
+        raise BadRequest(
             f"{model} has no {_MODEL_FILES[1]} where a Wan has them: download the file that you "
             f"mean and pass -m FILE"
         )
@@ -80,7 +80,7 @@ def resolve(
 def _check_alone(checkpoint: Checkpoint, name: str, reason: str, allowed: bool) -> None:
     """Refuse one expert of an A14B by itself, unless it was asked for."""
     if reason and not allowed and not checkpoint.experts:
-        raise WanExportError(
+        raise BadRequest(
             f"{name} is one expert of an A14B ({reason}): pass -m a folder with both, in "
             f"high_noise_model/ and low_noise_model/, or --expert-alone to build this one by itself"
         )
@@ -89,7 +89,7 @@ def _check_alone(checkpoint: Checkpoint, name: str, reason: str, allowed: bool) 
 def _random(model: str, seed: int) -> ModelSource:
     preset = PRESETS.get(model.lower())
     if preset is None:
-        raise WanExportError(
+        raise BadRequest(
             f"{printable(repr(model))} is no preset: --random-weights takes {', '.join(PRESETS)}"
         )
     experts = preset.experts or ("",)

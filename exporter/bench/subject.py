@@ -1,5 +1,6 @@
 """What `bench` measures: one engine of one expert, with all said that the options leave open."""
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -58,9 +59,11 @@ def choose_subject(bundle: Path, asked: EngineOptions) -> Subject:
 
 def _weights_of_expert(weights: str | Path | None, whole: Manifest) -> str | None:
     """The name of a weights set, or the absolute path of what the measured expert reads."""
-    names = {record.name for record in whole.weights.values()}
-    if weights is None or (isinstance(weights, str) and weights in names):
-        return weights
+    if weights is None:
+        return None
+    is_set = weights in {record.name for record in whole.weights.values()}
+    if is_set or not os.path.lexists(weights):  # of which `find_weights` says that it is not there
+        return str(weights)
     path = Path(weights).resolve()
     return str(path / whole.experts[0] if whole.experts and path.is_dir() else path)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import BadRequest, EngineFailure, WanExportWarning
 
 LOCK = ".lock"
 SOFT_LOCK = ".lock.soft"  # a name of its own: the other's file stays behind, and would look held
@@ -24,8 +24,8 @@ def bundle_lock(bundle: Path, *, waits: bool = False) -> Iterator[None]:
 
     Where the file system has no locks, a file that names the holder stands for one, with a
     WanExportWarning. It is taken over from a holder of this machine that was killed.
-    Raises WanExportError when another writer is at work, or the lock is no regular file; OSError
-    where no file can be written.
+    Raises EngineFailure when another writer is at work, BadRequest when the lock is no regular
+    file, OSError where no file can be written.
     """
     lock = _take(bundle, waits)
     try:
@@ -57,7 +57,7 @@ def _acquire(lock: BaseFileLock, bundle: Path, waits: bool) -> BaseFileLock:
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        held = WanExportError(
+        held = EngineFailure(
             f"another wanexport is writing {bundle}: wait for it to end"
             + (f", or delete {lock.lock_file} if none is" if isinstance(lock, SoftFileLock) else "")
         )
@@ -76,10 +76,10 @@ def _acquire(lock: BaseFileLock, bundle: Path, waits: bool) -> BaseFileLock:
 
 
 def _check_regular(path: Path) -> None:
-    """Raise WanExportError for what locking would follow, wait for or fail at."""
+    """Raise BadRequest for what locking would follow, wait for or fail at."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISREG(mode):
-        raise WanExportError(f"{path} is no regular file, which a lock is: remove it")
+        raise BadRequest(f"{path} is no regular file, which a lock is: remove it")

@@ -14,7 +14,7 @@ from wanexport.exporter.bundle.lock import LOCK, SOFT_LOCK
 from wanexport.runtime.bundle.durable import fsync_folder, is_partial
 from wanexport.runtime.bundle.manifest import MANIFEST, read_manifest
 from wanexport.runtime.bundle.path import ARTEFACTS
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest, WanExportError
 
 JOURNAL = "manifest.partial.json"
 REPLACED = "manifest.replaced.json"  # the manifest before, until what only it lists is removed
@@ -24,13 +24,13 @@ _MANIFESTS = (MANIFEST, JOURNAL, REPLACED)
 
 
 def check_place(path: Path) -> None:
-    """Raise WanExportError unless a build may make a bundle here, or add to the one there is."""
+    """Raise BadRequest unless a build may make a bundle here, or add to the one there is."""
     with _refusing(path):
         if path.is_dir():
             _check_bundle(path)
         elif os.path.lexists(path):
             kind = "a file" if path.is_file() else "no folder"
-            raise WanExportError(f"{path} is {kind}: name a folder with -o")
+            raise BadRequest(f"{path} is {kind}: name a folder with -o")
         else:
             _check_writable(next(p for p in path.absolute().parents if os.path.lexists(p)))
 
@@ -38,7 +38,7 @@ def check_place(path: Path) -> None:
 def make_place(path: Path) -> list[Path]:
     """Make the bundle's folder and return the folders that this took, innermost first.
 
-    Raises WanExportError as `check_place` does.
+    Raises BadRequest as `check_place` does.
     """
     check_place(path)
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -74,7 +74,7 @@ def _refusing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WanExportError(
+        raise BadRequest(
             f"cannot make {path} ({error.strerror}): name another folder with -o"
         ) from error
 
@@ -83,7 +83,7 @@ def _check_bundle(path: Path) -> None:
     names = os.listdir(path)
     if not {MANIFEST, JOURNAL} & set(names):
         if not all(name.startswith(LOCK) or is_begun(name) for name in names):
-            raise WanExportError(f"{path} exists and is no bundle: name another folder with -o")
+            raise BadRequest(f"{path} exists and is no bundle: name another folder with -o")
     for name in (*_MANIFESTS, LOCK, SOFT_LOCK):
         _check_entry(path, name, "regular file")
     for name in (*ARTEFACTS, CACHE, REPORTS):
@@ -105,20 +105,20 @@ def _listed(path: Path) -> Iterator[str]:
 
 
 def _check_entry(bundle: Path, name: str, kind: str) -> None:
-    """Raise WanExportError when a bundle has something else than a file or a folder there."""
+    """Raise BadRequest when a bundle has something else than a file or a folder there."""
     try:
         mode = os.lstat(bundle / name).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return
     is_kind = {"regular file": stat.S_ISREG, "folder": stat.S_ISDIR}[kind]
     if stat.S_ISLNK(mode) and not name.startswith(LOCK):
-        raise WanExportError(
+        raise BadRequest(
             f"{bundle / name} is a link, and a build writes no bundle that lies elsewhere too: "
             f"copy it with cp -rL and name the copy with -o; for another disk, make the whole "
             f"bundle a link to a folder there"
         )
     if not is_kind(mode):
-        raise WanExportError(
+        raise BadRequest(
             f"{bundle / name} is no {kind}, which a bundle has there: remove it, or name another "
             f"folder with -o"
         )
@@ -126,4 +126,4 @@ def _check_entry(bundle: Path, name: str, kind: str) -> None:
 
 def _check_writable(folder: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise WanExportError(f"{folder} cannot be written: name another folder with -o")
+        raise BadRequest(f"{folder} cannot be written: name another folder with -o")

@@ -44,7 +44,7 @@ from wanexport.runtime.bundle.manifest import (
 )
 from wanexport.runtime.bundle.path import ARTEFACTS
 from wanexport.runtime.bundle.usable import why_unusable
-from wanexport.runtime.errors import WanExportError, WanExportWarning, explain
+from wanexport.runtime.errors import BadRequest, WanExportError, WanExportWarning, explain
 
 _SHOWN = 5  # names of a list that may be long
 _Record = TypeVar("_Record")
@@ -64,7 +64,7 @@ class BundleWriter:
         self.journal = self._read_old(JOURNAL) or empty
         self.left: list[str] = []
         if _identity(self.committed) != _identity(empty):
-            raise WanExportError(
+            raise BadRequest(
                 f"{path} holds {self.committed.model}, of another config than this {empty.model}: "
                 f"name another folder with -o"
             )
@@ -117,9 +117,11 @@ class BundleWriter:
     def find_engine(self, key: str) -> EngineRecord | None:
         """The finished engine of this key, if it is whole on disk; rather one proven in full."""
         known = (*self.committed.engines, *self.journal.engines)
+        listed = {**self.known_weights(), **self.manifest.weights}
+        manifest = replace(self.manifest, weights=listed)
         for engine in sorted(known, key=lambda engine: engine.proof.get("verify") != "full"):
             files = engine.files.values()
-            if engine.key != key or why_unusable(self.path, self.manifest, engine):
+            if engine.key != key or why_unusable(self.path, manifest, engine):
                 continue
             if all(_is_whole(check_content, self.path, f) for f in files):
                 return engine

@@ -152,7 +152,7 @@ def _tell(note: str) -> None:
     help="Safetensors file with the velocity of each call in --inputs: the reference.",
 )  # fmt: skip
 @click.option(
-    "--outputs-dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32",
+    "--outputs-dtype", type=click.Choice(DTYPES), default="fp32",
     show_default=True, help="Precision in which --outputs were computed.",
 )  # fmt: skip
 @click.option("--steps", type=COUNT, default=4, show_default=True, help="Length of the loop.")

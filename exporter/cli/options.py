@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from wanexport.exporter.cli.streams import minding_the_reader, printing
+from wanexport.runtime.dtypes import PRECISIONS
 from wanexport.runtime.engines.device_name import check_device
 from wanexport.runtime.engines.kernels import KERNELS
 from wanexport.runtime.engines.onnx_providers import PROVIDERS
@@ -17,7 +18,7 @@ from wanexport.runtime.engines.table import BACKENDS
 from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.solvers import SOLVERS
 
-DTYPES = ("fp32", "bf16", "fp16")
+DTYPES = PRECISIONS
 SEED, COUNT = click.IntRange(min=0), click.IntRange(min=1)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 _SIZES = (2**20, 2**50)  # of a --workspace: a plain 8 is not meant, nor is a petabyte

@@ -36,8 +36,8 @@ from wanexport.exporter.compare.report import Outcome, keep
 from wanexport.exporter.compare.rows import ComparedCall, Comparison
 from wanexport.exporter.compare.sessions import Recorder
 from wanexport.exporter.reference.inputs import seeded_inputs
-from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
+from wanexport.runtime.dtypes import PRECISIONS
 from wanexport.runtime.engines.choose import Choice, choose_engine
 from wanexport.runtime.engines.engine import EngineKeywords, EngineOptions
 from wanexport.runtime.errors import BadRequest, refuse_empty
@@ -108,9 +108,10 @@ def _check_request(request: CompareRequest) -> None:
     check_implementation(request.reference)
     if request.outputs is not None and request.inputs is None:
         raise BadRequest("recorded outputs need the inputs of the same calls: pass both files")
-    if request.outputs_dtype not in DTYPES:
+    if request.outputs_dtype not in PRECISIONS:
         raise BadRequest(
-            f"unknown outputs dtype {request.outputs_dtype!r}: expected one of {', '.join(DTYPES)}"
+            f"unknown outputs dtype {request.outputs_dtype!r}: expected one of "
+            f"{', '.join(PRECISIONS)}"
         )
 
 

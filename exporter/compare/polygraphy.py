@@ -5,14 +5,15 @@ The formats are polygraphy's own and written by itself, imported where it is nee
 
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from wanexport.exporter.backends.polygraphy import RUNNERS
 from wanexport.exporter.compare.rows import ComparedCall
 from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.bundle.durable import write_durably
@@ -86,7 +87,7 @@ def save_calls(
         saved += [str(path) for path in written.paths()]
         if not note:
             engine = bundle / record.files[plan_role(record.files, expert)].path
-            run = _RUNNERS[record.backend].command(record, engine, weights[expert].path)
+            run = RUNNERS[record.backend].command(record, engine, weights[expert].path)
             commands.append(f"{run} {_loads(written, own)}")
     return {"files": saved, "commands": commands, "note": note or None}
 
@@ -130,45 +131,10 @@ def feed(inputs: Mapping[str, Any], specs: Mapping[str, Input]) -> dict[str, np.
     return fed
 
 
-class _Runner(NamedTuple):
-    """How polygraphy runs the engines of a backend, given engine and weights.
-
-    Where it `names_weights`, the engine finds them in a file of the name that its graph has.
-    """
-
-    command: Callable[[EngineRecord, Path, Path], str]
-    names_weights: bool
-
-
-def _graph(record: EngineRecord, engine: Path, weights: Path) -> str:
-    # Polygraphy names no folder of weights to ONNX Runtime, which refuses links to elsewhere;
-    # with --external-data-dir it makes one message of all, which holds 2 GB at most.
-    graph = weights.parent / engine.name
-    provider = ["--providers", "cuda"] if record.target["device"] == "cuda" else []
-    run = ["polygraphy", "run", str(graph), "--onnxrt", *provider]
-    return f"{shlex.join(['cp', str(engine), str(graph)])} && {shlex.join(run)}"
-
-
-def _plan(record: EngineRecord, engine: Path, weights: Path) -> str:
-    run = ["polygraphy", "run", str(engine), "--trt", "--model-type", "engine"]
-    return shlex.join(run)
-
-
-def _plan_of_rtx(record: EngineRecord, engine: Path, weights: Path) -> str:
-    return f"POLYGRAPHY_USE_TENSORRT_RTX=1 {_plan(record, engine, weights)}"
-
-
-_RUNNERS = {
-    "onnx": _Runner(_graph, names_weights=True),
-    "tensorrt": _Runner(_plan, names_weights=False),
-    "tensorrt-rtx": _Runner(_plan_of_rtx, names_weights=False),
-}
-
-
 def _obstacle(denoiser: Denoiser, weights: Mapping[str, PinnedFile]) -> str:
     """Why polygraphy cannot run the engine; empty when it can."""
     record = denoiser.record
-    runner = _RUNNERS.get(record.backend)
+    runner = RUNNERS.get(record.backend)
     if runner is None:
         return f"polygraphy runs no {record.backend} engine"
     if not record.program.is_plain:

@@ -18,7 +18,12 @@ from torch import Tensor
 
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
-from wanexport.runtime.engines.device import gpu_or_cpu, on_device, to_device
+from wanexport.runtime.engines.device import (
+    capture_stream,
+    gpu_or_cpu,
+    on_device,
+    to_device,
+)
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
 from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory, new_memory
 from wanexport.runtime.engines.kernels import check_kernel
@@ -278,11 +283,10 @@ class AotiEngine:
     def _capture(self, bound: BoundRegions, inputs: dict[str, Tensor]) -> None:
         self._inputs, self._idle = inputs, torch.cuda.Event()
         self.graph = torch.cuda.CUDAGraph()
-        # PyTorch's own stream for captures is on the GPU of the process's first capture, and other
-        # threads of the process may use the GPU meanwhile.
+        # Other threads of the process may use the GPU meanwhile.
         with torch.cuda.graph(
             self.graph,
-            stream=torch.cuda.Stream(self.device_of),
+            stream=capture_stream(self.device_of),
             capture_error_mode="thread_local",
         ):
             self._output = bound(inputs, Memory())

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ def gpu_or_cpu(device: str) -> torch.device:
     if index is not None and index >= count:
         raise EngineFailure(f"there is no {device} here: expected cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU on which graphs are captured: PyTorch keeps a cuBLAS workspace for each
+    that was ever used, and its own one is on the GPU of the process's first capture."""
+    return torch.cuda.Stream(device)
 
 
 def to_device(value: Any, device: torch.device) -> Tensor:

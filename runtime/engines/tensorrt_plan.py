@@ -89,7 +89,8 @@ class Plan:
     ) -> None:
         """Raise WanExportError unless the plan takes these inputs and the tensors of this file,
         None where weights were baked in, and gives this output."""
-        expected = {**inputs, OUTPUT: output}
+        # An input is more than a tensor, and equal to no plain one.
+        expected = {n: TensorSpec(s.shape, s.dtype) for n, s in {**inputs, OUTPUT: output}.items()}
         if weights is not None:
             with weights.opened():
                 entries = read_header(weights.path)

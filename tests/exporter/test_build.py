@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.exporter.families import camera
 from tests.oracles.wan_reference import (
     VARIANTS,
     diffusers_model,
@@ -23,15 +25,26 @@ from tests.oracles.wan_reference import (
     write_official,
 )
 from wanexport.exporter import build as build_module
+from wanexport.exporter import key as key_module
+from wanexport.exporter.backends.backend import Request
 from wanexport.exporter.backends.onnx import backend as onnx_backend
 from wanexport.exporter.backends.onnx import lower as to_onnx
+from wanexport.exporter.backends.order import BuildOptions, make_order
+from wanexport.exporter.backends.table import BACKENDS, default_backend
 from wanexport.exporter.build import build
+from wanexport.exporter.key import engine_key
 from wanexport.exporter.reference.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
+from wanexport.graphs.config import sampling_defaults
+from wanexport.graphs.graph import Graph
+from wanexport.graphs.wan import WanModel
 from wanexport.runtime import WanExportError, load
 from wanexport.runtime.bundle.check import file_sha256
 from wanexport.runtime.bundle.manifest import read_manifest
+from wanexport.runtime.bundle.signature import parameter_shapes, program_of
+from wanexport.runtime.errors import BadRequest
+from wanexport.runtime.family import FAMILIES
 from wanexport.runtime.wan_config import EXPERTS
 
 
@@ -73,8 +86,8 @@ def test_diffusers_layout_with_its_boundary(tmp_path: Path) -> None:
     assert manifest.experts == EXPERTS
     assert manifest.engines[0].sampling.boundary == 0.7
     assert set(manifest.weights) == {"high_noise-fp32", "low_noise-fp32"}
-    headers = {record.header_sha256 for record in manifest.weights.values()}
-    assert headers == {manifest.engines[0].weights_header_sha256}
+    layouts = {record.layout for record in manifest.weights.values()}
+    assert layouts == {manifest.engines[0].layout}
 
 
 def test_the_manifest_describes_every_file(tiny_bundle: Path) -> None:
@@ -147,7 +160,7 @@ def test_a_lost_weights_file_is_converted_again(bundle: Path) -> None:
     load(bundle)
 
 
-def test_a_changed_boundary_is_a_changed_engine(tmp_path: Path) -> None:
+def test_a_changed_boundary_is_written_to_the_engine_that_is_there(tmp_path: Path) -> None:
     config = small_config("t2v-a14b", num_layers=1)
     model = tmp_path / "model"
     write_diffusers(model, diffusers_model(config, 1), boundary_ratio=0.7)
@@ -155,19 +168,25 @@ def test_a_changed_boundary_is_a_changed_engine(tmp_path: Path) -> None:
     build_small(model, "t2v-a14b", tmp_path / "bundle")
     (model / "model_index.json").write_text('{"boundary_ratio": 0.5}')
     record = build_small(model, "t2v-a14b", tmp_path / "bundle")
-    assert record["reused"] == ["weights high_noise-fp32", "weights low_noise-fp32"]
+    (engine,) = read_manifest(tmp_path / "bundle").engines
+    weights = ["weights high_noise-fp32", "weights low_noise-fp32"]
+    assert record["reused"] == [*weights, f"engine {engine.name}"]
     assert load(tmp_path / "bundle").sampling.boundary == 0.5
 
 
 def test_the_cut_takes_the_ends_and_the_full_model_itself() -> None:
-    full = small_config("t2v-1.3b", num_layers=4)
-    cut = tensors_of_cut(cut_to_ends(full), full)
-    assert cut["blocks.0.ffn.0.weight"] == "blocks.0.ffn.0.weight"
-    assert cut["blocks.1.ffn.0.weight"] == "blocks.3.ffn.0.weight"
-    assert cut["head.head.weight"] == "head.head.weight"
-    assert all(name == tensor for name, tensor in tensors_of_cut(full, full).items())
-    single = small_config("t2v-1.3b", num_layers=1)
-    assert all(name == tensor for name, tensor in tensors_of_cut(single, single).items())
+    full, single = (small_config("t2v-1.3b", num_layers=layers) for layers in (4, 1))
+    geometry = small_geometry(full)
+    cut, program = (program_of(config, geometry) for config in (cut_to_ends(full), full))
+    names = tensors_of_cut(cut, program)
+    assert names["blocks.0.ffn.0.weight"] == "blocks.0.ffn.0.weight"
+    assert names["blocks.1.ffn.0.weight"] == "blocks.3.ffn.0.weight"
+    assert names["head.head.weight"] == "head.head.weight"
+    assert set(names) == set(parameter_shapes(cut_to_ends(full)))
+    for config in (full, single):
+        own = program_of(config, geometry)
+        same = tensors_of_cut(own, own)
+        assert same == {name: name for name in parameter_shapes(config)}
 
 
 def test_a_file_in_the_working_directory_is_not_imported(
@@ -196,11 +215,72 @@ def test_each_backend_has_its_device_and_all_one_precision(
     dtype: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(build_module, "_has_gpu", lambda: has_gpu)
-    monkeypatch.setattr(build_module, "gpu_obstacle", lambda: obstacle)
-    found = {name: build_module._default_device(name) for name in backends}
-    assert tuple(found.values()) == devices
-    assert build_module._default_dtype(found) == dtype
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(onnx_backend, "gpu_obstacle", lambda: obstacle)
+    for name in backends:  # what this machine's libraries say of a GPU is not asked
+        monkeypatch.setattr(BACKENDS[name], "targets", lambda *_: [{"device": "cpu"}])
+    order = make_order(BuildOptions("64x96", 9, backends=backends))
+    assert tuple(ordered.device for ordered in order.engines) == devices
+    assert order.dtype == dtype
+    assert default_backend(None) == ("aoti" if has_gpu else "onnx")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "unknown device 'gpu': expected one of cpu, cuda, cuda:N"),
+        ({"device": "cuda:x"}, "unknown device 'cuda:x'"),
+        ({"backends": ["trt"]}, "unknown backend 'trt': expected of onnx, aoti"),
+        ({"backends": []}, "no backends: expected of onnx"),
+        ({"dtype": "fp8"}, "unknown dtype 'fp8': expected of fp32, bf16, fp16"),
+        ({"verify": "some"}, "unknown verify 'some': expected of ends, full"),
+        ({"attention": "cudnn"}, "backend onnx has no attention 'cudnn': expected of native, mha"),
+    ],
+)
+def test_what_no_build_can_make_is_a_bad_request(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        make_order(BuildOptions("64x96", 9, **{"backends": ["onnx"], **options}))
+
+
+def request_of(**changes: Any) -> Request:
+    config = small_config("t2v-a14b")
+    geometry = small_geometry(config)
+    sampling = sampling_defaults(config, EXPERTS, geometry)
+    target = {"device": "cpu", "onnxruntime": "1"}
+    request = Request(config, geometry, sampling, "onnx", "fp32", "cpu", target, "native")
+    return replace(request, **changes)
+
+
+def test_a_key_has_all_that_decides_bytes_and_nothing_else() -> None:
+    request = request_of()
+    same = [
+        replace(request, sampling=replace(request.sampling, boundary=0.5, steps=3)),
+        replace(request, device="cuda:1"),
+        replace(request, target={"device": "cpu", "onnxruntime": "2"}),
+    ]
+    assert {engine_key(request)} == {engine_key(other) for other in same}
+    others = [
+        replace(request, attention="mha"),
+        replace(request, dtype="bf16"),
+        replace(request, config=replace(request.config, num_layers=3)),
+        replace(request, config=replace(request.config, family="t2v")),
+        replace(request, geometry=replace(request.geometry, frames=5)),
+        replace(request, baked={"": "0" * 64}),
+    ]
+    keys = {engine_key(other) for other in others}
+    assert len(keys) == len(others) and engine_key(request) not in keys
+
+
+def test_a_key_has_the_code_of_the_familys_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "camera", camera.FAMILY)
+    code = [module.__name__ for module in key_module._graph_code(camera.FAMILY.graph)]
+    assert code == [camera.__name__, WanModel.__module__, Graph.__module__]
+
+
+@pytest.mark.parametrize(("device", "attention"), [("cpu", "native"), ("cuda:1", "mha")])
+def test_an_onnx_request_leaves_no_operator_to_choose(device: str, attention: str) -> None:
+    assert onnx_backend.resolve(request_of(device=device, attention=None)).attention == attention
+    assert onnx_backend.resolve(request_of(device=device, attention="mha")).attention == "mha"
 
 
 def test_an_onnx_engine_of_other_code_is_another() -> None:
@@ -220,8 +300,8 @@ def test_verify_full_runs_every_block(tmp_path: Path) -> None:
 def test_a_failed_proof_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = to_onnx.to_onnx
 
-    def unscaled(program: Any, weights: Any, **options: Any) -> Any:
-        graph = whole(program, weights, **options)
+    def unscaled(exported: Any, program: Any, weights: Any, **options: Any) -> Any:
+        graph = whole(exported, program, weights, **options)
         for node in graph.graph:
             if node.op_type == "Attention":
                 node.attributes.add(onnx_ir.AttrFloat32("scale", 0.1))

@@ -74,7 +74,7 @@ class Missing(RepositoryNotFoundError):
     [
         (Missing(), "a/b is neither a folder here nor a repository of the hub"),
         (LocalEntryNotFoundError("no\nroute"), "a/b is neither a folder here nor in the hub's cac"),
-        (OSError("disk\nfull"), "cannot get a/b from the hub: disk full; download it and pass -m"),
+        (OSError("disk\nfull"), "cannot get a/b from the hub: disk full; download it"),
         (ValueError("x" * 5000), "cannot get a/b from the hub: xxx"),
         (None, r"a/b has no diffusion_pytorch_model\*\.safetensors where a Wan has them: download"),
     ],

@@ -1,7 +1,6 @@
 """What the denoiser accepts, and how it says no."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,39 +8,64 @@ import pytest
 import torch
 
 from wanexport.graphs.config import PRESETS, sampling_defaults
-from wanexport.runtime.arrays import is_torch
-from wanexport.runtime.bundle.manifest import EngineRecord, TensorSpec
-from wanexport.runtime.bundle.signature import input_shapes
+from wanexport.runtime.arrays import Array, is_torch, to_numpy
+from wanexport.runtime.bundle.details import OnnxDetails
+from wanexport.runtime.bundle.manifest import DENOISER, EngineRecord
+from wanexport.runtime.bundle.pinned_file import PinnedFile
+from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.engines.engine import CLOSED, Memory
+from wanexport.runtime.errors import BadRequest, EngineFailure
+from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.machine import memory
 from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 
 def record(config: WanConfig, experts: tuple[str, ...] = ()) -> EngineRecord:
-    geometry = Geometry(64, 96, 9, config.spatial_stride)
-    shapes = input_shapes(config, geometry)
+    """An ONNX engine of a model at 3 latent frames of 4 x 6 tokens, or 2 x 3 of the 5B."""
+    geometry = Geometry(64, 96, 9, family_of(config).vae.spatial_stride)
     return EngineRecord(
         backend="onnx",
+        role=DENOISER,
+        family=config.family,
         dtype="fp32",
         geometry=geometry,
-        inputs={name: TensorSpec(shape) for name, shape in shapes.items()},
-        output=TensorSpec(shapes["latent"]),
+        program=program_of(config, geometry).whole(),
+        details=OnnxDetails(),
         sampling=sampling_defaults(config, experts, geometry),
         files={},
-        weights_header_sha256="",
+        layout="",
         key="",
-        target={},
+        target={"device": "cpu"},
     )
 
 
 class EchoEngine:
-    """Returns the latent and keeps its inputs."""
+    """An engine that returns the latent and keeps its inputs."""
 
+    device = "cpu"
     inputs: Mapping[str, np.ndarray]
+    is_open = True
 
-    def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    def array(self, value: Array) -> np.ndarray:
+        return to_numpy(value)
+
+    def memory(self) -> Memory:
+        return Memory()
+
+    def use(self, weights: PinnedFile) -> None: ...
+
+    def close(self) -> None:
+        self.is_open = False
+
+    def __call__(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        weights: PinnedFile | None = None,
+        memory: Memory | None = None,
+    ) -> np.ndarray:
+        if not self.is_open:
+            raise EngineFailure(CLOSED)
         self.inputs = inputs
         return inputs["latent"]
 
@@ -81,14 +105,14 @@ def test_one_timestep_per_frame_is_kept() -> None:
 @pytest.mark.parametrize("value", [-1.0, 1000.5, 1e30])
 def test_a_timestep_that_no_schedule_has_is_refused(value: float) -> None:
     model, _ = denoiser()
-    with pytest.raises(WanExportError, match=r"expected from 0 to 1000, a sigma times 1000$"):
+    with pytest.raises(BadRequest, match=r"expected from 0 to 1000, a sigma times 1000$"):
         model(**{**inputs_of(model), "timestep": value})
 
 
 def test_text_without_a_row_is_refused() -> None:
     model, _ = denoiser()
     for text in (np.ones((0, 4096), np.float32), torch.ones(1, 0, 4096)):
-        with pytest.raises(WanExportError, match="no row: expected one for each token"):
+        with pytest.raises(BadRequest, match="no row: expected one for each token"):
             model(**{**inputs_of(model), "text": text})
 
 
@@ -135,30 +159,30 @@ def test_another_shape_names_both_and_the_build_that_fits() -> None:
 
 def test_missing_and_unexpected_inputs_are_named() -> None:
     model, _ = denoiser()
-    with pytest.raises(WanExportError, match="condition not expected"):
+    with pytest.raises(BadRequest, match="condition not expected"):
         model(**inputs_of(model), condition=np.zeros(1))
     model, _ = denoiser("i2v-14b")
     inputs = inputs_of(model)
-    with pytest.raises(WanExportError, match="condition, image missing"):
+    with pytest.raises(BadRequest, match="condition, image missing"):
         model(latent=inputs["latent"], timestep=1, text=inputs["text"])
 
 
 def test_a_text_over_512_rows_is_refused() -> None:
     model, _ = denoiser()
-    with pytest.raises(WanExportError, match="513 rows, the model takes at most 512"):
+    with pytest.raises(BadRequest, match="513 rows, the model takes at most 512"):
         model(**{**inputs_of(model), "text": np.zeros((513, 4096), np.float32)})
 
 
 def test_a_text_of_another_width_is_refused() -> None:
     model, _ = denoiser()
-    with pytest.raises(WanExportError, match="text has shape"):
+    with pytest.raises(BadRequest, match="text has shape"):
         model(**{**inputs_of(model), "text": np.zeros((5, 1024), np.float32)})
 
 
 def test_wrong_channels_are_not_blamed_on_the_geometry() -> None:
     model, _ = denoiser()
     latent = np.zeros((1, 48, 3, 8, 12), np.float32)
-    with pytest.raises(WanExportError, match=r"\[1, 16, 3, 8, 12\]$"):
+    with pytest.raises(BadRequest, match=r"\[1, 16, 3, 8, 12\]$"):
         model(**{**inputs_of(model), "latent": latent})
 
 
@@ -169,14 +193,30 @@ def test_inputs_that_are_not_finite_are_refused(name: str, value: float) -> None
     inputs = inputs_of(model)
     bad = np.array(inputs[name], np.float32)
     bad.flat[0] = value
-    with pytest.raises(WanExportError, match=f"{name} has 1 values that are NaN or Inf"):
+    with pytest.raises(BadRequest, match=f"{name} has 1 values that are NaN or Inf"):
         model(**{**inputs, name: bad})
 
 
-def test_an_engine_that_needs_more_memory_than_there_is_is_refused() -> None:
+def test_an_expert_by_itself_serves_all_timesteps() -> None:
+    engines = {name: EchoEngine() for name in EXPERTS}
+    low = Denoiser(record(PRESETS["t2v-a14b"].config, EXPERTS), engines).only("low_noise")
+    for timestep in (1000.0, 875.0, 1.0):
+        low(**{**inputs_of(low), "timestep": timestep})
+        assert engines["low_noise"].inputs["timestep"] == timestep
+    assert not hasattr(engines["high_noise"], "inputs")
+
+
+def test_a_closed_denoiser_says_so() -> None:
+    engines = {name: EchoEngine() for name in EXPERTS}
+    model = Denoiser(record(PRESETS["t2v-a14b"].config, EXPERTS), engines)
+    model.close()
+    for timestep in (900.0, 100.0):
+        with pytest.raises(EngineFailure, match="was closed: load it again"):
+            model(**{**inputs_of(model), "timestep": timestep})
+
+
+def test_weights_that_lie_inside_an_engine_cannot_be_changed() -> None:
     model, _ = denoiser()
-    score_bytes = memory.limit_bytes() // 2 + 10**9
-    build = {"attention_score_bytes": score_bytes}
-    large = Denoiser(replace(model.record, build=build), model.engines)
-    with pytest.raises(WanExportError, match=r"needs \d+ GB for attention .* smaller --resolution"):
-        large(**inputs_of(model))
+    assert model.weights == ""
+    with pytest.raises(BadRequest, match="holds its weights inside and cannot change them"):
+        model.use("style")

@@ -1,14 +1,17 @@
 """The loop: guidance, experts, distilled schedules and the TI2V first frame."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from wanexport.runtime.bundle.manifest import SamplingDefaults, TensorSpec
-from wanexport.runtime.errors import WanExportError
-from wanexport.runtime.sample import make_plan, sample, seeded_noise
+from wanexport.runtime.errors import BadRequest
+from wanexport.runtime.family import SamplingDefaults
+from wanexport.runtime.program import TensorSpec
+from wanexport.runtime.sample import denoise, make_plan, sample, seeded_noise
+from wanexport.runtime.settings import Settings
 
 T2V = SamplingDefaults(steps=50, shift=5.0, guidance=(5.0, 5.0), boundary=None, fps=16)
 A14B = SamplingDefaults(steps=40, shift=12.0, guidance=(3.0, 4.0), boundary=0.875, fps=16)
@@ -50,13 +53,45 @@ def test_guidance_of_one_calls_the_model_once_a_step() -> None:
     assert [step.index for step in steps] == [0, 1, 2]
 
 
+class OfSessions(FakeDenoiser):
+    """A denoiser that makes sessions, and a record of what they were opened with."""
+
+    def __init__(self, defaults: SamplingDefaults) -> None:
+        super().__init__(defaults)
+        self.opened: list[dict[str, Any]] = []
+
+    def session(self, **constant: Any) -> Any:
+        self.opened.append(constant)
+        return partial(self, **constant)
+
+
+def test_a_run_opens_one_session_for_the_prompt_and_one_for_the_negative() -> None:
+    plain, denoiser, image = FakeDenoiser(T2V), OfSessions(T2V), np.ones((1, 2), np.float32)
+    settings: dict[str, Any] = {"text": TEXT, "negative": NEGATIVE, "steps": 3, "image": image}
+    step = denoise(denoiser, noise=noise(), **settings, condition=None)
+    assert [given["text"] is text for given, text in zip(denoiser.opened, (TEXT, NEGATIVE))]
+    assert len(denoiser.opened) == 2 and all(g["image"] is image for g in denoiser.opened)
+    assert not any("condition" in call for call in denoiser.calls)
+    own = denoise(plain, noise=noise(), **settings)
+    assert len(plain.calls) == len(denoiser.calls) == 6
+    assert all(call.keys() == {"latent", "timestep", "text", "image"} for call in plain.calls)
+    np.testing.assert_array_equal(step.latent, own.latent)
+    assert step.index == 2
+
+
+def test_without_guidance_there_is_no_session_for_the_negative() -> None:
+    denoiser = OfSessions(T2V)
+    denoise(denoiser, noise=noise(), text=TEXT, negative=NEGATIVE, steps=2, guidance=1.0)
+    assert len(denoiser.opened) == 1 and len(denoiser.calls) == 2
+
+
 def test_defaults_come_from_the_denoiser() -> None:
-    plan = make_plan(T2V)
+    plan = make_plan(T2V, Settings())
     assert (plan.solver, len(plan), set(plan.guidance)) == ("unipc", 50, {5.0})
 
 
 def test_two_experts_have_their_own_guidance() -> None:
-    plan = make_plan(A14B)
+    plan = make_plan(A14B, Settings())
     high = [t for t, g in zip(plan.schedule.timesteps, plan.guidance) if g == 4.0]
     low = [t for t, g in zip(plan.schedule.timesteps, plan.guidance) if g == 3.0]
     assert (len(high), len(low)) == (26, 14)
@@ -120,26 +155,26 @@ def test_torch_and_numpy_take_the_same_steps(solver: str) -> None:
 
 def test_settings_that_do_not_fit_are_refused_before_any_work() -> None:
     denoiser = FakeDenoiser(T2V)
-    with pytest.raises(WanExportError, match="needs negative"):
+    with pytest.raises(BadRequest, match="needs negative"):
         sample(denoiser, noise=noise(), text=TEXT)
-    with pytest.raises(WanExportError, match="one expert"):
+    with pytest.raises(BadRequest, match="one expert"):
         sample(denoiser, noise=noise(), text=TEXT, negative=NEGATIVE, guidance=(3.0, 4.0))
-    with pytest.raises(WanExportError, match="leave out steps and shift"):
+    with pytest.raises(BadRequest, match="leave out steps and shift"):
         sample(denoiser, noise=noise(), text=TEXT, timesteps=[900, 500], steps=2)
-    with pytest.raises(WanExportError, match="expected a number or"):
+    with pytest.raises(BadRequest, match="expected a number or"):
         sample(denoiser, noise=noise(), text=TEXT, guidance=(1, 2, 3))  # type: ignore[arg-type]
-    with pytest.raises(WanExportError, match="expected a number or"):
+    with pytest.raises(BadRequest, match="expected a number or"):
         sample(denoiser, noise=noise(), text=TEXT, guidance=float("nan"))
-    with pytest.raises(WanExportError, match=r"expected \[1, C, F, h, w\]"):
+    with pytest.raises(BadRequest, match=r"expected \[1, C, F, h, w\]"):
         sample(denoiser, noise=noise()[0], text=TEXT, guidance=1)
-    with pytest.raises(WanExportError, match="no sampling defaults"):
+    with pytest.raises(BadRequest, match="no sampling defaults"):
         sample(FakeDenoiser(None), noise=noise(), text=TEXT, steps=3)
     assert denoiser.calls == []
 
 
 def test_a_first_frame_of_another_shape_is_refused() -> None:
     frame = np.zeros((1, 4, 2, 2, 2), np.float32)
-    with pytest.raises(WanExportError, match=r"\[1, 4, 2, 2, 2\], expected \[1, 4, 1, 2, 2\]"):
+    with pytest.raises(BadRequest, match=r"\[1, 4, 2, 2, 2\], expected \[1, 4, 1, 2, 2\]"):
         sample(FakeDenoiser(T2V), noise=noise(), text=TEXT, guidance=1, first_frame=frame)
 
 
@@ -149,7 +184,7 @@ def test_a_first_frame_needs_a_model_with_a_timestep_per_frame() -> None:
 
     frame = np.zeros((1, 4, 1, 2, 2), np.float32)
     for denoiser, frames in ((T2VDenoiser(T2V), 2), (FakeDenoiser(T2V), 1)):
-        with pytest.raises(WanExportError, match="first_frame is for TI2V"):
+        with pytest.raises(BadRequest, match="first_frame is for TI2V"):
             sample(denoiser, noise=noise(frames), text=TEXT, guidance=1, first_frame=frame)
 
 
@@ -166,7 +201,7 @@ def test_a_first_frame_may_be_of_the_other_kind() -> None:
 
 
 def test_expert_and_guidance_agree_at_the_boundary() -> None:
-    plan = make_plan(A14B, timesteps=[900, 874.999999], guidance=(3.0, 4.0))
+    plan = make_plan(A14B, Settings(timesteps=[900, 874.999999], guidance=(3.0, 4.0)))
     assert plan.guidance == (4.0, 4.0)  # 874.999999 is 875 in fp32, where the expert is chosen
 
 
@@ -197,7 +232,7 @@ def test_inputs_that_are_not_finite_are_named_as_they_were_given(name: str) -> N
     }
     inputs[name].flat[1] = np.nan
     settings = {"solver": "euler", "steps": 2, "shift": 5.0, "guidance": 5.0}
-    with pytest.raises(WanExportError, match=f"{name} has NaN or Inf"):
+    with pytest.raises(BadRequest, match=f"{name} has NaN or Inf"):
         list(sample(lambda **_: inputs["noise"], **inputs, **settings))  # type: ignore[arg-type]
 
 
@@ -226,5 +261,5 @@ def test_settings_of_another_kind_are_refused(settings: dict[str, object], messa
     plain = {"text": np.ones((3, 8)), "negative": np.ones((3, 8)), "solver": "euler"}
     if "timesteps" not in settings:
         plain |= {"steps": 2, "shift": 5.0, "guidance": 5.0}
-    with pytest.raises(WanExportError, match=message):
+    with pytest.raises(BadRequest, match=message):
         sample(lambda **_: noise, noise=noise, **{**plain, **settings})  # type: ignore[arg-type]

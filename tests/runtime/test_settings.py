@@ -6,17 +6,16 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from wanexport.runtime.sample import make_plan, sample
+from wanexport.runtime.sample import sample
 from wanexport.runtime.settings import Settings, SettingsKeywords
 
 
-def test_settings_are_what_sample_and_a_plan_take_by_these_names() -> None:
+def test_settings_are_what_sample_takes_by_these_names() -> None:
     names = {field.name for field in fields(Settings)}
     assert names == SettingsKeywords.__annotations__.keys()
-    for function in (sample, make_plan):
-        own = inspect.signature(function).parameters
-        assert names <= own.keys()
-        assert all(own[name].default is None for name in names)
+    own = inspect.signature(sample).parameters
+    assert names <= own.keys()
+    assert all(own[name].default is None for name in names)
     assert set(vars(Settings()).values()) == {None}
 
 

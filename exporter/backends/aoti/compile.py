@@ -33,7 +33,7 @@ from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.engines.device import gpu_or_cpu
 from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.processor import level_for
-from wanexport.runtime.errors import WanExportError, needing_package
+from wanexport.runtime.errors import BadRequest, WanExportError, needing_package
 from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.program import Program
@@ -195,7 +195,7 @@ def check_compiler(device: str) -> None:
     Also on a kind of processor whose levels of instructions have no names here.
     """
     if not level_for(device_kind(device)):
-        raise WanExportError(
+        raise BadRequest(
             f"AOTInductor engines are built on x86-64 and ARM64 processors, not on "
             f"{platform.machine()}: choose --backend onnx"
         )

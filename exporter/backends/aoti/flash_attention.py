@@ -22,7 +22,7 @@ from wanexport.exporter.child.child import known, main, run_process
 from wanexport.exporter.child.process import Lifeline, environment_of, last_words, run_command
 from wanexport.runtime.engines.flash_attention import FUNCTION
 from wanexport.runtime.engines.processor import level_for
-from wanexport.runtime.errors import WanExportError, installing
+from wanexport.runtime.errors import BadRequest, WanExportError, installing
 
 PACKAGES = ("flash-attn-4", "nvidia-cutlass-dsl", "apache-tvm-ffi")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -88,7 +88,7 @@ def compile_flash_attention(
     """
     flash_attention_versions()
     if dtype not in DTYPES:
-        raise WanExportError(f"FlashAttention-4 takes bf16 or fp16, not {dtype}: leave it out")
+        raise BadRequest(f"FlashAttention-4 takes bf16 or fp16, not {dtype}: leave it out")
     library = folder / f"flash_attention-{dtype}-{head_dim}.so"
     with tempfile.TemporaryDirectory(prefix="flash-attention-", dir=folder) as name:
         kernel = Path(name).resolve() / "kernel.o"

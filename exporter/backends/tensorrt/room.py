@@ -10,7 +10,7 @@ from pathlib import Path
 from wanexport.exporter.backends.backend import Request
 from wanexport.runtime.bundle.signature import weights_layout
 from wanexport.runtime.dtypes import DTYPES
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import EngineFailure
 from wanexport.runtime.machine.memory import available_bytes
 
 _HOST_BASE, _HOST_PER_BLOCK = 400_000_000, 25_000_000
@@ -47,7 +47,7 @@ def estimate(request: Request) -> Estimate:
 def check_room(request: Request, folder: Path, gpu: int | None) -> dict[str, int]:
     """The estimate, for the record. gpu is the memory of the GPU that is the target, if it is here.
 
-    Raises WanExportError with the figures when memory or disk cannot suffice.
+    Raises EngineFailure with the figures when memory or disk cannot suffice.
     """
     needed = estimate(request)
     rooms = {
@@ -57,7 +57,7 @@ def check_room(request: Request, folder: Path, gpu: int | None) -> dict[str, int
     }
     for name, (bytes_needed, room, advice) in rooms.items():
         if room is not None and bytes_needed > room:
-            raise WanExportError(
+            raise EngineFailure(
                 f"{request.label} needs about {bytes_needed / 1e9:.2f} GB of {name}, there are "
                 f"{room / 1e9:.2f} GB: {advice}"
             )

@@ -10,7 +10,7 @@ from wanexport.runtime.engines.device import gpu_or_cpu
 from wanexport.runtime.engines.onnx import import_onnxruntime
 from wanexport.runtime.engines.tensorrt_library import import_tensorrt
 from wanexport.runtime.engines.tensorrt_target import arch
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest
 
 
 def find_targets(
@@ -18,8 +18,8 @@ def find_targets(
 ) -> list[dict[str, str]]:
     """What plans are made for, one each: a GPU here, or with TensorRT for RTX any.
 
-    Raises WanExportError when TensorRT is missing, has not the options, or knows no target, or
-    ONNX Runtime is missing for the proof of a plan that cannot run here.
+    Raises BadRequest when TensorRT has not the options, or knows no target, and WanExportError when
+    it is missing, or ONNX Runtime is for the proof of a plan that cannot run here.
     """
     trt = import_tensorrt(flavour)
     here = gpu_arch(device)
@@ -35,12 +35,12 @@ def find_targets(
 
 def _own_target(named: Sequence[str], here: str | None) -> str:
     if named:
-        raise WanExportError(
+        raise BadRequest(
             "TensorRT builds for the GPU that it runs on: leave out --target, or use "
             "--backend tensorrt-rtx"
         )
     if here is None:
-        raise WanExportError(
+        raise BadRequest(
             "TensorRT builds for the GPU that it runs on, and PyTorch finds none here: "
             "build on that machine, or use --backend tensorrt-rtx with --target"
         )
@@ -53,7 +53,7 @@ def gpu_arch(device: str = "cuda") -> str | None:
 
 
 def _refuse_absent_options(trt: Any, options: TensorRtOptions) -> None:
-    """Raise WanExportError for what TensorRT for RTX would ignore, or refuse after minutes."""
+    """Raise BadRequest for what TensorRT for RTX would ignore, or refuse after minutes."""
     absent = {
         "--hardware-compatible": (options.hardware_compatible, "its plans are for one target each"),
         "--version-compatible": (options.version_compatible, "it comes without a lean runtime"),
@@ -64,7 +64,7 @@ def _refuse_absent_options(trt: Any, options: TensorRtOptions) -> None:
     }
     for name, (is_asked, reason) in absent.items():
         if is_asked:
-            raise WanExportError(
+            raise BadRequest(
                 f"TensorRT for RTX {trt.__version__} has no {name} ({reason}): leave it out"
             )
 
@@ -78,11 +78,11 @@ def _rtx_targets(trt: Any, named: Sequence[str], here: str | None) -> list[str]:
     archs = list(dict.fromkeys(name.lower() for name in named))
     for name in archs:
         if name not in choices:
-            raise WanExportError(
+            raise BadRequest(
                 f"TensorRT for RTX builds for no {name!r}: --target expects of {', '.join(choices)}"
             )
     if not archs and here is None:
-        raise WanExportError(
+        raise BadRequest(
             f"there is no GPU here to build for: name one with --target, of {', '.join(choices)}"
         )
     return archs or [str(here)]

@@ -28,6 +28,7 @@ from tests.oracles.wan_reference import (
     write_official,
 )
 from tests.runtime.engines.hub_layout import as_snapshot
+from wanexport.exporter.backends.aoti import compile as to_aoti
 from wanexport.exporter.backends.aoti.compile import RegionJob, compile_region
 from wanexport.exporter.build import build
 from wanexport.exporter.bundle.writer import file_record, write_manifest
@@ -38,10 +39,15 @@ from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Geometry, WanExportError, load
+from wanexport.runtime.bundle.details import AotiDetails
 from wanexport.runtime.bundle.manifest import read_manifest
+from wanexport.runtime.bundle.path import WEIGHTS_FILE
+from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.engines.aoti import AotiEngine
+from wanexport.runtime.engines.engine import Memory
 from wanexport.runtime.errors import WanExportWarning
-from wanexport.runtime.load import WEIGHTS_FILE
+from wanexport.runtime.family import family_of
+from wanexport.runtime.program import Input, Program
 from wanexport.runtime.wan_config import EXPERTS
 
 PRESET = "flf2v-14b"
@@ -206,8 +212,9 @@ def test_the_record_says_what_the_engine_is_bound_to(small: Path) -> None:
     assert sum(file.size for file in engine.files.values()) < 20e6
     assert engine.target["device"] == "cpu" and engine.target["torch"] == torch.__version__
     assert engine.name == f"64x96x9/aoti-fp32-{engine.target['arch']}"
-    assert engine.attention == {"72": "sdpa", "512": "sdpa", "514": "sdpa"}
-    assert engine.parameters["block"][0].startswith("blocks.0.")
+    kernels = dict.fromkeys(("self", "text", "image"), "sdpa")
+    assert engine.details == AotiDetails(attention=kernels)
+    assert engine.program == program_of(small_config(PRESET), engine.geometry)
     assert set(engine.lint.values()) == {0}
     assert not inspect(small, verify=True)["problems"]
     found = lint(small)
@@ -281,13 +288,8 @@ def test_a_package_that_is_none_is_one_line(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parameters": {}}, "lacks one of embed, block, head"),
-        ({"attention": {"all": "sdpa"}}, "attention to what is no number of keys"),
+        ({"details": AotiDetails({"all": "sdpa"})}, "has kernels for attention of kind all"),
         ({"target": {}}, "is for no device"),
-        (
-            {"parameters": {"embed": ("x",), "block": (), "head": ()}},
-            "its embed takes other parameters than the model has, x for one",
-        ),
     ],
 )
 def test_a_malformed_record_is_one_line(copy: Path, changes: Any, message: str) -> None:
@@ -295,6 +297,16 @@ def test_a_malformed_record_is_one_line(copy: Path, changes: Any, message: str) 
     (engine,) = manifest.engines
     write_manifest(copy, replace(manifest, engines=(replace(engine, **changes),)))
     with pytest.raises(WanExportError, match=message):
+        load(copy)
+
+
+def test_a_call_of_other_parameters_is_one_line(copy: Path) -> None:
+    manifest = read_manifest(copy)
+    (engine,) = manifest.engines
+    embed, *rest = engine.program.calls
+    program = replace(engine.program, calls=(replace(embed, parameters=("x",)), *rest))
+    write_manifest(copy, replace(manifest, engines=(replace(engine, program=program),)))
+    with pytest.raises(WanExportError, match="its embed takes other parameters than the model"):
         load(copy)
 
 
@@ -307,9 +319,9 @@ def test_options_that_do_not_apply_are_refused(small: Path, tiny_bundle: Path) -
         with pytest.raises(WanExportError, match=f"{kernel} runs on a GPU, not on cpu: choose sdp"):
             load(small, attention=kernel)
     for options, message in (
-        ({"attention": "sdpa"}, "an engine of another --backend"),
-        ({"cuda_graph": False}, "an engine of another --backend"),
-        ({"offload": True}, "on a CPU offloads nothing"),
+        ({"attention": "sdpa"}, "no attention kernel: leave it out, or choose an engine of anoth"),
+        ({"cuda_graph": False}, "no CUDA graph: leave it out, or choose an engine of another"),
+        ({"offload": True}, "offload swaps two experts"),
     ):
         with pytest.raises(WanExportError, match=message):
             load(tiny_bundle, backend="onnx", **options)
@@ -318,7 +330,8 @@ def test_options_that_do_not_apply_are_refused(small: Path, tiny_bundle: Path) -
 def test_a_kernel_that_cannot_be_had_is_replaced_aloud(copy: Path) -> None:
     manifest = read_manifest(copy)
     (engine,) = manifest.engines
-    other = replace(engine, attention={**engine.attention, "72": "fa4"})
+    details = AotiDetails({**engine.details.attention, "self": "fa4"})
+    other = replace(engine, details=details)
     write_manifest(copy, replace(manifest, engines=(other,)))
     with pytest.warns(WanExportWarning, match="sdpa instead of fa4, which is slower: this bundle"):
         denoiser = load(copy)
@@ -336,19 +349,22 @@ def test_denoisers_of_one_process_share_weights(small: Path) -> None:
 
 
 def test_fixed_inputs_made_in_inference_mode_can_be_written_outside() -> None:
-    kept: list[torch.Tensor] = []
+    kept: dict[str, torch.Tensor] = {}
 
-    def warm_up(inputs: list[torch.Tensor]) -> tuple[float, float]:
-        kept.extend(inputs)
+    def warm_up(inputs: dict[str, torch.Tensor], memory: Memory) -> tuple[float, float]:
+        kept.update(inputs)
         return 0.0, 0.0
 
     bound = SimpleNamespace(warm_up=warm_up)
-    regions: Any = SimpleNamespace(device=torch.device("cpu"), bind=lambda tensors: bound)
+    program = Program(inputs={"latent": Input((2, 3))}, outputs={}, calls=())
+    regions: Any = SimpleNamespace(
+        device=torch.device("cpu"), bind=lambda tensors: bound, program=program
+    )
     weights: Any = SimpleNamespace(tensors={})
+    file: Any = object()
     with torch.inference_mode():
-        AotiEngine(regions, weights, Path("file"), {"latent": (2, 3)})
-    (latent,) = kept
-    assert latent.fill_(1).sum() == 6
+        AotiEngine(regions, weights, file)
+    assert kept["latent"].fill_(1).sum() == 6
 
 
 @pytest.fixture
@@ -375,9 +391,9 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> tuple[AotiEngine, list[Any]]:
     for name, double in doubles.items():
         monkeypatch.setattr(torch.cuda, name, double)
     engine = object.__new__(AotiEngine)
-    engine.device = torch.device("cuda", 1)
-    monkeypatch.setattr(engine, "bound", lambda inputs: inputs[0], raising=False)
-    engine._capture([torch.zeros(1)])
+    engine.device_of = torch.device("cuda", 1)
+    bound: Any = lambda inputs, memory: inputs["x"]  # noqa: E731
+    engine._capture(bound, {"x": torch.zeros(1)})
     return engine, calls
 
 
@@ -395,7 +411,7 @@ def test_a_replay_waits_for_the_last_callers_use_of_its_buffers(
     engine, calls = captured
     assert engine.graph is not None
     calls.clear()
-    given = [torch.ones(3 if fails else 1)]  # three values do not fit the one that was captured
+    given = {"x": torch.ones(3 if fails else 1)}  # three do not fit the one that was captured
     with pytest.raises(RuntimeError) if fails else nullcontext():
         assert engine._replay(engine.graph, given) == 1
     kinds = [call if isinstance(call, str) else call[0] for call in calls]
@@ -413,7 +429,8 @@ def test_other_weights_of_the_same_layout_are_taken(small: Path, tmp_path: Path)
 
 def region_job(path: Path) -> RegionJob:
     config, geometry = PRESETS["tiny"].config, Geometry(64, 96, 9)
-    return RegionJob("head", asdict(config), asdict(geometry), "fp32", "cpu", str(path))
+    graph = family_of(config).graph
+    return RegionJob("head", graph, asdict(config), asdict(geometry), "fp32", "cpu", str(path))
 
 
 def test_a_compiler_that_links_statically_is_named(tmp_path: Path) -> None:
@@ -456,3 +473,13 @@ def test_a_region_is_one_file_and_clean(tmp_path: Path, monkeypatch: pytest.Monk
     result = compile_region(region_job(tmp_path / "head.pt2"))
     assert written == [tmp_path / "head.pt2"]
     assert set(result["lint"].values()) == {0}
+    assert result["attentions"] == 0
+
+
+def test_calls_that_have_not_the_models_attentions_are_no_engine() -> None:
+    config = small_config("i2v-14b")
+    program = program_of(config, small_geometry(config))
+    found = {"embed": {"attentions": 0}, "block": {"attentions": 3}, "head": {"attentions": 0}}
+    to_aoti._check_attentions(program, found)
+    with pytest.raises(RuntimeError, match="4 attention operators, the model has 6"):
+        to_aoti._check_attentions(program, {**found, "block": {"attentions": 2}})

@@ -249,7 +249,7 @@ def test_each_object_named_here_is_used() -> None:
     [
         ("runtime/engines/tensorrt_plan.py", "set_tensor_address(", "set_tensor_adress("),
         ("runtime/engines/tensorrt_plan.py", "device_memory_size_v2", "device_memory_size_v3"),
-        ("runtime/engines/tensorrt_plan.py", "trt.DataType.BF16", "trt.DataType.BFLOAT16"),
+        ("runtime/engines/tensorrt_plan.py", "TOTAL_WEIGHTS_SIZE", "TOTAL_WEIGHT_SIZE"),
         (
             "runtime/engines/tensorrt_library.py",
             "trt.ILogger.Severity.ERROR",
@@ -302,7 +302,7 @@ def test_a_plan_is_refused_in_one_line_where_tensorrt_does_not_start(
         text=True,
     )
     assert child.returncode == 0, child.stderr
-    assert child.stdout.startswith("WanExportError TensorRT cannot start for x.plan (it gave no")
+    assert child.stdout.startswith("EngineFailure TensorRT cannot start for x.plan (it gave no")
     assert len(child.stdout.splitlines()) == 1
 
 

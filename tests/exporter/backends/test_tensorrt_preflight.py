@@ -1,6 +1,7 @@
 """Memory and disk are estimated, and too little is refused before the work."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +13,16 @@ from wanexport.exporter.backends.tensorrt import room as tensorrt_preflight
 from wanexport.exporter.backends.tensorrt.room import check_room, estimate
 from wanexport.graphs.config import PRESETS, sampling_defaults
 from wanexport.runtime import Geometry, WanExportError
+from wanexport.runtime.family import family_of
 
 
 def request_of(preset: str, baked: bool = False) -> Request:
     config = PRESETS[preset].config
-    geometry = Geometry(480, 832, 81, config.spatial_stride)
+    geometry = Geometry(480, 832, 81, family_of(config).vae.spatial_stride)
     sampling = sampling_defaults(config, (), geometry)
     target = {"device": "cuda", "arch": "sm89", "tensorrt-rtx": "1.7"}
-    hashes = {"": "hash"} if baked else {}
-    return Request(config, geometry, sampling, "tensorrt-rtx", "bf16", target, None, baked=hashes)
+    request = Request(config, geometry, sampling, "tensorrt-rtx", "bf16", "cuda", target)
+    return replace(request, baked={"": "hash"} if baked else {})
 
 
 def test_the_estimate_covers_what_was_measured() -> None:

@@ -1,15 +1,18 @@
 """The ONNX graph: opset 23, one Attention node a call, weights by name in the safetensors file."""
 
 import hashlib
+from dataclasses import replace
 
 import onnx
 import pytest
 from onnx.external_data_helper import uses_external_data
 
+from tests.exporter.families import memory
 from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
 from wanexport.exporter.backends.onnx.lower import lower, serialize
 from wanexport.graphs.signature import attention_count
-from wanexport.runtime.bundle.signature import input_shapes, weights_layout
+from wanexport.runtime.bundle.signature import program_of, weights_layout
+from wanexport.runtime.family import FAMILIES
 
 
 def lowered(preset: str, dtype: str) -> onnx.ModelProto:
@@ -36,7 +39,8 @@ def test_the_graph_is_weightless_and_native(preset: str, dtype: str) -> None:
         assert tuple(tensor.dims) == layout[name].shape
         assert not tensor.raw_data
     operators = [node.op_type for node in model.graph.node]
-    assert operators.count("Attention") == attention_count(config)
+    program = program_of(config, small_geometry(config))
+    assert operators.count("Attention") == attention_count(program)
     forbidden = {"ScatterND", "ScatterElements", "Einsum", "If", "Loop", "SplitToSequence"}
     assert not forbidden & set(operators)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 23)]
@@ -46,8 +50,23 @@ def test_inputs_and_output_have_our_names_and_static_shapes() -> None:
     config = small_config("flf2v-14b")
     graph = lowered("flf2v-14b", "fp32").graph
     shapes = {i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for i in graph.input}
-    assert shapes == input_shapes(config, small_geometry(config))
+    program = program_of(config, small_geometry(config))
+    assert shapes == {name: spec.shape for name, spec in program.inputs.items()}
     assert [output.name for output in graph.output] == ["velocity"]
+
+
+def test_state_is_an_input_and_what_it_becomes_an_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "memory", memory.FAMILY)
+    config = replace(small_config("t2v-1.3b"), family="memory")
+    layout = weights_layout(config, "fp32")[1]
+    lowered_graph, counts = lower(config, small_geometry(config), "fp32", layout)
+    graph = onnx.load_from_string(serialize(lowered_graph)).graph
+    states = ["memory.0", "memory.1"]
+    assert [value.name for value in graph.input][-2:] == states
+    assert [value.name for value in graph.output] == ["velocity", *(f"{n}.next" for n in states)]
+    shapes = [tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in graph.output]
+    assert shapes[1:] == [(1, config.dim)] * 2
+    assert set(counts.values()) == {0}
 
 
 def test_attention_nodes_have_one_output_and_no_mask() -> None:

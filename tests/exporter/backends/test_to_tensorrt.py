@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from onnxruntime import InferenceSession
 
+from tests.exporter.families import memory
 from tests.exporter.lint.test_tensorrt_lint import attention, sequence
 from tests.oracles.wan_reference import (
     VARIANTS,
@@ -43,10 +44,12 @@ from wanexport.graphs.config import PRESETS, sampling_defaults
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime import Geometry, WanExportError
 from wanexport.runtime.bundle.check import file_sha256
+from wanexport.runtime.bundle.details import TensorRtDetails
 from wanexport.runtime.bundle.manifest import read_manifest
-from wanexport.runtime.bundle.signature import input_shapes, parameter_shapes, weights_layout
+from wanexport.runtime.bundle.signature import parameter_shapes, program_of, weights_layout
 from wanexport.runtime.engines.tensorrt_library import import_tensorrt, message_log
-from wanexport.runtime.errors import WanExportWarning
+from wanexport.runtime.errors import BadRequest, WanExportWarning
+from wanexport.runtime.family import FAMILIES
 from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 RTX = "tensorrt-rtx"
@@ -67,7 +70,7 @@ def job_of(folder: Path, content: bytes, **changes: Any) -> PlanJob:
         weights="",
         dtype="bf16",
         arch="sm89",
-        opens_here=False,
+        device="",
         plan=str(folder / "denoiser.plan"),
         layers=str(folder / "layers.json"),
         timing_cache="",
@@ -89,30 +92,36 @@ def request_for(target: Mapping[str, str], **changes: Any) -> Request:
     config = small_config("t2v-1.3b", num_layers=1)
     geometry = small_geometry(config)
     sampling = sampling_defaults(config, (), geometry)
-    request = Request(config, geometry, sampling, RTX, "bf16", dict(target), None)
-    return replace(request, tensorrt=TensorRtOptions(), **changes)
+    request = Request(config, geometry, sampling, RTX, "bf16", "cuda", dict(target))
+    return TensorRtBackend(RTX).resolve(replace(request, **changes))
+
+
+def shapes_of(config: WanConfig, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """What a graph whose parameters are inputs takes."""
+    inputs = program_of(config, geometry).inputs
+    return {**{name: spec.shape for name, spec in inputs.items()}, **parameter_shapes(config)}
 
 
 @pytest.mark.parametrize("preset", VARIANTS)
 def test_lint_takes_every_variant_and_it_builds(preset: str, tmp_path: Path) -> None:
     config = small_config(preset, num_layers=1)
+    program = program_of(config, small_geometry(config))
     content = graph_of(config, small_geometry(config))
     assert lint_tensorrt(onnx.load_from_string(content)) == []
     plans = []
     for arch in TARGETS:
         result = build_plan(job_of(tmp_path, content, arch=arch), quietly)
-        assert result["attention_layers"] == attention_count(config)
+        assert result["attention_layers"] == attention_count(program)
         plans.append((tmp_path / "denoiser.plan").read_bytes())
     assert len(set(plans)) == len(TARGETS)
     layers = json.loads((tmp_path / "layers.json").read_text())
     assert len(layers) == result["layers"]
-    latent = input_shapes(config, small_geometry(config))["latent"]
-    assert layers[-1]["outputs"][0][1:] == ["FLOAT", *latent]
+    assert layers[-1]["outputs"][0][1:] == ["FLOAT", *program.output.shape]
 
 
 def test_a_full_width_block_builds_at_full_size(tmp_path: Path) -> None:
     config = replace(PRESETS["t2v-1.3b"].config, num_layers=1)
-    content = graph_of(config, Geometry(480, 832, 81, config.spatial_stride))
+    content = graph_of(config, Geometry(480, 832, 81))
     for arch in TARGETS:
         result = build_plan(job_of(tmp_path, content, arch=arch), quietly)
         assert result["attention_layers"] == 2
@@ -130,7 +139,7 @@ def test_parameters_are_inputs_under_their_official_names() -> None:
     network = parse(trt, trt.Builder(log), log, graph_of(config, geometry))
     tensors = [network.get_input(index) for index in range(network.num_inputs)]
     shapes = {tensor.name: tuple(tensor.shape) for tensor in tensors}
-    assert shapes == {**input_shapes(config, geometry), **parameter_shapes(config)}
+    assert shapes == shapes_of(config, geometry)
     dtypes = {tensor.name: tensor.dtype for tensor in tensors}
     assert dtypes["blocks.0.ffn.0.weight"] == trt.DataType.BF16
     assert dtypes["blocks.0.modulation"] == dtypes["latent"] == trt.DataType.FLOAT
@@ -142,7 +151,7 @@ def test_separate_queries_change_no_velocity() -> None:
     geometry = small_geometry(config)
     graph, _ = lower(config, geometry, "fp32", layout, as_inputs=True)
     rng = np.random.default_rng(0)
-    shapes = {**input_shapes(config, geometry), **parameter_shapes(config)}
+    shapes = shapes_of(config, geometry)
     inputs = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
 
     def velocity() -> np.ndarray:
@@ -321,7 +330,8 @@ def test_one_build_makes_a_plan_for_each_target(tiny: Path) -> None:
         method = "parsed and built by TensorRT for RTX; fp32 twin compared"
         assert engine.proof["method"] == method
         assert engine.proof["error"] <= engine.proof["gate"] == 1e-5
-        assert engine.parameters == {}
+        assert engine.program == program_of(manifest.config, engine.geometry).whole()
+        assert engine.details == TensorRtDetails()
     assert not list(tiny.rglob("*.json.partial")) and not list(tiny.rglob("plan-*"))
 
 
@@ -341,7 +351,7 @@ def tensorrt_key(options: TensorRtOptions) -> str:
     from wanexport.exporter.key import engine_key
 
     target = {"device": "cuda", "arch": "sm89", RTX: "1.7"}
-    return engine_key(replace(request_for(target), tensorrt=options))
+    return engine_key(request_for(target, options=options))
 
 
 def test_the_record_has_only_the_engines_that_were_asked_for(tiny: Path) -> None:
@@ -361,7 +371,7 @@ def test_without_onnx_runtime_no_plan_for_elsewhere_is_begun(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(tensorrt_targets, "gpu_arch", lambda: "sm89")
+    monkeypatch.setattr(tensorrt_targets, "gpu_arch", lambda *_: "sm89")
     backend = TensorRtBackend(RTX)
     assert backend.targets("cuda", TensorRtOptions())[0]["arch"] == "sm89"
     with pytest.raises(WanExportError, match=r"needs onnxruntime; from a clone"):
@@ -462,7 +472,7 @@ def test_what_cannot_be_built_is_refused(
 ) -> None:
     rtx = import_tensorrt(RTX)
     monkeypatch.setattr(tensorrt_targets, "import_tensorrt", lambda name: rtx)
-    monkeypatch.setattr(tensorrt_targets, "gpu_arch", lambda: here)
+    monkeypatch.setattr(tensorrt_targets, "gpu_arch", lambda *_: here)
     with pytest.raises(WanExportError, match=message) as caught:
         TensorRtBackend(flavour).targets("cuda", TensorRtOptions(**options))
     assert "\n" not in str(caught.value)
@@ -474,7 +484,7 @@ def test_the_gpu_here_is_the_default_target(flavour: str, monkeypatch: pytest.Mo
         __version__="9", ComputeCapability=import_tensorrt(RTX).ComputeCapability
     )
     monkeypatch.setattr(tensorrt_targets, "import_tensorrt", lambda name: fake)
-    monkeypatch.setattr(tensorrt_targets, "gpu_arch", lambda: "sm90")
+    monkeypatch.setattr(tensorrt_targets, "gpu_arch", lambda *_: "sm90")
     targets = TensorRtBackend(flavour).targets("cuda", TensorRtOptions())
     assert targets == [{"device": "cuda", "arch": "sm90", flavour: "9"}]
 
@@ -484,7 +494,7 @@ def test_the_plan_itself_is_proven_where_its_gpu_is(
 ) -> None:
     module = SimpleNamespace(prove_plan=Mock(return_value={"method": "the plan's own"}))
     monkeypatch.setitem(sys.modules, "wanexport.exporter.backends.tensorrt.prove", module)
-    monkeypatch.setattr(tensorrt_backend, "gpu_arch", lambda: "sm89")
+    monkeypatch.setattr(tensorrt_backend, "gpu_arch", lambda *_: "sm89")
     request = request_for({"device": "cuda", "arch": "sm89", RTX: "1.7"})
     engine: Any = object()
     proof = TensorRtBackend(RTX).prove(request, engine, tmp_path, [tmp_path / "w"], "ends")
@@ -492,12 +502,31 @@ def test_the_plan_itself_is_proven_where_its_gpu_is(
     module.prove_plan.assert_called_once_with(request, engine, tmp_path, [tmp_path / "w"], "ends")
 
 
+def test_a_model_with_state_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "memory", memory.FAMILY)
+    target = {"device": "cuda", "arch": "sm89", RTX: "1.7"}
+    config = replace(small_config("t2v-1.3b"), family="memory")
+    with pytest.raises(BadRequest, match="builds no memory, which keeps a state between") as caught:
+        request_for(target, config=config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_request_leaves_nothing_to_choose() -> None:
+    target = {"device": "cuda", "arch": "sm89", RTX: "1.7"}
+    options = TensorRtOptions(targets=("sm86", "sm89"), bake_weights=True)
+    request = request_for(target, device="cpu", options=options)
+    assert (request.device, request.attention, request.bakes) == ("cuda", "native", True)
+    assert request.options == replace(options, targets=())
+    assert request_for(target, device="cuda:1").device == "cuda:1"
+    assert not request_for(target).bakes
+
+
 def test_decomposed_attention_without_its_gpu_must_be_allowed(tmp_path: Path) -> None:
     target = {"device": "cuda", "arch": "sm89", RTX: import_tensorrt(RTX).__version__}
     request = request_for(target, attention="decomposed")
     with pytest.raises(WanExportError, match="no sm89 here: use --attention native, or --allow-"):
         TensorRtBackend(RTX).compile_engine(tmp_path, request, {}, quietly)
-    request = replace(request, tensorrt=TensorRtOptions(allow_unfused=True))
+    request = replace(request, options=TensorRtOptions(allow_unfused=True))
     with pytest.warns(WanExportWarning, match="an unknown number of 2 attention layers are fused"):
         compiled = TensorRtBackend(RTX).compile_engine(tmp_path, request, {}, quietly)
     assert compiled.build["attention_layers"] == 0

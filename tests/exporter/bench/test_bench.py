@@ -18,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from tests.exporter.bundle.other_weights import add_style
 from tests.exporter.child.killed_parents import alive
 from wanexport.exporter.bench import opening as bench_opening
 from wanexport.exporter.bench import process as bench_process
@@ -444,19 +445,6 @@ def test_other_weights_are_every_arms(bundle: Path, tmp_path: Path, children: Ch
         for arm in ("onnx", "graph", "diffusers"):
             own = replace(job, arm=arm)
             assert relative_l2(open_arm(own)(read_inputs(own)), expected) <= 1e-5
-
-
-def add_style(bundle: Path) -> None:
-    """Add a set `style` in fp32, whose velocity is the base set's with another sign."""
-    manifest = read_manifest(bundle)
-    base = manifest.weights["fp32"]
-    arrays = load_arrays(bundle / base.file.path)
-    path = bundle / "weights" / "style-fp32" / "denoiser.safetensors"
-    path.parent.mkdir()
-    changed = {n: -arrays[n] for n in ("head.head.weight", "head.head.bias")}
-    save_arrays(path, arrays | changed)
-    style = replace(base, name="style", file=file_record(bundle, path))
-    write_manifest(bundle, replace(manifest, weights={**manifest.weights, "style-fp32": style}))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,16 @@ import numpy as np
 
 from wanexport.exporter.bundle.writer import BundleWriter, file_record, open_bundle
 from wanexport.graphs.config import PRESETS, sampling_defaults
+from wanexport.runtime.bundle.details import OnnxDetails
 from wanexport.runtime.bundle.durable import write_durably
-from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, TensorSpec, WeightsRecord
+from wanexport.runtime.bundle.manifest import (
+    BASE,
+    DENOISER,
+    EngineRecord,
+    Manifest,
+    WeightsRecord,
+)
+from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.bundle.tensorfile import header_sha256, save_arrays
 from wanexport.runtime.geometry import Geometry
 
@@ -38,7 +46,16 @@ def _weights(writer: BundleWriter) -> WeightsRecord:
     path = writer.free_folder(Path("weights/fp32")) / "denoiser.safetensors"
     save_arrays(path, {"head.head.bias": np.zeros(64, np.float32)})
     file = file_record(writer.path, path)
-    return WeightsRecord("fp32", "", file, header_sha256(path), "0" * 64, {"preset": "tiny"})
+    return WeightsRecord(
+        name=BASE,
+        role=DENOISER,
+        expert="",
+        dtype="fp32",
+        layout=header_sha256(path),
+        file=file,
+        content="0" * 64,
+        source={"preset": "tiny"},
+    )
 
 
 def _engine(writer: BundleWriter, key: str, geometry: Geometry) -> EngineRecord:
@@ -49,20 +66,17 @@ def _engine(writer: BundleWriter, key: str, geometry: Geometry) -> EngineRecord:
     write_durably(path, f"graph {key}".encode() * 1000)
     (folder / "scratch" / "left.bin").unlink()
     (folder / "scratch").rmdir()
-    latent = TensorSpec((1, 16, *geometry.latent))
     return EngineRecord(
         backend="onnx",
+        role=DENOISER,
+        family=CONFIG.family,
         dtype="fp32",
         geometry=geometry,
-        inputs={
-            "latent": latent,
-            "timestep": TensorSpec((1,)),
-            "text": TensorSpec((1, 512, 4096)),
-        },
-        output=latent,
+        program=program_of(CONFIG, geometry).whole(),
+        details=OnnxDetails(),
         sampling=sampling_defaults(CONFIG, (), geometry),
         files={"denoiser": file_record(writer.path, path)},
-        weights_header_sha256=next(iter(writer.manifest.weights.values())).header_sha256,
+        layout=next(iter(writer.manifest.weights.values())).layout,
         key=key,
         target={"device": "cpu"},
     )

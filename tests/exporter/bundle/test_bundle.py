@@ -61,10 +61,10 @@ def test_what_a_killed_build_left_is_swept_or_resumed(bundle: Path) -> None:
     with open_bundle(bundle, empty_like(whole)) as writer:
         assert not stray.parent.exists()
         assert not (bundle / "manifest.json.partial").exists()
-        for name, weights in whole.weights.items():
-            assert writer.find_weights(name, weights.header_sha256) == weights
-            assert writer.find_weights(name, "another layout") is None
-            writer.put_weights(name, weights)
+        for label, weights in whole.weights.items():
+            assert writer.find_weights(label, weights.layout) == weights
+            assert writer.find_weights(label, "another layout") is None
+            writer.put_weights(label, weights)
         for engine in whole.engines:
             assert writer.find_engine(engine.key) == engine
             writer.put_engine(engine)
@@ -117,7 +117,7 @@ def test_damaged_parts_are_not_reused(bundle: Path) -> None:
             handle.truncate(file.size - 1)
     with open_bundle(bundle, empty_like(whole)) as writer:
         assert writer.find_engine(engine.key) is None
-        assert writer.find_weights("fp32", weights.header_sha256) is None
+        assert writer.find_weights("fp32", weights.layout) is None
 
 
 def test_an_unreadable_journal_costs_only_its_work(bundle: Path) -> None:

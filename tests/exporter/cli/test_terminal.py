@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.runtime.bundle.small_bundle import change, manifest_of, put, small_bundle
-from wanexport.exporter.cli import display, terminal
+from wanexport.exporter.cli import display_bundle, terminal
 from wanexport.exporter.cli.main import main
 from wanexport.exporter.inspection import inspect
 from wanexport.runtime.errors import printable
@@ -28,7 +28,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     console = Console(
         file=stream, soft_wrap=True, highlight=False, markup=False, emoji=False, width=300
     )
-    for module in (display, terminal):
+    for module in (display_bundle, terminal):
         monkeypatch.setattr(module, "out", console)
     return stream
 
@@ -86,7 +86,7 @@ def test_no_text_of_a_manifest_is_markup_or_moves_the_cursor(
                 continue
             shown.seek(0)
             shown.truncate(0)
-            display.show_inspect(record)
+            display_bundle.show_inspect(record)
             json.dumps(record)
             lines = shown.getvalue().split("\n")
             assert all(line.isprintable() for line in lines), (place, text)
@@ -104,7 +104,7 @@ def test_an_error_is_one_line_of_printable_text(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    bundle = change(small_bundle(tmp_path / text), "engines.0.target.device", text)
+    bundle = change(small_bundle(tmp_path / text), "weights.fp32.dtype", text)
     options = {"run": ["--text", "x", "-o", "x.safetensors"]}.get(command, [])
     monkeypatch.setattr(sys, "argv", ["wanexport", command, str(bundle), *options])
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)

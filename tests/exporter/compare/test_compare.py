@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from tests.exporter.bundle.other_weights import add_style
 from tests.oracles.wan_reference import (
     diffusers_model,
     diffusers_velocity,
@@ -243,6 +244,33 @@ def test_a_large_model_is_streamed(bundle: Path, monkeypatch: pytest.MonkeyPatch
     assert again["steps"] == first["steps"]
     with pytest.raises(WanExportError, match=r"diffusers' model would take 0.0 GB of 0.0 GB free"):
         compare(bundle, dtype="fp32", reference="diffusers")
+
+
+def test_other_weights_are_compared_with_their_own_reference(bundle: Path) -> None:
+    add_style(bundle)
+    folder = bundle / "weights" / "style-fp32"
+    base = compare(bundle, dtype="fp32", steps=1)
+    by_name = compare(bundle, dtype="fp32", steps=1, weights="style")
+    by_path = compare(bundle, dtype="fp32", steps=1, weights=folder)
+    assert by_name["passed"] and by_name["weights"] == "style"
+    assert by_path["steps"] == by_name["steps"] != base["steps"]
+    reports = {path.name for path in (bundle / "reports").glob("*.json")}
+    assert reports == {f"compare-64x96x9-onnx-fp32{w}.json" for w in ("", "-style", "-style-fp32")}
+    (parity,) = (e.parity for e in read_manifest(bundle).engines if e.dtype == "fp32")
+    assert parity["weights"] == str(folder)
+    with pytest.raises(WanExportError, match="no weights set cubist"):
+        compare(bundle, dtype="fp32", weights="cubist")
+
+
+def test_weights_of_a_set_that_were_altered_are_refused(bundle: Path) -> None:
+    add_style(bundle)
+    path = bundle / "weights" / "style-fp32" / "denoiser.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert compare(bundle, dtype="fp32", steps=1)["passed"]
+    with pytest.raises(WanExportError, match="was altered after the build"):
+        compare(bundle, dtype="fp32", steps=1, weights="style")
 
 
 def test_the_inputs_of_a_report_repeat_it(bundle: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 The model of most tests keeps a sum: its velocity is that of all latents so far and of the prompt.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,8 @@ def test_calls_are_repeated_with_all_that_they_were_given() -> None:
 @pytest.fixture
 def with_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The bundle of a model that reads its text once a prompt, and whose blocks remember."""
+    root = str(Path(__file__).parents[3])  # where the build's processes find the family's graph
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setitem(FAMILIES, "memory", memory.FAMILY)
     config = replace(small_config("t2v-1.3b"), family="memory")
     monkeypatch.setitem(PRESETS, "memory", Preset(config))

@@ -10,8 +10,10 @@ from torch.export import ExportedProgram
 from tests.graphs.test_rope import complex_original, strided
 from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
 from wanexport.exporter.backends.onnx.trace import trace
-from wanexport.exporter.lint.program import KINDS, count, lint_program
+from wanexport.exporter.lint.program import KINDS, attention_operators, count, lint_program
+from wanexport.graphs.graph import empty_graph
 from wanexport.graphs.signature import attention_count
+from wanexport.runtime.family import family_of
 
 
 class Wrapped(nn.Module):
@@ -86,12 +88,14 @@ FAULTS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_our_graphs_are_clean(preset: str, dtype: torch.dtype) -> None:
     config = small_config(preset)
-    program = trace(config, small_geometry(config), dtype)
-    assert lint_program(program, attention_count(config)) == []
-    (fewer,) = lint_program(program, attention_count(config) + 1)
+    graph = empty_graph(family_of(config).graph, config, small_geometry(config), dtype)
+    program, expected = trace(graph), attention_count(graph.program)
+    assert lint_program(program, expected) == []
+    (fewer,) = lint_program(program, expected + 1)
     assert fewer.kind == "unfused_attention"
     calls = [node for node in program.graph.nodes if "wanexport" in str(node.target)]
-    assert len(calls) == attention_count(config)
+    assert len(calls) == expected == attention_operators(program)
+    assert expected == config.num_layers * (3 if config.image_tokens else 2)
     assert not [node for node in program.graph.nodes if "scaled_dot_product" in str(node.target)]
 
 
@@ -108,6 +112,30 @@ def test_every_kind_is_tested() -> None:
 
 def test_writing_to_a_temporary_is_no_mutation() -> None:
     assert lint_program(exported(lambda _, x: (x * 2).add_(1), FOUR)) == []
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda state, x: state.copy_(x),
+        lambda state, x: state[1:3].copy_(x[1:3]),
+        lambda state, x: state.mul_(2).add_(x),
+        lambda state, x: state.clone().copy_(x),
+    ],
+)
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_what_is_declared_as_state_may_be_written_and_nothing_else(
+    write: Callable[[Tensor, Tensor], Tensor], decomposed: bool
+) -> None:
+    program = exported(lambda _, x, state: write(state, x).sum() + x, FOUR, FOUR.clone())
+    program = program.run_decompositions() if decomposed else program
+    _, state = map(str, program.graph_signature.user_inputs)
+    assert lint_program(program, writable=[state]) == []
+    other = exported(lambda _, x, state: write(x, state).sum() + x, FOUR, FOUR.clone())
+    other = other.run_decompositions() if decomposed else other
+    kinds = {finding.kind for finding in lint_program(other)}
+    assert kinds <= {"mutation", "strided_write"}
+    assert {finding.kind for finding in lint_program(other, writable=[state])} == kinds
 
 
 class WritesItsParameter(nn.Module):

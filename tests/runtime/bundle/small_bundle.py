@@ -8,6 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from wanexport.exporter.bundle.writer import file_record, write_manifest
 from wanexport.runtime.bundle.details import AotiDetails, Details, OnnxDetails, TensorRtDetails
 from wanexport.runtime.bundle.manifest import (
@@ -51,15 +53,24 @@ def small_bundle(folder: Path, *backends: str, config: WanConfig = CONFIG) -> Pa
 
 
 def weights_record(
-    folder: Path, name: str = BASE, expert: str = "", *, config: WanConfig = CONFIG
+    folder: Path,
+    name: str = BASE,
+    expert: str = "",
+    *,
+    config: WanConfig = CONFIG,
+    seed: int | None = None,
 ) -> WeightsRecord:
-    """A part of a weights set in fp32, whose file is written."""
+    """A part of a weights set in fp32, whose file is written: zeros, or normal values by a seed."""
     weights = folder / "weights" / weights_label(name, expert, "fp32") / "denoiser.safetensors"
     weights.parent.mkdir(parents=True)
     header, entries = weights_layout(config, "fp32")
     with weights.open("wb") as file:
         file.write(header)
-        file.truncate(max(entry.offset + entry.size for entry in entries.values()))
+        end = max(entry.offset + entry.size for entry in entries.values())
+        if seed is not None:
+            rng = np.random.default_rng(seed)
+            file.write(rng.standard_normal((end - len(header)) // 4, np.float32).tobytes())
+        file.truncate(end)
     return WeightsRecord(
         name=name,
         role=DENOISER,

@@ -21,7 +21,7 @@ from wanexport.runtime.bundle.path import RESERVED
 from wanexport.runtime.bundle.usable import why_unread, why_unusable
 from wanexport.runtime.engines.choose import choose_engine
 from wanexport.runtime.engines.engine import EngineOptions
-from wanexport.runtime.errors import BundleError, WanExportError
+from wanexport.runtime.errors import BundleError
 
 HUGE = 10**400
 DEEP: Any = {}
@@ -226,11 +226,11 @@ def test_a_pipe_or_a_device_does_not_hang(bundle: Path, name: str) -> None:
     path = bundle / name
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    with pytest.raises(WanExportError, match="is no regular file"):
+    with pytest.raises(BundleError, match="is no regular file"):
         read_manifest(bundle, name)
     path.unlink()
     path.symlink_to("/dev/zero")
-    with pytest.raises(WanExportError, match="is no regular file"):
+    with pytest.raises(BundleError, match="is no regular file"):
         read_manifest(bundle, name)
 
 

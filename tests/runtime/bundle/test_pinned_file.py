@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from wanexport.runtime import WanExportError
 from wanexport.runtime.bundle.check import check_content, check_weights, file_sha256
 from wanexport.runtime.bundle.manifest import FileRecord, WeightsRecord
 from wanexport.runtime.bundle.pinned_file import pin
+from wanexport.runtime.errors import BundleError
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_what_changed_is_refused_before_it_is_read(
 ) -> None:
     pinned = pin(file)
     change(file)
-    with pytest.raises(WanExportError) as caught, pinned.opened():
+    with pytest.raises(BundleError) as caught, pinned.opened():
         raise AssertionError("it was opened")
     assert str(caught.value).startswith((f"{file} ", f"cannot read {file} "))
     assert "\n" not in str(caught.value)
@@ -71,7 +71,7 @@ def test_what_changed_is_refused_before_it_is_read(
 def test_what_changes_while_it_is_read_is_refused_after_it(
     change: Callable[[Path], None], file: Path
 ) -> None:
-    with pytest.raises(WanExportError, match=f"{file} "), pin(file).opened() as descriptor:
+    with pytest.raises(BundleError, match=f"{file} "), pin(file).opened() as descriptor:
         assert os.pread(descriptor, 7, 0) == b"content"
         change(file)
 
@@ -93,7 +93,7 @@ def test_bytes_are_those_that_were_hashed(file: Path) -> None:
     times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
     file.write_bytes(b"CONTENT")
     os.utime(file, ns=times)  # as one does who wants it to go unnoticed
-    with pytest.raises(WanExportError, match="was changed since it was checked"):
+    with pytest.raises(BundleError, match="was changed since it was checked"):
         pinned.read()
 
 
@@ -112,14 +112,14 @@ def test_what_is_no_file_is_one_line_that_names_it(
     put: Callable[[Path], None], message: str, check: str, file: Path
 ) -> None:
     put(file)
-    with pytest.raises(WanExportError, match=f"{file} .*{message}") as caught:
+    with pytest.raises(BundleError, match=f"{file} .*{message}") as caught:
         run(check, file.parent, FileRecord("file", 7, "0" * 64))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("check", ["engine", "weights"])
 def test_a_name_that_is_too_long_is_one_line(check: str, tmp_path: Path) -> None:
-    with pytest.raises(WanExportError, match=r"^cannot read .*File name too long"):
+    with pytest.raises(BundleError, match=r"^cannot read .*File name too long"):
         run(check, tmp_path, FileRecord("x" * 300, 7, "0" * 64))
 
 
@@ -131,7 +131,7 @@ def test_a_file_that_may_not_be_read_is_one_line(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("os.open", refuse)
-    with pytest.raises(WanExportError, match=f"^cannot read {file} .Permission denied"):
+    with pytest.raises(BundleError, match=f"^cannot read {file} .Permission denied"):
         run(check, file.parent, FileRecord("file", 7, "0" * 64))
 
 
@@ -139,4 +139,6 @@ def run(check: str, bundle: Path, record: FileRecord) -> None:
     if check == "engine":
         check_content(bundle, record)
     else:
-        check_weights(bundle, WeightsRecord("fp32", "", record, "0" * 64, "", {}))
+        layout = "0" * 64
+        weights = WeightsRecord("base", "denoiser", "", "fp32", layout, record, "", {})
+        check_weights(bundle, weights)

@@ -192,7 +192,7 @@ def test_an_engine_that_cannot_be_read_is_kept_and_the_others_serve(
     reasons = [why_unusable(tmp_path, found, record) for record in found.engines]
     reasons += [why_unread(tmp_path, found, data) for data in found.unread]
     (reason,) = filter(None, reasons)
-    assert (len(reasons) == 2 and "aoti" in reason) or "quantum" in reason
+    assert len(reasons) == 2 and reason.startswith("engine ")
     assert "delete" not in reason and reason.isprintable()
     kept = [engine["files"] for engine in to_json(found)["engines"]]
     assert other["files"] in kept and whole["files"] in kept

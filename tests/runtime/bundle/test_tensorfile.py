@@ -21,7 +21,7 @@ from wanexport.runtime.bundle.tensorfile import (
     read_header,
     save_arrays,
 )
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BundleError
 
 
 def test_the_library_reads_what_we_write(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -62,7 +62,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"x": torch.randn(64)}, path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(WanExportError, match="download it again"):
+    with pytest.raises(BundleError, match="download it again"):
         read_header(path)
 
 
@@ -96,7 +96,7 @@ def test_a_damaged_header_is_refused(tmp_path: Path, fields: object) -> None:
     text = json.dumps({"x": fields}).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    with pytest.raises(WanExportError, match="damaged") as refused:
+    with pytest.raises(BundleError, match="damaged") as refused:
         read_header(path)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500 + len(str(path))
 
@@ -128,7 +128,7 @@ def test_tensors_lie_one_after_the_other_and_fill_the_file(
     entries: dict[str, object], size: int, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "x.safetensors", entries, bytes(size))
-    with pytest.raises(WanExportError, match="download it again"):
+    with pytest.raises(BundleError, match="download it again"):
         read_header(path)
     write(path, {"y": entry(0, 0), "x": entry(0, 8), "z": entry(8, 8)}, bytes(8))
     assert set(read_header(path)) == {"x", "y", "z"}
@@ -151,7 +151,7 @@ def test_the_size_of_every_dtype_of_the_library_must_fit_its_shape(
     stored = json.loads(path.read_bytes()[8:].partition(b"}}")[0] + b"}}")
     stored["x"]["shape"] = [3, 5]
     write(path, stored, bytes(12 * dtype.itemsize))
-    with pytest.raises(WanExportError, match=r"do not hold x, .* \[3, 5\]"):
+    with pytest.raises(BundleError, match=r"do not hold x, .* \[3, 5\]"):
         read_header(path)
 
 
@@ -161,7 +161,7 @@ def test_elements_under_a_byte_must_fill_bytes(dtype: str, bits: int, tmp_path: 
     write(path, {"x": entry(0, bits, dtype) | {"shape": [2, 4]}}, bytes(bits))
     assert read_header(path)["x"].size == bits
     write(path, {"x": entry(0, bits, dtype) | {"shape": [7]}}, bytes(bits))
-    with pytest.raises(WanExportError, match="do not hold x"):
+    with pytest.raises(BundleError, match="do not hold x"):
         read_header(path)
 
 
@@ -186,7 +186,7 @@ def test_a_hostile_header_is_refused_in_little_time(text: str, tmp_path: Path) -
     raw = text.encode(errors="surrogatepass")
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(8))
     began = time.process_time()
-    with pytest.raises(WanExportError, match="damaged safetensors header") as refused:
+    with pytest.raises(BundleError, match="damaged safetensors header") as refused:
         read_header(path)
     assert time.process_time() - began < 1
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500 + len(str(path))
@@ -197,13 +197,13 @@ def test_a_header_over_the_bound_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write((99_000_000).to_bytes(8, "little") + b"{")
         file.truncate(100_000_000)
-    with pytest.raises(WanExportError, match="a header of 99000000 bytes, more than the 16777216"):
+    with pytest.raises(BundleError, match="a header of 99000000 bytes, more than the 16777216"):
         read_header(path)
 
 
 def test_names_are_escaped_in_errors(tmp_path: Path) -> None:
     path = write(tmp_path / "a\nb", {"x\n\x1b[31m": entry(0, 8, "F32")}, bytes(8))
-    with pytest.raises(WanExportError) as refused:
+    with pytest.raises(BundleError) as refused:
         read_header(path)
     assert str(refused.value).isprintable()
     assert "a\\nb" in str(refused.value) and "x\\n\\x1b[31m" in str(refused.value)
@@ -215,7 +215,7 @@ def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
     if kind == "pipe":
         os.mkfifo(path)
     for read in (read_header, header_sha256, load_arrays):
-        with pytest.raises(WanExportError, match=rf"{path} is no regular file"):
+        with pytest.raises(BundleError, match=rf"{path} is no regular file"):
             read(path)
 
 
@@ -237,7 +237,7 @@ def test_a_header_that_nests_without_end_is_refused(tmp_path: Path) -> None:
     text = b"[" * 100_000
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(WanExportError, match="damaged"):
+    with pytest.raises(BundleError, match="damaged"):
         read_header(path)
 
 
@@ -245,12 +245,12 @@ def test_a_tensor_of_too_many_dimensions_is_refused(tmp_path: Path) -> None:
     header, _ = make_header({"x": ("F32", (1,) * 40)})
     path = tmp_path / "x.safetensors"
     path.write_bytes(header + bytes(4))
-    with pytest.raises(WanExportError, match="40 dimensions"):
+    with pytest.raises(BundleError, match="40 dimensions"):
         load_arrays(path)
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(WanExportError, match=r"cannot read .*No such file"):
+    with pytest.raises(BundleError, match=r"cannot read .*No such file"):
         read_header(tmp_path / "x.safetensors")
 
 
@@ -274,5 +274,5 @@ def test_a_read_error_names_the_file_that_is_read(
     with durable_file(tmp_path / "output") as file:
         file.write(b"x")
         monkeypatch.setattr(os, "preadv", fail)
-        with pytest.raises((OSError, WanExportError), match="source"):
+        with pytest.raises((OSError, BundleError), match="source"):
             load_arrays(tmp_path / "source")

@@ -2,39 +2,53 @@
 
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from wanexport.graphs.config import PRESETS
-from wanexport.runtime import WanExportError
-from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, SamplingDefaults, TensorSpec
-from wanexport.runtime.engines.choose import choose_engine
-from wanexport.runtime.errors import WanExportWarning
+from tests.runtime.bundle.small_bundle import CONFIG, GEOMETRY
+from wanexport.runtime.bundle.details import AotiDetails, OnnxDetails, TensorRtDetails
+from wanexport.runtime.bundle.manifest import DENOISER, EngineRecord, FileRecord, Manifest
+from wanexport.runtime.bundle.signature import program_of
+from wanexport.runtime.engines.choose import (
+    Choice,
+    check_device,
+    choose_engine,
+    device_kind,
+)
+from wanexport.runtime.engines.engine import EngineOptions
+from wanexport.runtime.engines.onnx import refusal as onnx_refusal
+from wanexport.runtime.engines.table import BACKENDS, ENGINES
+from wanexport.runtime.errors import BadRequest, BundleError, WanExportWarning
+from wanexport.runtime.family import SamplingDefaults
 from wanexport.runtime.geometry import Geometry
 
 BUNDLE = Path("bundle")
-SHAPE = TensorSpec((1,))
+FILE = FileRecord("engines/x", 0, "")
 ONNX = EngineRecord(
     backend="onnx",
+    role=DENOISER,
+    family="t2v",
     dtype="fp32",
-    geometry=Geometry(64, 96, 9),
-    inputs={"latent": SHAPE},
-    output=SHAPE,
+    geometry=GEOMETRY,
+    program=program_of(CONFIG, GEOMETRY).whole(),
+    details=OnnxDetails(),
     sampling=SamplingDefaults(4, 5.0, (1.0, 1.0), None, 16),
-    files={},
-    weights_header_sha256="",
+    files={"denoiser": FILE},
+    layout="",
     key="",
     target={"device": "cpu"},
 )
+_AOTI = replace(
+    ONNX, backend="aoti", details=AotiDetails(), program=program_of(CONFIG, GEOMETRY),
+    files=dict.fromkeys(("embed", "block", "head"), FILE),
+)  # fmt: skip
 # Of a PyTorch that is nowhere, so that no machine runs them.
-AOTI_CPU = replace(ONNX, backend="aoti", target={"device": "cpu", "torch": "0.1", "arch": "z"})
-AOTI_GPU = replace(
-    ONNX, backend="aoti", dtype="bf16", target={"device": "cuda", "torch": "0.1", "arch": "sm90"}
-)
+AOTI_CPU = replace(_AOTI, target={"device": "cpu", "torch": "0.1", "arch": "z"})
+AOTI_GPU = replace(_AOTI, dtype="bf16", target={"device": "cuda", "torch": "0.1", "arch": "sm90"})
 PLAN = replace(
-    ONNX, backend="tensorrt", dtype="bf16",
+    ONNX, backend="tensorrt", dtype="bf16", details=TensorRtDetails(),
     target={"device": "cuda", "arch": "sm9", "tensorrt": "0.1"},
 )  # fmt: skip
 BF16 = replace(ONNX, dtype="bf16")
@@ -44,18 +58,21 @@ BF16 = replace(ONNX, dtype="bf16")
 def gpu_devices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The GPU's device files, of which there are none until a test adds one."""
     found: list[str] = []
-    monkeypatch.setattr(
-        "wanexport.runtime.engines.choose.gpu_obstacle", lambda _: "no provider here"
-    )
+    monkeypatch.setattr("wanexport.runtime.engines.onnx.gpu_obstacle", lambda _: "no provider here")
     monkeypatch.setattr("wanexport.runtime.bundle.usable.mismatch", lambda *_: "")
+    monkeypatch.setattr("wanexport.runtime.bundle.usable._lacks", lambda *_: "")
     monkeypatch.setattr("os.path.exists", lambda path: path in found)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return found
 
 
+def manifest_of(*engines: EngineRecord) -> Manifest:
+    return Manifest("small", CONFIG, (), {}, engines, wanexport="0")
+
+
 def choose(*engines: EngineRecord, **options: str) -> EngineRecord:
-    manifest = Manifest("tiny", PRESETS["tiny"].config, (), {}, engines, wanexport="0")
-    return choose_engine(BUNDLE, manifest, **options)  # type: ignore[arg-type]
+    asked = EngineOptions(**options)  # type: ignore[arg-type]
+    return choose_engine(BUNDLE, manifest_of(*engines), asked).record
 
 
 @pytest.mark.parametrize(
@@ -113,7 +130,7 @@ def test_a_plan_for_another_gpu_beside_its_own_is_no_change(
     other = replace(PLAN, target={**PLAN.target, "arch": "sm8"})
     monkeypatch.setattr(
         "wanexport.runtime.engines.choose._refusal",
-        lambda _, engine, __: "" if engine == other else "not for this GPU",
+        lambda _, choice, __: "" if choice.record == other else "not for this GPU",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -123,14 +140,14 @@ def test_a_plan_for_another_gpu_beside_its_own_is_no_change(
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_refused_engine_of_another_shape_needs_a_choice_too(order: int) -> None:
     larger = replace(AOTI_GPU, geometry=Geometry(480, 832, 81))
-    with pytest.raises(WanExportError, match=r"several shapes .*480x832x81/aoti.*: name resolu"):
+    with pytest.raises(BadRequest, match=r"several shapes .*480x832x81/aoti.*: name resolu"):
         choose(*(larger, ONNX)[::order])
     assert choose(larger, ONNX, resolution="64x96") == ONNX
     assert choose(larger, ONNX, device="cpu") == ONNX
 
 
 def test_when_none_runs_every_refusal_is_told() -> None:
-    with pytest.raises(WanExportError) as caught:
+    with pytest.raises(BundleError) as caught:
         choose(AOTI_GPU, PLAN, AOTI_CPU, BF16)
     message = str(caught.value)
     for name in ("aoti-bf16-sm90", "tensorrt-bf16-sm9", "aoti-fp32-z", "onnx-bf16 is bf16, which"):
@@ -143,7 +160,7 @@ def test_an_engine_of_a_newer_dtype_is_refused_by_name() -> None:
     newer = [replace(engine, dtype="fp8") for engine in (ONNX, AOTI_CPU, AOTI_GPU, PLAN)]
     assert choose(*newer, ONNX) == ONNX
     with pytest.raises(
-        WanExportError, match="aoti-fp8-z has dtype fp8, which this wanexport does not"
+        BundleError, match="aoti-fp8-z has dtype fp8, which this wanexport does not"
     ):
         choose(*newer)
 
@@ -159,5 +176,82 @@ def test_a_pytorch_that_does_not_import_is_a_reason_in_one_line(
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    with pytest.raises(WanExportError, match=r"does not import .libcudart\.so\.13"):
+    with pytest.raises(BundleError, match=r"does not import .libcudart\.so\.13"):
         choose(AOTI_CPU)
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that executes every engine, on any of its GPUs."""
+    monkeypatch.setattr("wanexport.runtime.engines.choose._refusal", lambda *_: "")
+
+
+@pytest.mark.parametrize(
+    ("asked", "record", "device"),
+    [
+        (None, "aoti", "cuda"),
+        ("cuda", "aoti", "cuda"),
+        ("cuda:0", "aoti", "cuda:0"),
+        ("cuda:1", "aoti", "cuda:1"),
+        ("cuda:12", "aoti", "cuda:12"),
+        ("cpu", "onnx", "cpu"),
+    ],
+)
+def test_a_gpu_may_be_named_by_its_number(
+    asked: str | None, record: str, device: str, everywhere: None
+) -> None:
+    chosen = choose_engine(BUNDLE, manifest_of(ONNX, AOTI_GPU), EngineOptions(device=asked))
+    assert (chosen.record.backend, chosen.device) == (record, device)
+    assert "cuda:1" not in chosen.record.target.values()  # which say the kind alone
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_runs_on_the_gpu_that_is_named(provider: str, everywhere: None) -> None:
+    for asked, device in ((None, "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
+        options = EngineOptions(provider=provider, device=asked)
+        assert choose_engine(BUNDLE, manifest_of(AOTI_GPU, ONNX), options) == Choice(ONNX, device)
+    for device in ("cuda:1", "cuda"):
+        with pytest.raises(BadRequest, match=f"provider cpu is of cpu, not of {device}"):
+            choose_engine(BUNDLE, manifest_of(ONNX), EngineOptions(provider="cpu", device=device))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1000", "CPU", ""])
+def test_what_is_no_device_is_refused(device: str) -> None:
+    with pytest.raises(BadRequest, match=r"unknown device .*: expected one of cpu, cuda, cuda:N"):
+        choose(ONNX, device=device)
+    with pytest.raises(BadRequest, match="unknown device"):
+        check_device(device)
+
+
+def test_the_kind_of_a_device_has_no_number() -> None:
+    assert [device_kind(name) for name in ("cpu", "cuda", "cuda:3")] == ["cpu", "cuda", "cuda"]
+    assert [check_device(name) for name in ("cpu", "cuda:3")] == ["cpu", "cuda:3"]
+
+
+def test_the_fastest_comes_first_on_a_gpu_and_the_exact_one_on_a_cpu(everywhere: None) -> None:
+    on_gpu = [AOTI_GPU, PLAN, replace(PLAN, backend="tensorrt-rtx"), BF16, ONNX]
+    on_cpu = [ONNX, replace(ONNX, dtype="fp16"), AOTI_CPU, replace(AOTI_CPU, dtype="bf16")]
+    for device, best_first in (("cuda", on_gpu), ("cpu", on_cpu)):
+        for first in range(len(best_first)):
+            rest = best_first[first:]
+            assert choose(*rest, device=device) == choose(*rest[::-1], device=device) == rest[0]
+
+
+def test_every_backend_has_a_module_of_one_shape() -> None:
+    assert set(BACKENDS) == ENGINES.keys()
+    for name, kind in ENGINES.items():
+        module = kind.backend()
+        assert module.OPTIONS <= {field.name for field in fields(EngineOptions)}, name
+        assert all(callable(getattr(module, f)) for f in ("refusal", "open_engines")), name
+        assert kind.preferred and all(device in ("cpu", "cuda") for device, _ in kind.preferred)
+
+
+def test_an_onnx_engine_that_a_cpu_cannot_execute_says_what_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reason = onnx_refusal(BF16, "cpu", EngineOptions(), "")
+    assert "is bf16, which ONNX Runtime cannot execute on a CPU: add an engine" in reason
+    assert "engine 64x96x9/onnx-fp32 cannot run on a GPU: no provider here" in onnx_refusal(
+        ONNX, "cuda:1", EngineOptions(), ""
+    )
+    assert onnx_refusal(ONNX, "cpu", EngineOptions(), "") == ""
