@@ -31,8 +31,8 @@ from wanexport.exporter.backends.onnx.passes import (
 from wanexport.exporter.child.quiet import quiet
 from wanexport.exporter.lint.onnx_graph import ATTENTION, lint_onnx
 from wanexport.exporter.lint.program import Finding, count, lint_program
-from wanexport.graphs.graph import NEXT, empty_graph, torch_dtype
-from wanexport.graphs.regions import trace_calls
+from wanexport.graphs.graph import NEXT, Graph, empty_graph, torch_dtype
+from wanexport.graphs.regions import trace_calls, written_inputs
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.program import Call, Program, of_layer
@@ -89,11 +89,21 @@ def lower(graph: str, config: WanConfig, geometry: Geometry, how: Lowering) -> L
     program = empty.program
     traced = trace_calls(empty, "cpu", functional=True)
     calls = {call.name: _translate(traced[call.name], call, how) for call in program.calls}
-    findings = [f for exported in traced.values() for f in lint_program(exported)]
+    findings = [f for call in program.calls for f in _lint_traced(empty, call, traced)]
     findings += _lint(program, calls, how)
     if findings:
         raise RuntimeError(f"unclean graph: {findings[0]}, and {len(findings) - 1} more")
     return Lowered(program, calls, count(findings))
+
+
+def _lint_traced(
+    empty: Graph, call: Call, traced: Mapping[str, ExportedProgram]
+) -> list[Finding]:
+    """What lint finds in a call as it is written: with state, that writes it in place."""
+    if not call.state:
+        return lint_program(traced[call.name])
+    exported = trace_calls(empty, "cpu", [call.name])[call.name]
+    return lint_program(exported, None, written_inputs(exported, len(call.state)))
 
 
 def _lint(program: Program, calls: Mapping[str, ir.Model], how: Lowering) -> list[Finding]:
