@@ -93,6 +93,7 @@ def _stored(value: ir.Value, weights: Mapping[str, TensorEntry]) -> ir.Value:
         shape=ir.Shape(entry.shape),
         name=value.name,
     )
+    value.shape = value.type = None  # which the tensor has: stated twice, they double the graph
     return value
 
 
