@@ -6,7 +6,7 @@ fp32, bf16 or fp16. One key table maps diffusers' names to the official ones.
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,9 +211,7 @@ def recognise(
         )
     num_layers = _count_blocks(tensors, path)
     heads, text_len, eps = settings(stated, dim, config_file)
-    image_tokens = 0
-    if "img_emb.proj.0.weight" in tensors:
-        image_tokens = 514 if "img_emb.emb_pos" in tensors else 257
+    image_tokens = _image_tokens(tensors)
     return WanConfig(
         family=family_name(in_channels - out_channels, out_channels, image_tokens, experts),
         dim=dim,
@@ -228,6 +226,13 @@ def recognise(
         freq_dim=shape("time_embedding.0.weight", 2)[1],
         eps=eps,
     )
+
+
+def _image_tokens(names: Collection[str]) -> int:
+    """How many CLIP tokens a model of these tensors attends to."""
+    if "img_emb.proj.0.weight" not in names:
+        return 0
+    return 514 if "img_emb.emb_pos" in names else 257
 
 
 def _count_blocks(names: Iterable[str], path: Path) -> int:

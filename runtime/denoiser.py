@@ -92,7 +92,8 @@ class Denoiser:
         """
         if self._find is None or self._weights is None:
             raise BadRequest(
-                f"engine {self.record.name} holds its weights inside and cannot change them"
+                f"engine {self.record.name} holds its weights inside and cannot change them: "
+                f"leave {str(weights)!r:.40} out"
             )
         found = self._find(weights)
         for file in self._read_ahead(found):

@@ -65,6 +65,28 @@ def sample(
     """
     defaults = getattr(denoiser, "sampling", None)
     plan = make_plan(defaults, Settings(steps, shift, guidance, solver, timesteps))
+    return run_plan(
+        denoiser,
+        plan,
+        noise=noise,
+        text=text,
+        negative=negative,
+        first_frame=first_frame,
+        **inputs,
+    )
+
+
+def run_plan(
+    denoiser: Callable[..., Array],
+    plan: Plan,
+    *,
+    noise: Array,
+    text: Array,
+    negative: Array | None = None,
+    first_frame: Array | None = None,
+    **inputs: Array | None,
+) -> Iterator[Step]:
+    """What `sample` does once its settings have become a plan, which several seeds may share."""
     texts = _texts(plan, text, negative)
     latent = to_fp32_like(noise, noise)
     if latent.ndim != 5:

@@ -23,6 +23,7 @@ class Arm(NamedTuple):
     A peer is `graph` or `diffusers`, and the kernel that of attention; None leaves it open.
     """
 
+    name: str
     backend: str | None = None
     peer: str | None = None
     attention: str | None = None
@@ -34,21 +35,22 @@ class Arm(NamedTuple):
         return self.backend or self.peer or ""
 
 
-ARMS = {  # in the order in which they are measured while the budget lasts
-    "wanexport": Arm("aoti"),
-    "tensorrt": Arm("tensorrt"),
-    "tensorrt-rtx": Arm("tensorrt-rtx"),
-    "onnx": Arm("onnx"),
-    "graph": Arm(peer="graph", attention="cudnn"),
-    "diffusers": Arm(peer="diffusers", attention="cudnn"),
-    "regional-aoti": Arm(peer="diffusers", attention="cudnn", compiles="regional"),
-    "compile": Arm(peer="diffusers", attention="cudnn", compiles="default"),
-    "wanexport-fa4": Arm("aoti", attention="fa4"),
-    "wanexport-cudnn": Arm("aoti", attention="cudnn"),
-    "wanexport-sdpa": Arm("aoti", attention="sdpa"),
-    "diffusers-fa2": Arm(peer="diffusers", attention="fa2"),
-    "max-autotune": Arm(peer="diffusers", attention="cudnn", compiles="max-autotune-no-cudagraphs"),
-}
+_IN_ORDER = (  # in which they are measured while the budget lasts
+    Arm("wanexport", "aoti"),
+    Arm("tensorrt", "tensorrt"),
+    Arm("tensorrt-rtx", "tensorrt-rtx"),
+    Arm("onnx", "onnx"),
+    Arm("graph", peer="graph", attention="cudnn"),
+    Arm("diffusers", peer="diffusers", attention="cudnn"),
+    Arm("regional-aoti", peer="diffusers", attention="cudnn", compiles="regional"),
+    Arm("compile", peer="diffusers", attention="cudnn", compiles="default"),
+    Arm("wanexport-fa4", "aoti", attention="fa4"),
+    Arm("wanexport-cudnn", "aoti", attention="cudnn"),
+    Arm("wanexport-sdpa", "aoti", attention="sdpa"),
+    Arm("diffusers-fa2", peer="diffusers", attention="fa2"),
+    Arm("max-autotune", peer="diffusers", attention="cudnn", compiles="max-autotune-no-cudagraphs"),
+)
+ARMS = {arm.name: arm for arm in _IN_ORDER}
 
 
 @dataclass(frozen=True)

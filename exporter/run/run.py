@@ -26,9 +26,8 @@ from wanexport.runtime.errors import WanExportError, explain, needing_extra
 from wanexport.runtime.load import load
 from wanexport.runtime.parts.find import PARTS, find_components, origin_note
 from wanexport.runtime.parts.pictures import fit_images
-from wanexport.runtime.sample import Step, make_plan, sample, seeded_noise
+from wanexport.runtime.sample import Plan, Step, make_plan, run_plan, seeded_noise
 from wanexport.runtime.serving.generator import check_step
-from wanexport.runtime.settings import Settings
 
 if TYPE_CHECKING:
     from wanexport.runtime.serving.request import Generation
@@ -138,7 +137,7 @@ def _from_text(
     decode, facts = _open_vae(request, denoiser, tell) if request.makes_video else (None, {})
     load_seconds = time.monotonic() - started
     show("sampling", 0, len(plan))
-    latent, pace = _sample(denoiser, inputs, request.settings, len(plan), steps)
+    latent, pace = _sample(denoiser, plan, inputs, steps)
     return RunResult(
         denoiser=denoiser,
         latent=to_numpy(latent),
@@ -168,17 +167,16 @@ def _open_vae(
 
 def _sample(
     denoiser: Denoiser,
+    plan: Plan,
     inputs: Mapping[str, Any],
-    settings: Settings,
-    number: int,
     on_step: Callable[[Step, int], None],
 ) -> tuple[Any, float]:
     """Return the final latent and the seconds per step."""
     started = time.monotonic()
-    for step in sample(denoiser, **inputs, **asdict(settings)):
+    for step in run_plan(denoiser, plan, **inputs):
         check_step(step, denoiser.record.name)
-        on_step(step, number)
-    return step.latent, (time.monotonic() - started) / number
+        on_step(step, len(plan))
+    return step.latent, (time.monotonic() - started) / len(plan)
 
 
 def _from_prompt(

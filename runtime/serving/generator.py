@@ -27,7 +27,7 @@ from wanexport.runtime.parts.pictures import (
 from wanexport.runtime.parts.protocols import VideoCodec
 from wanexport.runtime.parts.text_encoder import clean_prompt
 from wanexport.runtime.program import TensorSpec
-from wanexport.runtime.sample import Plan, Step, make_plan, sample, seeded_noise
+from wanexport.runtime.sample import Plan, Step, make_plan, run_plan, seeded_noise
 from wanexport.runtime.serving.jobs import Check
 from wanexport.runtime.serving.prompt_cache import PromptCache
 from wanexport.runtime.serving.request import STAGES, Generation, Request, check_request
@@ -36,7 +36,7 @@ from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
 
 @dataclass(frozen=True, eq=False)
 class _Conditioning:
-    """What the seeds of a request share: the inputs of `sample`, on the engine's device."""
+    """What the seeds of a request share: the inputs of a run, on the engine's device."""
 
     inputs: dict[str, Array]
     negative: str | None
@@ -91,7 +91,8 @@ class Generator:
         """
         if name is None and not self._holds_others:
             return
-        self._holds_others = True  # even where the change fails: what it holds then is not known
+        # Even where the change fails: what it holds then is known only where it cannot change.
+        self._holds_others = bool(self._own_weights)
         with _computing(self.gpu):
             self.denoiser.use(self._own_weights if name is None else name)
         self._holds_others = name is not None
@@ -185,7 +186,7 @@ class Generator:
         """Denoise and decode one seed."""
         seconds = {**dict.fromkeys(STAGES, 0.0), **conditioning.seconds}
         with _timed(seconds, "sampling"):
-            latent = self._sample(request, len(plan), conditioning.inputs, seed, check)
+            latent = self._sample(request, plan, conditioning.inputs, seed, check)
         kept = np.array(to_numpy(latent))  # before the VAE, or who keeps the step, can write to it
         video, notes = None, conditioning.notes
         if request.decode:
@@ -208,15 +209,15 @@ class Generator:
         )
 
     def _sample(
-        self, request: Request, steps: int, inputs: dict[str, Array], seed: int, check: Check
+        self, request: Request, plan: Plan, inputs: dict[str, Array], seed: int, check: Check
     ) -> Array:
         """The final latent, where the engine keeps it."""
         noise = self.denoiser.array(seeded_noise(self.denoiser.inputs["latent"].shape, seed))
         with _computing(self.gpu):
-            for step in sample(self.denoiser, noise=noise, **inputs, **vars(request.settings)):
+            for step in run_plan(self.denoiser, plan, noise=noise, **inputs):
                 check_step(step, self.denoiser.record.name)
                 if request.on_step is not None:
-                    request.on_step(step, steps)
+                    request.on_step(step, len(plan))
                 check()
         return step.latent
 

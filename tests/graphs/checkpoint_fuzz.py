@@ -20,7 +20,7 @@ from wanexport.runtime.bundle.tensorfile import make_header
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.wan_config import WanConfig
 
-CONFIG = WanConfig(16, 32, 2, 1, 16, 16, 0, text_dim=8, text_len=16, freq_dim=8)
+CONFIG = WanConfig("t2v", 16, 32, 2, 1, 16, 16, 0, text_dim=8, text_len=16, freq_dim=8)
 MODEL = "diffusion_pytorch_model.safetensors"
 INDEX = f"{MODEL}.index.json"
 STATED = {"_class_name": "WanModel", "model_type": "t2v", "dim": 16, "ffn_dim": 32, "eps": 1e-6,

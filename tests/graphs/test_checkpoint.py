@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ def test_both_layouts_are_recognised_and_convert_alike(preset: str, tmp_path: Pa
     model = diffusers_model(config)
     official = write_official(tmp_path / "official", official_state(model), config)
     diffusers = write_diffusers(tmp_path / "diffusers", model)
-    assert open_checkpoint(official).config == config
-    assert open_checkpoint(diffusers).config == config
+    # One expert by itself has the tensors of Wan2.1's T2V, and is taken for it.
+    family = "t2v" if preset == "t2v-a14b" else config.family
+    assert open_checkpoint(official).config == replace(config, family=family)
+    assert open_checkpoint(diffusers).config == replace(config, family=family)
     assert open_checkpoint(diffusers).layout == "diffusers"
     assert convert(official, tmp_path / "a") == convert(diffusers, tmp_path / "b")
 

@@ -209,10 +209,12 @@ class Gpu:
         self.free, self.capability = 24 << 30, (8, 9)
         for module in (tensorrt_plan, tensorrt_target):
             patch.setattr(module, "import_tensorrt", lambda flavour: trt)
-        patch.setattr(tensorrt_engine, "gpu", lambda: torch.device("cpu"))
+        self.devices: list[str] = []  # by which the GPU was asked for
+        for module in (tensorrt_engine, tensorrt_target):
+            patch.setattr(module, "gpu_or_cpu", self._place)
         cuda = {
             "is_available": lambda: True,
-            "get_device_capability": lambda: self.capability,
+            "get_device_capability": lambda device: self.capability,
             "mem_get_info": lambda device: (self.free, 24 << 30),
             "memory_reserved": lambda device: 0,
             "memory_allocated": lambda device: 0,
@@ -226,6 +228,10 @@ class Gpu:
         }
         for name, value in cuda.items():
             patch.setattr(torch.cuda, name, value)
+
+    def _place(self, device: str) -> torch.device:
+        self.devices.append(device)
+        return torch.device("cpu")
 
     @contextmanager
     def _device(self, device: torch.device) -> Iterator[None]:

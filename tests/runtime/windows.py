@@ -62,8 +62,8 @@ def become_windows(*libraries: str) -> None:
                 raise PermissionError(errno.EACCES, "it is used by another process", source)
         real_replace(source, target)
 
-    os.replace = replace
-    shutil.disk_usage = lambda path: SimpleNamespace(free=100 * GIB)  # type: ignore[assignment]
+    os.replace = replace  # type: ignore[assignment]
+    shutil.disk_usage = lambda path: SimpleNamespace(free=100 * GIB)  # type: ignore[assignment, return-value]
     ctypes.windll = SimpleNamespace(kernel32=Kernel32())  # type: ignore[attr-defined]
 
 

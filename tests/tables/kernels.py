@@ -20,7 +20,8 @@ from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.graphs.weights import DTYPES
 from wanexport.runtime import load
 from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
-from wanexport.runtime.engines.aoti import AotiEngine, to_device
+from wanexport.runtime.engines.aoti import AotiEngine
+from wanexport.runtime.engines.device import to_device
 from wanexport.runtime.engines.operators import attention_kernels
 from wanexport.runtime.wan_config import WanConfig
 
@@ -75,17 +76,23 @@ def kinds(name: str) -> str:
     return ""  # memsets and copies of a few bytes
 
 
-def block_calls(engine: AotiEngine, inputs: list[torch.Tensor]) -> Callable[[], None]:
+def block_calls(engine: AotiEngine, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
     """A function that calls the compiled block once for every timed call."""
-    run, bound = engine.regions.runners, engine.bound
+    embed, block, _ = engine.regions.program.calls
+    assert engine.weights is not None
+    run, tensors = engine.regions.runners, engine.weights.tensors
     with attention_kernels(engine.regions.kernels), torch.no_grad():
-        state, _, *conditioning = run["embed"].run([*bound.embed, *inputs])
+        arguments = [tensors[name] for name in embed.parameters]
+        arguments += [inputs[name] for name in embed.reads]
+        written = dict(zip(embed.writes, run[embed.name].run(arguments)))
+    conditioning = [written[name] for name in block.reads[1:]]
+    layers = [[tensors[name] for name in names] for names, _ in block.layers()]
 
     def calls() -> None:
-        x = state
+        x = written["x"]
         with attention_kernels(engine.regions.kernels), torch.no_grad():
-            for parameters in bound.blocks[:CALLS]:
-                (x,) = run["block"].run([*parameters, x, *conditioning])
+            for parameters in layers[:CALLS]:
+                (x,) = run[block.name].run([*parameters, x, *conditioning])
         torch.cuda.synchronize()
 
     return calls
@@ -129,7 +136,7 @@ def main(bundle: Path) -> None:
     (engine,) = denoiser.engines.values()
     assert isinstance(engine, AotiEngine)
     arrays = forward_inputs(config, denoiser.geometry, 812.0, 0)
-    inputs = [to_device(array, engine.regions.device) for array in arrays.values()]
+    inputs = {n: to_device(array, engine.regions.device) for n, array in arrays.items()}
     times = kernel_times(block_calls(engine, inputs))
     a, b = torch.randn(2, 8192, 8192, device="cuda").to(torch.bfloat16)
     peak = 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3

@@ -25,9 +25,9 @@ from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
 from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
 from wanexport.runtime.bundle.signature import weights_layout
-from wanexport.runtime.engines.aoti import to_device
+from wanexport.runtime.engines.device import to_device
 from wanexport.runtime.engines.device_weights import device_weights
-from wanexport.runtime.engines.onnx_gpu import OnnxSession
+from wanexport.runtime.engines.onnx_gpu import OnnxGpuSession
 from wanexport.runtime.engines.onnx_providers import Provider
 
 ROUNDS, TIMEOUT = 5, 60
@@ -69,7 +69,7 @@ def used_bytes() -> int:
     return total - free
 
 
-def timed(session: OnnxSession, inputs: dict[str, torch.Tensor]) -> float:
+def timed(session: OnnxGpuSession, inputs: dict[str, torch.Tensor]) -> float:
     """Milliseconds of one forward, on the GPU's clock."""
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before.record()
@@ -85,14 +85,14 @@ def measure(bundle: Path, graph: Path, velocity: Path) -> dict[str, Any]:
     device = torch.device("cuda", 0)
     torch.zeros(1, device=device)
     idle = used_bytes()
-    file = bundle / manifest.weights_of("bf16")[0].file.path
+    file = bundle / manifest.weights_of(engine.layout)[0].file.path
     weights = device_weights(file, device)
     started = time.perf_counter()
-    session = OnnxSession(graph, file, weights.tensors, device, Provider())
+    session = OnnxGpuSession(graph, file, weights.tensors, device, Provider())
     opened = time.perf_counter()
     arrays = forward_inputs(manifest.config, engine.geometry, 812.0, 0)
     inputs = {name: to_device(array, device) for name, array in arrays.items()}
-    first = session(inputs)
+    (first,) = session(inputs)
     torch.cuda.synchronize()
     called = time.perf_counter()
     np.save(velocity, first.cpu().numpy())

@@ -24,8 +24,8 @@ from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime import load
+from wanexport.runtime.bundle.path import WEIGHTS_FILE
 from wanexport.runtime.bundle.signature import parameter_shapes
-from wanexport.runtime.load import WEIGHTS_FILE
 
 
 def errors(preset: str, folder: Path) -> tuple[float, float, float]:

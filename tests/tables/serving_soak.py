@@ -24,8 +24,12 @@ from unittest.mock import patch
 import numpy as np
 
 from wanexport.graphs.config import PRESETS, sampling_defaults
-from wanexport.runtime.bundle.manifest import EngineRecord, TensorSpec
+from wanexport.runtime.bundle.details import OnnxDetails
+from wanexport.runtime.bundle.manifest import DENOISER, EngineRecord
+from wanexport.runtime.bundle.pinned_file import PinnedFile
+from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.engines.engine import Memory
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.serving import pipeline as pipeline_module
@@ -95,30 +99,58 @@ class Codec:
         return np.full((9, 64, 96, 3), abs(latent.sum()) % 256, np.uint8)
 
 
-def denoiser_of(fail: Faults) -> Denoiser:
-    """The tiny preset at 64x96x9; velocity = latent / 2 + mean of the text."""
-    config, geometry = PRESETS["tiny"].config, Geometry(64, 96, 9)
-    latent = (1, config.out_channels, *geometry.latent)
-    shapes = {"latent": latent, "timestep": (1,), "text": (1, 512, config.text_dim)}
+class Engine:
+    """velocity = latent / 2 + mean of the text."""
 
-    def engine(inputs: Mapping[str, Any]) -> np.ndarray:
-        fail("the engine")
+    device = "cpu"
+
+    def __init__(self, fail: Faults) -> None:
+        self.fail = fail
+
+    def array(self, value: np.ndarray) -> np.ndarray:
+        """Every array is numpy's here."""
+        return value
+
+    def memory(self) -> Memory:
+        """Nothing is kept."""
+        return Memory()
+
+    def use(self, weights: PinnedFile) -> None:
+        """There are no weights."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def __call__(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        weights: PinnedFile | None = None,
+        memory: Memory | None = None,
+    ) -> np.ndarray:
+        """fp32, shaped like the latent."""
+        self.fail("the engine")
         velocity: np.ndarray = inputs["latent"] / 2 + inputs["text"].mean(dtype=np.float32)
         return velocity
 
+
+def denoiser_of(fail: Faults) -> Denoiser:
+    """The tiny preset at 64x96x9."""
+    config, geometry = PRESETS["tiny"].config, Geometry(64, 96, 9)
     record = EngineRecord(
         backend="onnx",
+        role=DENOISER,
+        family=config.family,
         dtype="fp32",
         geometry=geometry,
-        inputs={name: TensorSpec(shape) for name, shape in shapes.items()},
-        output=TensorSpec(shapes["latent"]),
+        program=program_of(config, geometry).whole(),
+        details=OnnxDetails(),
         sampling=sampling_defaults(config, (), geometry),
         files={},
-        weights_header_sha256="",
+        layout="",
         key="",
         target={"device": "cpu"},
     )
-    return Denoiser(record, {"": engine})
+    return Denoiser(record, {"": Engine(fail)})
 
 
 def open_pipeline(fail: Faults) -> Pipeline:

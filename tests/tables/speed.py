@@ -35,7 +35,7 @@ PAUSE = 0.5  # seconds, for the threads of the arm before
 MODELS = {  # name -> config, resolution, frames
     "tiny": (PRESETS["tiny"].config, "64x96", 9),
     "tiny, larger video": (PRESETS["tiny"].config, "128x192", 17),
-    "dim 1536, 4 layers": (WanConfig(1536, 8960, 12, 4, 16, 16, 0), "256x256", 13),
+    "dim 1536, 4 layers": (WanConfig("t2v", 1536, 8960, 12, 4, 16, 16, 0), "256x256", 13),
 }
 
 

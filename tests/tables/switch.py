@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from wanexport.graphs.config import PRESETS
+from wanexport.runtime.bundle.pinned_file import pin
 from wanexport.runtime.bundle.signature import weights_layout
 from wanexport.runtime.engines.device_weights import DeviceWeights
 
@@ -51,8 +52,8 @@ def main(folder: Path) -> None:
             write(file, header, size)
         weights = DeviceWeights(files[0], torch.device("cuda", 0))
         for number in range(1, SWITCHES + 1):
-            weights.use(files[number % 2])
-            check(weights, files[number % 2])
+            with weights.held(pin(files[number % 2])):
+                check(weights, files[number % 2])
     finally:
         for file in files:
             file.unlink(missing_ok=True)

@@ -33,12 +33,13 @@ def row(size: Size, arch: str, folder: Path) -> str:
     config, geometry = PRESETS[size.preset].config, size.geometry
     target = {"device": "cuda", "arch": arch, FLAVOUR: import_tensorrt(FLAVOUR).__version__}
     sampling = sampling_defaults(config, (), geometry)
-    request = Request(config, geometry, sampling, FLAVOUR, "bf16", target)
+    backend = TensorRtBackend(FLAVOUR)
+    request = backend.resolve(
+        Request(config, geometry, sampling, FLAVOUR, "bf16", backend.default_device(), target)
+    )
     own = folder / f"{size.folder}-{arch}"
     own.mkdir()
-    compiled = TensorRtBackend(FLAVOUR).compile_engine(
-        own, request, {}, lambda stage, done, total: None
-    )
+    compiled = backend.compile_engine(own, request, {}, lambda stage, done, total: None)
     build = compiled.build
     return (
         f"| {size.preset} at {geometry.name} | {arch} | {build['layers']} | "

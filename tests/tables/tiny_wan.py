@@ -26,12 +26,11 @@ from tests.oracles.clip_reading import Reading, read
 from wanexport.exporter.build import build
 from wanexport.exporter.reference.eager import EagerEngine
 from wanexport.graphs.weights import bundle_tensors
-from wanexport.runtime import Denoiser, load, sample
+from wanexport.runtime import Denoiser, load
 from wanexport.runtime.bundle.durable import write_durably
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.signature import parameter_shapes
-from wanexport.runtime.denoiser import pad_text
-from wanexport.runtime.sample import seeded_noise
+from wanexport.runtime.sample import denoise, seeded_noise
 
 MODEL = Path(__file__).parents[2] / "samples" / "tiny_wan"
 SHAPE: dict[str, Any] = {"resolution": f"{SIDE}x{SIDE}", "frames": FRAMES}
@@ -73,10 +72,8 @@ def sample_clips(denoiser: Denoiser, count: int = CLIPS) -> Tensor:
     latents = []
     for number in range(count):
         noise = denoiser.array(seeded_noise(denoiser.inputs["latent"].shape, number))
-        # Padded here, or every step would.
-        text = denoiser.array(pad_text(texts[caption_of(number)], denoiser.inputs["text"].shape))
-        for step in sample(denoiser, noise=noise, text=text, steps=STEPS, guidance=1):
-            latent = step.latent
+        text = texts[caption_of(number)]
+        latent = denoise(denoiser, noise=noise, text=text, steps=STEPS, guidance=1).latent
         latents.append(torch.as_tensor(latent).cpu())
     return torch.cat(latents)
 

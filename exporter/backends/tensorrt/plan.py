@@ -56,10 +56,7 @@ def build_plan(job: PlanJob, progress: Callable[[str, int, int], None]) -> dict[
     that it was replaced. Raises WanExportError when TensorRT refuses the graph, the build or the
     plan.
     """
-    if job.device:  # TensorRT builds for the current one
-        import torch
-
-        torch.cuda.set_device(job.device)
+    _make_current(job.device)
     trt = import_tensorrt(job.flavour)
     log = message_log(trt)
     log.clear()
@@ -88,12 +85,24 @@ def build_plan(job: PlanJob, progress: Callable[[str, int, int], None]) -> dict[
     if job.device:
         layers, result["activation_bytes"] = _inspect(trt, job, log, plan)
         result["attention_kernels"] = _count_attention_kernels(layers)
+    _write(job, plan, layers)
+    _save_timing_cache(config, job.new_timing_cache)
+    return {**result, "peak_rss_bytes": peak_rss()}
+
+
+def _make_current(device: str) -> None:
+    """Have TensorRT build for a GPU of this machine; it does so for the current one."""
+    if device:
+        import torch
+
+        torch.cuda.set_device(device)
+
+
+def _write(job: PlanJob, plan: Any, layers: Any) -> None:
     with durable_file(Path(job.plan)) as file:
         file.write(plan)
     if job.layers:
         write_durably(Path(job.layers), json.dumps(layers, separators=(",", ":")).encode())
-    _save_timing_cache(config, job.new_timing_cache)
-    return {**result, "peak_rss_bytes": peak_rss()}
 
 
 def parse(trt: Any, builder: Any, log: Any, graph: bytes, weights: str = "") -> Any:

@@ -94,7 +94,7 @@ def test_the_onnx_arm_needs_only_its_provider(
     opened: list[tuple[Choice, EngineOptions]] = []
 
     def open_engine(bundle: Path, manifest: Any, *given: Any) -> Mock:
-        opened.append(given)  # type: ignore[arg-type]
+        opened.append(given)
         return Mock()
 
     monkeypatch.setattr(bench_opening, "open_engine", open_engine)

@@ -12,14 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from wanexport.exporter import build
 from wanexport.exporter.backends.aoti import backend as aoti_backend
 from wanexport.exporter.backends.aoti import flash_attention
+from wanexport.exporter.backends.aoti.compile import Regions
 from wanexport.exporter.backends.backend import Request
+from wanexport.exporter.build import compile_engine
 from wanexport.graphs.config import PRESETS, sampling_defaults
 from wanexport.runtime import Geometry
 from wanexport.runtime.engines.flash_attention import FlashAttention
-from wanexport.runtime.errors import WanExportError, WanExportWarning
+from wanexport.runtime.errors import (
+    BadRequest,
+    BundleError,
+    WanExportError,
+    WanExportWarning,
+)
 
 ABSENT = ("cutlass", "flash_attn", "quack", "triton")
 
@@ -66,7 +72,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with a Hopper GPU and all packages, as far as the checks before compiling go."""
     monkeypatch.setattr(flash_attention, "PACKAGES", ())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     return monkeypatch
 
 
@@ -81,7 +87,7 @@ def test_a_missing_package_names_what_to_install(
 
 
 def test_fp32_is_refused(tmp_path: Path, installed: pytest.MonkeyPatch) -> None:
-    with pytest.raises(WanExportError, match="bf16 or fp16, not fp32"):
+    with pytest.raises(BadRequest, match="bf16 or fp16, not fp32"):
         flash_attention.compile_flash_attention(tmp_path, dtype="fp32", head_dim=128)
 
 
@@ -89,7 +95,7 @@ def test_fp32_is_refused(tmp_path: Path, installed: pytest.MonkeyPatch) -> None:
 def test_a_gpu_that_is_not_hopper_is_refused(
     tmp_path: Path, installed: pytest.MonkeyPatch, capability: tuple[int, int]
 ) -> None:
-    installed.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    installed.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     with pytest.raises(WanExportError, match=rf"Hopper.*sm{capability[0]}{capability[1]}: use"):
         flash_attention.compile_flash_attention(tmp_path, dtype="bf16", head_dim=128)
 
@@ -128,7 +134,7 @@ def test_an_engine_whose_kernel_did_not_compile_is_no_later_builds(
     doubles: dict[str, Any] = {
         "flash_attention_versions": lambda: {"flash-attn-4": "4.0"},
         "compile_flash_attention": fail,
-        "to_aoti.compile_regions": lambda *_: ({}, {}, {}),
+        "to_aoti.compile_regions": lambda *_: Regions({}, {}, {}),
         "attention_rule.choose_kernels": lambda *_: ({}, {}),
     }
     for name, double in doubles.items():
@@ -136,19 +142,19 @@ def test_an_engine_whose_kernel_did_not_compile_is_no_later_builds(
     config, geometry = PRESETS["tiny"].config, Geometry(64, 96, 9)
     sampling = sampling_defaults(config, (), geometry)
     target = {"device": "cuda", "arch": "sm90"}
-    request = Request(config, geometry, sampling, "aoti", "bf16", target)
+    request = Request(config, geometry, sampling, "aoti", "bf16", "cuda", target)
     with pytest.warns(WanExportWarning, match="attention will run on cuDNN: does not compile"):
         compiled = aoti_backend.compile_engine(tmp_path, request, {}, lambda *_: None)
     assert not compiled.is_whole
     monkeypatch.setattr(aoti_backend, "compile_engine", lambda *_: compiled)
-    monkeypatch.setattr(build, "engine_key", lambda request: "f" * 64)
+    monkeypatch.setattr("wanexport.exporter.build.engine_key", lambda request: "f" * 64)
     writer: Any = SimpleNamespace(
         free_folder=lambda _: tmp_path, manifest=SimpleNamespace(weights_of=lambda _: ())
     )
-    assert build.compile_engine(writer, request, lambda *_: None).key != "f" * 64
+    assert compile_engine(writer, request, lambda *_: None).key != "f" * 64
     whole = replace(compiled, is_whole=True)
     monkeypatch.setattr(aoti_backend, "compile_engine", lambda *_: whole)
-    assert build.compile_engine(writer, request, lambda *_: None).key == "f" * 64
+    assert compile_engine(writer, request, lambda *_: None).key == "f" * 64
 
 
 def test_the_cause_of_a_failed_link_is_said(tmp_path: Path, installed: pytest.MonkeyPatch) -> None:
@@ -168,7 +174,7 @@ def test_serving_without_tvm_ffi_names_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tvm_ffi", None)
-    with pytest.raises(WanExportError, match=r"pip install apache-tvm-ffi$"):
+    with pytest.raises(BundleError, match=r"pip install apache-tvm-ffi$"):
         FlashAttention(tmp_path / "flash_attention.so")
 
 
@@ -176,7 +182,7 @@ def test_a_damaged_library_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("tvm_ffi", reason="needs apache-tvm-ffi")
     library = tmp_path / "flash_attention.so"
     library.write_bytes(b"\x7fELF and nothing else")
-    with pytest.raises(WanExportError, match="cannot be loaded: build the bundle again") as raised:
+    with pytest.raises(BundleError, match="cannot be loaded: build the bundle again") as raised:
         FlashAttention(library)
     assert "\n" not in str(raised.value)
 

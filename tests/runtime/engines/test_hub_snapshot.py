@@ -15,22 +15,25 @@ from onnx import TensorProto, helper
 from tests.runtime.engines.hub_layout import as_snapshot
 from tests.runtime.test_load import inputs
 from wanexport.exporter.inspection import inspect
-from wanexport.runtime import load
+from wanexport.graphs.config import PRESETS
+from wanexport.runtime import Geometry, load
+from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.engines.onnx_gpu import open_engines
 from wanexport.runtime.engines.onnx_providers import Provider
 
 CPU = torch.device("cpu")
+PROGRAM = program_of(PRESETS["tiny"].config, Geometry(64, 96, 9)).whole()
 GRAPH, WEIGHTS = "engines/64x96x9/onnx-fp32/denoiser.onnx", "weights/fp32/denoiser.safetensors"
 MEMORY = """
 import json, sys
 from pathlib import Path
-from wanexport.runtime.engines.onnx import OnnxEngine
+from wanexport.runtime.engines.onnx import OnnxSession
 def anonymous():
     (line,) = [l for l in open("/proc/self/status") if l.startswith("RssAnon")]
     return int(line.split()[1]) * 1024
-engine = OnnxEngine(Path(sys.argv[1]), Path(sys.argv[2]))
+session = OnnxSession(Path(sys.argv[1]), Path(sys.argv[2]))
 import numpy as np
-y = engine({"x": np.ones((1, 2), np.float32)})
+(y,) = session({"x": np.ones((1, 2), np.float32)})
 print(json.dumps({"anonymous": anonymous(), "sum": float(y.sum())}))
 """
 
@@ -70,7 +73,8 @@ def test_the_engine_of_a_gpu_reads_it_too(
 ) -> None:
     """With ONNX Runtime's provider for a CPU in the place of that for a GPU."""
     snapshot = as_snapshot(tiny_bundle, tmp_path)
-    engines = open_engines(snapshot / GRAPH, {"": snapshot / WEIGHTS}, CPU, Provider("cpu"))
+    files = {"": snapshot / WEIGHTS}
+    engines = open_engines(snapshot / GRAPH, files, CPU, Provider("cpu"), PROGRAM)
     given = {name: torch.from_numpy(array) for name, array in inputs().items()}
     np.testing.assert_array_equal(engines[""](given).numpy(), velocity["fp32"])
 

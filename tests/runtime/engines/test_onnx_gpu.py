@@ -23,11 +23,11 @@ from tests.oracles.wan_reference import (
 from wanexport.exporter.reference.eager import EagerEngine
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import FLOOR_FACTOR, FP32_GATE, relative_l2
-from wanexport.graphs.weights import bundle_tensors
+from wanexport.graphs.weights import RandomWeights, bundle_tensors, write_weights
 from wanexport.runtime import Denoiser, load
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.signature import parameter_shapes
-from wanexport.runtime.engines.onnx_gpu import OnnxCudaEngine
+from wanexport.runtime.engines.onnx_gpu import OnnxGpuEngine, OnnxGpuSession
 from wanexport.runtime.wan_config import EXPERTS
 
 pytestmark = pytest.mark.gpu
@@ -113,10 +113,16 @@ def eager(bundle: Path, denoiser: Denoiser, preset: str, inputs: Mapping[str, An
     return velocity
 
 
-def only_engine(denoiser: Denoiser) -> OnnxCudaEngine:
+def only_engine(denoiser: Denoiser) -> OnnxGpuEngine:
     (engine,) = denoiser.engines.values()
-    assert isinstance(engine, OnnxCudaEngine)
+    assert isinstance(engine, OnnxGpuEngine)
     return engine
+
+
+def only_session(denoiser: Denoiser) -> OnnxGpuSession:
+    session = only_engine(denoiser).session
+    assert session is not None
+    return session
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -124,7 +130,7 @@ def test_it_is_as_near_diffusers_as_eager(name: str, bundles: Bundles) -> None:
     preset, dtype, _ = BUILDS[name]
     config, inputs = small_config(preset), inputs_of(preset)
     denoiser = load(bundles[name])
-    assert denoiser.record.dtype == dtype and denoiser.record.target["device"] == "cuda"
+    assert (denoiser.record.dtype, denoiser.device) == (dtype, "cuda:0")
     proof = denoiser.record.proof
     assert proof["error"] <= proof["gate"] and proof["method"].endswith("on the GPU")
     exact = diffusers_velocity(diffusers_model(config), config, inputs)
@@ -137,7 +143,7 @@ def test_it_is_as_near_diffusers_as_eager(name: str, bundles: Bundles) -> None:
 def test_the_same_file_runs_on_the_cpu(name: str, bundles: Bundles) -> None:
     inputs = inputs_of(FIRST)
     there, here = load(bundles[name]), load(bundles[name], device="cpu")
-    assert here.record.files == there.record.files and here.record.target["device"] == "cpu"
+    assert here.record == there.record and (there.device, here.device) == ("cuda:0", "cpu")
     assert relative_l2(there(**inputs), here(**inputs)) <= (1e-5 if name == "fp32" else 2e-3)
 
 
@@ -180,13 +186,13 @@ def test_a_forward_never_waits_for_the_gpu(bundles: Bundles) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert velocity.is_cuda
-    engine = only_engine(denoiser)
-    on_host = {op for provider, op in engine.session.assigned if provider.startswith("CPU")}
+    session = only_session(denoiser)
+    on_host = {op for provider, op in session.assigned if provider.startswith("CPU")}
     assert still_asleep or on_host, "ONNX Runtime waited without a node on the CPU"
 
 
 def test_no_heavy_node_is_on_the_cpu(bundles: Bundles) -> None:
-    assigned = only_engine(load(bundles[FIRST])).session.assigned
+    assigned = only_session(load(bundles[FIRST])).assigned
     share = sum(n for (p, _), n in assigned.items() if p.startswith("CUDA")) / assigned.total()
     assert share > 0.95, dict(assigned)
 
@@ -204,6 +210,19 @@ def test_the_session_reads_the_shared_weights(bundles: Bundles) -> None:
         assert not torch.equal(two(**given), before), name
         tensor.copy_(kept)
     assert torch.equal(two(**given), before)
+
+
+def test_another_set_is_used_in_place(bundles: Bundles, tmp_path: Path) -> None:
+    config, given = small_config(FIRST), on_gpu(FIRST)
+    path = tmp_path / "denoiser.safetensors"
+    write_weights(path, config, "bf16", RandomWeights(config, 5, ""))
+    own, theirs = load(bundles[FIRST])(**given), load(bundles[FIRST], weights=path)(**given)
+    denoiser = load(bundles[FIRST])
+    session = only_session(denoiser)
+    for name, velocity in ((path, theirs), ("base", own), (path, theirs)):
+        denoiser.use(name)
+        assert torch.equal(denoiser(**given), velocity)
+    assert not torch.equal(own, theirs) and only_session(denoiser) is session
 
 
 def test_swapped_experts_give_what_resident_ones_do(bundles: Bundles) -> None:

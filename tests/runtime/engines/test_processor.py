@@ -24,11 +24,13 @@ from dataclasses import asdict
 from wanexport.exporter.backends.aoti import compile as to_aoti
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Geometry
+from wanexport.runtime.family import FAMILIES
 level, path = sys.argv[1:]
 if level:
     to_aoti.level_for = lambda device: level
 config, geometry = asdict(PRESETS["tiny"].config), asdict(Geometry(64, 96, 9))
-to_aoti.compile_region(to_aoti.RegionJob("head", config, geometry, "fp32", "cpu", path))
+graph = FAMILIES["t2v"].graph
+to_aoti.compile_region(to_aoti.RegionJob("head", graph, config, geometry, "fp32", "cpu", path))
 """
 
 
@@ -138,7 +140,7 @@ def test_the_key_of_an_engine_has_compiler_and_processor(
     config, geometry = PRESETS["tiny"].config, Geometry(64, 96, 9)
     sampling = sampling_defaults(config, (), geometry)
     target = {**aoti_engine.versions("cpu"), "march": "x86-64-v3"}
-    request = Request(config, geometry, sampling, "aoti", "fp32", target)
+    request = Request(config, geometry, sampling, "aoti", "fp32", "cpu", target)
     keys = {engine_key(request), engine_key(replace(request, target={**target, "march": "other"}))}
     other = tmp_path / "g++"
     other.write_text("#!/bin/sh\necho g++ of another version\n")

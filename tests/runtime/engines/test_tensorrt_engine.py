@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,31 +32,42 @@ from wanexport.exporter.bundle.writer import file_record, write_manifest
 from wanexport.exporter.reference.inputs import seeded_inputs
 from wanexport.graphs.wan import WanModel
 from wanexport.graphs.weights import RandomWeights, write_weights
-from wanexport.runtime import WanExportError, load, sample
+from wanexport.runtime import load, sample
+from wanexport.runtime.bundle.details import OnnxDetails, TensorRtDetails
 from wanexport.runtime.bundle.manifest import (
+    BASE,
+    DENOISER,
     EngineRecord,
     Manifest,
-    SamplingDefaults,
-    TensorSpec,
     WeightsRecord,
-    from_json,
     read_manifest,
 )
-from wanexport.runtime.bundle.signature import input_shapes, weights_header_sha256
+from wanexport.runtime.bundle.pinned_file import pin
+from wanexport.runtime.bundle.signature import layout_sha256, program_of
 from wanexport.runtime.bundle.tensorfile import header_sha256, read_header
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.engines import tensorrt_target
+from wanexport.runtime.engines import tensorrt, tensorrt_target
 from wanexport.runtime.engines.choose import choose_engine
+from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.engines.tensorrt import TensorRtEngine
 from wanexport.runtime.engines.tensorrt_library import import_tensorrt, message_log
 from wanexport.runtime.engines.tensorrt_plan import Plan
-from wanexport.runtime.errors import WanExportWarning
+from wanexport.runtime.errors import (
+    BadRequest,
+    BundleError,
+    EngineFailure,
+    WanExportError,
+    WanExportWarning,
+)
+from wanexport.runtime.family import SamplingDefaults
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.wan_config import WanConfig
 
 FLAVOUR = "tensorrt" if find_spec("tensorrt") else "tensorrt-rtx"
 REAL = import_tensorrt(FLAVOUR)
-CONFIG, GEOMETRY = WanConfig(128, 128, 1, 1, 16, 16, 0), Geometry(64, 96, 9)
+CONFIG, GEOMETRY = WanConfig("t2v", 128, 128, 1, 1, 16, 16, 0), Geometry(64, 96, 9)
+TWO = replace(CONFIG, family="t2v-a14b")  # of two experts
+INPUTS = {name: spec.shape for name, spec in program_of(CONFIG, GEOMETRY).inputs.items()}
 EXPERTS = ("high_noise", "low_noise")
 TENSORRT_DTYPES = {"F32": "FLOAT", "BF16": "BF16", "F16": "HALF"}
 
@@ -85,7 +97,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def plan_tensors(weights: Path | None) -> dict[str, tuple[tuple[int, ...], str]]:
     """What the plan of an engine takes, with the parameters unless weights are baked in."""
-    tensors = {name: (shape, "FLOAT") for name, shape in input_shapes(CONFIG, GEOMETRY).items()}
+    tensors = {name: (shape, "FLOAT") for name, shape in INPUTS.items()}
     tensors["velocity"] = tensors["latent"]
     if weights is not None:
         for name, entry in read_header(weights).items():
@@ -94,10 +106,11 @@ def plan_tensors(weights: Path | None) -> dict[str, tuple[tuple[int, ...], str]]
 
 
 def make_bundle(
-    folder: Path, weights: Mapping[str, Path], *, baked: bool = False, **build: bool
+    folder: Path, weights: Mapping[str, Path], *, baked: bool = False, **details: bool
 ) -> Path:
     """A bundle with one TensorRT engine, of one model or two experts."""
     experts = tuple(weights) if len(weights) > 1 else ()
+    config = TWO if experts else CONFIG
     records, files = {}, {}
     for expert, source in weights.items():
         expert = expert if experts else ""
@@ -106,27 +119,29 @@ def make_bundle(
         path.write_bytes(source.read_bytes())
         file = file_record(folder, path)
         header = header_sha256(path)
-        records[path.parent.name] = WeightsRecord("bf16", expert, file, header, "", {})
+        records[path.parent.name] = WeightsRecord(
+            BASE, DENOISER, expert, "bf16", header, file, "", {}
+        )
         role = f"denoiser-{expert}" if baked and expert else "denoiser"
         plan = folder / "engines" / f"{role}.plan"
         plan.parent.mkdir(exist_ok=True)
         write_plan(plan, plan_tensors(None if baked else path))
         files[role] = file_record(folder, plan)
-    inputs = {name: TensorSpec(shape) for name, shape in input_shapes(CONFIG, GEOMETRY).items()}
     engine = EngineRecord(
         backend=FLAVOUR,
+        role=DENOISER,
+        family=config.family,
         dtype="bf16",
         geometry=GEOMETRY,
-        inputs=inputs,
-        output=inputs["latent"],
+        program=program_of(config, GEOMETRY).whole(),
+        details=TensorRtDetails(**details),
         sampling=SamplingDefaults(4, 5.0, (1.0, 1.0), 0.9 if experts else None, 16),
         files=files,
-        weights_header_sha256=header,
+        layout=header,
         key="0123456789abcdef0123",
         target={"device": "cuda", "arch": "sm89", FLAVOUR: REAL.__version__},
-        build=dict(build),
     )
-    write_manifest(folder, Manifest("tiny", CONFIG, experts, records, (engine,), wanexport="0"))
+    write_manifest(folder, Manifest("tiny", config, experts, records, (engine,), wanexport="0"))
     return folder
 
 
@@ -157,8 +172,7 @@ def alter_plan(bundle: Path, content: str) -> None:
 
 def inputs(seed: int = 0) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(seed)
-    shapes = input_shapes(CONFIG, GEOMETRY)
-    return {name: torch.rand(shape, generator=rng) for name, shape in shapes.items()}
+    return {name: torch.rand(shape, generator=rng) for name, shape in INPUTS.items()}
 
 
 def expected(given: Mapping[str, Tensor], file: Path | None) -> Tensor:
@@ -265,8 +279,32 @@ def test_each_expert_has_its_plan_where_weights_are_baked_in(
         copy.write_bytes(weights[expert].read_bytes())
     wrong: list[dict[str, Any]] = [{"offload": True}, {"weights": tmp_path / "other"}]
     for options in wrong:
-        with pytest.raises(WanExportError, match=r"holds its weights inside .* --bake-weights"):
+        with pytest.raises(BadRequest, match=r"holds its weights inside .* --bake-weights"):
             load(bundle, **options)
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_a_plan_that_lacks_an_expert_is_refused(
+    expert: str, gpu: Gpu, weights: dict[str, Path], tmp_path: Path
+) -> None:
+    """Be it that there is one for all beside it, which has weights of nobody knows whom."""
+    bundle = make_bundle(tmp_path / "baked", weights, baked=True)
+    files = dict(read_manifest(bundle).engines[0].files)
+    files["denoiser"] = files.pop(f"denoiser-{expert}")
+    alter(bundle, files=files)
+    assert f"has no denoiser-{expert}: run wanexport build" in refused(bundle, BundleError)
+
+
+def test_baked_weights_cannot_be_changed(
+    gpu: Gpu, weights: dict[str, Path], tmp_path: Path
+) -> None:
+    denoiser = load(make_bundle(tmp_path / "baked", weights, baked=True))
+    with pytest.raises(BadRequest, match="holds its weights inside and cannot change them"):
+        denoiser.use("base")
+    engine = engine_of(denoiser, "high_noise")
+    with pytest.raises(BadRequest, match="holds its weights inside"):
+        engine.use(pin(weights["high_noise"]))
+    assert denoiser.weights == ""
 
 
 def test_baked_weights_need_no_file_beside_the_plan(
@@ -299,6 +337,73 @@ def test_other_weights_go_into_the_same_plan(
     torch.testing.assert_close(other, expected(given, weights["high_noise"]))
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_a_set_is_used_in_place_of_another_and_back(
+    cuda_graph: bool, gpu: Gpu, bundle: Path, weights: dict[str, Path]
+) -> None:
+    """No context is made and no address set anew; a captured graph reads the new weights too."""
+    denoiser, calls = load(bundle, cuda_graph=cuda_graph), gpu.trt.calls
+    calls.clear()
+    given = inputs()
+    other, own = weights["high_noise"], weights["low_noise"]
+    for name, file in ((other, other), ("base", own), (str(other), other)):
+        denoiser.use(name)
+        assert denoiser.weights == str(name)
+        torch.testing.assert_close(denoiser(**given), expected(given, file))
+    assert not since(calls, "set_tensor_address", "create_execution_context")
+    assert len(denoiser.switch_seconds) == 3
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_both_experts_change_together(
+    offload: bool, gpu: Gpu, experts: Path, weights: dict[str, Path], tmp_path: Path
+) -> None:
+    denoiser, given = load(experts, offload=offload), inputs()
+    for expert, other in zip(EXPERTS, EXPERTS[::-1]):  # the other's weights in each one's place
+        (tmp_path / "swapped" / expert).mkdir(parents=True)
+        path = tmp_path / "swapped" / expert / "denoiser.safetensors"
+        path.write_bytes(weights[other].read_bytes())
+    denoiser.use(tmp_path / "swapped")
+    for timestep, expert in ((950.0, "low_noise"), (100.0, "high_noise")):
+        given["timestep"] = torch.tensor([timestep])
+        torch.testing.assert_close(denoiser(**given), expected(given, weights[expert]))
+
+
+def test_a_set_that_is_refused_leaves_the_one_before(
+    gpu: Gpu, bundle: Path, weights: dict[str, Path], tmp_path: Path
+) -> None:
+    denoiser, given = load(bundle), inputs()
+    write_weights(tmp_path / "fp32.safetensors", CONFIG, "fp32", RandomWeights(CONFIG, 0, ""))
+    for name in ("nothing", tmp_path / "fp32.safetensors"):
+        with pytest.raises(BadRequest):
+            denoiser.use(name)
+        assert denoiser.weights == "base"
+        torch.testing.assert_close(denoiser(**given), expected(given, weights["low_noise"]))
+    assert not denoiser.switch_seconds
+
+
+def test_a_closed_engine_says_so(gpu: Gpu, experts: Path) -> None:
+    denoiser, calls = load(experts), gpu.trt.calls
+    denoiser.close()
+    assert ("synchronize event",) in calls  # what still runs is waited for
+    calls.clear()
+    for timestep in (950.0, 100.0):
+        with pytest.raises(EngineFailure, match="was closed: load it again"):
+            denoiser(**{**inputs(), "timestep": torch.tensor([timestep])})
+    with pytest.raises(EngineFailure, match="was closed"):
+        denoiser.use("base")
+    assert not calls
+    denoiser.close()
+
+
+def test_the_gpu_is_the_one_that_was_named(gpu: Gpu, bundle: Path) -> None:
+    load(bundle, device="cuda:1")
+    assert set(gpu.devices) == {"cuda:1"}
+    gpu.devices.clear()
+    load(bundle)
+    assert set(gpu.devices) == {"cuda"}
+
+
 def test_a_captured_graph_is_replayed(gpu: Gpu, bundle: Path, weights: dict[str, Path]) -> None:
     denoiser, calls = load(bundle, cuda_graph=True), gpu.trt.calls
     assert calls[-1] == ("serialize",) or FLAVOUR == "tensorrt"
@@ -321,7 +426,7 @@ def test_a_graph_is_captured_where_launching_takes_as_long_as_running(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter([0.0, 5.0, 5.0, 0.0, launch, total])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(tensorrt, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert (engine_of(load(bundle)).graph is not None) == captured
 
 
@@ -329,7 +434,7 @@ def test_a_long_execution_is_not_repeated_to_measure_its_launch(
     gpu: Gpu, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 30.0, 31.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(tensorrt, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     engine = engine_of(load(bundle))
     assert engine.graph is None and gpu.trt.count("execute_async_v3") == 1
 
@@ -351,9 +456,9 @@ def test_threads_take_turns(gpu: Gpu, bundle: Path, weights: dict[str, Path]) ->
         torch.testing.assert_close(results[seed], expected(inputs(seed), weights["low_noise"]))
 
 
-def refused(bundle: Path, **options: Any) -> str:
+def refused(bundle: Path, error: type[WanExportError] = WanExportError, **options: Any) -> str:
     """The one line that load refuses with."""
-    with pytest.raises(WanExportError) as caught:
+    with pytest.raises(error) as caught:
         load(bundle, **options)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
@@ -372,20 +477,24 @@ def test_the_plan_for_this_gpu_is_chosen_before_onnx_on_a_cpu(gpu: Gpu, bundle: 
     manifest = read_manifest(bundle)
     engine = manifest.engines[0]
     other = replace(engine, target={**engine.target, "arch": "sm120"})
-    header = weights_header_sha256(CONFIG, "fp16")
+    layout = layout_sha256(CONFIG, "fp16")
     onnx = replace(
         engine,
         backend="onnx",
         dtype="fp16",
+        details=OnnxDetails(),
         target={"device": "cpu"},
-        weights_header_sha256=header,
+        layout=layout,
     )
-    several = replace(manifest, engines=(other, onnx, engine))
-    assert choose_engine(bundle, several) == engine
+    own = next(iter(manifest.weights.values()))
+    weights = {**manifest.weights, "fp16": replace(own, dtype="fp16", layout=layout)}
+    several = replace(manifest, engines=(other, onnx, engine), weights=weights)
+    assert choose_engine(bundle, several, EngineOptions()).record == engine
     gpu.capability = (12, 0)
-    assert choose_engine(bundle, several) == other
+    assert choose_engine(bundle, several, EngineOptions()).record == other
     gpu.capability = (9, 0)
-    assert choose_engine(bundle, several).backend == "onnx"
+    with pytest.warns(WanExportWarning, match="was built for arch sm"):
+        assert choose_engine(bundle, several, EngineOptions()).record.backend == "onnx"
 
 
 @pytest.mark.parametrize("option", ["hardware_compatible", "version_compatible"])
@@ -394,8 +503,9 @@ def test_the_plan_for_just_this_gpu_and_version_comes_first(
 ) -> None:
     manifest = read_manifest(bundle)
     own = manifest.engines[0]
-    other = replace(own, build={option: True})
-    assert choose_engine(bundle, replace(manifest, engines=(other, own))) == own
+    other = replace(own, details=TensorRtDetails(**{option: True}))
+    several = replace(manifest, engines=(other, own))
+    assert choose_engine(bundle, several, EngineOptions()).record == own
 
 
 @pytest.mark.parametrize(
@@ -417,11 +527,11 @@ def test_a_compatible_plan_is_taken_where_tensorrt_takes_it(
     gpu: Gpu,
     bundle: Path,
 ) -> None:
-    alter(bundle, build={option: True})
+    alter(bundle, details=TensorRtDetails(**{option: True}))
     gpu.capability = capability
     gpu.trt.__version__ = version or REAL.__version__
     if runs:
-        assert load(bundle).record.build == {option: True}
+        assert getattr(load(bundle).record.details, option)
     else:
         assert "here" in refused(bundle)
 
@@ -430,7 +540,9 @@ def test_without_a_gpu_or_tensorrt_one_line_says_what_is_missing(
     gpu: Gpu, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "needs an NVIDIA GPU and PyTorch for CUDA, which finds none" in refused(bundle)
+    assert "needs an NVIDIA GPU and PyTorch for CUDA, which finds none" in refused(
+        bundle, BundleError
+    )
 
     def missing(flavour: str) -> None:
         raise WanExportError(f"{flavour} is not installed: pip install it")
@@ -467,7 +579,7 @@ def test_a_plan_that_takes_other_tensors_is_refused_before_any_is_bound(
 def test_a_damaged_plan_is_refused(gpu: Gpu, bundle: Path) -> None:
     path = next(bundle.glob("engines/*.plan"))
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    assert "was altered after the build" in refused(bundle)
+    assert "was altered after the build" in refused(bundle, BundleError)
     alter_plan(bundle, "no plan")
     assert "cannot open" in refused(bundle) and "kEXPECTED_MAGIC_TAG" in refused(bundle)
 
@@ -479,7 +591,7 @@ def test_what_tensorrt_refuses_is_one_line_with_its_reason(
     method: str, gpu: Gpu, bundle: Path
 ) -> None:
     gpu.trt.fails = method
-    assert f"({method} failed on purpose)" in refused(bundle)
+    assert f"({method} failed on purpose)" in refused(bundle, EngineFailure)
 
 
 @pytest.mark.parametrize(
@@ -543,19 +655,23 @@ def test_memory_that_pytorch_cannot_give_is_one_line(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(torch, "zeros", full)
-    assert "the engine failed on cpu (CUDA out of memory.): close what else" in refused(bundle)
+    assert "failed on cpu (CUDA out of memory.), for want of memory: close what else" in refused(
+        bundle, EngineFailure
+    )
 
 
 def test_too_little_memory_is_refused_with_the_figures(gpu: Gpu, bundle: Path) -> None:
     tensors = plan_tensors(next(bundle.glob("weights/*/*")))
     alter_plan(bundle, json.dumps({"tensors": tensors, "activation_bytes": 30_000_000_000}))
     gpu.free = 20_000_000_000
-    assert "activation memory takes 30.0 GB, the GPU has 20.0 of 25.8 GB free" in refused(bundle)
+    assert "activation memory takes 30.0 GB, the GPU has 20.0 of 25.8 GB free" in refused(
+        bundle, EngineFailure
+    )
 
 
 def test_options_that_do_not_apply_are_refused(gpu: Gpu, bundle: Path) -> None:
-    assert "leave fa4 out" in refused(bundle, attention="fa4")
-    assert "offload swaps two experts" in refused(bundle, offload=True)
+    assert "has no attention kernel: leave it out" in refused(bundle, BadRequest, attention="fa4")
+    assert "offload swaps two experts" in refused(bundle, BadRequest, offload=True)
 
 
 @pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
@@ -677,7 +793,7 @@ class Model:
         self.error = error
 
     def __call__(self, given: Mapping[str, Tensor]) -> Tensor:
-        names = input_shapes(CONFIG, GEOMETRY)
+        names = INPUTS
         model = WanModel(CONFIG, GEOMETRY, torch.bfloat16)
         parameters = {name: value for name, value in given.items() if name not in names}
         model.load_state_dict(parameters, assign=True)
@@ -688,19 +804,22 @@ class Model:
 
 def request_of(bundle: Path) -> Request:
     engine = read_manifest(bundle).engines[0]
-    return Request(CONFIG, GEOMETRY, engine.sampling, FLAVOUR, "bf16", engine.target)
+    config = read_manifest(bundle).config
+    return Request(config, GEOMETRY, engine.sampling, FLAVOUR, "bf16", "cpu", engine.target)
 
 
 def proof(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The proof of the bundle's engine, in this process, where the doubles are."""
 
-    def here(module: str, job: PlanJob) -> dict[str, Any]:
+    def here(module: str, job: PlanJob, folder: Path) -> dict[str, Any]:
         assert module == "tensorrt.proof_process"
         return prove_here(PlanJob(**json.loads(json.dumps(asdict(job)))))
 
     monkeypatch.setattr(tensorrt_proof, "run_in_fresh_process", here)
     manifest = read_manifest(bundle)
-    files = [bundle / record.file.path for record in manifest.weights_of("bf16")]
+    files = [
+        bundle / record.file.path for record in manifest.weights_of(manifest.engines[0].layout)
+    ]
     return prove_plan(request_of(bundle), manifest.engines[0], bundle, files, "ends")
 
 
@@ -724,14 +843,16 @@ def test_the_proof_of_baked_weights_runs_each_plan_with_its_own_expert(
     bundle = make_bundle(tmp_path / "baked", weights, baked=True)
     jobs: list[PlanJob] = []
 
-    def note(module: str, job: PlanJob) -> dict[str, Any]:
+    def note(module: str, job: PlanJob, folder: Path) -> dict[str, Any]:
         jobs.append(job)
         return {"error": 0.0}
 
     monkeypatch.setattr(tensorrt_proof, "run_in_fresh_process", note)
     manifest = read_manifest(bundle)
     request = replace(request_of(bundle), baked=dict.fromkeys(EXPERTS, "hash"))
-    files = [bundle / record.file.path for record in manifest.weights_of("bf16")]
+    files = [
+        bundle / record.file.path for record in manifest.weights_of(manifest.engines[0].layout)
+    ]
     prove_plan(request, manifest.engines[0], bundle, files, "ends")
     assert [Path(job.plan).stem for job in jobs] == [f"denoiser-{expert}" for expert in EXPERTS]
     assert [Path(job.weights).parent.name for job in jobs] == [f"{e}-bf16" for e in EXPERTS]
@@ -753,20 +874,21 @@ def small_plan() -> bytes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": {"device": "cuda", FLAVOUR: "1"}}, "no architecture or no version"),
-        ({"target": {"device": "cuda", "arch": "sm89"}}, "no architecture or no version"),
+        ({"target": {"device": "cuda", FLAVOUR: "1"}}, "it is for no GPU's architecture"),
+        ({"target": {"device": "cuda", "arch": "sm89"}}, "it is for no version of TensorRT"),
         ({"target": {"device": "cuda", "arch": "x86", FLAVOUR: "1"}}, "no GPU's architecture"),
+        ({"target": {"device": "cuda", "arch": "sm89", FLAVOUR: "new"}}, "for no version"),
         ({"target": {"device": "cpu", "arch": "sm89", FLAVOUR: "1"}}, "for device cpu"),
-        ({"files": {}}, "no plan for an expert"),
+        ({"target": {"arch": "sm89", FLAVOUR: "1"}}, "it is for no device"),
+        ({"files": {}}, "it has no plan for an expert"),
     ],
 )
-def test_a_record_that_lacks_what_running_takes_is_damaged(
+def test_a_record_that_lacks_what_running_takes_is_not_used(
     change: dict[str, Any], message: str, gpu: Gpu, bundle: Path
 ) -> None:
-    data = json.loads((bundle / "manifest.json").read_text())
-    data["engines"][0] |= change
-    with pytest.raises(ValueError, match=message):
-        from_json(data)
+    alter(bundle, **change)
+    said = refused(bundle, BundleError)
+    assert message in said and "cannot be used: " in said and not gpu.trt.calls
 
 
 def test_a_threads_errors_are_its_own(gpu: Gpu, bundle: Path) -> None:

@@ -13,9 +13,9 @@ from tests.runtime.test_denoiser import record
 from wanexport.exporter.bundle.writer import write_manifest
 from wanexport.exporter.model_source import resolve
 from wanexport.graphs.config import PRESETS
-from wanexport.runtime import family as prompts
-from wanexport.runtime.bundle.manifest import FileRecord, Manifest, WeightsRecord
+from wanexport.runtime.bundle.manifest import BASE, DENOISER, FileRecord, Manifest, WeightsRecord
 from wanexport.runtime.errors import BadRequest, BundleError, WanExportError
+from wanexport.runtime.family import family_of
 from wanexport.runtime.parts.find import find_components, origin_note
 from wanexport.runtime.parts.protocols import check_text_encoder, check_vae
 
@@ -48,16 +48,18 @@ def bundle_of(folder: Path, preset: str, *sources: dict[str, Any]) -> Path:
         record(config),
         target={"device": "cpu"},
         files={"denoiser": file},
-        weights_header_sha256=NO_HASH,
+        layout=NO_HASH,
     )
     weights = {
-        f"{dtype}": WeightsRecord(
-            dtype,
-            "",
-            FileRecord(f"weights/{dtype}/denoiser.safetensors", 0, NO_HASH),
-            NO_HASH,
-            "",
-            source,
+        dtype: WeightsRecord(
+            name=BASE,
+            role=DENOISER,
+            expert="",
+            dtype=dtype,
+            layout=NO_HASH,
+            file=FileRecord(f"weights/{dtype}/denoiser.safetensors", 0, NO_HASH),
+            content="",
+            source=source,
         )
         for dtype, source in zip(("fp32", "bf16"), sources)
     }
@@ -348,5 +350,5 @@ def test_the_vae_of_another_model_is_refused(channels: int, stride: int) -> None
 def test_the_negative_prompts_are_the_official_ones(preset: str, length: int, sha256: str) -> None:
     from hashlib import sha256 as digest
 
-    text = prompts.negative_prompt(record(PRESETS[preset].config))
+    text = family_of(PRESETS[preset].config).negative
     assert len(text) == length and digest(text.encode()).hexdigest() == sha256

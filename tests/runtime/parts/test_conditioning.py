@@ -6,8 +6,8 @@ Original: Wan-Video/Wan2.1 `image2video.py`, `first_last_frame2video.py`; Wan-Vi
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -405,15 +405,15 @@ def test_images_that_the_model_does_not_take_or_lacks(
 
 def test_one_frame_is_not_enough_for_images(tmp_path: Path) -> None:
     path = saved(noise_picture(64, 96), tmp_path / "x.png")
-    frame = SimpleNamespace(shape=(1,))
-    single = SimpleNamespace(
-        name="64x96x1/onnx-fp32", geometry=Geometry(64, 96, 1, 16), inputs={"timestep": frame}
-    )
+    singles = {
+        preset: replace(engine, geometry=replace(engine.geometry, frames=1))
+        for preset in ("ti2v-5b", "flf2v-14b")
+        for engine in [record(PRESETS[preset].config)]
+    }
     with pytest.raises(BadRequest, match="makes a single frame"):
-        fit_images(single, path)  # type: ignore[arg-type]
-    single.inputs |= {"condition": frame, "image": SimpleNamespace(shape=(1, 514, 1280))}
+        fit_images(singles["ti2v-5b"], path)
     with pytest.raises(BadRequest, match="build one of 5 frames"):
-        fit_images(single, path, path)  # type: ignore[arg-type]
+        fit_images(singles["flf2v-14b"], path, path)
 
 
 @pytest.mark.parametrize("preset", ["i2v-14b", "flf2v-14b", "i2v-a14b", "ti2v-5b"])

@@ -120,7 +120,8 @@ def test_pixels_are_taken_and_files_are_left(tmp_path: Path) -> None:
     mine, tensor, picture = PIXELS.copy(), torch.from_numpy(PIXELS.copy()), Image.fromarray(PIXELS)
     with Image.open(path) as opened:
         kept = [own_picture(p, "image") for p in (mine, tensor, picture, opened)]
-    mine[:], picture = 0, picture.paste((0, 0, 0), (0, 0, 150, 100))
+    mine[:] = 0
+    picture.paste((0, 0, 0), (0, 0, 150, 100))
     tensor.zero_()
     for own in kept:
         np.testing.assert_array_equal(own, PIXELS)

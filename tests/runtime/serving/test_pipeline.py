@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -24,13 +25,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runtime.test_denoiser import record
+from tests.runtime.test_denoiser import EchoEngine, record
 from tests.test_imports import WITHOUT_TORCH
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Denoiser, Step, WanExportError, load, sample
-from wanexport.runtime.engines.aoti import to_device
+from wanexport.runtime.bundle.pinned_file import PinnedFile
+from wanexport.runtime.engines.device import to_device
+from wanexport.runtime.engines.engine import Memory
 from wanexport.runtime.errors import BadRequest
-from wanexport.runtime.family import negative_prompt
+from wanexport.runtime.family import family_named
 from wanexport.runtime.parts import open as parts_module
 from wanexport.runtime.parts.find import ComponentFiles
 from wanexport.runtime.sample import seeded_noise
@@ -43,16 +46,22 @@ SECONDS = 3  # within which whatever is waited for comes, or the test fails
 Open = Callable[..., Pipeline]
 
 
-class Engine:
+class Engine(EchoEngine):
     """velocity = latent / 2 + mean of the text, after `before` has seen the inputs."""
 
     def __init__(self, before: Callable[[Mapping[str, Any]], object] = lambda inputs: None) -> None:
         self.before, self.calls = before, 0
 
-    def __call__(self, inputs: Mapping[str, Any]) -> np.ndarray:
+    def __call__(
+        self,
+        inputs: Mapping[str, Any],
+        weights: PinnedFile | None = None,
+        memory: Memory | None = None,
+    ) -> np.ndarray:
         self.calls += 1
         self.before(inputs)
-        return inputs["latent"] / 2 + inputs["text"].mean(dtype=np.float32)
+        velocity: np.ndarray = inputs["latent"] / 2 + inputs["text"].mean(dtype=np.float32)
+        return velocity
 
 
 class Encoder:
@@ -118,7 +127,7 @@ def open_pipeline(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
 
 def official_negative(denoiser: Denoiser) -> str:
     """The negative prompt as the encoder is given it: cleaning turns its wide commas into plain."""
-    return negative_prompt(denoiser.record).replace("\uff0c", ",")
+    return family_named(denoiser.record.family).negative.replace("\uff0c", ",")
 
 
 def alone(denoiser: Denoiser, prompt: str, seed: int, **settings: Any) -> np.ndarray:
@@ -163,7 +172,7 @@ def test_a_generation_is_what_sample_gives_for_the_same_prompt_and_seed(
     np.testing.assert_array_equal(made.video[..., 0], expected[0, 0].astype(np.uint8))
     assert (made.prompt, made.seed, made.solver) == ("a red circle", 3, "unipc")
     assert (made.guidance, made.timesteps[0]) == ((4.0,) * 4, 999.0)
-    assert made.negative == negative_prompt(pipeline.denoiser.record)
+    assert made.negative == family_named(pipeline.denoiser.record.family).negative
     assert made.seconds.keys() == {"text", "image", "sampling", "decode"}
     assert (made.prompt_cached, made.notes) == (False, ())
 
@@ -408,7 +417,7 @@ def test_what_is_no_prompt_is_refused(open_pipeline: Open) -> None:
     with pytest.raises(WanExportError, match="prompt is None: expected text"):
         pipeline.generate(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="stepps"):
-        pipeline.submit("one", stepps=2)
+        pipeline.submit("one", stepps=2)  # type: ignore[call-arg]
     for blank in ("", " \n", "&nbsp;"):
         with pytest.raises(WanExportError, match="the prompt is empty: say what the video shows"):
             pipeline.generate(blank)
@@ -493,10 +502,13 @@ def test_a_request_keeps_the_numbers_that_it_was_given(open_pipeline: Open) -> N
     gate = Gate()
     pipeline = open_pipeline(Engine(gate), "t2v-a14b")
     timesteps, guidance = [900.0, 500.0], [3.0, 4.0]
+    others: list[dict[str, Any]] = [
+        {"timesteps": timesteps, "guidance": guidance},
+        {"timesteps": iter(timesteps)},
+        {"timesteps": np.array(timesteps), "guidance": np.float32(2)},
+    ]
     first = pipeline.submit("one", steps=1, guidance=1)
-    changed = pipeline.submit("one", timesteps=timesteps, guidance=guidance)
-    used_up = pipeline.submit("one", timesteps=iter(timesteps))
-    array = pipeline.submit("one", timesteps=np.array(timesteps), guidance=np.float32(2))
+    changed, used_up, array = (pipeline.submit("one", **asked) for asked in others)
     timesteps[0], guidance[1] = 800.0, 1.0
     gate.opened.set()
     made = [job.result(SECONDS) for job in (first, changed, used_up, array)]
@@ -938,6 +950,14 @@ def test_a_dropped_pipeline_ends_its_thread(monkeypatch: pytest.MonkeyPatch) -> 
     assert not worker.is_alive()
 
 
+def test_a_warning_about_the_timesteps_comes_once(open_pipeline: Open) -> None:
+    pipeline = open_pipeline(Engine())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipeline.generate_seeds("one", [0, 1], timesteps=[400, 200])
+    assert ["begin at 400" in str(warning.message) for warning in caught] == [True]
+
+
 def test_prewarm_runs_every_part_once_and_changes_no_result(open_pipeline: Open) -> None:
     cold = open_pipeline(Engine()).generate("one", steps=2)
     engine, encoder, codec = Engine(), Encoder(), Codec()
@@ -1034,17 +1054,24 @@ def test_an_engine_of_torch_is_given_tensors_without_autograd(
     """As one on a GPU: the latent stays a tensor from step to step, and for the codec."""
     given: list[Any] = []
 
-    def engine(inputs: Mapping[str, Any]) -> torch.Tensor:
-        given.append(inputs["latent"])
-        velocity: torch.Tensor = inputs["latent"] / 2
-        return velocity
+    class OfTorch(EchoEngine):
+        def array(self, value: Any) -> Any:
+            return to_device(value, torch.device("cpu"))
+
+        def __call__(
+            self,
+            inputs: Mapping[str, Any],
+            weights: PinnedFile | None = None,
+            memory: Memory | None = None,
+        ) -> Any:
+            given.append(inputs["latent"])
+            return inputs["latent"] / 2
 
     def decode(latent: Any) -> np.ndarray:
         given.append(latent)
         return np.zeros((9, 64, 96, 3), np.uint8)
 
-    array = partial(to_device, device=torch.device("cpu"))
-    model = Denoiser(denoiser_of("tiny", Engine()).record, {"": engine}, array)
+    model = Denoiser(denoiser_of("tiny", Engine()).record, {"": OfTorch()})
     monkeypatch.setattr(pipeline_module, "load", lambda bundle: model)
     codec = Codec()
     monkeypatch.setattr(codec, "decode", decode)

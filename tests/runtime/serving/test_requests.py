@@ -110,10 +110,11 @@ def test_pixels_that_were_passed_are_the_callers_to_change_and_close(
 def test_a_picture_in_memory_that_cannot_be_read_is_refused_at_once(open_pipeline: Open) -> None:
     engine = Engine()
     pipeline = open_pipeline(engine, "i2v-14b", image_encoder=ImageEncoder())
-    for bad in (np.zeros((3, 64, 96), np.uint8), [[1]], torch.full((9, 9, 3), 2.0)):
+    pictures: list[Any] = [np.zeros((3, 64, 96), np.uint8), [[1]], torch.full((9, 9, 3), 2.0)]
+    for bad in pictures:
         for ask in (pipeline.submit, pipeline.generate):
             with pytest.raises(BadRequest, match=r"^image "):
-                ask("one", image=bad)  # type: ignore[operator]
+                ask("one", image=bad)
     job = pipeline.submit("one", image=b"none")
     with pytest.raises(BadRequest, match=r"cannot read image, 4 bytes, .*it is none"):
         job.result(SECONDS)
@@ -130,7 +131,8 @@ class Styled(Denoiser):
         self.weights, self.asked = weights, list[str]()
         self.closed = 0
 
-    def use(self, name: str) -> None:
+    def use(self, weights: str | Path) -> None:
+        name = str(weights)
         self.asked.append(name)
         if name == "broken":
             raise BundleError("broken is damaged")
@@ -257,7 +259,12 @@ def test_an_engine_is_closed_though_a_part_fails_to(
 def test_the_engine_is_closed_after_the_step_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     gate, order = Gate(), list[str]()
     served = Served(monkeypatch)
-    served.engine.before = lambda inputs: (gate(inputs), order.append("step"))
+
+    def step(inputs: object) -> None:
+        gate(inputs)
+        order.append("step")
+
+    served.engine.before = step
     monkeypatch.setattr(served.denoiser, "close", lambda: order.append("close"))
     job = served.pipeline.submit("one", steps=9, guidance=1)
     assert gate.reached.wait(SECONDS)

@@ -54,11 +54,13 @@ def test_what_is_read_back_is_what_was_written(tmp_path: Path, fps: int) -> None
 
 def test_a_path_may_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_video("text.mp4", smooth_clip(5), 16)
-    write_video(Path("path.mp4"), smooth_clip(5), 16)
+    # Where a row is not of 8 macroblocks, x264's mbtree gives other bytes now and then.
+    clip = smooth_clip(5, 64, 128)
+    write_video("text.mp4", clip, 16)
+    write_video(Path("path.mp4"), clip, 16)
     assert Path("text.mp4").read_bytes() == Path("path.mp4").read_bytes()
     with pytest.raises(BadRequest, match="path is empty"):
-        write_video("", smooth_clip(5), 16)
+        write_video("", clip, 16)
 
 
 def test_one_frame_is_a_video(tmp_path: Path) -> None:
