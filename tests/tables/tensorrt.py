@@ -34,12 +34,12 @@ def row(size: Size, arch: str, folder: Path) -> str:
     target = {"device": "cuda", "arch": arch, FLAVOUR: import_tensorrt(FLAVOUR).__version__}
     sampling = sampling_defaults(config, (), geometry)
     backend = TensorRtBackend(FLAVOUR)
-    request = backend.resolve(
-        Request(config, geometry, sampling, FLAVOUR, "bf16", backend.default_device(), target)
-    )
+    request = Request(config, geometry, sampling, FLAVOUR, "bf16", "cuda", target)
     own = folder / f"{size.folder}-{arch}"
     own.mkdir()
-    compiled = backend.compile_engine(own, request, {}, lambda stage, done, total: None)
+    compiled = backend.compile_engine(
+        own, backend.resolve(request), {}, lambda stage, done, total: None
+    )
     build = compiled.build
     return (
         f"| {size.preset} at {geometry.name} | {arch} | {build['layers']} | "

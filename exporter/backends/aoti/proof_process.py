@@ -17,7 +17,7 @@ from wanexport.exporter.child.child import main
 from wanexport.exporter.reference.figures import Case, proof_figures
 from wanexport.graphs.weights import bundle_tensors, read_tensor
 from wanexport.runtime.engines.aoti import Regions
-from wanexport.runtime.engines.device import gpu_or_cpu, to_device
+from wanexport.runtime.engines.device import gpu_or_cpu, on_device, to_device
 from wanexport.runtime.engines.engine import new_memory
 from wanexport.runtime.engines.operators import open_kernel
 
@@ -47,7 +47,8 @@ def prove_regions(job: RegionsJob) -> dict[str, Any]:
     tensors = {name: read_tensor(source).to(device) for name, source in sources.items()}
     given = {name: to_device(value, device) for name, value in job.arrays().items()}
     memory = new_memory(regions.program, lambda shape: torch.zeros(shape, device=device))
-    velocity = regions.bind(tensors)(given, memory)
+    with on_device(device):
+        velocity = regions.bind(tensors)(given, memory)
     return proof_figures(job, method, velocity.cpu().numpy())
 
 

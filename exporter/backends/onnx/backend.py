@@ -22,6 +22,7 @@ from wanexport.runtime.bundle.durable import write_durably
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.signature import weights_layout
 from wanexport.runtime.engines import onnx as onnx_engine
+from wanexport.runtime.engines.device import gpu_or_cpu
 from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.onnx_providers import gpu_obstacle
 from wanexport.runtime.program import WHOLE
@@ -53,7 +54,9 @@ def targets(device: str, options: Options) -> list[dict[str, str]]:
 
     Raises WanExportError when ONNX Runtime is missing or cannot use the device.
     """
-    return [onnx_engine.versions(device)]
+    found = onnx_engine.versions(device)
+    gpu_or_cpu(device)
+    return [found]
 
 
 def check_attention(attention: str | None, dtype: str, target: Mapping[str, str]) -> None:

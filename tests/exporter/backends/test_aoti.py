@@ -29,7 +29,9 @@ from tests.oracles.wan_reference import (
 )
 from tests.runtime.engines.hub_layout import as_snapshot
 from wanexport.exporter.backends.aoti import compile as to_aoti
-from wanexport.exporter.backends.aoti.compile import RegionJob, compile_region
+from wanexport.exporter.backends.aoti import prove as prove_module
+from wanexport.exporter.backends.aoti.compile import RegionJob, compile_region, compile_regions
+from wanexport.exporter.backends.backend import Request
 from wanexport.exporter.build import build
 from wanexport.exporter.bundle.writer import file_record, write_manifest
 from wanexport.exporter.cli.main import cli
@@ -474,6 +476,39 @@ def test_a_region_is_one_file_and_clean(tmp_path: Path, monkeypatch: pytest.Monk
     assert written == [tmp_path / "head.pt2"]
     assert set(result["lint"].values()) == {0}
     assert result["attentions"] == 0
+
+
+def test_a_numbered_gpu_compiles_and_proves(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its children are told its number; the record has the kind of device alone."""
+    manifest = read_manifest(small)
+    (engine,) = manifest.engines
+    jobs: list[Any] = []
+
+    def compile_nothing(module: str, job: RegionJob, *_: object, **__: object) -> dict[str, Any]:
+        jobs.append(job)
+        Path(job.path).write_bytes(b"")
+        return {"lint": {}, "attentions": 3 * (job.call == "block"), "seconds": 0.0}
+
+    def prove_nothing(module: str, job: Any, folder: Path) -> dict[str, Any]:
+        jobs.append(job)
+        assert Path(job.inputs).parent == folder.resolve()
+        return {"error": 0.0}
+
+    monkeypatch.setattr(to_aoti, "run_process", compile_nothing)
+    monkeypatch.setattr(to_aoti, "check_compiler", lambda device: None)
+    monkeypatch.setattr(prove_module, "run_in_fresh_process", prove_nothing)
+    target = {**engine.target, "device": "cuda"}
+    request = Request(
+        manifest.config, engine.geometry, engine.sampling, "aoti", "fp32", "cuda:1", target
+    )
+    compile_regions(request.config, request.geometry, "fp32", request.device, tmp_path)
+    weights = [small / record.file.path for record in manifest.weights.values()]
+    prove_module.prove_regions(request, engine, small, weights, "ends")
+    assert {job.device for job in jobs} == {"cuda:1"} and len(jobs) == 4
+    assert {job.graph for job in jobs} == {family_of(manifest.config).graph}
+    assert {job.geometry["height"] for job in jobs} == {engine.geometry.height}
 
 
 def test_calls_that_have_not_the_models_attentions_are_no_engine() -> None:

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ from wanexport.graphs.config import PRESETS
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.drop_in.diffusers import CompiledWanTransformer, compiled_experts
 from wanexport.runtime.drop_in.experts import per_frame
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest, BundleError
+from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.wan_config import WanConfig
 
@@ -112,7 +113,7 @@ def vae(config: WanConfig) -> AutoencoderKLWan:
         "latents_mean": [0.1] * channels,
         "latents_std": [2.0] * channels,
     }
-    if config.per_frame_timestep:
+    if family_of(config).blends_first_frame:
         small |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12}
         small |= {"scale_factor_spatial": 16}
     return AutoencoderKLWan(**small).eval()
@@ -201,8 +202,9 @@ def call(model: CompiledWanTransformer, **changes: Any) -> Any:
 def make_family(preset: str, folder: Path) -> Family:
     """A checkpoint in diffusers' layout and its bundle, spared the proof, which this is."""
     config = small_config(preset, num_layers=1)
-    side = 2 * config.spatial_stride
-    geometry = Geometry(2 * side, 3 * side, 9, config.spatial_stride)
+    stride = family_of(config).vae.spatial_stride
+    side = 2 * stride
+    geometry = Geometry(2 * side, 3 * side, 9, stride)
     experts = PRESETS[preset].experts
     models = tuple(diffusers_model(config, seed) for seed in range(len(experts) or 1))
     write_diffusers(folder / "model", models[0])
@@ -360,7 +362,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("what", REFUSALS)
 def test_what_the_engine_cannot_do_is_refused(compiled: CompiledWanTransformer, what: str) -> None:
     arguments, message = REFUSALS[what]
-    with pytest.raises(WanExportError) as refusal:
+    with pytest.raises(BadRequest) as refusal:
         call(compiled, **arguments)
     assert str(refusal.value) == message
 
@@ -377,26 +379,26 @@ def test_what_changes_a_model_says_that_it_is_compiled(compiled: CompiledWanTran
 
 
 def test_each_bundle_names_its_own_way_in(t2v: Family, two_experts: Family) -> None:
-    with pytest.raises(WanExportError, match=r"two experts: .*compiled_experts\(bundle\)$"):
+    with pytest.raises(BadRequest, match=r"two experts: .*compiled_experts\(bundle\)$"):
         CompiledWanTransformer(two_experts.bundle)
-    with pytest.raises(WanExportError, match=r"one model, not two: use CompiledWanTransformer$"):
+    with pytest.raises(BadRequest, match=r"one model, not two: use CompiledWanTransformer$"):
         compiled_experts(t2v.bundle)
 
 
 def test_an_open_engine_takes_no_options(compiled: CompiledWanTransformer, t2v: Family) -> None:
-    with pytest.raises(WanExportError, match="open already: pass dtype where you open it"):
+    with pytest.raises(BadRequest, match="open already: pass dtype where you open it"):
         CompiledWanTransformer(t2v.bundle, denoiser=compiled.denoiser, dtype="fp32")
 
 
 def test_the_options_of_load_are_passed_on(t2v: Family) -> None:
-    with pytest.raises(WanExportError, match="has no such engine"):
+    with pytest.raises(BadRequest, match="has no such engine"):
         CompiledWanTransformer(t2v.bundle, frames=81)
 
 
 def test_a_manifest_without_the_model_is_refused(t2v: Family, tmp_path: Path) -> None:
     manifest = (t2v.bundle / "manifest.json").read_text()
     (tmp_path / "manifest.json").write_text(manifest.replace('"ffn_dim"', '"size"'))
-    with pytest.raises(WanExportError, match=r"config has no ffn_dim.*build again"):
+    with pytest.raises(BundleError, match=r"config has no ffn_dim.*build again"):
         CompiledWanTransformer(tmp_path)
 
 
@@ -413,12 +415,12 @@ def test_the_engine_runs_outside_autocast(t2v: Family) -> None:
     seen: list[bool] = []
 
     class Engine(EchoEngine):
-        def __call__(self, inputs: Any) -> np.ndarray:
+        def __call__(self, inputs: Any, weights: Any = None, memory: Any = None) -> np.ndarray:
             seen.append(torch.is_autocast_enabled("cpu"))
-            return super().__call__(inputs)
+            return super().__call__(inputs, weights, memory)
 
-    cpu = replace(record(t2v.config), target={"device": "cpu"})
-    model = CompiledWanTransformer(t2v.bundle, denoiser=Denoiser(cpu, {"": Engine()}))
+    denoiser = Denoiser(record(t2v.config), {"": Engine()})
+    model = CompiledWanTransformer(t2v.bundle, denoiser=denoiser)
     with torch.autocast("cpu", torch.bfloat16):
         call(model)
         assert torch.is_autocast_enabled("cpu")
@@ -436,5 +438,5 @@ def test_without_diffusers_the_install_is_named(
 ) -> None:
     monkeypatch.delitem(sys.modules, "diffusers.configuration_utils")
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(WanExportError, match=r"needs diffusers; .*pip install '.\[diffusers\]'$"):
+    with pytest.raises(BundleError, match=r"needs diffusers; .*pip install '.\[diffusers\]'$"):
         CompiledWanTransformer(t2v.bundle)

@@ -18,7 +18,7 @@ from tests.runtime.drop_in.test_official import open_denoiser
 from wanexport.runtime.drop_in import diffusers as module
 from wanexport.runtime.drop_in.diffusers import CompiledWanTransformer
 from wanexport.runtime.drop_in.official import CompiledWanModel
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest
 
 Open = Callable[[str], tuple[CompiledWanTransformer, Family]]
 Model = CompiledWanTransformer | CompiledWanModel
@@ -73,7 +73,7 @@ def test_texts_that_videos_cannot_share_are_refused(open_drop_in: Open) -> None:
     ours, family = open_drop_in("t2v-1.3b")
     options = {"prompt": None, "prompt_embeds": torch.ones(2, 512, 4096), "guidance_scale": 1.0}
     said = "encoder_hidden_states has 2 entries for 4 videos: pass one for each, or one for all"
-    with pytest.raises(WanExportError, match=said):
+    with pytest.raises(BadRequest, match=said):
         run(family.pipeline(transformer=ours), family, **options, num_videos_per_prompt=2)
 
 
@@ -90,7 +90,7 @@ def test_what_makes_a_model_ready_finds_it_ready(model: Model) -> None:
 
 @pytest.mark.parametrize("train", ["train", "requires_grad_"])
 def test_an_engine_cannot_be_trained(train: str, model: Model) -> None:
-    with pytest.raises(WanExportError, match=r"no gradients and cannot be trained: train the"):
+    with pytest.raises(BadRequest, match=r"no gradients and cannot be trained: train the"):
         getattr(model, train)()
 
 
@@ -145,13 +145,13 @@ def call(model: Model, time: Any) -> Tensor:
 def test_sigmas_in_the_place_of_timesteps_are_refused(model: Model) -> None:
     for sigma in (1.0, 0.9375):
         with pytest.raises(
-            WanExportError, match=f"is {sigma:g}: this is a sigma .*: {1000 * sigma:g}$"
+            BadRequest, match=f"is {sigma:g}: this is a sigma .*: {1000 * sigma:g}$"
         ):
             call(model, sigma)
     for time in (1000.0, 500, 0.5, 0.5, 1000.0):  # a run may end below 1, with two calls a step
         assert torch.isfinite(call(model, time)).all()
     call(model, 1.0)
-    with pytest.raises(WanExportError, match=r"is 0.9375: this is a sigma from 0 to 1"):
+    with pytest.raises(BadRequest, match=r"is 0.9375: this is a sigma from 0 to 1"):
         call(model, 0.9375)
 
 

@@ -4,9 +4,8 @@ The official repositories need a GPU and flash-attn and cannot be installed here
 `generate` does with a model is written down below, around a model that is diffusers'.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ from tests.oracles.wan_reference import (
     small_config,
     write_official,
 )
-from tests.runtime.test_denoiser import record
+from tests.runtime.test_denoiser import EchoEngine, record
 from wanexport.exporter.build import build
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.drop_in import experts as drop_in
 from wanexport.runtime.drop_in.official import CompiledWanModel, patch
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.wan_config import WanConfig
 
 TIMESTEPS = (999, 900, 500, 100)
@@ -176,17 +175,27 @@ def pipeline_of(models: Sequence[WanTransformer3DModel]) -> Any:
     return OneModelPipeline(*doubles) if len(doubles) == 1 else TwoModelsPipeline(*doubles)
 
 
+class DiffusersModel(EchoEngine):
+    """An engine that is diffusers' model."""
+
+    def __init__(self, model: WanTransformer3DModel, config: WanConfig) -> None:
+        self.model, self.config = model, config
+
+    def __call__(
+        self, inputs: Mapping[str, np.ndarray], weights: Any = None, memory: Any = None
+    ) -> np.ndarray:
+        return diffusers_velocity(self.model, self.config, dict(inputs))
+
+
 def open_denoiser(preset: str) -> tuple[Denoiser, list[WanTransformer3DModel]]:
     """A denoiser of a small model whose engines are diffusers', and these."""
     config = small_config(preset, num_layers=1)
     experts = PRESETS[preset].experts or ("",)
     models = [diffusers_model(config, seed) for seed in range(len(experts))]
     engines = {
-        expert: lambda inputs, model=model: diffusers_velocity(model, config, inputs)
-        for expert, model in zip(experts, models, strict=True)
+        expert: DiffusersModel(model, config) for expert, model in zip(experts, models, strict=True)
     }
-    small = replace(record(config, PRESETS[preset].experts), target={"device": "cpu"})
-    return Denoiser(small, engines), models
+    return Denoiser(record(config, PRESETS[preset].experts), engines), models
 
 
 def inputs_of(denoiser: Denoiser, rng: np.random.Generator) -> dict[str, Any]:
@@ -345,7 +354,7 @@ def test_what_the_engine_does_not_take_is_refused(compiled: CompiledWanModel, wh
         "context": [torch.ones(7, 4096)],
         "seq_len": 72,
     }
-    with pytest.raises(WanExportError) as refusal:
+    with pytest.raises(BadRequest) as refusal:
         compiled(**{**arguments, **changes})
     assert str(refusal.value) == message
 
@@ -373,7 +382,7 @@ def test_another_number_of_models_is_refused_and_changes_nothing(
     bundles["bundle"], _ = open_denoiser(bundle)
     pipeline = pipeline_of(open_denoiser(own)[1])
     before = dict(vars(pipeline))
-    with pytest.raises(WanExportError) as refusal:
+    with pytest.raises(BadRequest) as refusal:
         patch(pipeline, "bundle")
     assert str(refusal.value) == message
     assert vars(pipeline) == before
@@ -381,7 +390,7 @@ def test_another_number_of_models_is_refused_and_changes_nothing(
 
 def test_what_is_no_pipeline_is_refused(bundles: dict[str, Denoiser]) -> None:
     bundles["bundle"], _ = open_denoiser("t2v-1.3b")
-    with pytest.raises(WanExportError, match=r"^object has no model, bundle is for model: "):
+    with pytest.raises(BadRequest, match=r"^object has no model, bundle is for model: "):
         patch(object(), "bundle")
 
 
@@ -389,6 +398,6 @@ def test_sequence_parallelism_is_refused(bundles: dict[str, Denoiser]) -> None:
     bundles["bundle"], models = open_denoiser("t2v-1.3b")
     pipeline = pipeline_of(models)
     pipeline.sp_size = 4
-    with pytest.raises(WanExportError, match="one GPU: make the pipeline without sequence"):
+    with pytest.raises(BadRequest, match="one GPU: make the pipeline without sequence"):
         patch(pipeline, "bundle")
     assert isinstance(pipeline.model, WanModelDouble)
