@@ -5,8 +5,9 @@ names. The graph names the weights file, byte offset and length of each paramete
 parameters as inputs, and holds no weight itself.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
+import onnx
 import onnx_ir as ir
 
 from wanexport.exporter.backends.onnx.lower import OPSET, Lowered
@@ -31,38 +32,48 @@ def assemble(
     program = lowered.program
     values = {name: _value(name, spec) for name, spec in program.inputs.items()}
     state = {name: _value(name, spec) for name, spec in program.states().items()}
-    inputs, names = [*values.values(), *state.values()], list(state)
+    inputs = [*values.values(), *state.values()]
     parameters: dict[str, ir.Value] = {}
     nodes = []
     for call in program.calls:
         for index, (own, kept) in enumerate(call.layers()):
             given = [parameters.setdefault(n, _parameter(n, weights[n])) for n in own]
             given += [values[name] for name in call.reads] + [state[name] for name in kept]
-            results = dict(_results(call, index))
-            nodes.append(ir.Node(_DOMAIN, call.name, given, outputs=list(results.values())))
-            values |= {name: results[name] for name in call.writes}
-            state |= {name: results[name + NEXT] for name in kept}
-    outputs = {name: (values[name], spec) for name, spec in program.outputs.items()}
-    outputs |= {name + NEXT: (state[name], program.states()[name]) for name in names}
-    graph = ir.Graph(
-        inputs + (list(parameters.values()) if as_inputs else []),
-        [_named(value, name, spec) for name, (value, spec) in outputs.items()],
-        nodes=nodes,
-        initializers=[] if as_inputs else [_stored(p, weights) for p in parameters.values()],
-        opset_imports={"": OPSET, _DOMAIN: 1},
-        name="wan_denoiser",
-    )
+            results = _results(call, index)
+            nodes.append(ir.Node(_DOMAIN, call.name, given, outputs=results))
+            values |= dict(zip(call.writes, results))
+            state |= dict(zip(kept, results[len(call.writes) :], strict=True))
+    outputs = [_named(values[name], name, spec) for name, spec in program.outputs.items()]
+    outputs += [_named(state[n], n + NEXT, spec) for n, spec in program.states().items()]
+    model = _model([*inputs, *parameters.values()], outputs, nodes, lowered)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    if not as_inputs:
+        del model.graph.inputs[len(inputs) :]
+        for value in parameters.values():
+            model.graph.initializers.add(_stored(value, weights))
+    return model
+
+
+def _model(
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
+    nodes: Sequence[ir.Node],
+    lowered: Lowered,
+) -> ir.Model:
+    """A graph of nodes that call functions."""
     functions = [_function(name, model) for name, model in lowered.calls.items()]
+    # What inlines a function wants its operators' domains here.
+    domains = {name: number for own in functions for name, number in own.opset_imports.items()}
+    opsets = {**domains, "": OPSET, _DOMAIN: 1}
+    graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports=opsets, name="wan_denoiser")
     return ir.Model(graph, ir_version=_IR_VERSION, functions=functions)
 
 
-def _results(call: Call, index: int) -> Iterator[tuple[str, ir.Value]]:
+def _results(call: Call, index: int) -> list[ir.Value]:
     """What one layer of a call gives: its writes, then what its state becomes."""
-    suffix = f".{index}" if call.repeat > 1 else ""
-    for name in call.writes:
-        yield name, ir.Value(name=f"{call.name}{suffix}.{name}")
-    for name in of_layer(call.state, index):
-        yield name + NEXT, ir.Value(name=name + NEXT)
+    layer = f".{index}" if call.repeat > 1 else ""
+    names = (*call.writes, *(name + NEXT for name in of_layer(call.state, index)))
+    return [ir.Value(name=f"{call.name}{layer}.{name}") for name in names]
 
 
 def _value(name: str, spec: TensorSpec) -> ir.Value:
