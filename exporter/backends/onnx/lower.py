@@ -30,7 +30,7 @@ from wanexport.exporter.backends.onnx.passes import (
 )
 from wanexport.exporter.child.quiet import quiet
 from wanexport.exporter.lint.onnx_graph import ATTENTION, lint_onnx
-from wanexport.exporter.lint.program import Finding, count, lint_program
+from wanexport.exporter.lint.program import Finding, attention_operators, count, lint_program
 from wanexport.graphs.graph import NEXT, Graph, empty_graph, torch_dtype
 from wanexport.graphs.regions import trace_calls, written_inputs
 from wanexport.graphs.signature import attention_count
@@ -90,15 +90,14 @@ def lower(graph: str, config: WanConfig, geometry: Geometry, how: Lowering) -> L
     traced = trace_calls(empty, "cpu", functional=True)
     calls = {call.name: _translate(traced[call.name], call, how) for call in program.calls}
     findings = [f for call in program.calls for f in _lint_traced(empty, call, traced)]
-    findings += _lint(program, calls, how)
+    findings += [f for model in calls.values() for f in _lint_translated(model, how)]
+    findings += _missing_attention(program, traced, calls, how)
     if findings:
         raise RuntimeError(f"unclean graph: {findings[0]}, and {len(findings) - 1} more")
     return Lowered(program, calls, count(findings))
 
 
-def _lint_traced(
-    empty: Graph, call: Call, traced: Mapping[str, ExportedProgram]
-) -> list[Finding]:
+def _lint_traced(empty: Graph, call: Call, traced: Mapping[str, ExportedProgram]) -> list[Finding]:
     """What lint finds in a call as it is written: with state, that writes it in place."""
     if not call.state:
         return lint_program(traced[call.name])
@@ -106,20 +105,36 @@ def _lint_traced(
     return lint_program(exported, None, written_inputs(exported, len(call.state)))
 
 
-def _lint(program: Program, calls: Mapping[str, ir.Model], how: Lowering) -> list[Finding]:
-    """What lint finds in the calls, and attention operators that are missing in their sum."""
-    found = [f for model in calls.values() for f in lint_onnx(ir.to_proto(model))]
-    if how.attention == "decomposed":  # what was asked for is no finding
-        return [f for f in found if (f.kind, f.detail) != ("unfused_attention", "Softmax")]
-    counts = [
-        call.repeat * sum(node.op_type in ATTENTION for node in calls[call.name].graph)
-        for call in program.calls
-    ]
+def _lint_translated(model: ir.Model, how: Lowering) -> list[Finding]:
+    """What lint finds in a call in ONNX, but for what was asked for."""
+    found = lint_onnx(ir.to_proto(model))
+    if how.attention != "decomposed":
+        return found
+    return [f for f in found if (f.kind, f.detail) != ("unfused_attention", "Softmax")]
+
+
+def _missing_attention(
+    program: Program,
+    traced: Mapping[str, ExportedProgram],
+    calls: Mapping[str, ir.Model],
+    how: Lowering,
+) -> list[Finding]:
+    """Where a forward has not the attentions that the model has: as it is traced, and in ONNX."""
     expected = attention_count(program)
-    if sum(counts) != expected:
-        detail = f"{sum(counts)} attention nodes, the model has {expected}"
-        found.append(Finding("unfused_attention", "", detail))
-    return found
+    operators = nodes = 0
+    for call in program.calls:
+        graph = calls[call.name].graph
+        operators += call.repeat * attention_operators(traced[call.name])
+        nodes += call.repeat * sum(node.op_type in ATTENTION for node in graph)
+    counted = (
+        (operators, expected, "attention operators"),
+        (nodes, 0 if how.attention == "decomposed" else expected, "attention nodes"),
+    )
+    return [
+        Finding("unfused_attention", "", f"{number} {what}, expected {right}")
+        for number, right, what in counted
+        if number != right
+    ]
 
 
 def _translate(exported: ExportedProgram, call: Call, how: Lowering) -> ir.Model:
