@@ -4,44 +4,51 @@ It is the engine's own graph, with every rewrite that it has: each value, cast a
 low precision becomes fp32, and a parameter that is stored in it is widened where it is first used.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from wanexport.exporter.backends.onnx.lower import Lowered
 from wanexport.runtime.dtypes import DTYPES
 
 _WIDE = ir.DataType.FLOAT
+# Attributes that name the type of a result, or that an operator computes in.
+_OF_TYPES = ("to", "dtype", "output_dtype", "stash_type", "softmax_precision")
 
 
 def retype(lowered: Lowered, dtype: str) -> Lowered:
-    """Calls of this precision in fp32, which read the same weights. The calls are changed."""
+    """Calls of this precision in fp32, which read the same weights. The calls are changed.
+
+    Raises onnx's own exceptions when something of the precision is left.
+    """
     low = getattr(ir.DataType, DTYPES[dtype].onnx)
     for call in lowered.program.calls:
-        graph = lowered.calls[call.name].graph
-        parameters = graph.inputs[: len(call.parameters)]
-        _retype_values(graph, low)
-        for value in [v for v in parameters if v.dtype == low]:
-            _store(graph, value, low)
+        model = lowered.calls[call.name]
+        graph, own = model.graph, len(call.parameters)
+        _widen_values((*graph.inputs[own:], *graph.initializers.values()), low)
+        for node in graph:
+            _widen_values(node.outputs, low)
+            _widen_attributes(node, low)
+        for value in graph.inputs[:own]:
+            if value.dtype == low and value.uses():
+                _store(graph, value, low)
+        onnx.checker.check_model(ir.to_proto(model), full_check=True)
     return lowered
 
 
-def _retype_values(graph: ir.Graph, low: ir.DataType) -> None:
-    """Make everything fp32 but the parameters, whose values keep their stored type for now."""
-    ends = {id(value) for value in graph.inputs}
-    for value in graph.initializers.values():
-        if value.const_value is not None and value.dtype == low:
-            value.const_value = _widened(value.const_value)
+def _widen_values(values: Iterable[ir.Value], low: ir.DataType) -> None:
+    for value in values:
+        if value.dtype == low:
             value.type = ir.TensorType(_WIDE)
-    for node in graph:
-        _retype_attributes(node, low)
-        for value in node.outputs:
-            if value.dtype == low and id(value) not in ends:
-                value.type = ir.TensorType(_WIDE)
+            if value.const_value is not None:
+                value.const_value = _widened(value.const_value)
 
 
-def _retype_attributes(node: ir.Node, low: ir.DataType) -> None:
+def _widen_attributes(node: ir.Node, low: ir.DataType) -> None:
     for name, attribute in list(node.attributes.items()):
-        if attribute.type == ir.AttributeType.INT and name == "to" and attribute.value == low:
+        if attribute.type == ir.AttributeType.INT and name in _OF_TYPES and attribute.value == low:
             node.attributes[name] = ir.AttrInt64(name, int(_WIDE))
         elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == low:
             node.attributes[name] = ir.AttrTensor(name, _widened(attribute.value))
@@ -52,16 +59,17 @@ def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 
 
 def _store(graph: ir.Graph, value: ir.Value, low: ir.DataType) -> None:
-    """Have an input keep the stored type, and cast it to fp32 where it is first used.
+    """Cast a parameter, which keeps its stored type, to fp32 where it is first used.
 
     Left alone, ONNX Runtime would cast every weight before the first product. So the cast waits
     for the activation that the weight is multiplied with: it reads the weight through a Reshape
     whose shape adds 0 times that activation's length.
     """
     assert value.shape is not None
-    users = {use.node for use in value.uses()}
+    uses = list(value.uses())
+    users = {use.node for use in uses}
     first = next(node for node in graph if node in users)
-    uses, activation = list(value.uses()), first.inputs[0]
+    activation = first.inputs[0]
     nodes, source = [], value
     if activation is not None and activation is not value:
         shape = ir.node("Constant", [], attributes={"value_ints": value.shape.numpy()})
