@@ -23,28 +23,30 @@ class Grid:
         check_same(call, len(full), len(small))
         differing = [(a, b) for a, b in zip(full, small) if a != b]
         for one, two in differing:
-            if not any(one * length[1] == two * length[0] for length in self.lengths):
+            if not any(one % a == 0 and one // a * b == two for a, b in self.lengths):
                 raise differs(call, f"the integer {one}", f"{two}, which is not of the token grid")
         return len(differing)
+
+    def check_table(self, call: str, full: np.ndarray, small: np.ndarray) -> None:
+        """Raise WanExportError unless constants are equal; one may be longer by rows of the grid.
+
+        Such tables differ in the length of one axis, and agree in the rows that both have.
+        """
+        axes = [axis for axis, (a, b) in enumerate(zip(full.shape, small.shape)) if a != b]
+        if full.ndim > 1 and full.ndim == small.ndim and len(axes) == 1:
+            lengths = full.shape[axes[0]], small.shape[axes[0]]
+            self.count_differing(call, lengths[:1], lengths[1:])
+            full, small = (table.take(range(min(lengths)), axes[0]) for table in (full, small))
+        check_same(call, (full.dtype, full.shape), (small.dtype, small.shape))
+        if unlike := np.argwhere(full != small).tolist():
+            place = tuple(unlike[0])
+            raise differs(call, f"a constant of {full[place]}", f"one of {small[place]}")
 
 
 def _lengths(geometry: Geometry) -> tuple[int, ...]:
     """What the token grid's sizes are made of: its sides, and products of neighbours."""
     frames, rows, columns = geometry.grid
     return (frames * rows * columns, frames * rows, rows * columns, frames, rows, columns)
-
-
-def check_table(call: str, full: np.ndarray, small: np.ndarray) -> None:
-    """Raise WanExportError unless constants are equal; a table of an axis of the grid, in its rows.
-
-    The table has those of the shorter axis at both sizes.
-    """
-    axes = [axis for axis, (a, b) in enumerate(zip(full.shape, small.shape)) if a != b]
-    if full.ndim > 1 and full.ndim == small.ndim and len(axes) == 1:
-        rows = range(min(full.shape[axes[0]], small.shape[axes[0]]))
-        full, small = full.take(rows, axes[0]), small.take(rows, axes[0])
-    if not np.array_equal(full, small):
-        raise differs(call, f"a constant of {full.flat[0]}", f"one of {small.flat[0]}")
 
 
 def check_same(call: str, full: object, small: object) -> None:
