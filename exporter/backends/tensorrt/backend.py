@@ -112,7 +112,7 @@ class TensorRtBackend:
         _check_fusion_can_be_known(request, options, gpu is not None)
         room = check_room(request, folder, gpu)
         show("tracing and lowering", 0, 0)
-        graph, lint = _lowered_for(request, not request.bakes)
+        graph, lint = _lowered(*_what_is_lowered(request))
         files, results = {}, []
         # Beside the plan, where a sweep finds it after a kill.
         with TemporaryDirectory(prefix="plan-", dir=folder) as name:
@@ -178,7 +178,7 @@ class TensorRtBackend:
             return prove_plan(request, engine, bundle, weights, verify)
         # Plans for several targets share all that the graph's proof depends on.
         stamps = tuple((str(path), path.stat().st_mtime_ns) for path in weights)
-        key = (request.config, request.geometry, request.dtype, request.attention, verify, stamps)
+        key = (*_what_is_lowered(request), verify, stamps)
         if self._twin is None or self._twin[0] != key:
             self._twin = key, self._prove_graph(request, engine, bundle, weights, verify)
         return dict(self._twin[1])
@@ -192,11 +192,10 @@ class TensorRtBackend:
         verify: str,
     ) -> dict[str, Any]:
         """Prove, by ONNX Runtime, the graph that the plan was built of."""
-        assert request.attention is not None
         with temporary_folder() as scratch:
             path = scratch / "denoiser.onnx"
-            path.write_bytes(_lowered_for(request, True)[0])
-            how = for_tensorrt(request.dtype, request.attention)
+            path.write_bytes(_lowered(*_what_is_lowered(request))[0])
+            how = _lowering(request)
             figures = prove_lowering(request, how, path, weights, verify, opens=False)
         compared = figures["method"].rpartition("; ")[2]
         return {**figures, "method": f"parsed and built by {self.title}; {compared}"}
@@ -258,10 +257,14 @@ def _take_over(job: PlanJob, folder: Path) -> None:
             )
 
 
-def _lowered_for(request: Request, as_inputs: bool) -> tuple[bytes, dict[str, int]]:
+def _lowering(request: Request) -> Lowering:
     assert request.attention is not None
-    how = for_tensorrt(request.dtype, request.attention)
-    return _lowered(request.graph, request.config, request.geometry, how, as_inputs)
+    return for_tensorrt(request.dtype, request.attention)
+
+
+def _what_is_lowered(request: Request) -> tuple[str, WanConfig, Geometry, Lowering, bool]:
+    """What decides the graph of a plan, which is the same for all targets."""
+    return request.graph, request.config, request.geometry, _lowering(request), not request.bakes
 
 
 @lru_cache(maxsize=2)  # one as inputs for every target's plan, one with initializers to bake
