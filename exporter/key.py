@@ -11,27 +11,22 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from functools import cache
-from importlib.util import find_spec
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
 from wanexport.exporter.backends.backend import Request
 from wanexport.exporter.backends.table import find_backend
 
-_PACKAGE = "wanexport"
+_OF_PACKAGE = "__init__.py"
 # What says, keeps, runs or measures, and decides no byte of what is lowered or compiled. A family's
 # Program is in the key as data.
 _UNDECIDING = (
-    "wanexport.runtime",
     "wanexport.graphs",
     "wanexport.runtime.errors",
     "wanexport.runtime.family",
-    "wanexport.runtime.settings",
     "wanexport.runtime.machine.*",
-    "wanexport.runtime.bundle.manifest",
-    "wanexport.runtime.bundle.details",
     "wanexport.runtime.bundle.durable",
     "wanexport.runtime.bundle.*_file",
-    "wanexport.runtime.bundle.path",
     "wanexport.exporter.child.*",
     "wanexport.exporter.backends.backend",
 )
@@ -57,22 +52,26 @@ def engine_key(request: Request) -> str:
 
 
 def sources(roots: Iterable[str]) -> dict[str, Path]:
-    """The modules of wanexport that these reach by import, themselves first, with their files."""
+    """The modules that these reach by import in their own packages, with their files."""
     found: dict[str, Path] = {}
     waiting = list(roots)
+    packages = tuple(f"{root.partition('.')[0]}." for root in waiting)
     while waiting:
         name = waiting.pop()
         path = _file(name)
         if name in found or path is None or any(fnmatch(name, u) for u in _UNDECIDING):
             continue
         found[name] = path
-        waiting += _imported(path)
+        waiting += [other for other in _imported(name, path) if other.startswith(packages)]
     return found
 
 
 @cache
 def _file(module: str) -> Path | None:
-    """The file of a module, None where the name is of something in one."""
+    """The file of a module, which is not imported; None where the name is of something in one."""
+    parent = _file(module.rpartition(".")[0]) if "." in module else None
+    if parent is not None and parent.name != _OF_PACKAGE:
+        return None
     try:
         spec = find_spec(module)
     except ModuleNotFoundError:  # its parent is no package
@@ -80,13 +79,12 @@ def _file(module: str) -> Path | None:
     return None if spec is None or spec.origin is None else Path(spec.origin)
 
 
-def _imported(path: Path) -> Iterator[str]:
-    """Every name of wanexport that a file imports, in functions too; some are of no module."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def _imported(module: str, path: Path) -> Iterator[str]:
+    """Every name that a file imports, in functions too; some are of no module."""
+    package = module if path.name == _OF_PACKAGE else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        yield from (name for name in names if name.startswith(f"{_PACKAGE}."))
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (source, *(f"{source}.{alias.name}" for alias in node.names))
