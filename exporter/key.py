@@ -1,44 +1,90 @@
-"""The key of an engine: a hash of all that decides its files and record."""
+"""The key of an engine: a hash of all that decides its files.
 
+Which source decides them is computed: the files that the backend's own are reached by import from,
+and those of the model's graph, but for a few that cannot change a byte.
+"""
+
+import ast
 import hashlib
-import inspect
 import json
-import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
-from types import ModuleType
+from fnmatch import fnmatch
+from functools import cache
+from importlib.util import find_spec, resolve_name
+from pathlib import Path
 
 from wanexport.exporter.backends.backend import Request
 from wanexport.exporter.backends.table import find_backend
-from wanexport.exporter.lint import program as lint
-from wanexport.graphs import graph as graphs
-from wanexport.graphs import rope
-from wanexport.runtime import dtypes
-from wanexport.runtime.bundle import signature
-from wanexport.runtime.engines import operators
 
-_CODE = (lint, rope, signature, dtypes, operators)
-# What a request has that decides no byte: how the engine is run by default, and which of this
-# machine's devices it is made on.
-_UNDECIDING = ("sampling", "device")
+_OF_PACKAGE = "__init__.py"
+# What says, keeps, runs or measures, and decides no byte of what is lowered or compiled. A family's
+# Program is in the key as data.
+_UNDECIDING = (
+    "wanexport.graphs",
+    "wanexport.runtime.errors",
+    "wanexport.runtime.family",
+    "wanexport.runtime.machine.*",
+    "wanexport.runtime.bundle.durable",
+    "wanexport.runtime.bundle.*_file",
+    "wanexport.exporter.child.*",
+    "wanexport.exporter.backends.backend",
+)
+# What a request has beside: how the engine is run by default, and which of this machine's devices
+# it is made on.
+_LEFT_OUT = ("sampling", "device")
 
 
 def engine_key(request: Request) -> str:
-    """Hash of all that decides an engine's files and record; the weights are not among it."""
+    """Hash of all that decides an engine's files; the weights are not among it."""
     backend = find_backend(request.backend)
-    modules = (*_CODE, *_graph_code(request.graph), *backend.code(request.target["device"]))
     bound = {name: request.target[name] for name in backend.BINDING if name in request.target}
     asked = asdict(replace(request, target=bound))
+    files = sources((*backend.SOURCES, request.graph.partition(":")[0]))
     parts = [
-        {name: value for name, value in asked.items() if name not in _UNDECIDING},
+        {name: value for name, value in asked.items() if name not in _LEFT_OUT},
         asdict(request.program),
         request.layout,
-        [inspect.getsource(module) for module in modules],
+        [hashlib.sha256(path.read_bytes()).hexdigest() for _, path in sorted(files.items())],
         backend.libraries(request),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _graph_code(reference: str) -> list[ModuleType]:
-    """The modules that define a graph: its class's, and those of the graphs that it builds on."""
-    kinds = [k for k in graphs.load_graph(reference).__mro__ if issubclass(k, graphs.Graph)]
-    return [sys.modules[name] for name in dict.fromkeys(kind.__module__ for kind in kinds)]
+def sources(roots: Iterable[str]) -> dict[str, Path]:
+    """The modules that these reach by import in their own packages, with their files."""
+    found: dict[str, Path] = {}
+    waiting = list(roots)
+    packages = tuple(f"{root.partition('.')[0]}." for root in waiting)
+    while waiting:
+        name = waiting.pop()
+        path = _file(name)
+        if name in found or path is None or any(fnmatch(name, u) for u in _UNDECIDING):
+            continue
+        found[name] = path
+        waiting += [other for other in _imported(name, path) if other.startswith(packages)]
+    return found
+
+
+@cache
+def _file(module: str) -> Path | None:
+    """The file of a module, which is not imported; None where the name is of something in one."""
+    parent = _file(module.rpartition(".")[0]) if "." in module else None
+    if parent is not None and parent.name != _OF_PACKAGE:
+        return None
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:  # its parent is no package
+        return None
+    return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+def _imported(module: str, path: Path) -> Iterator[str]:
+    """Every name that a file imports, in functions too; some are of no module."""
+    package = module if path.name == _OF_PACKAGE else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (source, *(f"{source}.{alias.name}" for alias in node.names))

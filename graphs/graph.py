@@ -24,6 +24,12 @@ from wanexport.runtime.wan_config import WanConfig
 NEXT = ".next"  # after a state's name: what a whole graph, which writes nothing in place, makes it
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """PyTorch's dtype of our name for one."""
+    dtype: torch.dtype = getattr(torch, DTYPES[name].torch)
+    return dtype
+
+
 def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the official code uses this parameter when it computes in `dtype`."""
     return torch.float32 if stays_fp32(name) else dtype
@@ -139,5 +145,5 @@ def empty_graph(
 
 def empty_tensor(spec: TensorSpec, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """A tensor of a Program in a graph of this dtype; its content is whatever was in memory."""
-    own = dtype if spec.dtype == ENGINE_DTYPE else getattr(torch, DTYPES[spec.dtype].torch)
+    own = dtype if spec.dtype == ENGINE_DTYPE else torch_dtype(spec.dtype)
     return torch.empty(spec.shape, dtype=own, device=device)

@@ -4,7 +4,8 @@ No weight is part of one, so a compiled block serves every layer, expert and fin
 
     writes = call(parameters, reads, state)
 
-Arguments and results are lists in the order of the call's names; state is written in place.
+Arguments and results are lists in the order of the call's names. State is written in place, or in
+the functional form, for what writes nothing, follows the writes as what it becomes.
 """
 
 from collections.abc import Collection
@@ -21,23 +22,25 @@ from wanexport.runtime.program import Call, of_layer
 class _Method(nn.Module):
     """One call of a graph, for its first layer."""
 
-    def __init__(self, graph: Graph, call: Call) -> None:
+    def __init__(self, graph: Graph, call: Call, functional: bool) -> None:
         super().__init__()
-        self.graph, self.call = graph, call
+        self.graph, self.call, self.functional = graph, call, functional
 
     def forward(self, reads: list[Tensor], state: list[Tensor]) -> tuple[Tensor, ...]:
         values = dict(zip(self.call.reads, reads, strict=True))
-        kept = dict(zip(of_layer(self.call.state, 0), state, strict=True))
+        given = [tensor.clone() for tensor in state] if self.functional else state
+        kept = dict(zip(of_layer(self.call.state, 0), given, strict=True))
         written = self.graph.run_call(self.call, 0, values, kept)
-        return tuple(written[name] for name in self.call.writes)
+        results = tuple(written[name] for name in self.call.writes)
+        return (*results, *given) if self.functional else results
 
 
 class _ParametersAsInputs(nn.Module):
     """A call as a function of its parameters; it registers none itself."""
 
-    def __init__(self, graph: Graph, call: Call) -> None:
+    def __init__(self, graph: Graph, call: Call, functional: bool) -> None:
         super().__init__()
-        self.__dict__["method"] = _Method(graph, call)
+        self.__dict__["method"] = _Method(graph, call, functional)
         self.names = [f"graph.{name}" for name in of_layer(call.parameters, 0)]
 
     def forward(
@@ -51,17 +54,17 @@ class _ParametersAsInputs(nn.Module):
 
 
 def trace_calls(
-    graph: Graph, device: str, names: Collection[str] | None = None
+    graph: Graph, device: str, names: Collection[str] | None = None, *, functional: bool = False
 ) -> dict[str, ExportedProgram]:
     """Export calls of an empty graph whose tables are on the device; None stands for all."""
     return {
-        call.name: _trace(graph, call, device)
+        call.name: _trace(graph, call, device, functional)
         for call in graph.program.calls
         if names is None or call.name in names
     }
 
 
-def _trace(graph: Graph, call: Call, device: str) -> ExportedProgram:
+def _trace(graph: Graph, call: Call, device: str, functional: bool) -> ExportedProgram:
     program = graph.program
     specs = {**program.inputs, **program.values, **program.outputs}
     stored = [graph.get_parameter(name) for name in of_layer(call.parameters, 0)]
@@ -70,7 +73,8 @@ def _trace(graph: Graph, call: Call, device: str) -> ExportedProgram:
         reads = [empty_tensor(specs[name], graph.dtype, device) for name in call.reads]
         state = [empty_tensor(program.state[name], graph.dtype, device) for name in call.state]
     with torch.no_grad():
-        return torch.export.export(_ParametersAsInputs(graph, call), (parameters, reads, state))
+        module = _ParametersAsInputs(graph, call, functional)
+        return torch.export.export(module, (parameters, reads, state))
 
 
 def written_inputs(exported: ExportedProgram, num_state: int) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 from wanexport.runtime.bundle.details import AotiDetails, OnnxDetails, TensorRtDetails
@@ -113,14 +112,15 @@ class Backend(Protocol):
     def COMPILES(self) -> bool:
         """Whether it runs a C++ compiler and what that makes."""
 
+    @property
+    def SOURCES(self) -> tuple[str, ...]:
+        """The modules that lower, compile or plan: what they import decides an engine's bytes."""
+
     def default_device(self) -> str:
         """The device that it can use best on this machine."""
 
     def default_dtype(self, device: str) -> str:
         """The precision of its engines on a device, unless another is asked for."""
-
-    def code(self, device: str) -> tuple[ModuleType, ...]:
-        """What decides an engine's bytes, beside the graph's own code."""
 
     def libraries(self, request: Request) -> dict[str, str]:
         """Versions of what makes the engine."""

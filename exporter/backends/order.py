@@ -8,7 +8,7 @@ from typing import NamedTuple, Required, TypedDict
 from wanexport.exporter.backends.backend import Backend, Options, Progress, TensorRtOptions
 from wanexport.exporter.backends.table import BACKENDS, default_backend, find_backend
 from wanexport.runtime.dtypes import PRECISIONS
-from wanexport.runtime.engines.choose import check_device
+from wanexport.runtime.engines.device_name import check_device
 from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.geometry import Geometry, Resolution, parse_resolution
 from wanexport.runtime.machine.temporary import check_temporary_folder

@@ -6,7 +6,7 @@ from wanexport.exporter.backends.aoti import backend as aoti_backend
 from wanexport.exporter.backends.backend import Backend
 from wanexport.exporter.backends.onnx import backend as onnx_backend
 from wanexport.exporter.backends.tensorrt.backend import TensorRtBackend
-from wanexport.runtime.engines.choose import device_kind
+from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.errors import BadRequest
 
 BACKENDS: dict[str, Backend] = {

@@ -21,7 +21,7 @@ from wanexport.exporter.bench.opening import import_libraries, open_arm, read_in
 from wanexport.exporter.child.child import main
 from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.bundle.tensorfile import save_arrays
-from wanexport.runtime.engines.choose import device_kind
+from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.table import ENGINES
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.machine.memory import peak_gpu_bytes, peak_rss

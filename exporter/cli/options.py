@@ -11,7 +11,7 @@ import click
 
 from wanexport.exporter.cli.streams import minding_the_reader, printing
 from wanexport.runtime.dtypes import PRECISIONS
-from wanexport.runtime.engines.choose import check_device
+from wanexport.runtime.engines.device_name import check_device
 from wanexport.runtime.engines.kernels import KERNELS
 from wanexport.runtime.engines.onnx_providers import PROVIDERS
 from wanexport.runtime.engines.table import BACKENDS

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx.inliner
-import onnx_ir as ir
 
 from wanexport.exporter.lint.archive import lint_program_file
 from wanexport.exporter.lint.onnx_expansion import check_expansion
+from wanexport.exporter.lint.onnx_graph import lint_onnx
 from wanexport.exporter.lint.program import Finding, count
 from wanexport.exporter.lint.tensorrt import KIND, lint_tensorrt
 from wanexport.graphs.signature import attention_count
@@ -21,23 +20,6 @@ from wanexport.runtime.errors import BadRequest, BundleError, WanExportError, fi
 
 _GRAPH = ".onnx"
 _MOST_BYTES = 256 << 20  # of a graph without weights, whose largest here has a tenth of it
-_OPERATORS = {
-    "host_sync": "NonZero Unique Compress",
-    "strided_write": "ScatterND ScatterElements Scatter TensorScatter",
-    "sequence": "SequenceConstruct SequenceEmpty SequenceAt SequenceInsert SequenceErase "
-    "SequenceLength SequenceMap SplitToSequence ConcatFromSequence",
-    "if": "If",
-    "loop": "Loop Scan",
-    "einsum": "Einsum",
-    "unfused_attention": "Softmax LogSoftmax BiasSoftmax QLinearSoftmax",
-}
-ATTENTION = ("Attention", "MultiHeadAttention")
-_KIND_OF = {name: kind for kind, names in _OPERATORS.items() for name in names.split()}
-_DTYPES = {
-    ir.DataType.DOUBLE: "fp64",
-    ir.DataType.COMPLEX64: "complex",
-    ir.DataType.COMPLEX128: "complex",
-}
 
 
 def lint(path: str | Path, target: str | None = None) -> dict[str, Any]:
@@ -93,42 +75,6 @@ def _lint_engine(
         findings = _lint(file.path, file.read(), target, expected)
         name = engine.name if len(graphs) == 1 else f"{engine.name} {role}"
         yield name, _graph(findings, target)
-
-
-def lint_onnx(model: onnx.ModelProto, attentions: int | None = None) -> list[Finding]:
-    """Everything in the model, subgraphs and functions included, that is one of lint's kinds.
-
-    attentions is how many Attention nodes the model must have. A mutation leaves no trace in ONNX.
-    Raises onnx's own exceptions when types and shapes cannot be inferred.
-    """
-    flat = onnx.inliner.inline_local_functions(model)  # values in functions have no types
-    graph = ir.from_proto(onnx.shape_inference.infer_shapes(flat, strict_mode=True)).graph
-    nodes = list(ir.traversal.RecursiveGraphIterator(graph))
-    findings = []
-    owners = (node.graph for node in nodes)
-    for part in dict.fromkeys([graph, *(g for g in owners if isinstance(g, ir.Graph))]):
-        for value in (*part.inputs, *part.initializers.values()):
-            findings += [Finding(kind, value.name or "", "input") for kind in _kinds(value)]
-    for value in (*graph.inputs, *graph.outputs):
-        if value.shape is None:
-            findings.append(Finding("dynamic_size", value.name or "", "no shape is stated"))
-    for node in nodes:
-        kinds = {kind for value in node.outputs for kind in _kinds(value)}
-        if node.op_type in _KIND_OF:
-            kinds.add(_KIND_OF[node.op_type])
-        findings += [Finding(kind, node.name or "", node.op_type) for kind in sorted(kinds)]
-    found = sum(node.op_type in ATTENTION for node in nodes)
-    if attentions is not None and found != attentions:
-        detail = f"{found} attention nodes, the model has {attentions}"
-        findings.append(Finding("unfused_attention", graph.name or "", detail))
-    return findings
-
-
-def _kinds(value: ir.Value) -> Iterator[str]:
-    if value.dtype in _DTYPES:
-        yield _DTYPES[value.dtype]
-    if value.shape is not None and not all(isinstance(size, int) for size in value.shape):
-        yield "dynamic_size"
 
 
 def _lint(

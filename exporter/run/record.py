@@ -14,7 +14,7 @@ import numpy as np
 from wanexport.exporter.run.request import RunRequest
 from wanexport.runtime.bundle.manifest import BASE, read_manifest, weights_label
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.engines.choose import device_kind
+from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.machine.memory import peak_gpu_bytes, peak_rss
 

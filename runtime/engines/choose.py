@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 from wanexport.runtime.bundle.manifest import DENOISER, DEVICES, EngineRecord, Manifest
 from wanexport.runtime.bundle.usable import unread_name, why_unread, why_unusable
+from wanexport.runtime.engines.device_name import check_device, device_kind
 from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.engines.onnx_providers import PROVIDERS
 from wanexport.runtime.engines.table import BACKENDS, ENGINES
@@ -65,18 +65,6 @@ def choose_engine(bundle: Path, manifest: Manifest, options: EngineOptions) -> C
             stacklevel=2,
         )
     return chosen
-
-
-def check_device(device: str) -> str:
-    """A device's name as it is. Raises BadRequest unless it is `cpu`, `cuda` or `cuda:N`."""
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
-        raise BadRequest(f"unknown device {device!r}: expected one of cpu, cuda, cuda:N")
-    return device
-
-
-def device_kind(device: str) -> str:
-    """`cpu` or `cuda`, without the number of a GPU."""
-    return device.partition(":")[0]
 
 
 def _held(manifest: Manifest) -> list[str]:

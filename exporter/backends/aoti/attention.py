@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from wanexport.graphs.weights import DTYPES
+from wanexport.graphs.graph import torch_dtype
 from wanexport.runtime.bundle.signature import program_of
-from wanexport.runtime.engines.choose import device_kind
+from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.kernels import kernel_obstacle
 from wanexport.runtime.engines.operators import Kernel, open_kernel
 from wanexport.runtime.errors import EngineFailure, WanExportWarning
@@ -97,7 +97,7 @@ def _time(config: WanConfig, shape: Attention, dtype: str, device: str, kernel: 
 
     def random(length: int) -> torch.Tensor:
         heads = (1, length, config.num_heads, config.head_dim)
-        return torch.randn(heads, device=device, dtype=DTYPES[dtype])
+        return torch.randn(heads, device=device, dtype=torch_dtype(dtype))
 
     times = []
     with torch.cuda.device(device):

@@ -1,13 +1,11 @@
 """AOTInductor engines: what `build` asks of this backend."""
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,11 +20,10 @@ from wanexport.exporter.backends.aoti.flash_attention import (
 from wanexport.exporter.backends.aoti.prove import prove_regions
 from wanexport.exporter.backends.backend import Compiled, Options, Progress, Request
 from wanexport.exporter.child.process import Lifeline
-from wanexport.graphs import regions
 from wanexport.runtime.bundle.details import AotiDetails
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.engines import aoti as aoti_engine
-from wanexport.runtime.engines import processor
+from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.kernels import KERNELS, check_kernel, kernel_obstacle
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 
@@ -34,6 +31,12 @@ ATTENTION = KERNELS
 BINDING = aoti_engine.BINDING
 OPTIONS = None
 COMPILES = True
+SOURCES = (
+    to_aoti.__name__,
+    attention_rule.__name__,
+    "wanexport.exporter.backends.aoti.flash_attention",
+    "wanexport.runtime.engines.flash_attention",
+)
 _FLASH = "flash_attention"  # the role of its library, and of the note why there is none
 
 
@@ -47,24 +50,15 @@ def default_dtype(device: str) -> str:
     return "fp32" if device == "cpu" else "bf16"
 
 
-def code(device: str) -> tuple[ModuleType, ...]:
-    """What decides an engine's bytes, beside the graph's own code."""
-    own = to_aoti, compiler, processor, regions, sys.modules[__name__]
-    if device == "cpu":
-        return own
-    from wanexport.exporter.backends.aoti import flash_attention
-    from wanexport.graphs import fused_block, kernels  # needs Triton
-    from wanexport.runtime.engines import flash_attention as opening
-
-    return *own, fused_block, kernels, attention_rule, flash_attention, opening
-
-
 def libraries(request: Request) -> dict[str, str]:
-    """Versions of what compiles the engine; another kernel of attention makes another engine.
+    """Versions of what compiles the engine, and how Inductor is set in the environment.
 
     Raises WanExportError when there is no C++ compiler.
     """
     found = {"torch": version("torch"), "compiler": compiler.compiler_version()}
+    found |= compiler.inductor_settings()
+    if device_kind(request.device) != "cpu":
+        found["triton"] = version("triton")
     if _flash_attention_serves(request):
         with suppress(WanExportError):  # not installed
             found |= flash_attention_versions()

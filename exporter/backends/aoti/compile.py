@@ -25,14 +25,13 @@ from wanexport.exporter.child.child import known, main, run_process, temporary_f
 from wanexport.exporter.child.process import Lifeline
 from wanexport.exporter.child.quiet import quiet
 from wanexport.exporter.lint.program import attention_operators, count, lint_program
-from wanexport.graphs.graph import empty_graph
+from wanexport.graphs.graph import empty_graph, torch_dtype
 from wanexport.graphs.regions import trace_calls, written_inputs
 from wanexport.graphs.signature import attention_count
-from wanexport.graphs.weights import DTYPES
 from wanexport.runtime.bundle.durable import write_durably
 from wanexport.runtime.bundle.signature import program_of
-from wanexport.runtime.engines.choose import device_kind
 from wanexport.runtime.engines.device import gpu_or_cpu
+from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.processor import level_for
 from wanexport.runtime.errors import BadRequest, WanExportError, needing_package
 from wanexport.runtime.family import family_of
@@ -155,7 +154,7 @@ def _trace(job: RegionJob) -> tuple[ExportedProgram, tuple[str, ...]]:
     if on_gpu:  # whose kernels are compiled for the current GPU
         torch.cuda.set_device(gpu_or_cpu(job.device))
     graph = empty_graph(
-        job.graph, WanConfig(**job.config), Geometry(**job.geometry), DTYPES[job.dtype],
+        job.graph, WanConfig(**job.config), Geometry(**job.geometry), torch_dtype(job.dtype),
         device=job.device, fused=on_gpu,
     )  # fmt: skip
     exported = trace_calls(graph, job.device, [job.call])[job.call]

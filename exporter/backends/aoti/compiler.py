@@ -42,6 +42,15 @@ def _version(command: str) -> str:
     return ended.output.splitlines()[0].strip()
 
 
+def inductor_settings() -> dict[str, str]:
+    """What the environment sets of Inductor, but for where it keeps its files."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("TORCHINDUCTOR_") and not name.endswith(("_DIR", "VEC_ISA_OK"))
+    }
+
+
 def march_flags(level: str) -> list[str]:
     """How a compiler is told the level; nothing for one that has no name."""
     return [f"-march={level}"] if level else []

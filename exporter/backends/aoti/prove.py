@@ -1,7 +1,8 @@
 """The proof of an AOTInductor engine: a fresh process opens its packages and compares them.
 
 On a GPU they run as they are, with the first and the last block's weights. On a CPU, where a video
-of full size would take minutes, they are opened, and packages of at most 1000 tokens compared.
+of full size would take minutes, they are opened, and packages of at most 1000 tokens compared: the
+programs of both sizes are the same but for integers of the token grid.
 """
 
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 from wanexport.exporter.backends.aoti.compile import compile_regions
 from wanexport.exporter.backends.aoti.proof_process import RegionsJob
+from wanexport.exporter.backends.aoti.same import compare_programs
 from wanexport.exporter.backends.backend import Request
 from wanexport.exporter.backends.proof import MAX_TOKENS, cut_for, run_in_fresh_process, worst
 from wanexport.exporter.child.child import temporary_folder
@@ -34,8 +36,11 @@ def prove_regions(
     figures = []
     with temporary_folder() as scratch:
         compared, kernels = files, dict(engine.details.attention)
+        differing: dict[str, int] = {}
         if device == "cpu" and geometry.num_tokens > MAX_TOKENS:
-            geometry = geometry.reduced(MAX_TOKENS)
+            small = geometry.reduced(MAX_TOKENS)
+            differing = compare_programs(request.graph, config, dtype, geometry, small)
+            geometry = small
             compared, kernels = compile_regions(config, geometry, dtype, device, scratch).files, {}
         tensors = tensors_of_cut(program_of(cut, geometry), program_of(config, geometry))
         case = make_case(cut, geometry, dtype, device=device, tensors=tensors, folder=scratch)
@@ -48,7 +53,7 @@ def prove_regions(
                 attention=kernels,
             )
             figures.append(run_in_fresh_process("aoti.proof_process", job, scratch))
-    return worst(figures, verify, started)
+    return {**worst(figures, verify, started), "integers_of_the_grid": differing}
 
 
 def _texts(files: Mapping[str, Path]) -> dict[str, str]:

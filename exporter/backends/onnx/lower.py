@@ -1,11 +1,8 @@
-"""Lower an exported program to a weightless ONNX graph, opset 23.
-
-The parameters become initializers whose data lies in the bundle's safetensors file: the graph names
-the file, byte offset and length, and holds no weight itself.
-"""
+"""Lower each call of a graph to ONNX, opset 23: a function of its parameters, reads and state."""
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +12,6 @@ import torch
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
     CommonSubexpressionEliminationPass,
-    DeduplicateInitializersPass,
     IdentityEliminationPass,
     RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
@@ -27,83 +23,122 @@ from torch.export import ExportedProgram
 from wanexport.exporter.backends.onnx.passes import (
     keep_wide,
     plain_linear,
+    separate_queries,
     use_multi_head_attention,
     wide_gelu,
     wide_linear,
 )
-from wanexport.exporter.backends.onnx.trace import trace
 from wanexport.exporter.child.quiet import quiet
-from wanexport.exporter.lint.onnx import lint_onnx
-from wanexport.exporter.lint.program import count, lint_program
-from wanexport.graphs.graph import NEXT, empty_graph
-from wanexport.graphs.regions import written_inputs
+from wanexport.exporter.lint.onnx_graph import ATTENTION, lint_onnx
+from wanexport.exporter.lint.program import Finding, attention_operators, count, lint_program
+from wanexport.graphs.graph import NEXT, Graph, empty_graph, torch_dtype
+from wanexport.graphs.regions import trace_calls, written_inputs
 from wanexport.graphs.signature import attention_count
-from wanexport.graphs.weights import DTYPES
-from wanexport.runtime.bundle.path import WEIGHTS_FILE
-from wanexport.runtime.bundle.tensorfile import TensorEntry
-from wanexport.runtime.dtypes import STORED
-from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.program import Program
+from wanexport.runtime.program import Call, Program, of_layer
 from wanexport.runtime.wan_config import WanConfig
 
 OPSET = 23
-_LARGEST_FOLDED = 8192  # elements: folded further, the RoPE tables would grow to the whole grid
-_CLEANUPS = (
-    partial(optimizer.fold_constants, output_size_limit=_LARGEST_FOLDED),
-    IdentityEliminationPass(),
-    DeduplicateInitializersPass(),
-    CommonSubexpressionEliminationPass(),
-    RemoveUnusedNodesPass(),
-    RemoveUnusedOpsetsPass(),
-    ClearMetadataAndDocStringPass(),
-)
 
 
-def to_onnx(
-    exported: ExportedProgram,
-    program: Program,
-    weights: Mapping[str, TensorEntry],
-    *,
-    attention: str = "native",
-    as_inputs: bool = False,
-    wide_bias: bool = False,
-) -> ir.Model:
-    """Translate a whole graph; `weights` says where in the weights file each parameter lies.
+@dataclass(frozen=True)
+class Lowering:
+    """How graphs are lowered: the one thing that says so, to an engine's build and to its proof.
 
-    Inputs and outputs have their names in the Program; after the inputs comes its state, and after
-    the outputs what the state becomes, named with NEXT.
-    A parameter stored in another dtype than the program's is cast where it is first used. With
-    as_inputs the parameters are inputs of the graph after its own, under their official names.
-    attention is `native`, one operator; `mha`, one of ONNX Runtime's own operators; or
-    `decomposed`, products and a softmax. With wide_bias what follows a bf16 or fp16 product is
-    fp32: ONNX Runtime on CUDA rounds before it adds a bias, and GELU at each of its steps.
+    attention is `native`, one operator; `mha`, one of ONNX Runtime's own; or `decomposed`, products
+    and a softmax. With wide_bias what follows a bf16 or fp16 product is fp32: ONNX Runtime on CUDA
+    rounds before it adds a bias, and GELU at each of its steps. With separate_queries no two
+    attentions have the same query and scale, which TensorRT for RTX 1.7 does not survive.
     """
-    model = _translate(exported, attention, wide_bias)
-    num_inputs = _name_ends(model.graph, program)
-    # As inputs the parameters keep their names and are out of the constant folder's reach.
-    names = exported.graph_signature.parameters
-    parameters = {name: model.graph.initializers.pop(name) for name in names}
-    for value in parameters.values():
-        value.const_value = None
-        model.graph.inputs.append(value)
-    for cleanup in _CLEANUPS:
-        cleanup(model)
-    if wide_bias:
-        keep_wide(model)
-    model.graph.name = "wan_denoiser"
-    onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    if attention == "mha":  # after the checker, which knows only ONNX's own operators
-        use_multi_head_attention(model)
-    if not as_inputs:
-        del model.graph.inputs[num_inputs:]
-        _store(model.graph, parameters, weights)
-    return model
+
+    dtype: str
+    attention: str = "native"
+    wide_bias: bool = False
+    separate_queries: bool = False
 
 
-def _translate(exported: ExportedProgram, attention: str, wide_bias: bool) -> ir.Model:
-    """The program in ONNX's operators, as PyTorch's exporter has it."""
-    linear, gelu = (wide_linear, wide_gelu) if wide_bias else (plain_linear, None)
+def for_onnx_runtime(dtype: str, attention: str) -> Lowering:
+    """How an engine of ONNX Runtime's is lowered."""
+    return Lowering(dtype, attention, wide_bias=dtype != "fp32")
+
+
+def for_tensorrt(dtype: str, attention: str) -> Lowering:
+    """How what TensorRT builds a plan of is lowered."""
+    return Lowering(dtype, attention, separate_queries=True)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The calls of a graph in ONNX by name, each without weights, and what lint counted in them.
+
+    A call's inputs are its parameters, reads and state, in this order; its outputs are its writes
+    and what its state becomes.
+    """
+
+    program: Program
+    calls: Mapping[str, ir.Model]
+    lint: Mapping[str, int]
+
+
+def lower(graph: str, config: WanConfig, geometry: Geometry, how: Lowering) -> Lowered:
+    """Trace and translate each call of a graph, a `module:Class`, once.
+
+    Raises RuntimeError when one is not clean: a fault of ours.
+    """
+    empty = empty_graph(graph, config, geometry, torch_dtype(how.dtype))
+    program = empty.program
+    traced = trace_calls(empty, "cpu", functional=True)
+    calls = {call.name: _translate(traced[call.name], call, how) for call in program.calls}
+    findings = [f for call in program.calls for f in _lint_traced(empty, call, traced)]
+    findings += [f for model in calls.values() for f in _lint_translated(model, how)]
+    findings += _missing_attention(program, traced, calls, how)
+    if findings:
+        raise RuntimeError(f"unclean graph: {findings[0]}, and {len(findings) - 1} more")
+    return Lowered(program, calls, count(findings))
+
+
+def _lint_traced(empty: Graph, call: Call, traced: Mapping[str, ExportedProgram]) -> list[Finding]:
+    """What lint finds in a call as it is written: with state, that writes it in place."""
+    if not call.state:
+        return lint_program(traced[call.name])
+    exported = trace_calls(empty, "cpu", [call.name])[call.name]
+    return lint_program(exported, None, written_inputs(exported, len(call.state)))
+
+
+def _lint_translated(model: ir.Model, how: Lowering) -> list[Finding]:
+    """What lint finds in a call in ONNX, but for what was asked for."""
+    found = lint_onnx(ir.to_proto(model))
+    if how.attention != "decomposed":
+        return found
+    return [f for f in found if (f.kind, f.detail) != ("unfused_attention", "Softmax")]
+
+
+def _missing_attention(
+    program: Program,
+    traced: Mapping[str, ExportedProgram],
+    calls: Mapping[str, ir.Model],
+    how: Lowering,
+) -> list[Finding]:
+    """Where a forward has not the attentions that the model has: as it is traced, and in ONNX."""
+    expected = attention_count(program)
+    operators = nodes = 0
+    for call in program.calls:
+        graph = calls[call.name].graph
+        operators += call.repeat * attention_operators(traced[call.name])
+        nodes += call.repeat * sum(node.op_type in ATTENTION for node in graph)
+    counted = (
+        (operators, expected, "attention operators"),
+        (nodes, 0 if how.attention == "decomposed" else expected, "attention nodes"),
+    )
+    return [
+        Finding("unfused_attention", "", f"{number} {what}, expected {right}")
+        for number, right, what in counted
+        if number != right
+    ]
+
+
+def _translate(exported: ExportedProgram, call: Call, how: Lowering) -> ir.Model:
+    linear, gelu = (wide_linear, wide_gelu) if how.wide_bias else (plain_linear, None)
     with quiet("torch.onnx"):
         translated = torch.onnx.export(
             exported,
@@ -113,125 +148,51 @@ def _translate(exported: ExportedProgram, attention: str, wide_bias: bool) -> ir
             verbose=False,
             custom_translation_table={
                 torch.ops.aten.linear.default: linear,
-                torch.ops.wanexport.attention.kind: _ATTENTION[attention],
+                torch.ops.wanexport.attention.kind: _ATTENTION[how.attention],
                 **({torch.ops.aten.gelu.default: gelu} if gelu else {}),
             },
         )
     assert translated is not None
-    return translated.model
+    model = translated.model
+    _name_ends(model.graph, call)
+    for cleanup in _CLEANUPS:
+        cleanup(model)
+    if how.wide_bias:
+        keep_wide(model)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    if how.attention == "mha":  # after the checker, which knows only ONNX's own operators
+        use_multi_head_attention(model)
+    if how.separate_queries:
+        separate_queries(model)
+    return model
 
 
-def _store(
-    graph: ir.Graph, parameters: Mapping[str, ir.Value], weights: Mapping[str, TensorEntry]
-) -> None:
-    """Make the parameters initializers that lie in the weights file."""
-    for name, value in parameters.items():
-        stored = _ir_dtype(weights[name])
-        if value.dtype != stored:
-            value = _cast_at_first_use(graph, value, stored)
-        _read_from_weights_file(value, name, weights[name])
-        graph.initializers.add(value)
-
-
-def _name_ends(graph: ir.Graph, program: Program) -> int:
-    """Give inputs and outputs their names in the Program; return how many inputs there are."""
-    states = tuple(program.states())
-    inputs = (*program.inputs, *states)
-    outputs = (*program.outputs, *(name + NEXT for name in states))
+def _name_ends(graph: ir.Graph, call: Call) -> None:
+    """Give inputs and outputs the names that the Program has for them, the first layer's."""
+    state = of_layer(call.state, 0)
+    inputs = (*of_layer(call.parameters, 0), *call.reads, *state)
+    outputs = (*call.writes, *(name + NEXT for name in state))
     for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
         for value, name in zip(values, names, strict=True):
             value.name = name
-    return len(inputs)
 
 
-def _ir_dtype(entry: TensorEntry) -> ir.DataType:
-    """What onnx_ir calls the dtype of a tensor in the weights file."""
-    dtype: ir.DataType = getattr(ir.DataType, STORED[entry.dtype].onnx)
-    return dtype
+def _folds(node: ir.Node) -> bool | None:
+    """Leave tables of the token grid as they are: folded, they would grow to the whole grid, and
+    how far would depend on its size. None leaves other nodes to the folder's own rules."""
+    tables = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
+    return False if any(t.dtype.is_floating_point() and len(t.shape) > 1 for t in tables) else None
 
 
-def _cast_at_first_use(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Return a value of `dtype` that takes the parameter's place, cast to the parameter's own.
-
-    Left alone, ONNX Runtime would cast every weight before the first product. So the cast waits
-    for the activation that the weight is multiplied with: it reads the weight through a Reshape
-    whose shape adds 0 times that activation's length.
-    """
-    assert value.shape is not None
-    users = {use.node for use in value.uses()}
-    first = next(node for node in graph if node in users)
-    stored, activation = ir.Value(), first.inputs[0]
-    nodes, source = [], stored
-    if activation is not value:
-        shape = ir.node("Constant", [], attributes={"value_ints": value.shape.numpy()})
-        zero = ir.node("Constant", [], attributes={"value_ints": [0]})
-        length = ir.node("Shape", [activation], attributes={"start": 0, "end": 1})
-        nothing = ir.node("Mul", [length.outputs[0], zero.outputs[0]])
-        same = ir.node("Add", [shape.outputs[0], nothing.outputs[0]])
-        view = ir.node("Reshape", [stored, same.outputs[0]])
-        source = view.outputs[0]
-        source.shape, source.dtype = value.shape, dtype  # no shape inference would find it
-        nodes = [shape, zero, length, nothing, same, view]
-    cast = ir.node("Cast", [source], attributes={"to": value.dtype})
-    value.replace_all_uses_with(cast.outputs[0])
-    graph.insert_before(first, [*nodes, cast])
-    return stored
-
-
-def _read_from_weights_file(value: ir.Value, name: str, entry: TensorEntry) -> None:
-    value.name, value.shape, value.dtype = name, ir.Shape(entry.shape), _ir_dtype(entry)
-    value.const_value = ir.ExternalTensor(
-        WEIGHTS_FILE,
-        entry.offset,
-        entry.size,
-        _ir_dtype(entry),
-        shape=ir.Shape(entry.shape),
-        name=name,
-    )
-
-
-def lower(
-    config: WanConfig,
-    geometry: Geometry,
-    dtype: str,
-    weights: Mapping[str, TensorEntry],
-    *,
-    attention: str = "native",
-    as_inputs: bool = False,
-    wide_bias: bool = False,
-) -> tuple[ir.Model, dict[str, int]]:
-    """Trace and translate the model, and lint both; return the graph and its lint counts.
-
-    The options are those of `to_onnx`. Raises RuntimeError when either is not clean: a fault of
-    ours.
-    """
-    graph = empty_graph(family_of(config).graph, config, geometry, DTYPES[dtype])
-    program, expected = graph.program, attention_count(graph.program)
-    exported = trace(graph)
-    model = to_onnx(
-        exported, program, weights, attention=attention, as_inputs=as_inputs, wide_bias=wide_bias
-    )
-    written = written_inputs(exported, len(program.states()))
-    findings = lint_program(exported, expected, written)
-    if attention in ("native", "mha"):
-        findings += lint_onnx(ir.to_proto(model), expected)
-    else:  # what was asked for is no finding
-        unasked = lint_onnx(ir.to_proto(model), 0)
-        findings += [f for f in unasked if (f.kind, f.detail) != ("unfused_attention", "Softmax")]
-    if findings:
-        raise RuntimeError(f"unclean graph: {findings[0]}, and {len(findings) - 1} more")
-    return model, count(findings)
-
-
-def serialize(model: ir.Model) -> bytes:
-    """The graph as ONNX bytes; the weights are named in it, not contained."""
-    content: bytes = ir.to_proto(model).SerializeToString()
-    return content
-
-
-def node_counts(model: ir.Model) -> Counter[str]:
-    """How many nodes of each operator the graph has."""
-    return Counter(node.op_type for node in model.graph)
+# Equal tables of two axes stay two: which are equal depends on the size.
+_CLEANUPS = (
+    partial(optimizer.fold_constants, should_fold=_folds),
+    IdentityEliminationPass(),
+    CommonSubexpressionEliminationPass(),
+    RemoveUnusedNodesPass(),
+    RemoveUnusedOpsetsPass(),
+    ClearMetadataAndDocStringPass(),
+)
 
 
 def _attention(q: Any, k: Any, v: Any, kind: str) -> Any:
@@ -255,3 +216,18 @@ _ATTENTION = {
     "mha": _attention,
     "decomposed": _decomposed_attention,
 }
+
+
+def serialize(model: ir.Model) -> bytes:
+    """The graph as ONNX bytes; the weights are named in it, not contained."""
+    content: bytes = ir.to_proto(model).SerializeToString()
+    return content
+
+
+def node_counts(lowered: Lowered) -> Counter[str]:
+    """How many nodes of each operator a forward has."""
+    counts: Counter[str] = Counter()
+    for call in lowered.program.calls:
+        own = Counter(node.op_type for node in lowered.calls[call.name].graph)
+        counts.update({name: number * call.repeat for name, number in own.items()})
+    return counts

@@ -1,12 +1,14 @@
-"""Passes over a lowered graph: fp32 biases and GELU, ONNX Runtime's attention operator."""
+"""Passes over a lowered call: fp32 biases and GELU, and the attention that runtimes want."""
 
+from collections import Counter
+from math import sqrt
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import (
-    RemoveUnusedNodesPass,
-)
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import opset23 as op
+
+_FACTOR = 0.25  # a power of two: products with it are exact in every precision
 
 
 def plain_linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -110,3 +112,31 @@ def _reshape(value: ir.Value, shape: list[int], nodes: list[ir.Node]) -> ir.Valu
     result = reshape.outputs[0]
     result.type, result.shape = value.type, ir.Shape(shape)
     return result
+
+
+def separate_queries(model: ir.Model) -> int:
+    """Give attentions that share a query different scales, and return how many were changed.
+
+    TensorRT for RTX 1.7 crashes where two attentions of one query are added, as in the image
+    branch. It multiplies the query by the scale: with another scale it is another query. The keys,
+    which are few, take the difference.
+    """
+    earlier: Counter[ir.Value | None] = Counter()
+    for node in [node for node in model.graph if node.op_type == "Attention"]:
+        query = node.inputs[0]
+        if earlier[query]:
+            _scale_differently(model.graph, node, _FACTOR ** earlier[query])
+        earlier[query] += 1
+    return earlier.total() - len(earlier)
+
+
+def _scale_differently(graph: ir.Graph, attention: ir.Node, factor: float) -> None:
+    """Multiply an attention's keys by a factor, and divide its scale by it."""
+    query, key = attention.inputs[:2]
+    number = ir.node("Constant", [], attributes={"value_float": factor})
+    cast = ir.node("CastLike", [number.outputs[0], key])
+    scaled = ir.node("Mul", [key, cast.outputs[0]])
+    graph.insert_before(attention, [number, cast, scaled])
+    attention.replace_input_with(1, scaled.outputs[0])
+    head_dim = _static_shape(_before_transpose(query))[-1]  # ONNX's own scale is 1 / sqrt of it
+    attention.attributes.add(ir.AttrFloat32("scale", 1 / (sqrt(head_dim) * factor)))

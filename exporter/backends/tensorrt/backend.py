@@ -1,6 +1,5 @@
 """TensorRT engines, of either flavour: what `build` asks of this backend."""
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,7 +7,6 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any
 
 import onnx_ir
@@ -21,27 +19,22 @@ from wanexport.exporter.backends.backend import (
     Request,
     TensorRtOptions,
 )
-from wanexport.exporter.backends.onnx import lower as to_onnx
-from wanexport.exporter.backends.onnx import passes, trace
-from wanexport.exporter.backends.onnx.prove import prove as prove_onnx
-from wanexport.exporter.backends.tensorrt import graph as tensorrt_graph
+from wanexport.exporter.backends.onnx.assemble import assemble
+from wanexport.exporter.backends.onnx.lower import Lowering, for_tensorrt, lower, serialize
+from wanexport.exporter.backends.onnx.prove import prove_lowering
 from wanexport.exporter.backends.tensorrt import plan as to_tensorrt
-from wanexport.exporter.backends.tensorrt.graph import separate_queries
 from wanexport.exporter.backends.tensorrt.plan import PlanJob
 from wanexport.exporter.backends.tensorrt.room import check_room
 from wanexport.exporter.backends.tensorrt.targets import find_targets, gpu_arch
 from wanexport.exporter.child.child import run_process, temporary_folder
-from wanexport.exporter.lint import onnx as onnx_lint
 from wanexport.exporter.lint import tensorrt as tensorrt_lint
-from wanexport.exporter.lint import tensorrt_operators
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.bundle.details import TensorRtDetails
 from wanexport.runtime.bundle.durable import fsync_folder, write_durably
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.signature import weights_layout
 from wanexport.runtime.engines.cache_folder import cache_folder
-from wanexport.runtime.engines.choose import device_kind
-from wanexport.runtime.engines.onnx import RUNNABLE_DTYPES
+from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS
 from wanexport.runtime.errors import BadRequest, WanExportError, WanExportWarning, explain
 from wanexport.runtime.geometry import Geometry
@@ -55,6 +48,7 @@ class TensorRtBackend:
     ATTENTION = ("native", "decomposed")
     OPTIONS = TensorRtOptions
     COMPILES = False
+    SOURCES = (lower.__module__, assemble.__module__, to_tensorrt.__name__)
 
     def __init__(self, flavour: str) -> None:
         self.flavour, self.title = flavour, FLAVOURS[flavour].title
@@ -68,11 +62,6 @@ class TensorRtBackend:
     def default_dtype(self, device: str) -> str:
         """The precision that TensorRT has a fused attention for, wherever the plan is built."""
         return "bf16"
-
-    def code(self, device: str) -> tuple[ModuleType, ...]:
-        """What decides an engine's bytes, beside the graph's own code."""
-        lint = (onnx_lint, tensorrt_lint, tensorrt_operators)
-        return *lint, trace, passes, to_onnx, tensorrt_graph, to_tensorrt, sys.modules[__name__]
 
     def libraries(self, request: Request) -> dict[str, str]:
         """Versions of what makes the graph; TensorRT's own is in the target."""
@@ -123,7 +112,7 @@ class TensorRtBackend:
         _check_fusion_can_be_known(request, options, gpu is not None)
         room = check_room(request, folder, gpu)
         show("tracing and lowering", 0, 0)
-        graph, lint = _lowered_for(request, not request.bakes)
+        graph, lint = _lowered(*_what_is_lowered(request))
         files, results = {}, []
         # Beside the plan, where a sweep finds it after a kill.
         with TemporaryDirectory(prefix="plan-", dir=folder) as name:
@@ -189,7 +178,7 @@ class TensorRtBackend:
             return prove_plan(request, engine, bundle, weights, verify)
         # Plans for several targets share all that the graph's proof depends on.
         stamps = tuple((str(path), path.stat().st_mtime_ns) for path in weights)
-        key = (request.config, request.geometry, request.dtype, request.attention, verify, stamps)
+        key = (*_what_is_lowered(request), verify, stamps)
         if self._twin is None or self._twin[0] != key:
             self._twin = key, self._prove_graph(request, engine, bundle, weights, verify)
         return dict(self._twin[1])
@@ -203,21 +192,11 @@ class TensorRtBackend:
         verify: str,
     ) -> dict[str, Any]:
         """Prove, by ONNX Runtime, the graph that the plan was built of."""
-        config, geometry, dtype = request.config, request.geometry, request.dtype
         with temporary_folder() as scratch:
             path = scratch / "denoiser.onnx"
-            if dtype in RUNNABLE_DTYPES:  # of others only a cut is lowered, in fp32
-                path.write_bytes(_lowered_for(request, False)[0])
-            figures = prove_onnx(
-                config,
-                geometry,
-                dtype,
-                verify=verify,
-                engine=path,
-                weights=weights,
-                attention=request.attention,
-                wide_bias=False,
-            )
+            path.write_bytes(_lowered(*_what_is_lowered(request))[0])
+            how = _lowering(request)
+            figures = prove_lowering(request, how, path, weights, verify, opens=False)
         compared = figures["method"].rpartition("; ")[2]
         return {**figures, "method": f"parsed and built by {self.title}; {compared}"}
 
@@ -278,25 +257,28 @@ def _take_over(job: PlanJob, folder: Path) -> None:
             )
 
 
-def _lowered_for(request: Request, as_inputs: bool) -> tuple[bytes, dict[str, int]]:
+def _lowering(request: Request) -> Lowering:
     assert request.attention is not None
-    return _lowered(request.config, request.geometry, request.dtype, request.attention, as_inputs)
+    return for_tensorrt(request.dtype, request.attention)
 
 
-@lru_cache(maxsize=2)  # one as inputs for every target's plan, one with initializers for the proof
+def _what_is_lowered(request: Request) -> tuple[str, WanConfig, Geometry, Lowering, bool]:
+    """What decides the graph of a plan, which is the same for all targets."""
+    return request.graph, request.config, request.geometry, _lowering(request), not request.bakes
+
+
+@lru_cache(maxsize=2)  # one as inputs for every target's plan, one with initializers to bake
 def _lowered(
-    config: WanConfig, geometry: Geometry, dtype: str, attention: str, as_inputs: bool
+    graph: str, config: WanConfig, geometry: Geometry, how: Lowering, as_inputs: bool
 ) -> tuple[bytes, dict[str, int]]:
     """The graph as ONNX, and its lint counts. Raises RuntimeError when it is not clean."""
-    _, entries = weights_layout(config, dtype)
-    graph, counts = to_onnx.lower(
-        config, geometry, dtype, entries, attention=attention, as_inputs=as_inputs
-    )
-    separate_queries(graph, config.head_dim)
-    findings = tensorrt_lint.lint_tensorrt(onnx_ir.to_proto(graph))
+    _, entries = weights_layout(config, how.dtype)
+    lowered = lower(graph, config, geometry, how)
+    whole = assemble(lowered, entries, as_inputs=as_inputs)
+    findings = tensorrt_lint.lint_tensorrt(onnx_ir.to_proto(whole))
     if findings:
         raise RuntimeError(f"TensorRT takes no such graph: {findings[0]}")
-    return to_onnx.serialize(graph), {**counts, tensorrt_lint.KIND: 0}
+    return serialize(whole), {**lowered.lint, tensorrt_lint.KIND: 0}
 
 
 def _roles(weights: Mapping[str, Path], baked: bool) -> dict[str, Path | None]:

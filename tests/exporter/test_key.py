@@ -1,0 +1,118 @@
+"""The key of an engine: another for all that decides its bytes, the same for what does not."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.oracles.wan_reference import small_config, small_geometry
+from wanexport.exporter import key
+from wanexport.exporter.backends.backend import Request
+from wanexport.exporter.backends.table import BACKENDS
+from wanexport.exporter.key import engine_key, sources
+from wanexport.runtime.family import FAMILIES, family_of
+
+GRAPH = "wanexport.graphs.wan"
+ROOTS = {name: (*backend.SOURCES, GRAPH) for name, backend in BACKENDS.items()}
+KINDS = ("onnx", "aoti", "tensorrt-rtx")
+# What a person would name when asked what decides the bytes, found by reading.
+DECIDING = {
+    "onnx": "exporter.backends.onnx.lower exporter.backends.onnx.passes "
+    "exporter.backends.onnx.assemble exporter.lint.onnx_graph",
+    "aoti": "exporter.backends.aoti.compile exporter.backends.aoti.compiler "
+    "exporter.backends.aoti.flash_attention exporter.backends.aoti.attention "
+    "graphs.fused_block graphs.kernels runtime.engines.processor runtime.engines.flash_attention",
+    "tensorrt-rtx": "exporter.backends.onnx.lower exporter.backends.onnx.passes "
+    "exporter.backends.tensorrt.plan runtime.engines.tensorrt_library",
+}
+OF_ALL = "graphs.wan graphs.rope graphs.graph graphs.regions runtime.engines.operators"
+UNDECIDING = (
+    "runtime.errors runtime.family runtime.bundle.manifest runtime.bundle.durable runtime.load "
+    "runtime.denoiser exporter.build exporter.cli.display exporter.child.child "
+    "exporter.backends.onnx.prove exporter.reference.eager exporter.model_source"
+)
+
+
+def request_of(backend: str, **changes: object) -> Request:
+    """A resolved request of a small model, as a build on a CPU makes it."""
+    config = small_config("t2v-1.3b")
+    geometry = small_geometry(config)
+    target = {
+        "onnx": {"device": "cpu"},
+        "aoti": {"device": "cpu", "arch": "x86_64", "torch": "2.13"},
+        "tensorrt-rtx": {"device": "cuda", "arch": "sm89", "tensorrt-rtx": "1.7.1"},
+    }[backend]
+    sampling = family_of(config).sampling
+    request = Request(config, geometry, sampling, backend, "bf16", "cpu", target)
+    return BACKENDS[backend].resolve(replace(request, **changes))
+
+
+@pytest.mark.parametrize("backend", KINDS)
+def test_what_is_reached_by_import_is_what_a_reader_finds(backend: str) -> None:
+    found = {name.removeprefix("wanexport.") for name in sources(ROOTS[backend])}
+    assert {*DECIDING[backend].split(), *OF_ALL.split()} <= found
+    assert not found & set(UNDECIDING.split())
+
+
+@pytest.mark.parametrize("backend", KINDS)
+def test_every_file_that_is_touched_makes_another_key(
+    backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    request = request_of(backend)
+    files = sources(ROOTS[backend])
+    before = engine_key(request)
+    for name, path in files.items():
+        copy = tmp_path / "touched.py"
+        shutil.copy(path, copy)
+        copy.write_text(copy.read_text() + "\n# touched\n")
+        touched = {**files, name: copy}
+        monkeypatch.setattr(key, "sources", lambda _, touched=touched: touched)
+        assert engine_key(request) != before, name
+    monkeypatch.setattr(key, "sources", lambda _: dict(files))
+    assert engine_key(request) == before
+
+
+@pytest.mark.parametrize("backend", KINDS)
+def test_sampling_defaults_decide_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = request_of(backend)
+    before = engine_key(request)
+    family = FAMILIES["t2v"]
+    other = replace(family.sampling, steps=7, shift=2.0)
+    monkeypatch.setitem(FAMILIES, "t2v", replace(family, sampling=other, negative="", hub=""))
+    assert engine_key(replace(request, sampling=other)) == before
+
+
+def test_an_onnx_engines_device_decides_only_its_operator() -> None:
+    on_cpu, on_gpu = request_of("onnx", device="cpu"), request_of("onnx", device="cuda:1")
+    assert (on_cpu.attention, on_gpu.attention) == ("native", "mha")
+    assert engine_key(on_cpu) != engine_key(on_gpu)
+    named = request_of("onnx", device="cuda:1", attention="native")
+    assert engine_key(named) == engine_key(on_cpu)
+
+
+@pytest.mark.parametrize("backend", KINDS)
+def test_what_is_ordered_decides(backend: str) -> None:
+    request = request_of(backend)
+    others = [
+        replace(request, dtype="fp16"),
+        replace(request, geometry=replace(request.geometry, frames=13)),
+        replace(request, config=replace(request.config, num_layers=3)),
+        replace(request, attention="decomposed"),
+        replace(request, baked={"": "0" * 64}),
+    ]
+    keys = {engine_key(other) for other in others}
+    assert len(keys) == len(others) and engine_key(request) not in keys
+
+
+def test_a_compilers_version_and_inductors_settings_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    from wanexport.exporter.backends.aoti import compiler
+
+    request = request_of("aoti")
+    before = engine_key(request)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert engine_key(request) == before
+    monkeypatch.setenv("TORCHINDUCTOR_FREEZING", "1")
+    settings = engine_key(request)
+    monkeypatch.setattr(compiler, "compiler_version", lambda: "another 1.0")
+    assert len({before, settings, engine_key(request)}) == 3
