@@ -289,10 +289,6 @@ def test_an_onnx_request_leaves_no_operator_to_choose(device: str, attention: st
     assert onnx_backend.resolve(request_of(device=device, attention="mha")).attention == "mha"
 
 
-def test_an_onnx_engine_of_other_code_is_another() -> None:
-    assert onnx_backend in onnx_backend.code("cpu")  # which says where biases are fp32
-
-
 def test_verify_full_runs_every_block(tmp_path: Path) -> None:
     options = {"random_weights": 0, "resolution": "32x32", "frames": 1, "verify": "full"}
     record = build("tiny", output=tmp_path / "b", **options)  # type: ignore[arg-type]
@@ -304,16 +300,16 @@ def test_verify_full_runs_every_block(tmp_path: Path) -> None:
 
 
 def test_a_failed_proof_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = to_onnx.to_onnx
+    translate = to_onnx._translate
 
-    def unscaled(exported: Any, program: Any, weights: Any, **options: Any) -> Any:
-        graph = whole(exported, program, weights, **options)
-        for node in graph.graph:
+    def unscaled(*given: Any) -> Any:
+        model = translate(*given)
+        for node in model.graph:
             if node.op_type == "Attention":
                 node.attributes.add(onnx_ir.AttrFloat32("scale", 0.1))
-        return graph
+        return model
 
-    monkeypatch.setattr(to_onnx, "to_onnx", unscaled)
+    monkeypatch.setattr(to_onnx, "_translate", unscaled)
     with pytest.raises(WanExportError, match="failed its proof: relative L2 error"):
         build("tiny", random_weights=0, resolution="32x32", frames=1, output=tmp_path / "b")
     left = [path.name for path in (tmp_path / "b").rglob("*") if path.is_file()]

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ UNDECIDING = (
 )
 
 
-def request_of(backend: str, **changes: object) -> Request:
+def request_of(backend: str, **changes: Any) -> Request:
     """A resolved request of a small model, as a build on a CPU makes it."""
     config = small_config("t2v-1.3b")
     geometry = small_geometry(config)

@@ -62,7 +62,7 @@ def test_i2v_at_480p_has_its_own_shift() -> None:
 )
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, int], message: str) -> None:
     with pytest.raises(WanExportError, match=message):
-        replace(small_config("t2v-1.3b"), **changes)
+        replace(small_config("t2v-1.3b"), **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

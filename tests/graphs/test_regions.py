@@ -64,7 +64,8 @@ def test_the_calls_give_diffusers_velocity(preset: str) -> None:
     values = {name: torch.from_numpy(array) for name, array in inputs.items()}
     for call in graph.program.calls:
         for names, _ in call.layers():
-            given = [state[name] for name in names], [values[name] for name in call.reads], []
+            reads = [values[name] for name in call.reads]
+            given: tuple[list[torch.Tensor], ...] = ([state[name] for name in names], reads, [])
             values |= dict(zip(call.writes, run(exported[call.name], *given), strict=True))
     velocity = values["velocity"].numpy()
     assert relative_l2(velocity, diffusers_velocity(model, config, inputs)) <= 1e-5

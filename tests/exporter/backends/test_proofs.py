@@ -142,7 +142,7 @@ def test_a_fault_in_the_lowering_is_refused(
 def test_a_fault_in_what_tensorrt_is_given_is_refused(
     dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    options = {"backends": ["tensorrt-rtx"], "dtype": dtype}
+    options: dict[str, Any] = {"backends": ["tensorrt-rtx"], "dtype": dtype}
     from wanexport.exporter.backends.backend import TensorRtOptions
 
     targets = TensorRtOptions(targets=("sm89",))

@@ -27,13 +27,14 @@ from tests.oracles.wan_reference import (
     write_official,
 )
 from wanexport.exporter.backends.backend import Request, TensorRtOptions
-from wanexport.exporter.backends.onnx.lower import lower, serialize
-from wanexport.exporter.backends.onnx.prove import prove
+from wanexport.exporter.backends.onnx.assemble import assemble
+from wanexport.exporter.backends.onnx.lower import Lowering, for_tensorrt, lower, serialize
+from wanexport.exporter.backends.onnx.passes import separate_queries
+from wanexport.exporter.backends.onnx.prove import prove_lowering
 from wanexport.exporter.backends.tensorrt import backend as tensorrt_backend
 from wanexport.exporter.backends.tensorrt import plan as to_tensorrt
 from wanexport.exporter.backends.tensorrt import targets as tensorrt_targets
 from wanexport.exporter.backends.tensorrt.backend import TensorRtBackend
-from wanexport.exporter.backends.tensorrt.graph import separate_queries
 from wanexport.exporter.backends.tensorrt.plan import PlanJob, build_plan, configure, parse
 from wanexport.exporter.build import build
 from wanexport.exporter.child.child import run_process
@@ -49,7 +50,7 @@ from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.signature import parameter_shapes, program_of, weights_layout
 from wanexport.runtime.engines.tensorrt_library import import_tensorrt, message_log
 from wanexport.runtime.errors import BadRequest, WanExportWarning
-from wanexport.runtime.family import FAMILIES
+from wanexport.runtime.family import FAMILIES, family_of
 from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 RTX = "tensorrt-rtx"
@@ -85,7 +86,8 @@ def job_of(folder: Path, content: bytes, **changes: Any) -> PlanJob:
 
 def graph_of(config: WanConfig, geometry: Geometry, dtype: str = "bf16") -> bytes:
     """The graph that a build gives TensorRT, its parameters inputs."""
-    return tensorrt_backend._lowered(config, geometry, dtype, "native", True)[0]
+    how = for_tensorrt(dtype, "native")
+    return tensorrt_backend._lowered(family_of(config).graph, config, geometry, how, True)[0]
 
 
 def request_for(target: Mapping[str, str], **changes: Any) -> Request:
@@ -149,22 +151,22 @@ def test_separate_queries_change_no_velocity() -> None:
     config = small_config("flf2v-14b")
     _, layout = weights_layout(config, "fp32")
     geometry = small_geometry(config)
-    graph, _ = lower(config, geometry, "fp32", layout, as_inputs=True)
+    lowered = lower(family_of(config).graph, config, geometry, Lowering("fp32"))
     rng = np.random.default_rng(0)
     shapes = shapes_of(config, geometry)
     inputs = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
 
     def velocity() -> np.ndarray:
-        session = InferenceSession(serialize(graph), providers=["CPUExecutionProvider"])
+        graph = serialize(assemble(lowered, layout, as_inputs=True))
+        session = InferenceSession(graph, providers=["CPUExecutionProvider"])
         return session.run(None, inputs)[0]
 
     before = velocity()
-    assert separate_queries(graph, config.head_dim) == config.num_layers
+    assert separate_queries(lowered.calls["block"]) == 1  # that to the image
     np.testing.assert_allclose(velocity(), before, atol=1e-5 * np.abs(before).max())
     config = small_config("t2v-1.3b")
-    _, layout = weights_layout(config, "fp32")
-    other, _ = lower(config, geometry, "fp32", layout, as_inputs=True)
-    assert separate_queries(other, 128) == 0
+    other = lower(family_of(config).graph, config, geometry, Lowering("fp32"))
+    assert separate_queries(other.calls["block"]) == 0
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
@@ -390,8 +392,8 @@ def test_experts_share_a_plan_unless_their_weights_are_baked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = write_experts(tmp_path / "model")
-    proofs = Mock(wraps=prove)
-    monkeypatch.setattr(tensorrt_backend, "prove_onnx", proofs)
+    proofs = Mock(wraps=prove_lowering)
+    monkeypatch.setattr(tensorrt_backend, "prove_lowering", proofs)
     geometry = small_geometry(config)
     size = f"{geometry.height}x{geometry.width}"
 

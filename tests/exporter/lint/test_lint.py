@@ -9,9 +9,9 @@ from torch.export import ExportedProgram
 
 from tests.graphs.test_rope import complex_original, strided
 from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
-from wanexport.exporter.backends.onnx.trace import trace
 from wanexport.exporter.lint.program import KINDS, attention_operators, count, lint_program
 from wanexport.graphs.graph import empty_graph
+from wanexport.graphs.regions import trace_calls
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.family import family_of
 
@@ -89,14 +89,16 @@ FAULTS = [
 def test_our_graphs_are_clean(preset: str, dtype: torch.dtype) -> None:
     config = small_config(preset)
     graph = empty_graph(family_of(config).graph, config, small_geometry(config), dtype)
-    program, expected = trace(graph), attention_count(graph.program)
-    assert lint_program(program, expected) == []
-    (fewer,) = lint_program(program, expected + 1)
-    assert fewer.kind == "unfused_attention"
-    calls = [node for node in program.graph.nodes if "wanexport" in str(node.target)]
-    assert len(calls) == expected == attention_operators(program)
-    assert expected == config.num_layers * (3 if config.image_tokens else 2)
-    assert not [node for node in program.graph.nodes if "scaled_dot_product" in str(node.target)]
+    traced = trace_calls(graph, "cpu")
+    expected = {"embed": 0, "block": 3 if config.image_tokens else 2, "head": 0}
+    assert attention_count(graph.program) == config.num_layers * expected["block"]
+    for name, program in traced.items():
+        assert lint_program(program, expected[name]) == []
+        (fewer,) = lint_program(program, expected[name] + 1)
+        assert fewer.kind == "unfused_attention"
+        nodes = [str(node.target) for node in program.graph.nodes]
+        assert sum("wanexport" in node for node in nodes) == attention_operators(program)
+        assert not any("scaled_dot_product" in node for node in nodes)
 
 
 @pytest.mark.parametrize(("kind", "function", "args"), FAULTS)

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
-from wanexport.exporter.backends.onnx.lower import lower, serialize
+from wanexport.exporter.backends.onnx.assemble import assemble
+from wanexport.exporter.backends.onnx.lower import for_tensorrt, lower, serialize
 from wanexport.exporter.cli.main import cli
 from wanexport.exporter.lint.onnx import lint
 from wanexport.exporter.lint.tensorrt import _is_constant, lint_tensorrt
@@ -116,13 +117,16 @@ def external(place: str) -> onnx.ModelProto:
     return model_of([node], [("x", FLOAT, [4])], ("y", FLOAT, [4]), [tensor])
 
 
+GRAPH = "wanexport.graphs.wan:WanModel"
+
+
 @pytest.mark.parametrize("preset", VARIANTS)
 def test_lint_and_parser_take_every_variant_decomposed(preset: str) -> None:
     config = small_config(preset, num_layers=1)
     _, layout = weights_layout(config, "bf16")
     geometry = small_geometry(config)
-    graph, _ = lower(config, geometry, "bf16", layout, attention="decomposed", as_inputs=True)
-    content = serialize(graph)
+    lowered = lower(GRAPH, config, geometry, for_tensorrt("bf16", "decomposed"))
+    content = serialize(assemble(lowered, layout, as_inputs=True))
     assert lint_tensorrt(onnx.load_from_string(content)) == []
     assert parser_takes(content)
 

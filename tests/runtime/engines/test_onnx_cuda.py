@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import pytest
 import torch
 
 from tests.oracles.tensorrt_doubles import Calls, Stream
 from tests.oracles.wan_reference import small_config, small_geometry
-from wanexport.exporter.backends.onnx.lower import lower, serialize
+from wanexport.exporter.backends.onnx.assemble import assemble
+from wanexport.exporter.backends.onnx.lower import for_onnx_runtime, lower, serialize
 from wanexport.exporter.backends.onnx.proof_process import OnnxJob, run_with_device_weights
 from wanexport.exporter.build import build
 from wanexport.exporter.bundle.writer import write_manifest
@@ -51,6 +53,7 @@ from wanexport.runtime.errors import (
     WanExportError,
     WanExportWarning,
 )
+from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
 
 CPU = torch.device("cpu")
@@ -489,15 +492,18 @@ def test_onnx_runtimes_own_attention_is_the_same(preset: str, tmp_path: Path) ->
     write_weights(tmp_path / "denoiser.safetensors", config, "fp32", RandomWeights(config, 0, ""))
     velocities = []
     for attention in ("native", "mha"):
-        graph, counts = lower(
-            config, geometry, "fp32", weights_layout(config, "fp32")[1], attention=attention
+        lowered = lower(
+            family_of(config).graph, config, geometry, for_onnx_runtime("fp32", attention)
         )
-        assert set(counts.values()) == {0}
-        (tmp_path / "graph.onnx").write_bytes(serialize(graph))
+        assert set(lowered.lint.values()) == {0}
+        whole = assemble(lowered, weights_layout(config, "fp32")[1])
+        (tmp_path / "graph.onnx").write_bytes(serialize(whole))
         session = OnnxSession(tmp_path / "graph.onnx", tmp_path / "denoiser.safetensors")
         velocities += session(forward_inputs(config, geometry, 812.0, 0))
     assert relative_l2(velocities[1], velocities[0]) <= 1e-6
-    model = onnx.load(tmp_path / "graph.onnx", load_external_data=False)
+    model = onnx.inliner.inline_local_functions(
+        onnx.load(tmp_path / "graph.onnx", load_external_data=False)
+    )
     operators = Counter((node.domain, node.op_type) for node in model.graph.node)
     assert operators["com.microsoft", "MultiHeadAttention"] == attention_count(
         program_of(config, geometry)
