@@ -1,8 +1,8 @@
 """The speed of one engine as two checkouts of this repository build, load and run it on a GPU.
 
-    python -m tests.tables.two_commits FOLDER CHECKOUT CHECKOUT [PRESET RESOLUTION FRAMES]
+    python -m tests.tables.two_commits FOLDER CHECKOUT CHECKOUT [BACKEND PRESET RESOLUTION FRAMES]
 
-FOLDER gets a bundle of each; random weights, bf16, AOTInductor. Every figure is of a fresh process,
+FOLDER gets a bundle of each; random weights, bf16, AOTInductor unless another is named. Every figure is of a fresh process,
 the checkouts taking turns: seconds from the start to the first step, of `load` alone, and the
 median of a forward in ms; beside them the matrix product of the same moment in TFLOP/s.
 """
@@ -21,7 +21,8 @@ started = time.perf_counter()
 import numpy as np
 from wanexport.runtime import load
 opening = time.perf_counter()
-denoiser = load(sys.argv[1], attention="cudnn")
+options = {"attention": "cudnn"} if sys.argv[2] == "aoti" else {}
+denoiser = load(sys.argv[1], device="cuda", **options)
 loaded = time.perf_counter()
 import torch
 rng = np.random.default_rng(0)
@@ -65,6 +66,7 @@ def main(
     folder: str,
     first: str,
     second: str,
+    backend: str = "aoti",
     preset: str = "t2v-1.3b",
     resolution: str = "480x832",
     frames: str = "81",
@@ -74,11 +76,14 @@ def main(
     bundles = [Path(folder).resolve() / f"bundle{number}" for number in range(2)]
     for checkout, bundle in zip(checkouts, bundles):
         options = ["--random-weights", "0", "--resolution", resolution, "--frames", frames]
+        options += ["--device", "cuda"]
         build = ["-m", "wanexport.exporter.cli.main", "build", "-m", preset, *options]
-        run(checkout, [*build, "--backend", "aoti", "--dtype", "bf16", "-o", str(bundle)])
+        run(checkout, [*build, "--backend", backend, "--dtype", "bf16", "-o", str(bundle)])
     for _ in range(_ROUNDS):
         for checkout, bundle in zip(checkouts, bundles):
-            figures = json.loads(run(checkout, ["-c", _MEASURE, str(bundle)]).splitlines()[-1])
+            figures = json.loads(
+                run(checkout, ["-c", _MEASURE, str(bundle), backend]).splitlines()[-1]
+            )
             print(checkout.name, figures, flush=True)
 
 
