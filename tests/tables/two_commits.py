@@ -2,9 +2,10 @@
 
     python -m tests.tables.two_commits FOLDER CHECKOUT CHECKOUT [BACKEND PRESET RESOLUTION FRAMES]
 
-FOLDER gets a bundle of each; random weights, bf16, AOTInductor unless another is named. Every figure is of a fresh process,
-the checkouts taking turns: seconds from the start to the first step, of `load` alone, and the
-median of a forward in ms; beside them the matrix product of the same moment in TFLOP/s.
+FOLDER gets a bundle of each; random weights, bf16, AOTInductor unless another is named. Every
+figure is of a fresh process, the checkouts taking turns: seconds from the start to the first step,
+of `load` alone, and the median of a forward in ms; beside them the matrix product of the same
+moment in TFLOP/s.
 """
 
 import json
