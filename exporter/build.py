@@ -11,14 +11,14 @@ from typing import Any, Unpack
 
 from wanexport.exporter.backends.backend import Progress, Request
 from wanexport.exporter.backends.order import (
-    VERIFY,
     BuildKeywords,
     BuildOptions,
     Order,
+    attention_for,
     make_order,
     options_for,
 )
-from wanexport.exporter.backends.table import BACKENDS, find_backend
+from wanexport.exporter.backends.table import find_backend
 from wanexport.exporter.bundle.place import check_place
 from wanexport.exporter.bundle.writer import BundleWriter, file_record, open_bundle
 from wanexport.exporter.child.process import missing_name
@@ -30,7 +30,6 @@ from wanexport.graphs.weights import write_weights
 from wanexport.runtime.bundle.manifest import (
     BASE,
     DENOISER,
-    DEVICES,
     EngineRecord,
     FileRecord,
     Manifest,
@@ -40,7 +39,6 @@ from wanexport.runtime.bundle.manifest import (
 from wanexport.runtime.bundle.path import WEIGHTS_FILE
 from wanexport.runtime.bundle.signature import layout_sha256, weights_layout
 from wanexport.runtime.bundle.tensorfile import header_sha256
-from wanexport.runtime.dtypes import PRECISIONS
 from wanexport.runtime.errors import BadRequest, EngineFailure, refuse_empty
 from wanexport.runtime.family import SamplingDefaults, family_of
 from wanexport.runtime.geometry import Geometry
@@ -52,27 +50,22 @@ _HOLDS_OTHER = {  # by whether it is the base set
     True: "{0} holds other weights, of {2}: name another folder with -o",
     False: "{0} holds other weights named {1}, of {2}: choose another name",
 }
-CHOICES = {
-    "backends": tuple(BACKENDS),
-    "dtype": PRECISIONS,
-    "device": DEVICES,
-    "verify": VERIFY,
-}
 
 
 def build(model: str | Path | None = None, **options: Unpack[BuildKeywords]) -> dict[str, Any]:
     """Build a bundle, or add to one, and return the record of what was done.
 
     model is a folder, a hub id, or with random_weights (a seed) a preset; resolution is `480x832`,
-    `832*480` or (480, 832); dtype is fp32, bf16 or fp16; output defaults to ./<model>; verify is
+    `832*480` or (480, 832); dtype is fp32, bf16 or fp16; output defaults to ./<model>; proof is
     `ends` (the proof runs the first and last block) or `full` (all of them). On a machine with a
     GPU the defaults are the aoti backend, device cuda and bf16, elsewhere onnx, cpu and fp32;
     TensorRT's engines are bf16 everywhere. device is `cpu`, `cuda` or `cuda:1`, where attention is
     measured and the engine proven; of onnx by default a GPU where ONNX Runtime can use one.
-    attention names the kernel of self-attention in an aoti engine, by default the fastest measured,
-    and in the others whether it stays one operator, in onnx also which (`native`, or on a GPU by
-    default `mha`). tensorrt has TensorRT's own options. expert_alone builds one expert of an A14B
-    as a model by itself, which is refused without.
+    attention names the kernel of self-attention in aoti engines (`fa4`, `cudnn` or `sdpa`), by
+    default the fastest measured; attention_operator is how the graphs of the others write it, in
+    one operator (`native`, or ONNX Runtime's own `mha`, onnx's default on a GPU) or for TensorRT in
+    several (`decomposed`). tensorrt has TensorRT's own options. expert_alone builds one expert of
+    an A14B as a model by itself, which is refused without.
     Raises WanExportError for whatever the caller can put right.
     """
     asked, started = BuildOptions(**options), time.monotonic()
@@ -86,7 +79,7 @@ def build(model: str | Path | None = None, **options: Unpack[BuildKeywords]) -> 
         for expert in source.weights:
             reused += add_weights(writer, source, expert, order.dtype, asked.progress)
         for request in requests:
-            reused += add_engine(writer, request, asked.verify, asked.progress)
+            reused += add_engine(writer, request, asked.proof, asked.progress)
         writer.commit()
     return {
         **_summary(writer, requests),
@@ -133,7 +126,7 @@ def _requests(source: ModelSource, order: Order, asked: BuildOptions) -> list[Re
             dtype=order.dtype,
             device=device,
             target=target,
-            attention=asked.attention,
+            attention=attention_for(backend, asked),
             options=options_for(backend, asked),
         )
         requests.append(backend.resolve(request))

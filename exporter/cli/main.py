@@ -75,16 +75,20 @@ def cli() -> None:
     help="That runs aoti engines, or proves onnx engines. Default: a GPU if any can.",
 )  # fmt: skip
 @click.option(
-    "--attention", type=click.Choice([*KERNELS, "native", "mha", "decomposed"]),
-    help="Kernel of self-attention in an aoti engine, by default the fastest; in the others one "
-    "operator (native; mha is ONNX Runtime's own) or several.",
+    "--attention", type=click.Choice(KERNELS),
+    help="The kernel of self-attention, for aoti engines. Default: the fastest here.",
+)  # fmt: skip
+@click.option(
+    "--attention-operator", type=click.Choice(["native", "mha", "decomposed"]),
+    help="How onnx and tensorrt graphs write attention: as ONNX's operator, as ONNX Runtime's own, "
+    "or as products and a softmax. Default: mha for onnx on a GPU, else native.",
 )  # fmt: skip
 @click.option("--random-weights", type=SEED, metavar="SEED", help="Seeded weights of a preset.")
 @click.option("--expert-alone", is_flag=True, help="Build one expert of an A14B by itself.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle; default ./MODEL.")
 @click.option(
-    "--verify", type=click.Choice(["ends", "full"]), default="ends", show_default=True,
-    help="Blocks that the proof runs: the first and last, or all.",
+    "--proof", type=click.Choice(["ends", "full"]), default="ends", show_default=True,
+    help="The blocks that the proof runs: the first and the last, or all.",
 )  # fmt: skip
 @tensorrt_options
 @as_json
