@@ -227,10 +227,10 @@ def bench(bundle: Path, as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "--target", type=click.Choice(["tensorrt"]), help="Whose ONNX parser must take the graph too."
+    "--parser", type=click.Choice(["tensorrt"]), help="A parser that must take the graph too."
 )
 @as_json
-def lint(path: Path, target: str | None, as_json: bool) -> None:
+def lint(path: Path, parser: str | None, as_json: bool) -> None:
     """List what a graph must not contain; exit code 1 when there is any.
 
     PATH is a bundle, an .onnx file, or a .pt2 of torch.export.save, which is loaded whole.
@@ -238,7 +238,7 @@ def lint(path: Path, target: str | None, as_json: bool) -> None:
     with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.lint.onnx import lint as run_lint
 
-    result = run_lint(path, target)
+    result = run_lint(path, parser)
     _report(result, as_json, show_lint)
     if not result["clean"]:
         sys.exit(1)
