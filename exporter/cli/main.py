@@ -149,12 +149,16 @@ def _tell(note: str) -> None:
     "--outputs, whose precision policy they were computed with.",
 )  # fmt: skip
 @click.option(
-    "--inputs", type=click.Path(path_type=Path),
-    help="Safetensors file: inputs as --text of run, or stacked inputs of single calls.",
+    "--inputs", type=click.Path(path_type=Path), metavar="FILE",
+    help="The inputs of the loop: a safetensors file as --text of run takes it.",
 )  # fmt: skip
 @click.option(
-    "--outputs", type=click.Path(path_type=Path),
-    help="Safetensors file with the velocity of each call in --inputs: the reference.",
+    "--calls", type=click.Path(path_type=Path), metavar="FILE",
+    help="The stacked inputs of recorded calls, a safetensors file, in place of a loop.",
+)  # fmt: skip
+@click.option(
+    "--outputs", type=click.Path(path_type=Path), metavar="FILE",
+    help="The recorded velocity of each of the calls, a safetensors file: the reference.",
 )  # fmt: skip
 @click.option(
     "--outputs-dtype", type=click.Choice(DTYPES), default="fp32",

@@ -387,7 +387,7 @@ def hold(monkeypatch: pytest.MonkeyPatch, record: EngineRecord, backends: Collec
     """Have the bundle hold the engine for these backends."""
 
     def choose(bundle: Path, _: object, options: EngineOptions) -> Choice:
-        if options.backend not in backends:
+        if options.backend is None or options.backend not in backends:
             raise WanExportError(f"{bundle} has no such engine")
         return Choice(replace(record, backend=options.backend), "cuda")
 
