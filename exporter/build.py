@@ -14,6 +14,7 @@ from wanexport.exporter.backends.order import (
     BuildKeywords,
     BuildOptions,
     Order,
+    attention_for,
     make_order,
     options_for,
 )
@@ -55,15 +56,16 @@ def build(model: str | Path | None = None, **options: Unpack[BuildKeywords]) -> 
     """Build a bundle, or add to one, and return the record of what was done.
 
     model is a folder, a hub id, or with random_weights (a seed) a preset; resolution is `480x832`,
-    `832*480` or (480, 832); dtype is fp32, bf16 or fp16; output defaults to ./<model>; verify is
+    `832*480` or (480, 832); dtype is fp32, bf16 or fp16; output defaults to ./<model>; proof is
     `ends` (the proof runs the first and last block) or `full` (all of them). On a machine with a
     GPU the defaults are the aoti backend, device cuda and bf16, elsewhere onnx, cpu and fp32;
     TensorRT's engines are bf16 everywhere. device is `cpu`, `cuda` or `cuda:1`, where attention is
     measured and the engine proven; of onnx by default a GPU where ONNX Runtime can use one.
-    attention names the kernel of self-attention in an aoti engine, by default the fastest measured,
-    and in the others whether it stays one operator, in onnx also which (`native`, or on a GPU by
-    default `mha`). tensorrt has TensorRT's own options. expert_alone builds one expert of an A14B
-    as a model by itself, which is refused without.
+    attention names the kernel of self-attention in aoti engines (`fa4`, `cudnn` or `sdpa`), by
+    default the fastest measured; attention_operator is how the graphs of the others write it, in
+    one operator (`native`, or ONNX Runtime's own `mha`, onnx's default on a GPU) or for TensorRT in
+    several (`decomposed`). tensorrt has TensorRT's own options. expert_alone builds one expert of
+    an A14B as a model by itself, which is refused without.
     Raises WanExportError for whatever the caller can put right.
     """
     asked, started = BuildOptions(**options), time.monotonic()
@@ -77,7 +79,7 @@ def build(model: str | Path | None = None, **options: Unpack[BuildKeywords]) -> 
         for expert in source.weights:
             reused += add_weights(writer, source, expert, order.dtype, asked.progress)
         for request in requests:
-            reused += add_engine(writer, request, asked.verify, asked.progress)
+            reused += add_engine(writer, request, asked.proof, asked.progress)
         writer.commit()
     return {
         **_summary(writer, requests),
@@ -124,7 +126,7 @@ def _requests(source: ModelSource, order: Order, asked: BuildOptions) -> list[Re
             dtype=order.dtype,
             device=device,
             target=target,
-            attention=asked.attention,
+            attention=attention_for(backend, asked),
             options=options_for(backend, asked),
         )
         requests.append(backend.resolve(request))

@@ -31,16 +31,16 @@ def main(folder: Path) -> None:
     text = torch.zeros(1, 512, 4096)  # all calls have the same prompt, padded with zeros
     text[:, :20] = torch.randn(20, 4096)
     with torch.no_grad():
-        calls = zip(latent, timestep, strict=True)
-        velocity = torch.cat([model(x[None], t[None], text).sample for x, t in calls])
+        pairs = zip(latent, timestep, strict=True)
+        velocity = torch.cat([model(x[None], t[None], text).sample for x, t in pairs])
     recorded = {"latent": latent, "timestep": timestep, "text": text}
-    inputs, outputs = folder / "inputs.safetensors", folder / "outputs.safetensors"
-    save_arrays(inputs, {name: np.asarray(tensor) for name, tensor in recorded.items()})
+    calls, outputs = folder / "calls.safetensors", folder / "outputs.safetensors"
+    save_arrays(calls, {name: np.asarray(tensor) for name, tensor in recorded.items()})
     save_arrays(outputs, {"velocity": velocity.numpy()})
 
     bundle = folder / "bundle"
     build(str(folder / "model"), resolution="64x96", frames=9, output=bundle)
-    result = compare(bundle, inputs=inputs, outputs=outputs)
+    result = compare(bundle, calls=calls, outputs=outputs)
     for row in result["steps"]:
         print(f"call {row['step']}: error {row['error']:.1e}, gate {row['gate']:.0e}")
     print("passed" if result["passed"] else "failed")

@@ -9,11 +9,12 @@ from wanexport.exporter.backends.backend import Backend, Options, Progress, Tens
 from wanexport.exporter.backends.table import BACKENDS, default_backend, find_backend
 from wanexport.runtime.dtypes import PRECISIONS
 from wanexport.runtime.engines.device_name import check_device
+from wanexport.runtime.engines.kernels import KERNELS
 from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.geometry import Geometry, Resolution, parse_resolution
 from wanexport.runtime.machine.temporary import check_temporary_folder
 
-VERIFY = ("ends", "full")
+PROOFS = ("ends", "full")
 
 
 def _untold(stage: str, done: int, total: int) -> None:
@@ -30,10 +31,11 @@ class BuildKeywords(TypedDict, total=False):
     dtype: str | None
     device: str | None
     attention: str | None
+    attention_operator: str | None
     tensorrt: TensorRtOptions | None
     random_weights: int | None
     expert_alone: bool
-    verify: str
+    proof: str
     progress: Progress
 
 
@@ -48,10 +50,11 @@ class BuildOptions:
     dtype: str | None = None
     device: str | None = None
     attention: str | None = None
+    attention_operator: str | None = None
     tensorrt: TensorRtOptions | None = None
     random_weights: int | None = None
     expert_alone: bool = False
-    verify: str = "ends"
+    proof: str = "ends"
     progress: Progress = _untold
 
 
@@ -87,9 +90,8 @@ def make_order(asked: BuildOptions) -> Order:
     devices = {name: device or kind.default_device() for name, kind in kinds.items()}
     dtype = asked.dtype or _default_dtype(kinds, devices)
     _check_among("dtype", dtype, PRECISIONS)
-    _check_among("verify", asked.verify, VERIFY)
-    for name, kind in kinds.items():
-        _check_attention(name, kind, asked.attention)
+    _check_among("proof", asked.proof, PROOFS)
+    _check_attention(kinds, asked)
     _check_taken(kinds, asked.tensorrt)
     height, width = parse_resolution(asked.resolution)
     Geometry(height, width, asked.frames)  # refuses what no Wan takes
@@ -100,13 +102,23 @@ def make_order(asked: BuildOptions) -> Order:
         for target in kind.targets(devices[name], options_for(kind, asked))
     )
     for name, _, target in engines:
-        kinds[name].check_attention(asked.attention, dtype, target)
+        kinds[name].check_attention(attention_for(kinds[name], asked), dtype, target)
     return Order(height, width, asked.frames, dtype, engines)
 
 
 def options_for(kind: Backend, asked: BuildOptions) -> Options:
     """A backend's own options, None where it takes none or none were given."""
     return asked.tensorrt if kind.OPTIONS is TensorRtOptions else None
+
+
+def attention_for(kind: Backend, asked: BuildOptions) -> str | None:
+    """What was asked of a backend's attention: of its kernels, or of how its graph writes it."""
+    return asked.attention if _has_kernels(kind) else asked.attention_operator
+
+
+def _has_kernels(kind: Backend) -> bool:
+    """Whether a backend chooses among kernels; the others choose among operators of a graph."""
+    return set(kind.ATTENTION) <= set(KERNELS)
 
 
 def _default_dtype(kinds: dict[str, Backend], devices: dict[str, str]) -> str:
@@ -120,10 +132,23 @@ def _check_among(name: str, value: str, known: Sequence[str]) -> None:
         raise BadRequest(f"unknown {name} {value!r}: expected of {', '.join(known)}")
 
 
-def _check_attention(name: str, kind: Backend, attention: str | None) -> None:
-    if attention is not None and attention not in kind.ATTENTION:
-        expected = ", ".join(kind.ATTENTION)
-        raise BadRequest(f"backend {name} has no attention {attention!r}: expected of {expected}")
+def _check_attention(kinds: dict[str, Backend], asked: BuildOptions) -> None:
+    """Refuse an attention that no backend of the build takes, or that one of them has not."""
+    for what, value, of_kernels in (
+        ("attention", asked.attention, True),
+        ("attention operator", asked.attention_operator, False),
+    ):
+        takers = [name for name, kind in BACKENDS.items() if _has_kernels(kind) is of_kernels]
+        taking = {name: kind for name, kind in kinds.items() if name in takers}
+        if value is not None and not taking:
+            raise BadRequest(
+                f"{what} {value}: only engines of {', '.join(takers)} take this; leave it out, or "
+                f"add --backend {' or '.join(takers)}"
+            )
+        for name, kind in taking.items():
+            if value not in (None, *kind.ATTENTION):
+                expected = ", ".join(kind.ATTENTION)
+                raise BadRequest(f"backend {name} has no {what} {value!r}: expected of {expected}")
 
 
 def _check_taken(kinds: dict[str, Backend], options: Options) -> None:

@@ -75,16 +75,20 @@ def cli() -> None:
     help="That runs aoti engines, or proves onnx engines. Default: a GPU if any can.",
 )  # fmt: skip
 @click.option(
-    "--attention", type=click.Choice([*KERNELS, "native", "mha", "decomposed"]),
-    help="Kernel of self-attention in an aoti engine, by default the fastest; in the others one "
-    "operator (native; mha is ONNX Runtime's own) or several.",
+    "--attention", type=click.Choice(KERNELS),
+    help="The kernel of self-attention, for aoti engines. Default: the fastest here.",
+)  # fmt: skip
+@click.option(
+    "--attention-operator", type=click.Choice(["native", "mha", "decomposed"]),
+    help="How onnx and tensorrt graphs write attention: as ONNX's operator, as ONNX Runtime's own, "
+    "or as products and a softmax. Default: mha for onnx on a GPU, else native.",
 )  # fmt: skip
 @click.option("--random-weights", type=SEED, metavar="SEED", help="Seeded weights of a preset.")
 @click.option("--expert-alone", is_flag=True, help="Build one expert of an A14B by itself.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle; default ./MODEL.")
 @click.option(
-    "--verify", type=click.Choice(["ends", "full"]), default="ends", show_default=True,
-    help="Blocks that the proof runs: the first and last, or all.",
+    "--proof", type=click.Choice(["ends", "full"]), default="ends", show_default=True,
+    help="The blocks that the proof runs: the first and the last, or all.",
 )  # fmt: skip
 @tensorrt_options
 @as_json
@@ -145,12 +149,16 @@ def _tell(note: str) -> None:
     "--outputs, whose precision policy they were computed with.",
 )  # fmt: skip
 @click.option(
-    "--inputs", type=click.Path(path_type=Path),
-    help="Safetensors file: inputs as --text of run, or stacked inputs of single calls.",
+    "--inputs", type=click.Path(path_type=Path), metavar="FILE",
+    help="The inputs of the loop: a safetensors file as --text of run takes it.",
 )  # fmt: skip
 @click.option(
-    "--outputs", type=click.Path(path_type=Path),
-    help="Safetensors file with the velocity of each call in --inputs: the reference.",
+    "--calls", type=click.Path(path_type=Path), metavar="FILE",
+    help="The stacked inputs of recorded calls, a safetensors file, in place of a loop.",
+)  # fmt: skip
+@click.option(
+    "--outputs", type=click.Path(path_type=Path), metavar="FILE",
+    help="The recorded velocity of each of the calls, a safetensors file: the reference.",
 )  # fmt: skip
 @click.option(
     "--outputs-dtype", type=click.Choice(DTYPES), default="fp32",
@@ -223,10 +231,10 @@ def bench(bundle: Path, as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "--target", type=click.Choice(["tensorrt"]), help="Whose ONNX parser must take the graph too."
+    "--parser", type=click.Choice(["tensorrt"]), help="A parser that must take the graph too."
 )
 @as_json
-def lint(path: Path, target: str | None, as_json: bool) -> None:
+def lint(path: Path, parser: str | None, as_json: bool) -> None:
     """List what a graph must not contain; exit code 1 when there is any.
 
     PATH is a bundle, an .onnx file, or a .pt2 of torch.export.save, which is loaded whole.
@@ -234,7 +242,7 @@ def lint(path: Path, target: str | None, as_json: bool) -> None:
     with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.lint.onnx import lint as run_lint
 
-    result = run_lint(path, target)
+    result = run_lint(path, parser)
     _report(result, as_json, show_lint)
     if not result["clean"]:
         sys.exit(1)

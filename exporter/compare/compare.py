@@ -27,7 +27,6 @@ from wanexport.exporter.compare.polygraphy import SavedFiles, check_files, save_
 from wanexport.exporter.compare.recorded import (
     Calls,
     Loop,
-    is_of_calls,
     read_calls,
     read_sample_inputs,
     read_velocities,
@@ -51,14 +50,15 @@ class CompareRequest:
 
     reference is `graph` or `diffusers`: whose fp32 forward with the engine's weights is right;
     model names the checkpoint to take its tensors from instead. The loop has `steps` steps with the
-    engine's solver and guidance. inputs is a safetensors file for that loop (as `run` takes it), or
-    of single calls (see `recorded`), and outputs the velocities recorded for these calls, computed
-    in outputs_dtype with the precision policy of reference.
+    engine's solver and guidance; inputs is a safetensors file for it, as `run` takes it. In its
+    place calls is such a file of single calls (see `recorded`), and outputs the velocities recorded
+    for them, computed in outputs_dtype with the precision policy of reference.
     """
 
     model: str | Path | None = None
     reference: str = "graph"
     inputs: Path | None = None
+    calls: Path | None = None
     outputs: Path | None = None
     outputs_dtype: str = "fp32"
     steps: int = 4
@@ -71,6 +71,7 @@ def compare(
     model: str | Path | None = None,
     reference: str = "graph",
     inputs: str | Path | None = None,
+    calls: str | Path | None = None,
     outputs: str | Path | None = None,
     outputs_dtype: str = "fp32",
     steps: int = 4,
@@ -88,11 +89,20 @@ def compare(
     the calls that are compared; `polygraphy` in the result has the commands that read them.
     Raises WanExportError when no engine fits or cannot run here, or a file does not fit.
     """
-    refuse_empty(bundle=bundle, model=model, inputs=inputs, outputs=outputs, report=report)
-    given, recorded, *files = (_path(f) for f in (inputs, outputs, save_inputs, save_outputs))
-    request = CompareRequest(model, reference, given, recorded, outputs_dtype, steps, seed)
+    refuse_empty(bundle=bundle, model=model, inputs=inputs, calls=calls, outputs=outputs)
+    refuse_empty(report=report)
+    request = CompareRequest(
+        model=model,
+        reference=reference,
+        inputs=_path(inputs),
+        calls=_path(calls),
+        outputs=_path(outputs),
+        outputs_dtype=outputs_dtype,
+        steps=steps,
+        seed=seed,
+    )
     _check_request(request)
-    saved = SavedFiles(*files)
+    saved = SavedFiles(_path(save_inputs), _path(save_outputs))
     check_files(saved)
     outcome = _compare(Path(bundle), request, saved, EngineOptions(**options), progress)
     outcome.result["warning"] = keep(Path(bundle), outcome, _path(report))
@@ -106,8 +116,12 @@ def _path(path: str | Path | None) -> Path | None:
 def _check_request(request: CompareRequest) -> None:
     """Raise BadRequest for what needs no bundle to be seen as wrong."""
     check_implementation(request.reference)
-    if request.outputs is not None and request.inputs is None:
-        raise BadRequest("recorded outputs need the inputs of the same calls: pass both files")
+    if request.inputs is not None and request.calls is not None:
+        raise BadRequest("inputs are of a loop, calls are single ones: pass one of the two")
+    if request.outputs is not None and request.calls is None:
+        raise BadRequest(
+            "outputs are of recorded calls: pass the file of these calls too (--calls)"
+        )
     if request.outputs_dtype not in PRECISIONS:
         raise BadRequest(
             f"unknown outputs dtype {request.outputs_dtype!r}: expected one of "
@@ -158,33 +172,30 @@ def _described(
 ) -> dict[str, Any]:
     """What the result says of both sides and their inputs."""
     dtype, reference = given.recorded_dtype, request.reference
+    file = request.inputs or request.calls
     return {
         "engine": record.name,
         "weights": None if options.weights is None else str(options.weights),
         "reference": f"recorded ({reference}, {dtype})" if dtype else reference,
         "model": None if request.model is None else str(request.model),
-        "inputs": f"seed {request.seed}" if request.inputs is None else str(request.inputs),
+        "inputs": f"seed {request.seed}" if file is None else str(file),
         "outputs": None if request.outputs is None else str(request.outputs),
     }
 
 
 def _inputs(request: CompareRequest, manifest: Manifest, record: EngineRecord) -> Loop | Calls:
     """Inputs of a loop, or of calls with or without what was recorded for them."""
+    if request.calls is not None:
+        return _calls(request.calls, request, record)
     seeded = seeded_inputs(manifest.config, record.geometry, request.seed)
     if request.inputs is None:
         return Loop(seeded, request.steps)
-    if is_of_calls(request.inputs):
-        return _calls(request.inputs, request, record)
-    if request.outputs is not None:
-        raise BadRequest(
-            f"{request.inputs} has the inputs of a loop: recorded outputs need those of single "
-            f"calls, with latent and timestep"
-        )
     own = read_sample_inputs(request.inputs, record.inputs)
     return Loop({"noise": seeded["noise"], **own}, request.steps)
 
 
 def _calls(path: Path, request: CompareRequest, record: EngineRecord) -> Calls:
+    """Single calls, with what was recorded for them where that was given."""
     calls = Calls(read_calls(path, record.inputs))
     if request.outputs is None:
         return calls

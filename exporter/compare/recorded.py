@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.bundle.tensorfile import load_arrays, read_header
+from wanexport.runtime.bundle.tensorfile import load_arrays
 from wanexport.runtime.denoiser import pad_rows
 from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.program import Input, TensorSpec
@@ -32,13 +32,14 @@ def sample_names(inputs: Iterable[str]) -> tuple[str, ...]:
 def read_sample_inputs(path: Path, inputs: Iterable[str]) -> dict[str, np.ndarray]:
     """Inputs of `sample` for an engine of these inputs: text, and of the others what the file has.
 
-    Raises BadRequest when there is no text, or something else.
+    Raises BadRequest when there is no text, or something else, and for a file of single calls.
     """
     arrays, names = load_arrays(path), sample_names(inputs)
     if arrays.keys() - set(names) or _TEXT not in arrays:
+        calls = "; single calls go to compare --calls" if _LATENT in arrays else ""
         raise BadRequest(
             f"{path} holds {', '.join(arrays) or 'nothing'}: expected text, and of "
-            f"{', '.join(names[1:])} what applies"
+            f"{', '.join(names[1:])} what applies{calls}"
         )
     return arrays
 
@@ -64,9 +65,16 @@ class Calls:
 def read_calls(path: Path, inputs: Mapping[str, Input]) -> list[dict[str, np.ndarray]]:
     """Inputs of every recorded call, as a denoiser takes them.
 
-    Raises BadRequest, naming each of them, when inputs are missing, unexpected or misshapen.
+    Raises BadRequest, naming each of them, when inputs are missing, unexpected or misshapen, and
+    for a file without latents, such as the inputs of a loop.
     """
     arrays = load_arrays(path)
+    if _LATENT not in arrays:
+        raise BadRequest(
+            f"{path} holds {', '.join(arrays) or 'nothing'}: expected recorded calls, with latent "
+            f"and {', '.join(name for name in inputs if name != _LATENT)}; the inputs of a loop go "
+            f"to --inputs"
+        )
     for name in inputs.keys() & arrays.keys():
         if inputs[name].draw == "rows":
             arrays[name] = pad_rows(arrays[name], inputs[name].shape, name=name)
@@ -111,8 +119,3 @@ def read_velocities(path: Path, number: int, spec: TensorSpec) -> list[np.ndarra
             f"one for each recorded call"
         )
     return list(arrays[_VELOCITY][:, None])
-
-
-def is_of_calls(path: Path) -> bool:
-    """Whether a file of inputs has those of single calls, rather than of a loop."""
-    return _LATENT in read_header(path)

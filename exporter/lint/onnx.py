@@ -22,37 +22,37 @@ _GRAPH = ".onnx"
 _MOST_BYTES = 256 << 20  # of a graph without weights, whose largest here has a tenth of it
 
 
-def lint(path: str | Path, target: str | None = None) -> dict[str, Any]:
+def lint(path: str | Path, parser: str | None = None) -> dict[str, Any]:
     """Lint every engine of a bundle, an ONNX file, or a `.pt2` of `torch.export.save`.
 
-    With target `tensorrt`, ONNX graphs must also be what its parser takes. The result has `clean`,
+    With parser `tensorrt`, ONNX graphs must also be what that parser takes. The result has `clean`,
     and for each graph its counts by kind and its findings; of machine code, those that its build
     counted in the graph it was made of, which is then `recorded`. No file is run or unpickled.
     Raises WanExportError when the path is none of these, or damaged.
     """
     path = Path(path)
-    graphs = dict(_lint_path(path, target))
+    graphs = dict(_lint_path(path, parser))
     clean = not any(sum(graph["counts"].values()) for graph in graphs.values())
     return {"path": str(path), "clean": clean, "graphs": graphs}
 
 
-def _graph(findings: list[Finding], target: str | None = None) -> dict[str, Any]:
-    own = {} if target is None else {target: sum(f.kind == target for f in findings)}
+def _graph(findings: list[Finding], parser: str | None = None) -> dict[str, Any]:
+    own = {} if parser is None else {parser: sum(f.kind == parser for f in findings)}
     counts = {**count(findings), **own}
     return {"counts": counts, "findings": [asdict(f) for f in findings], "recorded": False}
 
 
-def _lint_path(path: Path, target: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lint_path(path: Path, parser: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.is_dir():
         for engine in read_manifest(path).engines:
-            yield from _lint_engine(path, engine, target)
+            yield from _lint_engine(path, engine, parser)
     elif not path.exists():
         raise BadRequest(f"{path} does not exist: name a bundle, an .onnx or a .pt2 file")
     elif path.suffix.lower() == _GRAPH:
         content = read_regular(path, at_most=_MOST_BYTES)
-        yield path.name, _graph(_lint(path, content, target), target)
-    elif path.suffix.lower() == ".pt2" and target is not None:
-        raise BadRequest(f"{path}: --target {target} is for .onnx files and bundles")
+        yield path.name, _graph(_lint(path, content, parser), parser)
+    elif path.suffix.lower() == ".pt2" and parser is not None:
+        raise BadRequest(f"{path}: --parser {parser} is for .onnx files and bundles")
     elif path.suffix.lower() == ".pt2":
         yield path.name, _graph(lint_program_file(path))
     else:
@@ -60,7 +60,7 @@ def _lint_path(path: Path, target: str | None) -> Iterator[tuple[str, dict[str, 
 
 
 def _lint_engine(
-    bundle: Path, engine: EngineRecord, target: str | None
+    bundle: Path, engine: EngineRecord, parser: str | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The engine's ONNX graphs; where it has none, what its build counted."""
     graphs = {role: f for role, f in engine.files.items() if f.path.lower().endswith(_GRAPH)}
@@ -72,13 +72,13 @@ def _lint_engine(
         file = check_content(bundle, record)
         if file.identity.size > _MOST_BYTES:
             raise BundleError(f"{file.path} is larger than a graph without weights is")
-        findings = _lint(file.path, file.read(), target, expected)
+        findings = _lint(file.path, file.read(), parser, expected)
         name = engine.name if len(graphs) == 1 else f"{engine.name} {role}"
-        yield name, _graph(findings, target)
+        yield name, _graph(findings, parser)
 
 
 def _lint(
-    path: Path, content: bytes, target: str | None = None, attentions: int | None = None
+    path: Path, content: bytes, parser: str | None = None, attentions: int | None = None
 ) -> list[Finding]:
     """Lint the content of an ONNX file; weights beside it are not read."""
     try:
@@ -87,7 +87,7 @@ def _lint(
         if not model.graph.node or not model.opset_import:
             raise ValueError("it has no graph")
         findings = lint_onnx(model, attentions)
-        return findings + (lint_tensorrt(model) if target == KIND else [])
+        return findings + (lint_tensorrt(model) if parser == KIND else [])
     except WanExportError as error:
         raise WanExportError(f"{path}: {error}") from error
     except Exception as error:  # protobuf's and onnx's exceptions have no base but this

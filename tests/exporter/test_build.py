@@ -1,6 +1,5 @@
 """From a checkpoint to a bundle whose engine gives diffusers' velocity."""
 
-import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.exporter.families import camera
 from tests.oracles.wan_reference import (
     VARIANTS,
     diffusers_model,
@@ -26,10 +24,10 @@ from tests.oracles.wan_reference import (
     write_official,
 )
 from wanexport.exporter import build as build_module
-from wanexport.exporter.backends.backend import Request
+from wanexport.exporter.backends.backend import Request, TensorRtOptions
 from wanexport.exporter.backends.onnx import backend as onnx_backend
 from wanexport.exporter.backends.onnx import lower as to_onnx
-from wanexport.exporter.backends.order import BuildOptions, make_order
+from wanexport.exporter.backends.order import BuildOptions, attention_for, make_order
 from wanexport.exporter.backends.table import BACKENDS, default_backend
 from wanexport.exporter.build import build
 from wanexport.exporter.key import engine_key
@@ -37,14 +35,11 @@ from wanexport.exporter.reference.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.config import sampling_defaults
-from wanexport.graphs.graph import Graph
-from wanexport.graphs.wan import WanModel
 from wanexport.runtime import WanExportError, load
 from wanexport.runtime.bundle.check import file_sha256
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.signature import parameter_shapes, program_of
 from wanexport.runtime.errors import BadRequest
-from wanexport.runtime.family import FAMILIES
 from wanexport.runtime.wan_config import EXPERTS
 
 
@@ -111,7 +106,7 @@ def test_the_manifest_describes_every_file(tiny_bundle: Path) -> None:
     methods = {engine.dtype: engine.proof["method"] for engine in manifest.engines}
     assert methods["fp32"] == "engine opened; cut compared"
     assert methods["fp16"] == "checker; cut compared"
-    assert methods["bf16"] == "checker; fp32 twin compared"
+    assert methods["bf16"] == "checker; cut retyped to fp32, compared"
 
 
 def test_a_second_shape_adds_only_its_engine(bundle: Path) -> None:
@@ -233,13 +228,40 @@ def test_each_backend_has_its_device_and_all_one_precision(
         ({"backends": ["trt"]}, "unknown backend 'trt': expected of onnx, aoti"),
         ({"backends": []}, "no backends: expected of onnx"),
         ({"dtype": "fp8"}, "unknown dtype 'fp8': expected of fp32, bf16, fp16"),
-        ({"verify": "some"}, "unknown verify 'some': expected of ends, full"),
-        ({"attention": "cudnn"}, "backend onnx has no attention 'cudnn': expected of native, mha"),
+        ({"proof": "some"}, "unknown proof 'some': expected of ends, full"),
+        ({"attention": "cudnn"}, "attention cudnn: only engines of aoti .* add --backend aoti$"),
+        ({"attention": "native"}, "attention native: only engines of aoti .* add --backend aoti$"),
+        (
+            {"backends": ["aoti"], "attention": "native"},
+            "backend aoti has no attention 'native': expected of fa4, cudnn, sdpa",
+        ),
+        (
+            {"backends": ["aoti"], "attention_operator": "mha"},
+            "attention operator mha: .* add --backend onnx or tensorrt or tensorrt-rtx$",
+        ),
+        (
+            {"attention_operator": "decomposed"},
+            "backend onnx has no attention operator 'decomposed': expected of native, mha",
+        ),
+        (
+            {"tensorrt": TensorRtOptions(workspace=2**30, bake_weights=True)},
+            "workspace, bake weights: only TensorRT .* add --backend tensorrt or tensorrt-rtx$",
+        ),
     ],
 )
 def test_what_no_build_can_make_is_a_bad_request(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         make_order(BuildOptions("64x96", 9, **{"backends": ["onnx"], **options}))
+
+
+def test_kernels_and_operators_of_attention_go_each_to_its_backends() -> None:
+    asked = BuildOptions(
+        "64x96", 9, backends=["onnx", "aoti"], device="cpu", attention="sdpa",
+        attention_operator="mha",
+    )  # fmt: skip
+    told = {name: attention_for(kind, asked) for name, kind in BACKENDS.items()}
+    others = dict.fromkeys(("onnx", "tensorrt", "tensorrt-rtx"), "mha")
+    assert told == {"aoti": "sdpa", **others}
 
 
 def request_of(**changes: Any) -> Request:
@@ -271,29 +293,17 @@ def test_a_key_has_all_that_decides_bytes_and_nothing_else() -> None:
     assert len(keys) == len(others) and engine_key(request) not in keys
 
 
-def test_a_key_has_the_code_of_the_familys_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "camera", camera.FAMILY)
-    request = request_of(config=replace(small_config("t2v-1.3b"), family="camera"))
-    keys, getsource = {engine_key(request)}, inspect.getsource
-    for changed in (camera.__name__, WanModel.__module__, Graph.__module__):
-        monkeypatch.setattr(
-            inspect, "getsource", lambda m, c=changed: "" if m.__name__ == c else getsource(m)
-        )
-        keys.add(engine_key(request))
-    assert len(keys) == 4
-
-
 @pytest.mark.parametrize(("device", "attention"), [("cpu", "native"), ("cuda:1", "mha")])
 def test_an_onnx_request_leaves_no_operator_to_choose(device: str, attention: str) -> None:
     assert onnx_backend.resolve(request_of(device=device, attention=None)).attention == attention
     assert onnx_backend.resolve(request_of(device=device, attention="mha")).attention == "mha"
 
 
-def test_verify_full_runs_every_block(tmp_path: Path) -> None:
-    options = {"random_weights": 0, "resolution": "32x32", "frames": 1, "verify": "full"}
+def test_a_full_proof_runs_every_block(tmp_path: Path) -> None:
+    options = {"random_weights": 0, "resolution": "32x32", "frames": 1, "proof": "full"}
     record = build("tiny", output=tmp_path / "b", **options)  # type: ignore[arg-type]
     assert record["engines"][0]["proof"]["blocks"] == 4
-    options["verify"] = "ends"  # less than what is proven already
+    options["proof"] = "ends"  # less than what is proven already
     record = build("tiny", output=tmp_path / "b", **options)  # type: ignore[arg-type]
     assert record["reused"] == ["weights fp32", "engine 32x32x1/onnx-fp32"]
     assert record["engines"][0]["proof"]["blocks"] == 4

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.exporter.families import camera
 from tests.oracles.wan_reference import small_config, small_geometry
 from wanexport.exporter import key
 from wanexport.exporter.backends.backend import Request
@@ -54,6 +55,11 @@ def test_what_is_reached_by_import_is_what_a_reader_finds(backend: str) -> None:
     found = {name.removeprefix("wanexport.") for name in sources(ROOTS[backend])}
     assert {*DECIDING[backend].split(), *OF_ALL.split()} <= found
     assert not found & set(UNDECIDING.split())
+
+
+def test_a_familys_own_graph_is_among_it() -> None:
+    found = sources((*BACKENDS["onnx"].SOURCES, camera.__name__))
+    assert {camera.__name__, GRAPH, "wanexport.graphs.graph"} <= set(found)
 
 
 @pytest.mark.parametrize("backend", KINDS)

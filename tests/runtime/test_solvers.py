@@ -79,8 +79,8 @@ def test_a_guided_loop_follows_the_closed_form_on_its_own_velocities(
     noise = rng.standard_normal((1, 16, 3, 8, 8)).astype(np.float32)
     first = rng.standard_normal((1, 16, 1, 8, 8)).astype(np.float32) if holds else None
     denoiser = Guided(solver, steps, shift)
-    text = np.full((1, 1), 0.5, np.float32)
-    run = list(sample(denoiser, noise=noise, first_frame=first, text=text, negative=-text))
+    text, negative = np.full((1, 1), 0.5), np.full((1, 1), -0.5)
+    run = [*sample(denoiser, noise=noise, text=text, negative=negative, first_frame=first)]
     pairs = np.array(denoiser.velocities, np.float64).reshape(steps, 2, *noise.shape)
     scales = [4.0 if step.timestep >= 875 else 3.0 for step in run]
     guided = [no + scale * (yes - no) for (yes, no), scale in zip(pairs, scales, strict=True)]

@@ -53,8 +53,8 @@ def alter_graph(bundle: Path, change: Callable[[onnx.ModelProto], None], dtype: 
     manifest = read_manifest(bundle)
     engine = next(e for e in manifest.engines if e.dtype == dtype)
     path = bundle / engine.files["denoiser"].path
-    written = onnx.load(path, load_external_data=False)
-    model = onnx.inliner.inline_local_functions(written)  # each layer with nodes of its own
+    model = onnx.load(path, load_external_data=False)
+    model = onnx.inliner.inline_local_functions(model)
     change(model)
     path.write_bytes(model.SerializeToString())
     altered = replace(engine, files={"denoiser": file_record(bundle, path)})
@@ -86,9 +86,9 @@ def scale_largest(array: np.ndarray) -> None:
 
 
 def drop_row_rope(model: onnx.ModelProto) -> None:
-    """No rotation along the 4 rows: of their table of 21 pairs, cos becomes 1 and sin 0."""
+    """No rotation along rows: cos of the table of 4 rows becomes 1, and sin 0."""
     constants = [node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"]
-    (tensor,) = (t for t in constants if list(t.dims) == [2, 4, 21])
+    (tensor,) = (t for t in constants if sorted(t.dims)[-3:] == [2, 4, 21])
     table = numpy_helper.to_array(tensor).copy()
     table[0], table[1] = 1, 0
     tensor.CopyFrom(numpy_helper.from_array(table, tensor.name))

@@ -29,7 +29,7 @@ from wanexport.graphs.config import PRESETS
 from wanexport.runtime import load
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.tensorfile import load_arrays, read_header, save_arrays
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest, WanExportError
 from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
 
@@ -140,29 +140,29 @@ def record(
         for i in range(number)
     ]
     velocity = np.concatenate([diffusers_velocity(model, config, call) for call in calls])
-    save_arrays(folder / "inputs.safetensors", stacked)
+    save_arrays(folder / "calls.safetensors", stacked)
     save_arrays(folder / "outputs.safetensors", {"velocity": velocity})
-    return folder / "inputs.safetensors", folder / "outputs.safetensors", stacked
+    return folder / "calls.safetensors", folder / "outputs.safetensors", stacked
 
 
 def test_recorded_velocities_are_a_reference(converted: Path, tmp_path: Path) -> None:
-    inputs, outputs, _ = record(tmp_path)
-    result = compare(converted, dtype="fp32", inputs=inputs, outputs=outputs)
+    calls, outputs, _ = record(tmp_path)
+    result = compare(converted, dtype="fp32", calls=calls, outputs=outputs)
     assert result["passed"]
     assert result["reference"] == "recorded (graph, fp32)"
     assert [row["step"] for row in result["steps"]] == [0, 1, 2]
     assert all(1e-7 < row["error"] <= 1e-5 for row in result["steps"])
     assert all(row["drift"] is None for row in result["steps"])
-    graph = compare(converted, dtype="fp32", inputs=inputs)
+    graph = compare(converted, dtype="fp32", calls=calls)
     assert graph["passed"]
     assert graph["reference"] == "graph"
 
 
 def test_recorded_velocities_that_are_wrong_fail(converted: Path, tmp_path: Path) -> None:
-    inputs, outputs, _ = record(tmp_path)
+    calls, outputs, _ = record(tmp_path)
     velocity = load_arrays(outputs)["velocity"]
     save_arrays(outputs, {"velocity": velocity[::-1]})
-    result = compare(converted, dtype="fp32", inputs=inputs, outputs=outputs)
+    result = compare(converted, dtype="fp32", calls=calls, outputs=outputs)
     assert [row["passed"] for row in result["steps"]] == [False, True, False]
 
 
@@ -170,9 +170,9 @@ def test_recorded_velocities_that_are_wrong_fail(converted: Path, tmp_path: Path
 def test_a_recording_in_bf16_passes_by_the_error_of_bf16(
     converted: Path, tmp_path: Path, dtype: str
 ) -> None:
-    inputs, outputs, _ = record(tmp_path, dtype=torch.bfloat16)
+    calls, outputs, _ = record(tmp_path, dtype=torch.bfloat16)
     recorded = partial(
-        compare, converted, dtype=dtype, inputs=inputs, outputs=outputs, reference="diffusers"
+        compare, converted, dtype=dtype, calls=calls, outputs=outputs, reference="diffusers"
     )
     assert not recorded()["passed"]
     result = recorded(outputs_dtype="bf16")
@@ -185,13 +185,13 @@ def test_a_recording_in_bf16_passes_by_the_error_of_bf16(
 
 
 def test_another_velocity_than_recorded_in_bf16_fails(converted: Path, tmp_path: Path) -> None:
-    inputs, outputs, _ = record(tmp_path, dtype=torch.bfloat16)
+    calls, outputs, _ = record(tmp_path, dtype=torch.bfloat16)
     faults.alter_graph(converted, faults.drop_row_rope, "fp32")
     result = compare(
         converted,
         dtype="fp32",
         reference="diffusers",
-        inputs=inputs,
+        calls=calls,
         outputs=outputs,
         outputs_dtype="bf16",
     )
@@ -217,22 +217,22 @@ def test_calls_of_every_kind_of_model_are_recorded(
     geometry = small_geometry(config)
     size = f"{geometry.height}x{geometry.width}"
     build(preset, random_weights=0, resolution=size, frames=9, output=tmp_path / "b")
-    calls = [forward_inputs(config, geometry, t, seed) for t, seed in ((950.0, 1), (200.0, 2))]
+    given = [forward_inputs(config, geometry, t, seed) for t, seed in ((950.0, 1), (200.0, 2))]
     stacked = {
-        name: np.stack([c[name] for c in calls])
+        name: np.stack([call[name] for call in given])
         if name == "timestep"
-        else np.concatenate([c[name] for c in calls])
-        for name in calls[0]
+        else np.concatenate([call[name] for call in given])
+        for name in given[0]
     }
     denoiser = load(tmp_path / "b")
-    velocities = np.concatenate([denoiser(**call) for call in calls])
+    velocities = np.concatenate([denoiser(**call) for call in given])
     save_arrays(tmp_path / "in.safetensors", stacked)
     save_arrays(tmp_path / "out.safetensors", {"velocity": velocities})
-    inputs, outputs = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
-    result = compare(tmp_path / "b", inputs=inputs, outputs=outputs)
+    calls, outputs = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    result = compare(tmp_path / "b", calls=calls, outputs=outputs)
     assert result["passed"]
     assert [row["error"] for row in result["steps"]] == [0, 0]
-    assert compare(tmp_path / "b", inputs=inputs)["passed"]
+    assert compare(tmp_path / "b", calls=calls)["passed"]
     loop = compare(tmp_path / "b", steps=3)  # t2v-a14b's guidance is a pair: 3 and 4
     assert loop["passed"]
 
@@ -300,26 +300,37 @@ def test_the_inputs_of_a_report_repeat_it(bundle: Path, tmp_path: Path) -> None:
 def test_a_recording_that_does_not_fit_is_refused(
     converted: Path, tmp_path: Path, changes: dict[str, np.ndarray | None], message: str
 ) -> None:
-    inputs, _, stacked = record(tmp_path)
+    calls, _, stacked = record(tmp_path)
     changed = {n: a for n, a in {**stacked, **changes}.items() if a is not None}
-    save_arrays(inputs, changed)
+    save_arrays(calls, changed)
     with pytest.raises(WanExportError, match=message):
-        compare(converted, dtype="fp32", inputs=inputs)
+        compare(converted, dtype="fp32", calls=calls)
 
 
 def test_outputs_without_their_calls_are_refused(converted: Path, tmp_path: Path) -> None:
-    inputs, outputs, _ = record(tmp_path)
-    with pytest.raises(WanExportError, match="need the inputs of the same calls"):
+    calls, outputs, _ = record(tmp_path)
+    with pytest.raises(WanExportError, match=r"pass the file of these calls too \(--calls\)"):
         compare(converted, dtype="fp32", outputs=outputs)
     with pytest.raises(WanExportError, match=r"expected velocity \[3, 16, 3, 8, 12\]"):
-        compare(converted, dtype="fp32", inputs=inputs, outputs=inputs)
+        compare(converted, dtype="fp32", calls=calls, outputs=calls)
     with pytest.raises(WanExportError, match="unknown reference 'keras'"):
         compare(converted, reference="keras")
     with pytest.raises(WanExportError, match="unknown outputs dtype 'int8'"):
-        compare(converted, dtype="fp32", inputs=inputs, outputs=outputs, outputs_dtype="int8")
+        compare(converted, dtype="fp32", calls=calls, outputs=outputs, outputs_dtype="int8")
+
+
+def test_calls_and_the_inputs_of_a_loop_are_told_apart(converted: Path, tmp_path: Path) -> None:
+    calls, outputs, _ = record(tmp_path)
+    inputs = tmp_path / "inputs.safetensors"
     save_arrays(inputs, seeded_inputs(small_config("t2v-1.3b"), Geometry(64, 96, 9), 0))
-    with pytest.raises(WanExportError, match="has the inputs of a loop"):
-        compare(converted, dtype="fp32", inputs=inputs, outputs=outputs)
+    with pytest.raises(BadRequest, match=r"inputs\.safetensors holds .*loop go to --inputs"):
+        compare(converted, dtype="fp32", calls=inputs)
+    with pytest.raises(BadRequest, match=r"calls\.safetensors holds .* go to compare --calls"):
+        compare(converted, dtype="fp32", inputs=calls)
+    with pytest.raises(BadRequest, match="pass one of the two"):
+        compare(converted, dtype="fp32", inputs=inputs, calls=calls)
+    with pytest.raises(BadRequest, match=r"outputs\.safetensors holds velocity: expected recorded"):
+        compare(converted, dtype="fp32", calls=outputs)
 
 
 def test_not_a_number_fails_and_is_null_in_json(bundle: Path) -> None:

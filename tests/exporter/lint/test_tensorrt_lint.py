@@ -1,4 +1,4 @@
-"""`lint --target tensorrt` against the real parser of TensorRT for RTX."""
+"""`lint --parser tensorrt` against the real parser of TensorRT for RTX."""
 
 import time
 from collections.abc import Sequence
@@ -241,7 +241,7 @@ def test_the_command_lints_for_tensorrt_only_when_asked(tmp_path: Path) -> None:
     path = tmp_path / "g.onnx"
     onnx.save(attention(["y", "key", "value"]), path)
     assert CliRunner().invoke(cli, ["lint", str(path)]).exit_code == 0
-    result = CliRunner().invoke(cli, ["lint", str(path), "--target", "tensorrt"])
+    result = CliRunner().invoke(cli, ["lint", str(path), "--parser", "tensorrt"])
     assert result.exit_code == 1
     assert "tensorrt 1:  (Attention: 3 outputs, 1 is taken)" in result.output
 
@@ -254,7 +254,7 @@ def test_the_onnx_engines_of_a_bundle_are_taken(tiny_bundle: Path) -> None:
 
 def test_a_saved_program_has_no_target(tmp_path: Path) -> None:
     (tmp_path / "program.pt2").touch()
-    with pytest.raises(WanExportError, match=r"--target tensorrt is for \.onnx files"):
+    with pytest.raises(WanExportError, match=r"--parser tensorrt is for \.onnx files"):
         lint(tmp_path / "program.pt2", "tensorrt")
 
 

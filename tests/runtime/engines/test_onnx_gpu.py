@@ -49,7 +49,7 @@ def build_command(name: str, source: Path, output: Path) -> list[str]:
     command += ["--resolution", f"{geometry.height}x{geometry.width}"]
     command += ["--frames", str(geometry.frames), "--backend", "onnx", "--device", "cuda"]
     command += ["-o", str(output)]
-    command += [] if attention == "mha" else ["--attention", attention]
+    command += [] if attention == "mha" else ["--attention-operator", attention]
     return command + ([] if dtype == "bf16" else ["--dtype", dtype])
 
 
