@@ -1,6 +1,6 @@
 """What lowering a model to ONNX takes: seconds of CPU, peak memory, and the size of the graph.
 
-    python -m tests.tables.lowering [PRESET RESOLUTION FRAMES DTYPE]
+python -m tests.tables.lowering [PRESET RESOLUTION FRAMES DTYPE]
 """
 
 import sys
