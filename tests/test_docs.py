@@ -51,6 +51,7 @@ def test_a_table_says_value_default_and_meaning_of_an_option() -> None:
     @click.option("--kind", type=click.Choice(["a", "b"]), help="Which one. Default: a on a GPU.")
     @click.option("-n", "--number", type=click.IntRange(1, 5), default=3, show_default=True)
     @click.option("--file", metavar="A|B", required=True, help="What is read.")
+    @click.option("--pair", metavar="N[,N]", help="One or two.")
     @click.option("--quick", is_flag=True, help="In a hurry.")
     @click.option("--on/--off", default=None, help="Either. Default: as it was.")
     def made() -> None:
@@ -60,6 +61,7 @@ def test_a_table_says_value_default_and_meaning_of_an_option() -> None:
         "| `--kind` | `a`, `b` | a on a GPU | Which one. |",
         "| `-n`, `--number` | `INTEGER`, 1 to 5 | 3 |  |",
         "| `--file` | `A`, `B` | required | What is read. |",
+        "| `--pair` | `N[,N]` |  | One or two. |",
         "| `--quick` |  | off | In a hurry. |",
         "| `--on`, `--off` |  | as it was | Either. |",
     ]

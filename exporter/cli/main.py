@@ -27,16 +27,22 @@ from wanexport.exporter.cli.display import (
 from wanexport.exporter.cli.display_bundle import show_build, show_inspect
 from wanexport.exporter.cli.options import (
     COUNT,
-    DEVICE,
     DTYPES,
     SEED,
     CheckedGroup,
     as_json,
+    attention_option,
     bench_options,
+    device_option,
+    dtype_option,
     engine_options,
+    frames_option,
+    model_option,
     parse_names,
     parsed,
     prompt_options,
+    report_option,
+    resolution_option,
     sampling_options,
     take,
     tensorrt_options,
@@ -46,7 +52,6 @@ from wanexport.exporter.cli.terminal import err, progress_display, write
 from wanexport.exporter.run.request import RunRequest
 from wanexport.exporter.run.run import run as run_request
 from wanexport.runtime.engines.engine import EngineOptions
-from wanexport.runtime.engines.kernels import KERNELS
 from wanexport.runtime.engines.table import BACKENDS
 from wanexport.runtime.errors import WanExportError, WanExportWarning, explain, needing_extra
 from wanexport.runtime.settings import Settings
@@ -59,33 +64,35 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("-m", "--model", help="Checkpoint folder, hub id, or preset with --random-weights.")
-@click.option("--resolution", required=True, help="Height x width as 480x832, or Wan's 832*480.")
-@click.option("--frames", required=True, type=int, help="Pixel frames, 4k+1.")
+@model_option(
+    "The bundle takes its weights. With --random-weights it is a preset. "
+    "Default: Wan-AI/Wan2.1-T2V-1.3B."
+)
+@click.option(
+    "--random-weights", type=SEED, metavar="SEED",
+    help="The seed of random weights, for the preset that -m names.",
+)  # fmt: skip
+@click.option(
+    "--expert-alone", is_flag=True, help="Build one expert of an A14B as a model by itself."
+)
+@resolution_option(required=True)
+@frames_option(required=True)
 @click.option(
     "--backend", "backends", multiple=True, type=click.Choice(BACKENDS),
-    help="May be repeated. Default: aoti on a GPU, onnx elsewhere.",
+    help="The engine's backend. It may be repeated. Default: aoti on a GPU, onnx elsewhere.",
 )  # fmt: skip
-@click.option(
-    "--dtype", type=click.Choice(DTYPES),
-    help="Of matrix products and attention. Default: bf16 on a GPU and for TensorRT, else fp32.",
-)  # fmt: skip
-@click.option(
-    "--device", type=DEVICE,
-    help="That runs aoti engines, or proves onnx engines. Default: a GPU if any can.",
-)  # fmt: skip
-@click.option(
-    "--attention", type=click.Choice(KERNELS),
-    help="The kernel of self-attention, for aoti engines. Default: the fastest here.",
-)  # fmt: skip
+@dtype_option("bf16 on a GPU and for TensorRT, else fp32")
+@device_option("a GPU if the backend can use one")
+@attention_option("the fastest here")
 @click.option(
     "--attention-operator", type=click.Choice(["native", "mha", "decomposed"]),
     help="How onnx and tensorrt graphs write attention: as ONNX's operator, as ONNX Runtime's own, "
     "or as products and a softmax. Default: mha for onnx on a GPU, else native.",
 )  # fmt: skip
-@click.option("--random-weights", type=SEED, metavar="SEED", help="Seeded weights of a preset.")
-@click.option("--expert-alone", is_flag=True, help="Build one expert of an A14B by itself.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle; default ./MODEL.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="The bundle's folder. Default: ./MODEL.",
+)  # fmt: skip
 @click.option(
     "--proof", type=click.Choice(["ends", "full"]), default="ends", show_default=True,
     help="The blocks that the proof runs: the first and the last, or all.",
@@ -95,7 +102,7 @@ def cli() -> None:
 def build(as_json: bool, **options: Any) -> None:
     """Compile a checkpoint for one resolution and frame count, into a new or an existing bundle.
 
-    Ends with a proof: a fresh process opens the engine and compares it with eager PyTorch.
+    A proof ends it: a fresh process opens the engine and compares it with eager PyTorch.
     """
     with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.backends.backend import TensorRtOptions
@@ -124,9 +131,9 @@ def _report(record: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any
 @engine_options
 @as_json
 def run(bundle: Path, as_json: bool, **options: Any) -> None:
-    """Make a video from a prompt, or from text embeddings; with an image where the model takes one.
+    """Make a video or a latent, from a prompt or from text embeddings.
 
-    A record beside it, X.json or X.safetensors.json, holds what repeats the run.
+    A record beside the output, X.json or X.safetensors.json, holds what repeats the run.
     """
     engine = EngineOptions(**take(options, EngineOptions))
     settings = Settings(**take(options, Settings))
@@ -142,11 +149,11 @@ def _tell(note: str) -> None:
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-m", "--model", help="Checkpoint whose tensors the reference takes.")
+@model_option("The reference takes its tensors. Default: the bundle's weights.")
 @click.option(
     "--reference", type=click.Choice(["graph", "diffusers"]), default="graph", show_default=True,
-    help="Whose eager fp32 forward is right: our graph's, or diffusers' own model's. With "
-    "--outputs, whose precision policy they were computed with.",
+    help="The model whose eager fp32 forward is right: our graph, or diffusers' own. With "
+    "--outputs, it has the precision policy that these were computed with.",
 )  # fmt: skip
 @click.option(
     "--inputs", type=click.Path(path_type=Path), metavar="FILE",
@@ -162,26 +169,32 @@ def _tell(note: str) -> None:
 )  # fmt: skip
 @click.option(
     "--outputs-dtype", type=click.Choice(DTYPES), default="fp32",
-    show_default=True, help="Precision in which --outputs were computed.",
-)  # fmt: skip
-@click.option("--steps", type=COUNT, default=4, show_default=True, help="Length of the loop.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of all inputs.")
-@click.option("--report", type=click.Path(path_type=Path), help="Default: BUNDLE/reports.")
-@click.option(
-    "--save-inputs", type=click.Path(path_type=Path),
-    help="JSON file for polygraphy: what engine and reference were given, call by call.",
+    show_default=True, help="The precision in which the outputs were computed.",
 )  # fmt: skip
 @click.option(
-    "--save-outputs", type=click.Path(path_type=Path),
-    help="JSON file for polygraphy: the velocities of both.",
+    "--steps", type=COUNT, default=4, show_default=True, metavar="NUMBER",
+    help="How many steps the loop has.",
+)  # fmt: skip
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, metavar="NUMBER",
+    help="The seed of all inputs that no file gives.",
+)  # fmt: skip
+@report_option
+@click.option(
+    "--save-inputs", type=click.Path(path_type=Path), metavar="FILE",
+    help="Save what engine and reference are given, as polygraphy's JSON.",
+)  # fmt: skip
+@click.option(
+    "--save-outputs", type=click.Path(path_type=Path), metavar="FILE",
+    help="Save the velocities of both, as polygraphy's JSON.",
 )  # fmt: skip
 @engine_options
 @as_json
 def compare(bundle: Path, as_json: bool, **options: Any) -> None:
-    """Compare an engine with a reference, step by step; exit code 1 when the gate fails.
+    """Compare an engine with a reference, step by step. The exit code is 1 when a step fails.
 
-    error is relative L2, floor the error of eager PyTorch in the engine's precision; drift is that
-    of the latent in a loop of the engine's own.
+    An error is relative L2. The floor is the error of eager PyTorch in the engine's precision. The
+    drift is the error of the latent in a loop of the engine's own.
     """
     with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.compare.compare import compare as run_compare
@@ -199,22 +212,24 @@ def compare(bundle: Path, as_json: bool, **options: Any) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--arms", metavar="NAME,...", callback=parsed(parse_names),
-    help=f"What is measured, of {', '.join(ARMS)}. Default: all that apply, on a CPU without "
-    "compile.",
+    help=f"The arms that are measured, of {', '.join(ARMS)}. Default: all that apply, on a CPU "
+    "without compile.",
 )  # fmt: skip
 @click.option(
     "--rounds", type=click.IntRange(min=LEAST_ROUNDS), default=LEAST_ROUNDS, show_default=True,
-    help="How many forwards of each arm are timed.",
+    metavar="NUMBER", help="How many forwards of each arm are timed.",
 )  # fmt: skip
-@click.option("--profile", is_flag=True, help="Count host waits, and the GPU's busy share.")
-@click.option("--report", type=click.Path(path_type=Path), help="Default: BUNDLE/reports.")
+@click.option(
+    "--profile", is_flag=True, help="Count the host's waits, and measure how busy the GPU is."
+)
+@report_option
 @bench_options
 @as_json
 def bench(bundle: Path, as_json: bool, **options: Any) -> None:
-    """Measure an engine and others on the same inputs and weights; exit code 1 when one failed.
+    """Measure engines and PyTorch on the same inputs. The exit code is 1 when an arm fails.
 
-    Each runs in a fresh process. The floor is the time that the forward's FLOPs take at the rate
-    of this machine's best matrix product.
+    Each arm runs in a fresh process. The floor is the time that the forward's FLOPs take at the
+    rate of this machine's best matrix product.
     """
     with needing_extra("build,cpu", "this command"):
         from wanexport.exporter.bench.bench import bench as run_bench
@@ -235,7 +250,7 @@ def bench(bundle: Path, as_json: bool, **options: Any) -> None:
 )
 @as_json
 def lint(path: Path, parser: str | None, as_json: bool) -> None:
-    """List what a graph must not contain; exit code 1 when there is any.
+    """List what a graph must not contain. The exit code is 1 when there is any.
 
     PATH is a bundle, an .onnx file, or a .pt2 of torch.export.save, which is loaded whole.
     """
@@ -253,7 +268,7 @@ def lint(path: Path, parser: str | None, as_json: bool) -> None:
 @click.option("--verify", is_flag=True, help="Hash every file, the weights too.")
 @as_json
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Say what a bundle holds; exit code 1 when a file is missing or altered."""
+    """Say what a bundle holds. The exit code is 1 when a file is missing or altered."""
     from wanexport.exporter.inspection import inspect as run_inspect
 
     record = run_inspect(bundle, verify=verify)
@@ -267,7 +282,7 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
 @cli.command()
 @as_json
 def doctor(as_json: bool) -> None:
-    """Say what is installed and works here; exit code 1 when no bundle can run."""
+    """Say what is installed and works here. The exit code is 1 when no bundle can run."""
     from wanexport.exporter.doctor import doctor as run_doctor
 
     record = run_doctor()

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -172,90 +173,169 @@ def _adding(*options: Callable[[_Command], _Command]) -> _Added[_Command]:
     return add
 
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-prompt_options = _adding(
-    click.option("--prompt", help="What the video shows."),
-    click.option(
-        "--text", "text_file", type=_FILE,
-        help="In place of --prompt: a safetensors file with text [n, 4096], and where they apply "
-        "negative, noise, first_frame and the engine's other inputs, as `inspect` names them.",
-    ),
-    click.option("--negative", help="What to keep away from. Default: the model's own text."),
-    click.option("--image", type=_FILE, help="First frame, for image-to-video and TI2V."),
-    click.option("--last-image", type=_FILE, help="Last frame, for first-last-frame models."),
-    click.option(
-        "-m", "--model",
-        help="Checkpoint (folder or hub id) with the text encoder and the VAE. Default: the one "
-        "the bundle came from.",
-    ),
-    click.option(
-        "-o", "--output", required=True, type=_FILE, help="X.mp4, or X.safetensors: the latent."
-    ),
-    click.option("--overwrite", is_flag=True, help="Replace OUTPUT and its record."),
-    click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise."),
+def model_option(taken: str) -> Callable[[_Command], _Command]:
+    """-m of a command: taken says what the command takes from the checkpoint, and the default."""
+    return click.option(
+        "-m", "--model", metavar="FOLDER|FILE|ID",
+        help=f"The model's checkpoint: a folder, a file or a hub id. {taken}",
+    )  # fmt: skip
+
+
+resolution_option = partial(
+    click.option, "--resolution", metavar="HEIGHTxWIDTH",
+    help="The engine's height and width, as 480x832, or 832*480 as Wan writes it.",
 )  # fmt: skip
-sampling_options = _adding(
-    click.option("--steps", type=COUNT, help="Default: the model's own."),
-    click.option("--shift", type=float, help="Default: the model's own."),
-    click.option(
-        "--guidance", callback=parsed(parse_guidance),
-        help="A number, or LOW,HIGH noise; 1 is none. Default: the model's.",
-    ),
-    click.option("--solver", type=click.Choice(list(SOLVERS)), help="Default: unipc."),
-    click.option(
-        "--timesteps", callback=parsed(parse_numbers),
-        help="A distilled model's timesteps, as 1000,750,500,250.",
-    ),
+frames_option = partial(
+    click.option, "--frames", type=int, metavar="NUMBER",
+    help="The engine's number of frames: 4k+1.",
 )  # fmt: skip
-_MEASURED = (  # the fields of EngineOptions that say something of one expert of any backend
-    click.option("--resolution", help="Height x width of the engine, as 480x832."),
-    click.option("--frames", type=int, help="Pixel frames of the engine."),
-    click.option("--dtype", type=click.Choice(DTYPES), help="Engine precision."),
-    click.option("--device", type=DEVICE, help="That runs the engine."),
-    click.option(
-        "--weights", metavar="NAME|FOLDER|FILE",
-        help="A weights set of the bundle, or other weights of the same layout. Default: base.",
-    ),
-    click.option(
-        "--attention", type=click.Choice(KERNELS), help="Self-attention in an aoti engine."
-    ),
-    click.option(
-        "--cuda-graph/--no-cuda-graph", default=None,
-        help="Replay a captured graph. Default: where launching takes as long as running.",
-    ),
-    click.option(
-        "--provider", type=click.Choice(list(PROVIDERS)),
-        help="Of ONNX Runtime, for an ONNX engine. Default: cuda on a GPU, else cpu.",
-    ),
-    click.option(
-        "--provider-option", "provider_options", multiple=True, metavar="KEY=VALUE",
-        callback=parsed(parse_pairs), help="An option of that provider; may be repeated.",
-    ),
+
+
+def dtype_option(default: str) -> Callable[[_Command], _Command]:
+    """--dtype, with what is its default in words."""
+    said = f"The precision of matrix products and attention. Default: {default}."
+    return click.option("--dtype", type=click.Choice(DTYPES), help=said)
+
+
+def device_option(default: str) -> Callable[[_Command], _Command]:
+    """--device, with what is its default in words."""
+    said = f"The device that runs the engine. Default: {default}."
+    return click.option("--device", type=DEVICE, help=said)
+
+
+def attention_option(default: str) -> Callable[[_Command], _Command]:
+    """--attention, with what is its default in words."""
+    said = f"The kernel of self-attention, for aoti engines. Default: {default}."
+    return click.option("--attention", type=click.Choice(KERNELS), help=said)
+
+
+report_option = click.option(
+    "--report", type=_FILE, metavar="FOLDER",
+    help="Where figures are saved. Default: BUNDLE/reports.",
 )  # fmt: skip
-bench_options = _adding(*_MEASURED)
-engine_options = _adding(  # the fields of EngineOptions
-    click.option("--backend", type=click.Choice(BACKENDS), help="Engine backend."),
-    *_MEASURED,
-    click.option("--offload", is_flag=True, help="Keep one of two experts on the GPU, swap them."),
-)
 tensorrt_options = _adding(  # the fields of TensorRtOptions
     click.option(
         "--target", "targets", metavar="SM,...", callback=parsed(parse_names),
-        help="Architectures for tensorrt-rtx, as sm89,sm120.",
+        help="The GPU architectures that tensorrt-rtx builds plans for, as sm89,sm120. "
+        "Default: that of the GPU here.",
     ),
     click.option(
-        "--optimization-level", type=click.IntRange(0, 5), help="TensorRT's effort. Default: 3."
+        "--optimization-level", type=click.IntRange(0, 5), metavar="NUMBER",
+        help="How long TensorRT searches for fast kernels. Default: 3.",
     ),
     click.option(
         "--workspace", metavar="SIZE", callback=parsed(parse_size),
-        help="Limit of TensorRT's memory, as 8GiB.",
+        help="The limit of TensorRT's workspace, as 8GiB.",
     ),
-    click.option("--hardware-compatible", is_flag=True, help="Plan for Ampere and newer, slower."),
     click.option(
-        "--version-compatible", is_flag=True, help="Plan for later TensorRT versions too."
+        "--hardware-compatible", is_flag=True,
+        help="Make a slower plan that runs on every GPU from Ampere on.",
     ),
-    click.option("--bake-weights", is_flag=True, help="Weights inside a TensorRT engine."),
     click.option(
-        "--allow-unfused", is_flag=True, help="Keep a TensorRT engine without fused attention."
+        "--version-compatible", is_flag=True,
+        help="Make a plan that later versions of TensorRT run too.",
+    ),
+    click.option("--bake-weights", is_flag=True, help="Put the weights into the plan."),
+    click.option(
+        "--allow-unfused", is_flag=True, help="Keep a plan whose attention is not fused."
     ),
 )  # fmt: skip
+prompt_options = _adding(
+    click.option("--prompt", help="What the video shows."),
+    click.option(
+        "--text", "text_file", type=_FILE, metavar="FILE",
+        help="Embeddings in place of --prompt: a safetensors file with text [n, 4096], and of "
+        "negative, noise, first_frame and the engine's other inputs what applies. `inspect` names "
+        "the inputs.",
+    ),
+    click.option(
+        "--negative", help="What the video keeps away from. Default: the model's own text."
+    ),
+    click.option(
+        "--image", type=_FILE, metavar="FILE",
+        help="The first frame, for image-to-video and TI2V.",
+    ),
+    click.option(
+        "--last-image", type=_FILE, metavar="FILE",
+        help="The last frame, for first-last-frame models.",
+    ),
+    model_option(
+        "The run takes its text encoder, VAE and image encoder. Default: the one that the bundle "
+        "came from."
+    ),
+    click.option(
+        "-o", "--output", required=True, type=_FILE, metavar="FILE",
+        help="The file to write: X.mp4 is the video, X.safetensors the latent.",
+    ),
+    click.option(
+        "--overwrite", is_flag=True, help="Replace the output and its record if they are there."
+    ),
+    click.option(
+        "--seed", type=SEED, default=0, show_default=True, metavar="NUMBER",
+        help="The seed of the noise.",
+    ),
+)  # fmt: skip
+sampling_options = _adding(  # the fields of Settings
+    click.option(
+        "--steps", type=COUNT, metavar="NUMBER",
+        help="How many steps the loop has. Default: the model's own.",
+    ),
+    click.option(
+        "--shift", type=float, metavar="NUMBER",
+        help="How far the timesteps move towards pure noise; 1 leaves them evenly spaced. "
+        "Default: the model's own.",
+    ),
+    click.option(
+        "--guidance", metavar="NUMBER[,NUMBER]", callback=parsed(parse_guidance),
+        help="How far the text drives the video: one number, or one for low and one for high "
+        "noise; 1 is no guidance. Default: the model's own, with --timesteps 1.",
+    ),
+    click.option(
+        "--solver", type=click.Choice(list(SOLVERS)),
+        help="The method that makes the next latent from a velocity. Default: unipc, with "
+        "--timesteps euler.",
+    ),
+    click.option(
+        "--timesteps", metavar="NUMBER,...", callback=parsed(parse_numbers),
+        help="The timesteps of a distilled model, as 1000,750,500,250, in place of --steps and "
+        "--shift.",
+    ),
+)  # fmt: skip
+_BEST = "what runs best here"
+_ENGINE = {  # the fields of EngineOptions
+    "backend": click.option(
+        "--backend", type=click.Choice(BACKENDS), help=f"The engine's backend. Default: {_BEST}."
+    ),
+    "resolution": resolution_option(),
+    "frames": frames_option(),
+    "dtype": dtype_option(_BEST),
+    "device": device_option(_BEST),
+    "weights": click.option(
+        "--weights", metavar="NAME|FOLDER|FILE",
+        help="The weights that the engine reads: a set of the bundle, or others of the same "
+        "layout. Default: base.",
+    ),
+    "attention": attention_option("the one that the build chose"),
+    "offload": click.option(
+        "--offload", is_flag=True,
+        help="Keep one of two experts on the GPU, and replace it at the switch.",
+    ),
+    "cuda_graph": click.option(
+        "--cuda-graph/--no-cuda-graph", default=None,
+        help="Replay a captured CUDA graph, or launch each kernel. Default: a graph where "
+        "launching takes as long as running.",
+    ),
+    "provider": click.option(
+        "--provider", type=click.Choice(list(PROVIDERS)),
+        help="ONNX Runtime's execution provider. Default: cuda on a GPU, else cpu.",
+    ),
+    "provider_options": click.option(
+        "--provider-option", "provider_options", multiple=True, metavar="KEY=VALUE",
+        callback=parsed(parse_pairs),
+        help="An option of the execution provider. It may be repeated.",
+    ),
+}  # fmt: skip
+engine_options = _adding(*_ENGINE.values())
+# bench names backends as arms, and measures one expert.
+bench_options = _adding(*(o for name, o in _ENGINE.items() if name not in ("backend", "offload")))
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

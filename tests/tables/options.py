@@ -59,7 +59,9 @@ def _value(option: click.Option, context: click.Context) -> str:
     if isinstance(kind, click.IntRange | click.FloatRange):
         name = option.metavar or ("NUMBER" if isinstance(kind, click.FloatRange) else "INTEGER")
         return ", ".join(filter(None, [f"`{name}`", _bounds(kind)]))
-    shown = option.make_metavar(context).strip("[]")
+    shown = option.make_metavar(context)
+    if shown.startswith("["):  # as click writes a choice
+        shown = shown[1:-1]
     return ", ".join(f"`{choice}`" for choice in shown.split("|"))
 
 

@@ -69,9 +69,9 @@ def _store(graph: ir.Graph, value: ir.Value, low: ir.DataType) -> None:
     uses = list(value.uses())
     users = {use.node for use in uses}
     first = next(node for node in graph if node in users)
-    activation = first.inputs[0]
+    activation = _activation(first, value)
     nodes, source = [], value
-    if activation is not None and activation is not value:
+    if activation is not None:
         shape = ir.node("Constant", [], attributes={"value_ints": value.shape.numpy()})
         zero = ir.node("Constant", [], attributes={"value_ints": [0]})
         length = ir.node("Shape", [activation], attributes={"start": 0, "end": 1})
@@ -85,3 +85,13 @@ def _store(graph: ir.Graph, value: ir.Value, low: ir.DataType) -> None:
     for use in uses:
         use.node.replace_input_with(use.idx, cast.outputs[0])
     graph.insert_before(first, [*nodes, cast])
+
+
+def _activation(node: ir.Node, parameter: ir.Value) -> ir.Value | None:
+    """What a node multiplies a parameter with; None where that has no length or is not computed."""
+    value = node.inputs[0]
+    if value is None or value is parameter:
+        return None
+    maker = value.producer()
+    has_length = value.shape is None or len(value.shape)
+    return value if has_length and (maker is None or maker.op_type != "Constant") else None

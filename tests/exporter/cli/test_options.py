@@ -1,5 +1,6 @@
 """What a user types into an option, or a script leaves empty: refused by the option's name."""
 
+import re
 from dataclasses import fields
 
 import click
@@ -89,6 +90,47 @@ def test_a_number_out_of_its_range_is_refused_by_name(words: str, said: str) -> 
 def test_every_option_of_load_is_one_of_the_commands(command: str, lacks: set[str]) -> None:
     named = {parameter.name for parameter in cli.commands[command].params}
     assert {field.name for field in fields(EngineOptions)} - named == lacks
+
+
+def words_of(command: str, option: str) -> str:
+    """What the help of a command says of an option, without its default and -m's own sentence."""
+    options = [p for p in cli.commands[command].params if isinstance(p, click.Option)]
+    (said,) = (p.help or "" for p in options if option in p.opts)
+    said = said.partition(" Default: ")[0]
+    return said.partition(". ")[0] if option == "--model" else said
+
+
+@pytest.mark.parametrize(
+    ("option", "commands"),
+    [
+        *((f"--{name}", "build run compare bench") for name in ("resolution", "frames", "dtype")),
+        ("--device", "build run compare bench"),
+        ("--attention", "build run compare bench"),
+        ("--weights", "run compare bench"),
+        ("--model", "build run compare"),
+        ("--report", "compare bench"),
+        ("--steps", "run compare"),
+        ("--json", "build run compare bench lint inspect doctor"),
+    ],
+)
+def test_an_option_means_the_same_in_every_command(option: str, commands: str) -> None:
+    said = {words_of(command, option) for command in commands.split()}
+    assert len(said) == 1 and said != {""}
+
+
+def test_every_option_is_explained_in_sentences() -> None:
+    for name, command in cli.commands.items():
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert re.fullmatch(r"[A-Z].*\.", option.help or ""), (name, option.name)
+
+
+def test_checkpoints_are_named_alike_and_what_is_taken_is_said() -> None:
+    said = "The model's checkpoint: a folder, a file or a hub id. "
+    for name, taken in (("build", "weights"), ("run", "VAE"), ("compare", "tensors")):
+        (option,) = (p for p in cli.commands[name].params if p.name == "model")
+        assert isinstance(option, click.Option) and option.help
+        assert option.help.startswith(said) and taken in option.help.removeprefix(said)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0", "cuda:11"])
