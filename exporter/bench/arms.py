@@ -40,18 +40,18 @@ ARMS = {
         Arm("compile", peer="diffusers", attention="cudnn", compiles="default"),
     )
 }
+MACHINE = Arm("machine")  # whose matrix products are measured in the place of an arm
 
 
 @dataclass(frozen=True)
 class Job:
     """What the fresh process is told; all paths are absolute.
 
-    Without an arm it measures the machine. `options` are the keywords of EngineOptions, device,
-    dtype and shape among them. `weights` is the file that peers read. `spawned` is the wall clock
-    when the process was started.
+    `options` are the keywords of EngineOptions, device, dtype and shape among them. `weights` is
+    the file that peers read. `spawned` is the wall clock when the process was started.
     """
 
-    arm: Arm | None
+    arm: Arm
     bundle: str
     options: dict[str, Any]
     geometry: dict[str, int]
@@ -61,12 +61,6 @@ class Job:
     rounds: int
     profile: bool
     spawned: float
-
-    @property
-    def measured(self) -> Arm:
-        """The arm of a job that has one."""
-        assert self.arm is not None
-        return self.arm
 
     @property
     def engine(self) -> EngineOptions:

@@ -23,7 +23,7 @@ Forward = Callable[[Inputs], Any]
 
 def import_libraries(job: Job) -> None:
     """Import what `open_arm` would, so that the time of one is told from that of the other."""
-    arm = job.measured
+    arm = job.arm
     if job.on_gpu:  # whose memory is PyTorch's, in every arm
         import torch  # noqa: F401
     if arm.backend is not None:
@@ -42,7 +42,7 @@ def open_arm(job: Job) -> Forward:
 
     Raises WanExportError when its engine cannot be opened.
     """
-    arm, bundle = job.measured, Path(job.bundle)
+    arm, bundle = job.arm, Path(job.bundle)
     manifest = with_measured_expert(read_manifest(bundle))
     if arm.backend is None:
         return _with_kernel(job, _open_peer(job, manifest))
@@ -59,7 +59,7 @@ def read_inputs(job: Job) -> dict[str, Any]:
         return arrays
     import torch
 
-    host = set() if job.measured.backend is None else {"timestep"}
+    host = set() if job.arm.backend is None else {"timestep"}
     return {n: a if n in host else torch.from_numpy(a).to(job.device) for n, a in arrays.items()}
 
 
@@ -68,7 +68,7 @@ def _open_peer(job: Job, manifest: Manifest) -> Forward:
     from wanexport.graphs.weights import bundle_tensors
     from wanexport.runtime.bundle.signature import parameter_shapes
 
-    arm, config = job.measured, manifest.config
+    arm, config = job.arm, manifest.config
     names = {name: name for name in parameter_shapes(config)}
     tensors = bundle_tensors(Path(job.weights), names)
     model = (config, Geometry(**job.geometry), job.dtype, tensors)
@@ -87,7 +87,7 @@ def _open_peer(job: Job, manifest: Manifest) -> Forward:
 
 def _with_kernel(job: Job, forward: Forward) -> Forward:
     """The forward with the peer's attention kernel, which must be chosen at every call."""
-    kernel = peer_kernel(job.measured, job.engine)
+    kernel = peer_kernel(job.arm, job.engine)
     if kernel is None:
         return forward
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wanexport.exporter.bench.arms import Arm, Job
+from wanexport.exporter.bench.arms import MACHINE, Arm, Job
 from wanexport.exporter.bench.opening import import_libraries, open_arm, read_inputs
 from wanexport.exporter.child.child import main
 from wanexport.runtime.arrays import to_numpy
@@ -48,10 +48,11 @@ class Span(NamedTuple):
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Do the job: measure an arm, or without one the machine."""
-    arm = job["arm"]
-    stated = Job(**{**job, "arm": arm and Arm(**arm)})
-    return measure_arm(stated) if arm else measure_machine(stated.device, stated.dtype)
+    """Do the job: measure the machine, or an arm."""
+    stated = Job(**{**job, "arm": Arm(**job["arm"])})
+    if stated.arm == MACHINE:
+        return measure_machine(stated.device, stated.dtype)
+    return measure_arm(stated)
 
 
 def measure_arm(job: Job) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def peak_bytes(job: Job, before: int) -> int:
     """
     if not job.on_gpu:
         return peak_rss()
-    backend = job.measured.backend
+    backend = job.arm.backend
     if backend is not None and ENGINES[backend].own_memory:
         return _device_bytes() - before
     return peak_gpu_bytes()

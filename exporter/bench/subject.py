@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from wanexport.exporter.bench.arms import ARMS, Arm, Job, options_of, options_taken
+from wanexport.exporter.bench.arms import (
+    ARMS,
+    MACHINE,
+    Arm,
+    Job,
+    options_of,
+    options_taken,
+)
 from wanexport.exporter.bench.expert import with_measured_expert
 from wanexport.runtime.bundle.check import check_size
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
@@ -114,7 +121,7 @@ def _obstacle(arm: Arm, subject: Subject) -> str:
 def first_job(subject: Subject, folder: Path, rounds: int, profile: bool) -> Job:
     """What every process is told but for its arm: here it is to measure the machine."""
     return Job(
-        arm=None,
+        arm=MACHINE,
         bundle=str(subject.bundle),
         options=asdict(subject.options),
         geometry=asdict(subject.record.geometry),

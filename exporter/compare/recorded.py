@@ -71,9 +71,8 @@ def read_calls(path: Path, inputs: Mapping[str, Input]) -> list[dict[str, np.nda
     arrays = load_arrays(path)
     if _LATENT not in arrays:
         raise BadRequest(
-            f"{path} holds {', '.join(arrays) or 'nothing'}: expected recorded calls, with latent "
-            f"and {', '.join(name for name in inputs if name != _LATENT)}; the inputs of a loop go "
-            f"to --inputs"
+            f"{path} holds {', '.join(arrays) or 'nothing'}: expected recorded calls, with "
+            f"{', '.join(inputs)}; the inputs of a loop go to --inputs"
         )
     for name in inputs.keys() & arrays.keys():
         if inputs[name].draw == "rows":

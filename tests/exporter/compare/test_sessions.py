@@ -87,6 +87,18 @@ def test_an_engine_whose_sessions_meet_fails() -> None:
     assert not any(row["passed"] for row in rows(Summing(shared=True)))
 
 
+def test_an_engine_that_is_lost_on_its_own_fails() -> None:
+    class Lost(Summing):
+        def session(self, **constant: Any) -> Velocity:
+            call = super().session(**constant)
+            is_own = self.opened > 2  # after those with the reference's latents
+            return lambda **given: np.nan * call(**given) if is_own else call(**given)
+
+    compared = rows(Lost())
+    assert [row["error"] for row in compared] == [0, 0, 0]
+    assert not any(row["passed"] for row in compared)
+
+
 def test_calls_are_repeated_with_all_that_they_were_given() -> None:
     recorder = Recorder(Summing(), keep=True)  # type: ignore[arg-type]
     text, x = np.ones(2), np.full(1, 3.0)
