@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from wanexport.exporter.backends.onnx.lower import lower, serialize
+from wanexport.exporter.backends.onnx.assemble import assemble
+from wanexport.exporter.backends.onnx.lower import for_onnx_runtime, lower, serialize
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
 from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
@@ -29,6 +30,7 @@ from wanexport.runtime.engines.device import to_device
 from wanexport.runtime.engines.device_weights import device_weights
 from wanexport.runtime.engines.onnx_gpu import OnnxGpuSession
 from wanexport.runtime.engines.onnx_providers import Provider
+from wanexport.runtime.family import family_of
 
 ROUNDS, TIMEOUT = 5, 60
 VARIANTS = {  # attention of the graph, and ONNX Runtime's switches
@@ -56,10 +58,9 @@ def write_graphs(bundle: Path, folder: Path) -> dict[str, Path]:
     layout = weights_layout(config, "bf16")[1]
     paths = {attention: folder / f"{attention}.onnx" for attention in ("native", "mha")}
     for attention, path in paths.items():
-        graph, _ = lower(
-            config, engine.geometry, "bf16", layout, attention=attention, wide_bias=True
-        )
-        path.write_bytes(serialize(graph))
+        how = for_onnx_runtime("bf16", attention)
+        lowered = lower(family_of(config).graph, config, engine.geometry, how)
+        path.write_bytes(serialize(assemble(lowered, layout)))
     return paths
 
 

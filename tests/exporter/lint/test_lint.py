@@ -9,9 +9,9 @@ from torch.export import ExportedProgram
 
 from tests.graphs.test_rope import complex_original, strided
 from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
-from wanexport.exporter.backends.onnx.trace import trace
 from wanexport.exporter.lint.program import KINDS, attention_operators, count, lint_program
 from wanexport.graphs.graph import empty_graph
+from wanexport.graphs.regions import trace_calls
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.family import family_of
 
@@ -89,14 +89,19 @@ FAULTS = [
 def test_our_graphs_are_clean(preset: str, dtype: torch.dtype) -> None:
     config = small_config(preset)
     graph = empty_graph(family_of(config).graph, config, small_geometry(config), dtype)
-    program, expected = trace(graph), attention_count(graph.program)
-    assert lint_program(program, expected) == []
-    (fewer,) = lint_program(program, expected + 1)
-    assert fewer.kind == "unfused_attention"
-    calls = [node for node in program.graph.nodes if "wanexport" in str(node.target)]
-    assert len(calls) == expected == attention_operators(program)
-    assert expected == config.num_layers * (3 if config.image_tokens else 2)
-    assert not [node for node in program.graph.nodes if "scaled_dot_product" in str(node.target)]
+    found = 0
+    for call in graph.program.calls:
+        program = trace_calls(graph, "cpu", [call.name])[call.name]
+        operators = [str(node.target) for node in program.graph.nodes]
+        own = sum("wanexport" in name for name in operators)
+        assert attention_operators(program) == own
+        assert lint_program(program, own) == []
+        (fewer,) = lint_program(program, own + 1)
+        assert fewer.kind == "unfused_attention"
+        assert not [name for name in operators if "scaled_dot_product" in name]
+        found += call.repeat * own
+    assert found == attention_count(graph.program)
+    assert found == config.num_layers * (3 if config.image_tokens else 2)
 
 
 @pytest.mark.parametrize(("kind", "function", "args"), FAULTS)

@@ -13,13 +13,15 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
-from wanexport.exporter.backends.onnx.lower import lower, serialize
+from wanexport.exporter.backends.onnx.assemble import assemble
+from wanexport.exporter.backends.onnx.lower import for_tensorrt, lower, serialize
 from wanexport.exporter.cli.main import cli
 from wanexport.exporter.lint.onnx import lint
 from wanexport.exporter.lint.tensorrt import _is_constant, lint_tensorrt
 from wanexport.runtime.bundle.signature import weights_layout
 from wanexport.runtime.engines.tensorrt_library import import_tensorrt, message_log
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.family import family_of
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 HEADS = [1, 2, 8, 64]
@@ -121,8 +123,9 @@ def test_lint_and_parser_take_every_variant_decomposed(preset: str) -> None:
     config = small_config(preset, num_layers=1)
     _, layout = weights_layout(config, "bf16")
     geometry = small_geometry(config)
-    graph, _ = lower(config, geometry, "bf16", layout, attention="decomposed", as_inputs=True)
-    content = serialize(graph)
+    how = for_tensorrt("bf16", "decomposed")
+    lowered = lower(family_of(config).graph, config, geometry, how)
+    content = serialize(assemble(lowered, layout, as_inputs=True))
     assert lint_tensorrt(onnx.load_from_string(content)) == []
     assert parser_takes(content)
 
