@@ -55,20 +55,25 @@ def sources(roots: Iterable[str]) -> dict[str, Path]:
     """The modules that these reach by import in their own packages, with their files."""
     found: dict[str, Path] = {}
     waiting = list(roots)
-    packages = tuple(f"{root.partition('.')[0]}." for root in waiting)
+    packages = {_package(root) for root in waiting}
     while waiting:
         name = waiting.pop()
         path = _file(name)
         if name in found or path is None or any(fnmatch(name, u) for u in _UNDECIDING):
             continue
         found[name] = path
-        waiting += [other for other in _imported(name, path) if other.startswith(packages)]
+        waiting += [other for other in _imported(name, path) if _package(other) in packages]
     return found
+
+
+def _package(module: str) -> str:
+    """The outermost package of a module."""
+    return module.partition(".")[0]
 
 
 @cache
 def _file(module: str) -> Path | None:
-    """The file of a module, which is not imported; None where the name is of something in one."""
+    """The file of a module, which is not run; None where the name is of something in one."""
     parent = _file(module.rpartition(".")[0]) if "." in module else None
     if parent is not None and parent.name != _OF_PACKAGE:
         return None

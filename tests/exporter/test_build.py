@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir
 import pytest
 import torch
+from onnxscript import opset23 as op
 from safetensors.torch import load_file, save_file
 
 from tests.oracles.wan_reference import (
@@ -30,7 +30,6 @@ from wanexport.exporter.backends.onnx import lower as to_onnx
 from wanexport.exporter.backends.order import BuildOptions, attention_for, make_order
 from wanexport.exporter.backends.table import BACKENDS, default_backend
 from wanexport.exporter.build import build
-from wanexport.exporter.key import engine_key
 from wanexport.exporter.reference.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
@@ -273,26 +272,6 @@ def request_of(**changes: Any) -> Request:
     return replace(request, **changes)
 
 
-def test_a_key_has_all_that_decides_bytes_and_nothing_else() -> None:
-    request = request_of()
-    same = [
-        replace(request, sampling=replace(request.sampling, boundary=0.5, steps=3)),
-        replace(request, device="cuda:1"),
-        replace(request, target={"device": "cpu", "onnxruntime": "2"}),
-    ]
-    assert {engine_key(request)} == {engine_key(other) for other in same}
-    others = [
-        replace(request, attention="mha"),
-        replace(request, dtype="bf16"),
-        replace(request, config=replace(request.config, num_layers=3)),
-        replace(request, config=replace(request.config, family="t2v")),
-        replace(request, geometry=replace(request.geometry, frames=5)),
-        replace(request, baked={"": "0" * 64}),
-    ]
-    keys = {engine_key(other) for other in others}
-    assert len(keys) == len(others) and engine_key(request) not in keys
-
-
 @pytest.mark.parametrize(("device", "attention"), [("cpu", "native"), ("cuda:1", "mha")])
 def test_an_onnx_request_leaves_no_operator_to_choose(device: str, attention: str) -> None:
     assert onnx_backend.resolve(request_of(device=device, attention=None)).attention == attention
@@ -310,16 +289,12 @@ def test_a_full_proof_runs_every_block(tmp_path: Path) -> None:
 
 
 def test_a_failed_proof_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    translate = to_onnx._translate
+    right = to_onnx._ATTENTION["native"]
 
-    def unscaled(*given: Any) -> Any:
-        model = translate(*given)
-        for node in model.graph:
-            if node.op_type == "Attention":
-                node.attributes.add(onnx_ir.AttrFloat32("scale", 0.1))
-        return model
+    def unscaled(q: Any, k: Any, v: Any, kind: str) -> Any:
+        return right(op.Mul(q, op.CastLike(op.Constant(value_float=0.1), q)), k, v, kind)
 
-    monkeypatch.setattr(to_onnx, "_translate", unscaled)
+    monkeypatch.setitem(to_onnx._ATTENTION, "native", unscaled)
     with pytest.raises(WanExportError, match="failed its proof: relative L2 error"):
         build("tiny", random_weights=0, resolution="32x32", frames=1, output=tmp_path / "b")
     left = [path.name for path in (tmp_path / "b").rglob("*") if path.is_file()]

@@ -105,11 +105,67 @@ def test_what_is_ordered_decides(backend: str) -> None:
         replace(request, dtype="fp16"),
         replace(request, geometry=replace(request.geometry, frames=13)),
         replace(request, config=replace(request.config, num_layers=3)),
+        replace(request, config=replace(request.config, family="t2v-a14b")),
         replace(request, attention="decomposed"),
         replace(request, baked={"": "0" * 64}),
     ]
     keys = {engine_key(other) for other in others}
     assert len(keys) == len(others) and engine_key(request) not in keys
+
+
+def test_the_version_that_an_onnx_engine_is_proven_with_decides_nothing() -> None:
+    request = request_of("onnx")
+    others = [{"device": "cpu", "onnxruntime": number} for number in ("1", "2")]
+    keys = {engine_key(replace(request, target=target)) for target in others}
+    assert keys == {engine_key(request)}
+
+
+def test_what_a_plan_is_bound_to_decides() -> None:
+    request = request_of("tensorrt-rtx")
+    changes = [{"arch": "sm120"}, {"tensorrt-rtx": "1.8"}, {"device": "cuda", "driver": "580"}]
+    keys = [engine_key(replace(request, target={**request.target, **c})) for c in changes]
+    assert len({*keys, engine_key(request)}) == 3 and keys[2] == engine_key(request)
+
+
+def test_a_graph_elsewhere_is_read_with_what_it_imports() -> None:
+    module = camera.FAMILY.graph.partition(":")[0]
+    found = sources((*BACKENDS["onnx"].SOURCES, module))
+    assert found[module] == Path(camera.__file__)
+    assert {GRAPH, "wanexport.graphs.graph"} <= set(found)
+
+
+RELATIVE = """
+import os
+def late():
+    from .layers import deep
+    from . import tables
+    from wanexport.graphs import rope
+"""
+
+
+def test_imports_are_found_in_every_form_and_no_module_is_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "a_family"
+    (package / "layers").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "graph.py").write_text(RELATIVE + "raise RuntimeError('it was imported')")
+    (package / "layers" / "__init__.py").write_text("from ..sizes import SIZE, OTHER")
+    (package / "sizes.py").write_text("SIZE = OTHER = 1")  # to find what is in a package runs it
+    for name in ("layers/deep", "tables", "unread"):
+        (package / f"{name}.py").write_text("raise RuntimeError('it was imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    key._file.cache_clear()
+    found = sources(["a_family.graph", "wanexport.graphs.signature"])
+    own = {name for name in found if name.startswith("a_family")}
+    parts = ("", ".graph", ".layers", ".layers.deep", ".tables", ".sizes")
+    assert own == {f"a_family{name}" for name in parts}
+    assert "wanexport.graphs.rope" in found
+
+
+def test_the_name_of_the_weights_file_is_read() -> None:
+    for backend in ("onnx", "tensorrt-rtx"):
+        assert "wanexport.runtime.bundle.path" in sources(ROOTS[backend])
 
 
 def test_a_compilers_version_and_inductors_settings_decide(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,12 +49,11 @@ def make_bundle(folder: Path) -> Path:
 
 
 def alter_graph(bundle: Path, change: Callable[[onnx.ModelProto], None], dtype: str) -> None:
-    """Alter an engine and make the manifest agree, as a faulty build would."""
+    """Alter an engine, without functions, and make the manifest agree, as a faulty build would."""
     manifest = read_manifest(bundle)
     engine = next(e for e in manifest.engines if e.dtype == dtype)
     path = bundle / engine.files["denoiser"].path
-    model = onnx.load(path, load_external_data=False)
-    model = onnx.inliner.inline_local_functions(model)
+    model = onnx.inliner.inline_local_functions(onnx.load(path, load_external_data=False))
     change(model)
     path.write_bytes(model.SerializeToString())
     altered = replace(engine, files={"denoiser": file_record(bundle, path)})
@@ -86,9 +85,10 @@ def scale_largest(array: np.ndarray) -> None:
 
 
 def drop_row_rope(model: onnx.ModelProto) -> None:
-    """No rotation along rows: cos of the table of 4 rows becomes 1, and sin 0."""
-    constants = [node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"]
-    (tensor,) = (t for t in constants if sorted(t.dims)[-3:] == [2, 4, 21])
+    """No rotation along the 4 rows: cos of their 21 pairs becomes 1 and sin 0."""
+    constants = [node for node in model.graph.node if node.op_type == "Constant"]
+    tensors = [node.attribute[0].t for node in constants]
+    (tensor,) = (t for t in tensors if list(t.dims) == [2, 4, 21])
     table = numpy_helper.to_array(tensor).copy()
     table[0], table[1] = 1, 0
     tensor.CopyFrom(numpy_helper.from_array(table, tensor.name))

@@ -58,9 +58,8 @@ def write_graphs(bundle: Path, folder: Path) -> dict[str, Path]:
     layout = weights_layout(config, "bf16")[1]
     paths = {attention: folder / f"{attention}.onnx" for attention in ("native", "mha")}
     for attention, path in paths.items():
-        lowered = lower(
-            family_of(config).graph, config, engine.geometry, for_onnx_runtime("bf16", attention)
-        )
+        how = for_onnx_runtime("bf16", attention)
+        lowered = lower(family_of(config).graph, config, engine.geometry, how)
         path.write_bytes(serialize(assemble(lowered, layout)))
     return paths
 

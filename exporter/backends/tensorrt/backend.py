@@ -303,7 +303,7 @@ def _check_fusion_can_be_known(request: Request, options: TensorRtOptions, is_he
     if request.attention == "decomposed" and not is_here and not options.allow_unfused:
         raise BadRequest(
             f"whether TensorRT fuses decomposed attention shows only on a GPU, and there is no "
-            f"{request.target['arch']} here: use --attention native, or --allow-unfused"
+            f"{request.target['arch']} here: use --attention-operator native, or --allow-unfused"
         )
 
 
@@ -320,5 +320,5 @@ def _check_fusion(request: Request, options: TensorRtOptions, report: dict[str, 
         f"every score in GPU memory"
     )
     if not options.allow_unfused:
-        raise BadRequest(f"{message}: use --attention native, or --allow-unfused")
+        raise BadRequest(f"{message}: use --attention-operator native, or --allow-unfused")
     warnings.warn(message, WanExportWarning, stacklevel=2)

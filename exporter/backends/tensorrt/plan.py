@@ -198,7 +198,7 @@ def _build_failure(trt: Any, job: PlanJob, log: Any, config: Any) -> WanExportEr
     if "not supported by a dedicated kernel" in errors:
         return WanExportError(
             f"attention is not fused: {title} has no kernel for it in {job.dtype} at this size; "
-            f"use --dtype bf16, or --attention decomposed with --allow-unfused"
+            f"use --dtype bf16, or --attention-operator decomposed with --allow-unfused"
         )
     if "OutOfMemory" in errors or "workspace limit" in errors:
         limit = config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)

@@ -59,8 +59,8 @@ def table(rows: int, dtype: type = np.float32) -> np.ndarray:
 def model_of(text: str, rows: np.ndarray | None = None) -> onnx.ModelProto:
     """The graph of the text with a table, and a value's type stated in each function."""
     model = onnx.parser.parse_model(text)
-    for node in model.functions[0].node if rows is not None else ():
-        if node.op_type == "Constant":
+    for node in model.functions[0].node:
+        if rows is not None and node.op_type == "Constant":
             node.attribute[0].t.CopyFrom(numpy_helper.from_array(rows))
     for function in model.functions:
         for name in (*function.input, function.node[-1].output[0]):

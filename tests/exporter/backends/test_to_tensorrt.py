@@ -28,7 +28,7 @@ from tests.oracles.wan_reference import (
 )
 from wanexport.exporter.backends.backend import Request, TensorRtOptions
 from wanexport.exporter.backends.onnx.assemble import assemble
-from wanexport.exporter.backends.onnx.lower import Lowering, for_tensorrt, lower, serialize
+from wanexport.exporter.backends.onnx.lower import for_onnx_runtime, for_tensorrt, lower, serialize
 from wanexport.exporter.backends.onnx.passes import separate_queries
 from wanexport.exporter.backends.onnx.prove import prove_lowering
 from wanexport.exporter.backends.tensorrt import backend as tensorrt_backend
@@ -151,7 +151,7 @@ def test_separate_queries_change_no_velocity() -> None:
     config = small_config("flf2v-14b")
     _, layout = weights_layout(config, "fp32")
     geometry = small_geometry(config)
-    lowered = lower(family_of(config).graph, config, geometry, Lowering("fp32"))
+    lowered = lower(family_of(config).graph, config, geometry, for_onnx_runtime("fp32", "native"))
     rng = np.random.default_rng(0)
     shapes = shapes_of(config, geometry)
     inputs = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
@@ -162,11 +162,11 @@ def test_separate_queries_change_no_velocity() -> None:
         return session.run(None, inputs)[0]
 
     before = velocity()
-    assert separate_queries(lowered.calls["block"]) == 1  # that to the image
+    assert separate_queries(lowered.calls["block"]) == 1  # which every layer calls
     np.testing.assert_allclose(velocity(), before, atol=1e-5 * np.abs(before).max())
     config = small_config("t2v-1.3b")
-    other = lower(family_of(config).graph, config, geometry, Lowering("fp32"))
-    assert separate_queries(other.calls["block"]) == 0
+    other = lower(family_of(config).graph, config, geometry, for_onnx_runtime("fp32", "native"))
+    assert [separate_queries(model) for model in other.calls.values()] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
@@ -329,7 +329,7 @@ def test_one_build_makes_a_plan_for_each_target(tiny: Path) -> None:
         assert engine.build["attention_layers"] == engine.build["attention_expected"] == 8
         assert engine.build["needs_bytes"].keys() == {"gpu", "host", "disk"}
         assert set(engine.lint.values()) == {0} and "tensorrt" in engine.lint
-        method = "parsed and built by TensorRT for RTX; fp32 twin compared"
+        method = "parsed and built by TensorRT for RTX; cut retyped to fp32, compared"
         assert engine.proof["method"] == method
         assert engine.proof["error"] <= engine.proof["gate"] == 1e-5
         assert engine.program == program_of(manifest.config, engine.geometry).whole()
@@ -392,7 +392,13 @@ def test_experts_share_a_plan_unless_their_weights_are_baked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = write_experts(tmp_path / "model")
-    proofs = Mock(wraps=prove_lowering)
+    graphs: list[onnx.ModelProto] = []
+
+    def prove_and_keep(*arguments: Any, **options: Any) -> dict[str, Any]:
+        graphs.append(onnx.load(arguments[2], load_external_data=False))
+        return prove_lowering(*arguments, **options)
+
+    proofs = Mock(wraps=prove_and_keep)
     monkeypatch.setattr(tensorrt_backend, "prove_lowering", proofs)
     geometry = small_geometry(config)
     size = f"{geometry.height}x{geometry.width}"
@@ -410,7 +416,7 @@ def test_experts_share_a_plan_unless_their_weights_are_baked(
 
     engines = built(targets=("sm86", "sm89"))
     assert all(set(engine.files) == {"denoiser", "layers"} for engine in engines)
-    assert len(proofs.call_args.kwargs["weights"]) == 2
+    assert len(proofs.call_args.args[3]) == 2
     assert proofs.call_count == 1  # for both targets
     shared = engines[1].files["denoiser"].size
     (*_, engine) = built(targets=("sm89",), bake_weights=True)
@@ -419,6 +425,8 @@ def test_experts_share_a_plan_unless_their_weights_are_baked(
     plans = [engine.files[f"denoiser-{expert}"] for expert in EXPERTS]
     assert all(plan.size > weights + shared / 2 for plan in plans)
     assert plans[0].sha256 != plans[1].sha256
+    # Each is proven by the very graph that TensorRT was given.
+    assert [bool(graph.graph.initializer) for graph in graphs] == [False, True]
 
 
 def files_of(bundle: Path) -> set[str]:
@@ -533,6 +541,19 @@ def test_decomposed_attention_without_its_gpu_must_be_allowed(tmp_path: Path) ->
         compiled = TensorRtBackend(RTX).compile_engine(tmp_path, request, {}, quietly)
     assert compiled.build["attention_layers"] == 0
     assert compiled.files["denoiser"].stat().st_size > 0
+
+
+def test_an_engine_of_decomposed_attention_is_linted_and_proven(tmp_path: Path) -> None:
+    options = TensorRtOptions(targets=("sm89",), allow_unfused=True)
+    with pytest.warns(WanExportWarning, match="attention layers are fused"):
+        record = build(
+            "tiny", output=tmp_path / "b", backends=[RTX], attention="decomposed",
+            tensorrt=options, **SIZE,
+        )  # fmt: skip
+    (engine,) = record["engines"]
+    assert set(engine["lint"].values()) == {0} and "tensorrt" in engine["lint"]
+    assert engine["proof"]["error"] <= engine["proof"]["gate"]
+    assert "retyped to fp32" in engine["proof"]["method"]
 
 
 @pytest.mark.parametrize(

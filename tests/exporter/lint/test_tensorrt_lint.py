@@ -21,6 +21,7 @@ from wanexport.exporter.lint.tensorrt import _is_constant, lint_tensorrt
 from wanexport.runtime.bundle.signature import weights_layout
 from wanexport.runtime.engines.tensorrt_library import import_tensorrt, message_log
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.family import family_of
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 HEADS = [1, 2, 8, 64]
@@ -125,7 +126,8 @@ def test_lint_and_parser_take_every_variant_decomposed(preset: str) -> None:
     config = small_config(preset, num_layers=1)
     _, layout = weights_layout(config, "bf16")
     geometry = small_geometry(config)
-    lowered = lower(GRAPH, config, geometry, for_tensorrt("bf16", "decomposed"))
+    how = for_tensorrt("bf16", "decomposed")
+    lowered = lower(family_of(config).graph, config, geometry, how)
     content = serialize(assemble(lowered, layout, as_inputs=True))
     assert lint_tensorrt(onnx.load_from_string(content)) == []
     assert parser_takes(content)

@@ -213,7 +213,7 @@ def make_family(preset: str, folder: Path) -> Family:
     size = f"{geometry.height}x{geometry.width}"
     bundle = folder / "bundle"
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(onnx_backend, "prove_onnx", lambda *args, **options: {"verify": "none"})
+        patches.setattr(onnx_backend, "prove_lowering", lambda *args, **options: {"verify": "none"})
         build(folder / "model", resolution=size, frames=9, dtype="fp32", output=bundle)
     return Family(config, geometry, models, bundle)
 

@@ -11,10 +11,7 @@ from tests.runtime.bundle.small_bundle import CONFIG, GEOMETRY
 from wanexport.runtime.bundle.details import AotiDetails, OnnxDetails, TensorRtDetails
 from wanexport.runtime.bundle.manifest import DENOISER, EngineRecord, FileRecord, Manifest
 from wanexport.runtime.bundle.signature import program_of
-from wanexport.runtime.engines.choose import (
-    Choice,
-    choose_engine,
-)
+from wanexport.runtime.engines.choose import Choice, choose_engine
 from wanexport.runtime.engines.device_name import check_device, device_kind
 from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.engines.onnx import refusal as onnx_refusal

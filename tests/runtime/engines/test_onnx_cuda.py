@@ -24,6 +24,7 @@ from wanexport.exporter.backends.onnx.proof_process import OnnxJob, run_with_dev
 from wanexport.exporter.build import build
 from wanexport.exporter.bundle.writer import write_manifest
 from wanexport.exporter.cli.options import parse_pairs
+from wanexport.exporter.lint.onnx_graph import lint_onnx
 from wanexport.exporter.reference.figures import make_case
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
@@ -492,24 +493,24 @@ def test_onnx_runtimes_own_attention_is_the_same(preset: str, tmp_path: Path) ->
     write_weights(tmp_path / "denoiser.safetensors", config, "fp32", RandomWeights(config, 0, ""))
     velocities = []
     for attention in ("native", "mha"):
-        lowered = lower(
-            family_of(config).graph, config, geometry, for_onnx_runtime("fp32", attention)
-        )
+        how = for_onnx_runtime("fp32", attention)
+        lowered = lower(family_of(config).graph, config, geometry, how)
         assert set(lowered.lint.values()) == {0}
-        whole = assemble(lowered, weights_layout(config, "fp32")[1])
-        (tmp_path / "graph.onnx").write_bytes(serialize(whole))
+        graph = assemble(lowered, weights_layout(config, "fp32")[1])
+        (tmp_path / "graph.onnx").write_bytes(serialize(graph))
         session = OnnxSession(tmp_path / "graph.onnx", tmp_path / "denoiser.safetensors")
         velocities += session(forward_inputs(config, geometry, 812.0, 0))
     assert relative_l2(velocities[1], velocities[0]) <= 1e-6
-    model = onnx.inliner.inline_local_functions(
-        onnx.load(tmp_path / "graph.onnx", load_external_data=False)
-    )
+    model = onnx.load(tmp_path / "graph.onnx", load_external_data=False)
+    imported = {"": 23, "com.microsoft": 1}
+    assert {o.domain: o.version for o in model.opset_import} == {**imported, "wanexport": 1}
+    model = onnx.inliner.inline_local_functions(model)
     operators = Counter((node.domain, node.op_type) for node in model.graph.node)
     assert operators["com.microsoft", "MultiHeadAttention"] == attention_count(
         program_of(config, geometry)
     )
     assert not operators["", "Attention"]
-    assert {o.domain: o.version for o in model.opset_import} == {"": 23, "com.microsoft": 1}
+    assert lint_onnx(model, attention_count(program_of(config, geometry))) == []
 
 
 def test_a_build_with_the_other_attention_is_another_engine(bundle: Path) -> None:
