@@ -534,7 +534,7 @@ def test_a_request_leaves_nothing_to_choose() -> None:
 def test_decomposed_attention_without_its_gpu_must_be_allowed(tmp_path: Path) -> None:
     target = {"device": "cuda", "arch": "sm89", RTX: import_tensorrt(RTX).__version__}
     request = request_for(target, attention="decomposed")
-    with pytest.raises(WanExportError, match="no sm89 here: use --attention native, or --allow-"):
+    with pytest.raises(WanExportError, match="no sm89 here: use --attention-operator native, or"):
         TensorRtBackend(RTX).compile_engine(tmp_path, request, {}, quietly)
     request = replace(request, options=TensorRtOptions(allow_unfused=True))
     with pytest.warns(WanExportWarning, match="an unknown number of 2 attention layers are fused"):
