@@ -179,9 +179,12 @@ def _name_ends(graph: ir.Graph, call: Call) -> None:
 
 def _folds(node: ir.Node) -> bool | None:
     """Leave tables of the token grid as they are: folded, they would grow to the whole grid, and
-    how far would depend on its size. None leaves other nodes to the folder's own rules."""
-    tables = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
-    return False if any(t.dtype.is_floating_point() and len(t.shape) > 1 for t in tables) else None
+    how far would depend on its size. Leave the rounding of a number to a low precision: folded, it
+    would be no cast, which retyping to fp32 takes back. None leaves the rest to the folder."""
+    given = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
+    floats = [value for value in given if value.dtype.is_floating_point()]
+    rounds = node.op_type in ("Cast", "CastLike") and bool(floats)
+    return False if rounds or any(len(value.shape) > 1 for value in floats) else None
 
 
 # Equal tables of two axes stay two: which are equal depends on the size.

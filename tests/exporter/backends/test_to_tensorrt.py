@@ -547,7 +547,7 @@ def test_an_engine_of_decomposed_attention_is_linted_and_proven(tmp_path: Path) 
     options = TensorRtOptions(targets=("sm89",), allow_unfused=True)
     with pytest.warns(WanExportWarning, match="attention layers are fused"):
         record = build(
-            "tiny", output=tmp_path / "b", backends=[RTX], attention="decomposed",
+            "tiny", output=tmp_path / "b", backends=[RTX], attention_operator="decomposed",
             tensorrt=options, **SIZE,
         )  # fmt: skip
     (engine,) = record["engines"]
