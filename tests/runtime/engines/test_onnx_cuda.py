@@ -516,7 +516,12 @@ def test_onnx_runtimes_own_attention_is_the_same(preset: str, tmp_path: Path) ->
 def test_a_build_with_the_other_attention_is_another_engine(bundle: Path) -> None:
     native = read_manifest(bundle).engines[0]
     record = build(
-        "tiny", random_weights=0, resolution="64x96", frames=9, attention="mha", output=bundle
+        "tiny",
+        random_weights=0,
+        resolution="64x96",
+        frames=9,
+        attention_operator="mha",
+        output=bundle,
     )
     assert record["reused"] == ["weights fp32"]
     engine = next(e for e in read_manifest(bundle).engines if e.dtype == "fp32")
@@ -524,7 +529,7 @@ def test_a_build_with_the_other_attention_is_another_engine(bundle: Path) -> Non
     assert engine.build["nodes"]["MultiHeadAttention"] == 8
     assert engine.details == replace(native.details, attention="mha")
     assert engine.proof["error"] <= 1e-5
-    with pytest.raises(BadRequest, match="has no attention 'fa4': expected of native, mha"):
+    with pytest.raises(BadRequest, match="attention fa4: only engines of aoti take this"):
         build("tiny", random_weights=0, resolution="64x96", frames=9, attention="fa4")
 
 
@@ -539,6 +544,7 @@ def test_the_proof_runs_the_cut_on_the_engines_own_tensors(
         runs_here=True,
         weights=str(tiny_bundle / WEIGHTS),
         cut=str(tiny_bundle / GRAPH),
+        opens=True,
     )
     (exact,) = OnnxSession(tiny_bundle / GRAPH, tiny_bundle / WEIGHTS)(job.arrays())
     assert np.array_equal(run_with_device_weights(job, CPU, Provider("cpu")), exact)
