@@ -21,6 +21,7 @@ from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.engines.device import (
     capture_stream,
     gpu_or_cpu,
+    launch_bound,
     on_device,
     to_device,
 )
@@ -41,7 +42,6 @@ from wanexport.runtime.program import Program
 # What compiled code depends on, of what `versions` says.
 BINDING = ("device", "arch", "march", "instructions", "torch", "cuda")
 OPTIONS = frozenset({"attention", "offload", "cuda_graph"})
-_LAUNCH_BOUND = 0.7  # of a call's GPU time: when its launch takes more, a CUDA graph pays
 _WARM_UPS, _TIMED = 2, 5  # calls of the repeated function
 
 
@@ -209,7 +209,7 @@ class AotiEngine:
             zeros = {n: torch.zeros(i.shape, device=self.device_of) for n, i in inputs.items()}
             self.launch_seconds, self.block_seconds = self.bound.warm_up(zeros, self.memory())
             if cuda_graph is None:
-                cuda_graph = self.launch_seconds > _LAUNCH_BOUND * self.block_seconds > 0
+                cuda_graph = launch_bound(self.launch_seconds, self.block_seconds)
             if cuda_graph and self.device_of.type == "cuda" and regions.program.is_plain:
                 self._capture(self.bound, zeros)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from wanexport.runtime.errors import EngineFailure
 
+_LAUNCH_BOUND = 0.7  # of the GPU's time: when a launch takes more, a CUDA graph pays
+
 
 def gpu_or_cpu(device: str) -> torch.device:
     """The device of a name, `cpu`, `cuda` (the current GPU) or `cuda:1`.
@@ -26,6 +28,11 @@ def gpu_or_cpu(device: str) -> torch.device:
     if index is not None and index >= count:
         raise EngineFailure(f"there is no {device} here: expected cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+
+
+def launch_bound(launch_seconds: float, gpu_seconds: float) -> bool:
+    """Whether the launch of GPU work takes so much of its time that a CUDA graph pays."""
+    return launch_seconds > _LAUNCH_BOUND * gpu_seconds > 0
 
 
 @cache

@@ -20,7 +20,7 @@ from wanexport.runtime.bundle.details import is_plan
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.engines.cache_folder import cache_folder
-from wanexport.runtime.engines.device import gpu_or_cpu, on_device, to_device
+from wanexport.runtime.engines.device import gpu_or_cpu, launch_bound, on_device, to_device
 from wanexport.runtime.engines.device_weights import DeviceWeights, check_room, device_weights
 from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS, import_tensorrt
@@ -36,7 +36,6 @@ _BAKED = (
     "{} holds its weights inside and can neither offload nor change them: build one without "
     "--bake-weights"
 )
-_LAUNCH_BOUND = 0.7  # of an execution's time: when its launch takes more, a CUDA graph pays
 _LONG = 10.0  # seconds of the first execution, beyond which no launch is worth measuring
 
 
@@ -117,7 +116,7 @@ class TensorRtEngine:
             self.context = plan.bind(tensors, buffers.activations)
             self.launch_seconds, self.seconds = self._warm_up(buffers)
             if cuda_graph is None:
-                cuda_graph = self.launch_seconds > _LAUNCH_BOUND * self.seconds
+                cuda_graph = launch_bound(self.launch_seconds, self.seconds)
             if cuda_graph:
                 self._capture(buffers)
         plan.save_kernels()
