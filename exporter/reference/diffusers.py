@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanexport.graphs.checkpoint import SourceTensor, official_name
+from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.graphs.graph import parameter_dtype
 from wanexport.graphs.weights import DTYPES, bundle_tensors, read_tensor
 from wanexport.runtime.arrays import Array
@@ -19,6 +19,7 @@ from wanexport.runtime.errors import EngineFailure
 from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.wan_config import IMAGE_DIM, WanConfig
+from wanexport.runtime.wan_keys import official_name
 
 _CLIP_TOKENS = 257  # of one image
 

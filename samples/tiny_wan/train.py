@@ -33,9 +33,9 @@ from samples.tiny_wan.codec import CHANNELS, CodecNet, to_blocks, to_uint8
 from samples.tiny_wan.contact_sheet import contact_sheet
 from samples.tiny_wan.loss_plot import loss_plot
 from samples.tiny_wan.words import TEXT_DIM, TEXT_LEN, WordEmbeddings
-from wanexport.graphs.checkpoint import official_name
 from wanexport.runtime.bundle.durable import durable_file, write_durably
 from wanexport.runtime.bundle.tensorfile import make_header
+from wanexport.runtime.wan_keys import official_name
 
 HEADS, HEAD_DIM, FFN_DIM, LAYERS, FREQ_DIM = 2, 128, 768, 4, 256
 SHIFT = 5.0  # of the noise levels, in training and in sampling

@@ -23,10 +23,11 @@ from tests.oracles.wan_reference import (
     write_diffusers,
     write_official,
 )
-from wanexport.graphs.checkpoint import official_name, open_checkpoint
+from wanexport.graphs.checkpoint import open_checkpoint
 from wanexport.graphs.weights import CheckpointWeights, write_weights
 from wanexport.runtime.errors import BadRequest, WanExportError, WanExportWarning
 from wanexport.runtime.wan_config import WanConfig
+from wanexport.runtime.wan_keys import official_name
 
 
 @pytest.mark.parametrize("preset", VARIANTS)
