@@ -28,7 +28,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"serving", "drop_in"}),
         frozenset({"load"}),
         frozenset({"denoiser", "sample", "settings"}),
-        frozenset({"engines", "parts", "wan_keys"}),
+        frozenset({"engines", "parts", "wan_keys", "lora"}),
         frozenset({"bundle"}),
         frozenset({"family", "plain_wan"}),
         frozenset({"arrays", "solvers", "wan_config", "program"}),

@@ -1,0 +1,1 @@
+"""LoRA files of every spelling, and merging them into weights."""

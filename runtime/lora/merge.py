@@ -1,0 +1,152 @@
+"""Merge a stack of LoRAs into a model's weights, one parameter at a time."""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanexport.runtime.bundle.pinned_file import PinnedFile
+from wanexport.runtime.errors import BadRequest, printable
+from wanexport.runtime.lora.fit import Fit, Shapes, Unfit, fit
+from wanexport.runtime.lora.read import Lora, read_lora
+from wanexport.runtime.lora.refuse import refuse_unfit
+
+_CHUNK = 1 << 24  # bytes hashed at a time
+
+
+@dataclass(frozen=True)
+class _Layer:
+    lora: Lora
+    strength: float
+    fit: Fit
+
+
+class LoraStack:
+    """LoRAs with their strengths, fitted to a model's parameters; it holds no values.
+
+    They are merged in order, each into what those before it made: so a DoRA takes the norms of the
+    running weight, as in ComfyUI (PEFT takes those of the base). Within a file low rank, LoKr, LoHa
+    and their magnitudes come before differences, and all are added where several change one
+    parameter (in ComfyUI a difference replaces the rest).
+    """
+
+    def __init__(
+        self, files: Sequence[tuple[Path, float]], shapes: Shapes, *, partial: bool = False
+    ) -> None:
+        """Open and check the files, every value among them.
+
+        shapes has the model's parameters by official name. With partial, tensors that have no place
+        in the model are left out, and listed in `unfit`.
+        Raises BadRequest, naming file and tensor, when a LoRA does not fit, is of a kind that is
+        not read, or has NaN or infinite values, and for such a strength; BundleError for a file
+        that is damaged or cannot be read.
+        """
+        self.shapes = shapes
+        self._layers = tuple(_layer(file, strength, shapes, partial) for file, strength in files)
+
+    @property
+    def unfit(self) -> tuple[tuple[Path, Unfit], ...]:
+        """The tensors that change nothing, with their files."""
+        return tuple(
+            (layer.lora.file.path, one) for layer in self._layers for one in layer.fit.unfit
+        )
+
+    def changes(self, name: str) -> bool:
+        """Whether any LoRA changes this parameter."""
+        return any(name in layer.fit.changes for layer in self._layers)
+
+    def merge(self, name: str, base: Tensor) -> Tensor:
+        """The parameter with every LoRA merged; base is fp32, on any device, and stays as it is.
+
+        W' = W + strength * (alpha / rank) * up @ down, in fp32, for each LoRA; reads only what
+        changes this parameter. Raises BadRequest when the result has NaN or infinite values that
+        base has not, BundleError when a file was changed since it was opened.
+        """
+        assert base.dtype == torch.float32 and tuple(base.shape) == self.shapes[name], name
+        merged = base
+        for layer in self._layers:
+            if changes := layer.fit.changes.get(name):
+                with torch.no_grad(), layer.lora.opened() as values:
+                    for change in changes:
+                        merged = change.applied(merged, layer.strength, values)
+        if merged is not base and not merged.isfinite().all() and base.isfinite().all():
+            files = ", ".join(printable(layer.lora.file.path) for layer in self._layers)
+            raise BadRequest(
+                f"{name} becomes NaN or infinite with {files}: a strength is too large, or a LoRA "
+                f"is damaged"
+            )
+        return merged
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What was merged, for a manifest: of each file its path, hash, strength and counts."""
+        return [_record(layer) for layer in self._layers]
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """A file and its strength from FILE[:STRENGTH]; without one it is 1.
+
+    What follows the last colon is a strength when it is a number and no file has the whole text as
+    its name. Raises BadRequest for an empty file or strength, and for NaN and infinity.
+    """
+    file, colon, last = text.rpartition(":")
+    if not colon or Path(text).exists():
+        file, last = text, "1"
+    try:
+        strength = float(last)
+    except ValueError:
+        if last.strip():
+            return Path(text), 1.0
+        raise BadRequest(
+            f"{printable(text)} ends in a colon: give a strength after it, or leave it out"
+        ) from None
+    if not file.strip():
+        raise BadRequest(f"{printable(text)!r} names no LoRA file: expected FILE or FILE:STRENGTH")
+    _check_strength(text, strength)
+    return Path(file), strength
+
+
+def _check_strength(of: object, strength: float) -> None:
+    if not math.isfinite(strength):
+        raise BadRequest(
+            f"{printable(of)} has the strength {strength}: expected a finite number, such as 0.8"
+        )
+
+
+def _layer(file: Path, strength: float, shapes: Shapes, partial: bool) -> _Layer:
+    """One LoRA, opened and fitted. Raises as LoraStack does."""
+    _check_strength(file, strength)
+    lora = read_lora(file)
+    found = fit(lora, shapes)
+    refuse_unfit(lora, found, shapes, partial=partial)
+    with lora.opened() as values:
+        for changes in found.changes.values():
+            for change in changes:
+                for tensor in change.tensors:
+                    values.tensor(tensor)  # which refuses NaN
+    return _Layer(lora, strength, found)
+
+
+def _record(layer: _Layer) -> dict[str, Any]:
+    kinds = Counter(change.label for changes in layer.fit.changes.values() for change in changes)
+    return {
+        "path": str(layer.lora.file.path),
+        "sha256": _sha256(layer.lora.file),
+        "strength": layer.strength,
+        "changes": dict(sorted(kinds.items())),
+        "unused": len(layer.fit.unfit),
+    }
+
+
+def _sha256(file: PinnedFile) -> str:
+    """Of the content that was fitted. Raises BundleError when it was changed since."""
+    digest = hashlib.sha256()
+    with file.opened() as descriptor, open(descriptor, "rb", closefd=False) as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
