@@ -1,14 +1,16 @@
-"""What `-m` means: a folder, a Hugging Face hub id, or with random weights a preset."""
+"""What `-m` means: a folder, a file, a hub id or a file there, or with random weights a preset."""
 
+import glob
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from wanexport.graphs.checkpoint import Checkpoint, open_checkpoint
 from wanexport.graphs.config import PRESETS, variant
 from wanexport.graphs.experts import FOLDERS, expert_of_name
-from wanexport.graphs.weights import CheckpointWeights, RandomWeights
+from wanexport.graphs.weights import CheckpointWeights, RandomWeights, WeightSource
 from wanexport.runtime.errors import BadRequest, printable
 from wanexport.runtime.parts.hub import EXAMPLE, download
 from wanexport.runtime.wan_config import WanConfig
@@ -29,60 +31,122 @@ _DIT_FILES = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model to build; `weights` has one entry for each expert, or "" where there are none."""
+    """A model to build; `weights` has one entry for each expert, or "" where there are none.
+
+    `record` is for the manifest, and so is `loras`, what was merged into each expert.
+    """
 
     name: str
     config: WanConfig
-    weights: dict[str, CheckpointWeights | RandomWeights]
+    weights: dict[str, WeightSource]
     boundary: float | None
-    record: dict[str, Any]  # for the manifest
+    record: dict[str, Any]
+    loras: Mapping[str, Sequence[dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def experts(self) -> tuple[str, ...]:
         """Names of the experts; empty for a model without."""
         return tuple(expert for expert in self.weights if expert)
 
+    def record_of(self, expert: str) -> dict[str, Any]:
+        """Where the weights of one expert come from, for the manifest."""
+        loras = self.loras.get(expert)
+        return {**self.record, "lora": list(loras)} if loras else self.record
+
 
 def resolve(
-    model: str | None, random_weights: int | None, *, expert_alone: bool = False
+    model: str | None,
+    random_weights: int | None,
+    *,
+    low_noise: str | None = None,
+    expert_alone: bool = False,
 ) -> ModelSource:
-    """Find the model; expert_alone allows one expert of an A14B without the other.
+    """Find the model; with low_noise, model and this are the two experts of an A14B.
 
-    Raises BadRequest when it does not exist, is no Wan checkpoint, or is one expert alone.
+    expert_alone allows one expert of an A14B without the other. Raises BadRequest when a checkpoint
+    does not exist, is no Wan checkpoint, or is one expert alone.
     """
-    if model is not None and not model.strip():
-        raise BadRequest(f"-m is empty: name a folder or a hub id, as {EXAMPLE}")
+    for option, value in (("-m", model), ("--low-noise", low_noise)):
+        if value is not None and not value.strip():
+            raise BadRequest(f"{option} is empty: name a folder, a file or a hub id, as {EXAMPLE}")
+    if low_noise is not None and (model is None or random_weights is not None or expert_alone):
+        raise BadRequest(
+            "--low-noise is the second expert of an A14B: pass -m the high-noise one, and leave "
+            "out --random-weights and --expert-alone"
+        )
     if random_weights is not None:
         return _random(model or DEFAULT_PRESET, random_weights)
     model = model or DEFAULT_MODEL
+    place = _find(model)
+    if low_noise is not None:
+        low = _find(low_noise)
+        checkpoint = open_checkpoint(place.path, low.path)
+        return _from_checkpoint(checkpoint, {**place.origin, "low_noise": low.whole})
+    checkpoint = open_checkpoint(place.path)
+    named = f"{place.name} is named so" if expert_of_name(place.name.rpartition("/")[2]) else ""
+    _check_alone(checkpoint, printable(model, 300), checkpoint.alone or named, expert_alone)
+    return _from_checkpoint(checkpoint, place.origin)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a checkpoint lies; `name` is what the hub calls it, empty for what is here."""
+
+    path: Path
+    name: str
+    origin: dict[str, Any]  # for the manifest
+
+    @property
+    def whole(self) -> str:
+        """How -m would name it again."""
+        parts = (self.origin.get(key) for key in ("path", "hub", "file"))
+        return ":".join(part for part in parts if part)
+
+
+def _find(model: str) -> _Place:
+    """A folder or file here, or of the hub, from which it is downloaded."""
     path = Path(model)
     if os.path.lexists(path):  # unlike Path's, it is False for a name that is too long
-        checkpoint = open_checkpoint(path)
-        _check_alone(checkpoint, printable(path), checkpoint.alone, expert_alone)
-        return _from_checkpoint(checkpoint, {"path": str(path.resolve())})
+        whole = str(path.resolve())
+        return _Place(path, "", {"path": whole})
     if model.lower() in PRESETS:
         raise BadRequest(
             f"{model} is a preset, not a checkpoint: add --random-weights SEED, "
             f"or name a folder or hub id"
         )
-    path = download(model, _DIT_FILES)
-    if not any(file.suffix == ".safetensors" for file in path.rglob("*")):
+    hub, _, file = model.partition(":")
+    if file:
+        return _find_file(hub, file)
+    folder = download(hub, _DIT_FILES)
+    if not any(file.suffix == ".safetensors" for file in folder.rglob("*")):
         raise BadRequest(
-            f"{model} has no {_MODEL_FILES[1]} where a Wan has them: download the file that you "
-            f"mean and pass -m FILE"
+            f"{model} has no {_MODEL_FILES[1]} where a Wan has them: name the file that you mean, "
+            f"-m {model}:FILE"
         )
-    checkpoint = open_checkpoint(path)
-    named = f"{model} is named so" if expert_of_name(model.rpartition("/")[2]) else ""
-    _check_alone(checkpoint, model, checkpoint.alone or named, expert_alone)
-    return _from_checkpoint(checkpoint, {"hub": model, "revision": path.name})
+    return _Place(folder, model, {"hub": model, "revision": folder.name})
+
+
+def _find_file(hub: str, file: str) -> _Place:
+    """One file of a repository of the hub."""
+    parts = PurePosixPath(file).parts
+    if not parts or ".." in parts or file.startswith("/") or "\\" in file:
+        raise BadRequest(
+            f"{printable(file)} is no file of a repository: expected one as in "
+            f"-m Comfy-Org/Wan_2.2_ComfyUI_Repackaged:split_files/diffusion_models/FILE"
+        )
+    folder = download(hub, [glob.escape(file)])
+    if not (folder / file).is_file():
+        raise BadRequest(f"{hub} has no file {printable(file)}: look up its name on the hub")
+    return _Place(folder / file, file, {"hub": hub, "revision": folder.name, "file": file})
 
 
 def _check_alone(checkpoint: Checkpoint, name: str, reason: str, allowed: bool) -> None:
     """Refuse one expert of an A14B by itself, unless it was asked for."""
     if reason and not allowed and not checkpoint.experts:
         raise BadRequest(
-            f"{name} is one expert of an A14B ({reason}): pass -m a folder with both, in "
-            f"high_noise_model/ and low_noise_model/, or --expert-alone to build this one by itself"
+            f"{name} is one expert of an A14B ({reason}): pass the other with --low-noise (-m is "
+            f"the high-noise one), -m a folder with both, or --expert-alone to build this one by "
+            f"itself"
         )
 
 
@@ -108,7 +172,12 @@ def _from_checkpoint(checkpoint: Checkpoint, origin: dict[str, Any]) -> ModelSou
         config=checkpoint.config,
         weights={e: CheckpointWeights(tensors) for e, tensors in checkpoint.tensors.items()},
         boundary=checkpoint.boundary if checkpoint.experts else None,
-        record={**origin, "layout": checkpoint.layout, "files": _file_stats(checkpoint)},
+        record={
+            **origin,
+            "layout": checkpoint.layout,
+            **({"stored": checkpoint.stored} if checkpoint.stored else {}),
+            "files": _file_stats(checkpoint),
+        },
     )
 
 
@@ -117,6 +186,11 @@ def _file_stats(checkpoint: Checkpoint) -> dict[str, list[int]]:
     files = {t.file for tensors in checkpoint.tensors.values() for t in tensors.values()}
     stats = {file: file.stat() for file in sorted(files)}
     return {
-        str(f.relative_to(checkpoint.path.parent)): [s.st_size, s.st_mtime_ns]
-        for f, s in stats.items()
+        _relative(file, checkpoint.path.parent): [found.st_size, found.st_mtime_ns]
+        for file, found in stats.items()
     }
+
+
+def _relative(file: Path, folder: Path) -> str:
+    """A file's path within a folder; its whole one where it lies elsewhere."""
+    return str(file.relative_to(folder) if file.is_relative_to(folder) else file.resolve())

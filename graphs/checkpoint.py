@@ -1,43 +1,37 @@
 """Find a Wan checkpoint's tensors in either layout, and the config that follows from them.
 
-Layouts: the official one (Wan-Video) and diffusers', as single files or shards with an index, in
-fp32, bf16 or fp16.
+Layouts: the official one (Wan-Video) and diffusers', as single files or shards with an index, two
+experts in folders or files of their own. The formats of files are those of `stored_file.py` and
+`quantised.py`.
 """
 
+import os
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wanexport.graphs.experts import expert_of_name, why_alone
-from wanexport.graphs.foreign import PREFIX, refuse_foreign_file, refuse_foreign_tensors
-from wanexport.graphs.places import check_listed, find_parts, weight_files
+from wanexport.graphs.foreign import prefix_of, refuse_foreign_tensors
+from wanexport.graphs.places import Part, check_listed, find_parts
+from wanexport.graphs.quantised import describe_stored, with_scales
+from wanexport.graphs.source_tensor import FLOATS, SCALED, SourceTensor
 from wanexport.graphs.stated import boundary_of, check_config, read_config, read_index, settings
+from wanexport.graphs.stored_file import open_stored
 from wanexport.runtime.bundle.signature import parameter_shapes
-from wanexport.runtime.bundle.tensorfile import TensorEntry, read_header, read_metadata
-from wanexport.runtime.dtypes import DTYPES, PRECISIONS
+from wanexport.runtime.dtypes import STORED
 from wanexport.runtime.errors import BadRequest, WanExportWarning, printable
 from wanexport.runtime.parts.key_tables import required
 from wanexport.runtime.plain_wan import family_name
-from wanexport.runtime.wan_config import WanConfig
+from wanexport.runtime.wan_config import EXPERTS, WanConfig
 from wanexport.runtime.wan_keys import official_name
 
 # What one expert of an A14B is taken for: each has the tensors of a model that is one.
 _OF_ONE_EXPERT = ("t2v", "i2v-a14b")
-STORED_DTYPES = tuple(DTYPES[name].stored for name in PRECISIONS)
 
 _UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")  # diffusers ignores it too
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """Where one tensor of a checkpoint lies."""
-
-    file: Path
-    entry: TensorEntry
-    name: str  # as the file has it
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,7 @@ class Checkpoint:
     tensors: dict[str, dict[str, SourceTensor]]
     boundary: float | None  # where the checkpoint itself states one
     alone: str = ""  # what says that this is one expert of an A14B without the other
+    stored: str = ""  # what is quantised, and how; empty where nothing is
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -57,99 +52,142 @@ class Checkpoint:
         return tuple(expert for expert in self.tensors if expert)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Recognise a folder (or one safetensors file) as a Wan checkpoint.
+def open_checkpoint(path: Path, low_noise: Path | None = None) -> Checkpoint:
+    """Recognise a folder or a file as a Wan checkpoint; with low_noise, two as both experts.
 
     Raises WanExportError when there is none, an expert, a shard or a tensor is missing, tensors are
-    unexpected or wrongly shaped, the files contradict each other, or the experts differ in size.
+    unexpected or wrongly shaped, the files contradict each other, the experts differ in size or
+    are one, or the format is not read.
     """
     try:
-        return _open(path)
+        return _open(path) if low_noise is None else _open_pair(path, low_noise)
     except OSError as error:
         place = path if error.filename is None else error.filename
         raise BadRequest(f"cannot read {printable(place)}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One model of a checkpoint: all of it, or an expert."""
+
+    config: WanConfig
+    layout: str
+    tensors: dict[str, SourceTensor]
 
 
 def _open(path: Path) -> Checkpoint:
     index = read_index(path) if path.is_dir() else {}
     boundary = boundary_of(index, path)
     parts = find_parts(path, index)
-    experts = len([expert for expert in parts if expert])
-    found = {expert: _open_model(part, expert, experts) for expert, part in parts.items()}
-    configs = {config for config, _, _ in found.values()}
-    if len(configs) > 1:
-        raise BadRequest(
-            f"the two experts in {printable(path)} differ in size: expected one config for both"
-        )
-    config = configs.pop()
+    checkpoint = _checkpoint(path, parts, boundary)
     if len(parts) > 1 and "boundary_ratio" in index and boundary is None:
         warnings.warn(
             f"{printable(path)}/model_index.json has no boundary_ratio for its two experts: the "
             f"official one is taken",
             WanExportWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    alone = ""
-    if len(parts) == 1 and config.family in _OF_ONE_EXPERT:
-        ((_, _, tensors),) = found.values()
+    if len(parts) == 1 and checkpoint.config.family in _OF_ONE_EXPERT:
+        (tensors,) = checkpoint.tensors.values()
         alone = why_alone(path, {tensor.file for tensor in tensors.values()})
+        return replace(checkpoint, alone=alone)
+    return checkpoint
+
+
+def _open_pair(high: Path, low: Path) -> Checkpoint:
+    """Both experts, each a folder or file of its own."""
+    parts = {}
+    for expert, path in zip(EXPERTS, (high, low), strict=True):
+        found = find_parts(path, read_index(path) if path.is_dir() else {})
+        if len(found) > 1:
+            raise BadRequest(
+                f"{printable(path)} has both experts: pass -m that alone, or one of its files for "
+                f"each of -m and --low-noise"
+            )
+        parts[expert] = found[""]
+    return _checkpoint(high, parts, None)
+
+
+def _checkpoint(path: Path, parts: Mapping[str, Part], boundary: float | None) -> Checkpoint:
+    experts = len([expert for expert in parts if expert])
+    models = {expert: _open_model(part, expert, experts) for expert, part in parts.items()}
+    if len({model.config for model in models.values()}) > 1:
+        raise BadRequest(
+            f"the two experts in {printable(path)} differ in size: expected one config for both"
+        )
+    if len(models) > 1:
+        _refuse_twins(*(model.tensors for model in models.values()))
+    first = next(iter(models.values()))
     return Checkpoint(
         path=path,
-        layout=next(iter(found.values()))[1],
-        config=config,
-        tensors={expert: tensors for expert, (_, _, tensors) in found.items()},
+        layout=first.layout,
+        config=first.config,
+        tensors={expert: model.tensors for expert, model in models.items()},
         boundary=boundary,
-        alone=alone,
+        stored=describe_stored(t for model in models.values() for t in model.tensors.values()),
     )
 
 
-def _open_model(
-    path: Path, expert: str, experts: int
-) -> tuple[WanConfig, str, dict[str, SourceTensor]]:
-    tensors: dict[str, SourceTensor] = {}
-    entries: dict[str, TensorEntry] = {}  # by the names that the files have
-    files, listed = weight_files(path)
-    for file in files:
-        own = _read_file(file, expert)
-        for stored, entry in own.items():
-            name = stored.removeprefix(PREFIX)
-            if name in tensors:
-                raise BadRequest(
-                    f"{printable(name)} is in {printable(tensors[name].file)} and in "
-                    f"{printable(file)}: pass -m one of the files, or a folder with one model"
-                )
-            tensors[name] = SourceTensor(file, entry, stored)
-        check_listed(listed, own, file)
-        entries |= own
-    refuse_foreign_tensors(entries, path)
+def _refuse_twins(high: Mapping[str, SourceTensor], low: Mapping[str, SourceTensor]) -> None:
+    """Raise BadRequest when both experts are one file: the high-noise one given twice, say."""
+    for name, tensor in high.items():
+        if not os.path.samefile(tensor.file, low[name].file):
+            return
+    raise BadRequest(
+        f"{printable(tensor.file)} is given as both experts: pass -m the high-noise file and "
+        f"--low-noise the other"
+    )
+
+
+def _open_model(part: Part, expert: str, experts: int) -> _Model:
+    tensors, quantisation = _read_files(part, expert)
+    tensors = with_scales(tensors, quantisation, part.path)
     layout = "diffusers" if "condition_embedder.time_proj.weight" in tensors else "official"
     if layout == "diffusers":
         tensors = {official_name(k): t for k, t in tensors.items() if not _UNUSED.fullmatch(k)}
-    config_file = files[0].parent / "config.json"
-    owned = any(file.name.startswith("diffusion_pytorch_model") for file in files)
+    config_file = part.files[0].parent / "config.json"
+    owned = any(file.name.startswith("diffusion_pytorch_model") for file in part.files)
     stated = read_config(config_file, owned=owned)
-    config = recognise(tensors, stated, path, config_file, experts=experts)
-    check_config(stated, config, config_file)
-    _check_tensors(tensors, config, path)
-    return config, layout, tensors
+    config = recognise(tensors, stated, part.path, config_file, experts=experts)
+    is_quantised = any(tensor.is_quantised for tensor in tensors.values())
+    check_config(stated, config, config_file, is_quantised=is_quantised)
+    _check_tensors(tensors, config, part.path)
+    return _Model(config, layout, tensors)
 
 
-def _read_file(file: Path, expert: str) -> dict[str, TensorEntry]:
-    """The entries of one file, which is of a Wan and not of the other expert."""
-    refuse_foreign_file(file)
-    entries = read_header(file)
-    refuse_foreign_tensors(entries, file, partial=True)
-    if "_quantization_metadata" in read_metadata(file):
+def _read_files(part: Part, expert: str) -> tuple[dict[str, SourceTensor], list[Any]]:
+    """The tensors of a model without the prefix of their names, and what headers say of them."""
+    found: dict[str, SourceTensor] = {}  # by the names that the files have
+    quantisation = []
+    for file in part.files:
+        _check_expert(file, expert)
+        own = open_stored(file)
+        for name in own.tensors.keys() & found.keys():
+            raise BadRequest(
+                f"{printable(name)} is in {printable(found[name].file)} and in "
+                f"{printable(file)}: pass -m one of the files, or a folder with one model"
+            )
+        check_listed(part.listed, own.tensors, file)
+        found |= own.tensors
+        quantisation += [] if own.quantisation is None else [own.quantisation]
+    refuse_foreign_tensors({name: t.entry.shape for name, t in found.items()}, part.path)
+    prefix = prefix_of(found)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    if len(tensors) < len(found):
         raise BadRequest(
-            f"{printable(file)} is quantised, as its header's _quantization_metadata says, which "
-            f"is not read yet: take the fp32, bf16 or fp16 file of the same model"
+            f"{printable(part.path)} has names twice, with and without {prefix}: download it again"
         )
+    return tensors, quantisation
+
+
+def _check_expert(file: Path, expert: str) -> None:
+    """Refuse a file that is named as the other expert than the one that it is given as."""
     if expert and expert_of_name(file.name) not in ("", expert):
         raise BadRequest(
-            f"{printable(file)} lies where the {expert.replace('_', '-')} expert belongs, and is "
-            f"named as the other: put each into its own folder"
+            f"{printable(file)} is given as the {expert.replace('_', '-')} expert, and is named as "
+            f"the other: pass -m the high-noise one and --low-noise the other, or put each into "
+            f"its own folder"
         )
-    return entries
 
 
 def recognise(
@@ -220,8 +258,8 @@ def _check_tensors(tensors: Mapping[str, SourceTensor], config: WanConfig, path:
         entry = tensors[name].entry
         if entry.shape != expected[name]:
             problems.append(f"{name} is {list(entry.shape)}, expected {list(expected[name])}")
-        elif entry.dtype not in STORED_DTYPES:
-            problems.append(f"{name} is {entry.dtype}, expected {', '.join(STORED_DTYPES)}")
+        elif entry.dtype in STORED and entry.dtype not in (*FLOATS, *SCALED):
+            problems.append(f"{name} is {entry.dtype}, expected {', '.join(FLOATS)}")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise BadRequest(

@@ -1,4 +1,4 @@
-"""Name what is no readable Wan transformer as what it is, from its bytes, names and dtypes.
+"""Name what is no readable Wan transformer as what it is, from its bytes, names and shapes.
 
 Nothing here reads weights. A reader of one of these formats takes the place of its row.
 """
@@ -9,37 +9,42 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from wanexport.runtime.bundle.regular_file import open_regular
-from wanexport.runtime.bundle.tensorfile import TensorEntry
-from wanexport.runtime.errors import BadRequest, WanExportError, printable
+from wanexport.runtime.errors import BadRequest, printable
 
-PREFIX = "model.diffusion_model."  # of ComfyUI's files, which is read
+# Under which a Wan's names stand in the files that are read: ComfyUI's, and those of trainings.
+PREFIXES = (
+    "",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "generator.model.",
+    "model.",
+    "model._fsdp_wrapped_module.",
+    "generator.model._fsdp_wrapped_module.",
+)
 _HEAD = 1 << 16  # bytes of a file that tell what it is
 
-_TAKE_SAFETENSORS = (
-    "take the model's .safetensors in fp32, bf16 or fp16, as Wan-AI and Comfy-Org publish them"
+_TAKE_FILES = (
+    "take the model's .safetensors, .gguf or .pt file, as Wan-AI, Comfy-Org and others publish them"
 )
-_TAKE_UNQUANTISED = "take the fp32, bf16 or fp16 file of the same model"
 _TAKE_PLAIN = "take a plain Wan: T2V, I2V, FLF2V, TI2V or an A14B"
 _TAKE_WAN = "pass -m a Wan's diffusion transformer"
 _AGAIN = "download the file itself again"
-_NO_SAFETENSORS = f"which is not read: {_TAKE_SAFETENSORS}"
-_NOT_YET = f"which is not read yet: {_TAKE_SAFETENSORS}"
+_NOT_READ = f"which is not read: {_TAKE_FILES}"
 
-# First bytes of a file -> what it is, and what to do.
+# First bytes of a file -> the format of those that are read.
+_FORMATS = (
+    (rb"GGUF", "gguf"),
+    (rb"PK\x03\x04.{26}[^/]{1,200}/(\.format_version|data\.pkl|byteorder)", "torch"),
+    (rb"\x80[\x02-\x05].", "torch"),  # before PyTorch 1.6
+)
+# The same -> what it is, and what to do.
 _MAGIC = (
-    (rb"GGUF", f"is a GGUF file, {_NOT_YET}"),
-    (
-        rb"PK\x03\x04.{26}[^/]{1,200}/data\.pkl(?=.*generator)",
-        f"is a file of torch.save with a causal Wan's generator (Self-Forcing), {_NOT_YET}",
-    ),
-    (rb"PK\x03\x04.{26}[^/]{1,200}/data\.pkl", f"is a file of torch.save, {_NOT_YET}"),
-    (rb"PK\x03\x04", f"is a zip archive, {_NO_SAFETENSORS}"),
-    (rb"\x80[\x02-\x05].", f"is a pickle (an old file of torch.save), {_NOT_YET}"),
+    (rb"PK\x03\x04", f"is a zip archive, {_NOT_READ}"),
     (rb"version https://git-lfs", f"is a git-lfs pointer in the place of a file: {_AGAIN}"),
     (rb"\S{0,40}/annex/objects/", f"is a git-annex pointer in the place of a file: {_AGAIN}"),
     (rb"\s*<", f"is a web page (HTML or XML) in the place of a file: {_AGAIN}"),
     (rb"\s*\{", "is JSON: pass -m the folder that it describes"),
-    (rb"\x89HDF", f"is an HDF5 file, {_NO_SAFETENSORS}"),
+    (rb"\x89HDF", f"is an HDF5 file, {_NOT_READ}"),
     (rb"\x1f\x8b|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "is a packed archive: unpack it"),
     (rb".{257}ustar", "is a tar archive: unpack it"),
     (rb"[\t\r\n\x20-\x7e]{1,65536}\Z", f"is text in the place of a file: {_AGAIN}"),
@@ -49,6 +54,7 @@ _LORA = re.compile(
     r"lora_(A|B|a|b|up|down|mid)\b|lora\.(up|down)\b|^(lora_|lycoris_)|_loras?\.|\.(hada|lokr|oft)_"
     r"|dora_scale|\.(alpha|diff|diff_b|diff_m|set_weight|reshape_weight|w_norm|b_norm)$"
 )
+_NUNCHAKU = ".wscales"  # of a quantised model, which has low-rank parts of its own
 # A name's pattern, under no prefix or any -> what has it. The first that fits is told.
 _RELATIVES = (
     (r"vace_(blocks|patch_embedding)\.", "VACE"),
@@ -87,26 +93,13 @@ _PREFIXES = re.compile(
     r"^(model\.diffusion_model\.|(generator|generator_ema|critic|model|module|diffusion_model"
     r"|_orig_mod|_fsdp_wrapped_module|transformer|dit|net|pipe)\.)+"
 )
-_LOW_PRECISION = {
-    "F8_E4M3": "fp8 (e4m3)",
-    "F8_E5M2": "fp8 (e5m2)",
-    "F8_E4M3FNUZ": "fp8 (e4m3fnuz)",
-    "F8_E5M2FNUZ": "fp8 (e5m2fnuz)",
-    "F8_E8M0": "mxfp8",
-    "F6_E2M3": "fp6",
-    "F6_E3M2": "fp6",
-    "F4": "fp4",
-    "I8": "int8",
-    "U8": "4 bits",
-}
-_SCALES = re.compile(
-    r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale(_\w+)?|input_scale|comfy_quant"
-    r"|pre_quant_scale|absmax|quant_map|_data|_scale)$"
-)
 
 
-def refuse_foreign_file(path: Path) -> None:
-    """Raise BadRequest for a file that its first bytes tell to be no safetensors file."""
+def file_format(path: Path) -> str:
+    """`safetensors`, `gguf` or `torch`, by a file's first bytes.
+
+    Raises BadRequest for a file that is of another format, and one that cannot be read.
+    """
     try:
         descriptor = open_regular(path)
     except OSError as error:
@@ -117,45 +110,39 @@ def refuse_foreign_file(path: Path) -> None:
         os.close(descriptor)
     if what := _file_kind(head):
         raise BadRequest(f"{printable(path)} {what}")
-
-
-def find_unread_file(files: Iterable[Path]) -> str | None:
-    """What the first file is, after its name, that may be a model in a format that is not read."""
-    for file in files:
-        try:
-            refuse_foreign_file(file)
-        except WanExportError as error:
-            if _NOT_YET in str(error):
-                return str(error)
-    return None
+    return _first_match(_FORMATS, head) or "safetensors"
 
 
 def _file_kind(head: bytes) -> str | None:
-    """What a file is that begins so; None for a safetensors file, and for an unknown one."""
+    """What a file is that begins so; None for one that is read, and for an unknown one."""
     if not head:
         return f"is empty: {_AGAIN}"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
         return None
-    matches = (what for pattern, what in _MAGIC if re.match(pattern, head, re.DOTALL))
+    return None if _first_match(_FORMATS, head) else _first_match(_MAGIC, head)
+
+
+def _first_match(table: Iterable[tuple[bytes, str]], head: bytes) -> str | None:
+    matches = (what for pattern, what in table if re.match(pattern, head, re.DOTALL))
     return next(matches, None)
 
 
 def refuse_foreign_tensors(
-    entries: Mapping[str, TensorEntry], path: Path, *, partial: bool = False
+    shapes: Mapping[str, tuple[int, ...]], path: Path, *, partial: bool = False
 ) -> None:
-    """Raise BadRequest when tensors are of another thing than a readable Wan.
+    """Raise BadRequest when tensors, by name, are of another thing than a readable Wan.
 
     partial is for one file of several, which may lack what tells a Wan.
     """
-    if what := _tensors_kind(entries, partial):
+    if what := _tensors_kind(shapes, partial):
         raise BadRequest(f"{printable(path)} {what}")
 
 
-def _tensors_kind(entries: Mapping[str, TensorEntry], partial: bool) -> str | None:
+def _tensors_kind(shapes: Mapping[str, tuple[int, ...]], partial: bool) -> str | None:
     """What a file with these tensors is; None for a Wan's transformer, and for an unknown thing."""
-    if any(map(_LORA.search, entries)):
-        return "is a LoRA, which is not read yet: merge it into the model first, and pass -m that"
-    names = [_PREFIXES.sub("", name) for name in entries]
+    names = [_PREFIXES.sub("", name) for name in shapes]
+    if any(map(_LORA.search, shapes)) and not any(name.endswith(_NUNCHAKU) for name in shapes):
+        return "is a LoRA, no model: pass -m the model that it is for, and this with --lora"
     is_wan = any(name in _SIGNS for name in names)
     relative = _first(_RELATIVES, names)
     if relative and (is_wan or partial or "patch_embedding.weight" in names):
@@ -163,19 +150,19 @@ def _tensors_kind(entries: Mapping[str, TensorEntry], partial: bool) -> str | No
     if not is_wan:
         return _other_kind(names)
     parts = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.")
-    if extra := [part for part in parts if any(name.startswith(part) for name in entries)]:
+    if extra := [part for part in parts if any(name.startswith(part) for name in shapes)]:
         return (
             f"is an all-in-one file, with {' and '.join(extra)}* beside the transformer, which is "
             f"not read yet: take the file of the transformer alone"
         )
-    return _fun_kind(entries) or _quantised_kind(entries) or _prefix_kind(entries)
+    return _fun_kind(shapes) or _prefix_kind(shapes)
 
 
-def _fun_kind(entries: Mapping[str, TensorEntry]) -> str | None:
+def _fun_kind(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """A Wan-Fun that no tensor's name tells, by the channels of its input."""
-    for name, entry in entries.items():
-        if name.endswith("patch_embedding.weight") and len(entry.shape) == 5:
-            if whose := _FUN_CHANNELS.get(entry.shape[1]):
+    for name, shape in shapes.items():
+        if name.endswith("patch_embedding.weight") and len(shape) == 5:
+            if whose := _FUN_CHANNELS.get(shape[1]):
                 return f"is of {whose}, which is not read yet: {_TAKE_PLAIN}"
     return None
 
@@ -199,34 +186,21 @@ def _other_kind(names: list[str]) -> str | None:
     return None
 
 
-def _quantised_kind(entries: Mapping[str, TensorEntry]) -> str | None:
-    """The quantisation of a Wan; None where there is none."""
-    scales = {match[2] for name in entries if (match := _SCALES.search(name))}
-    weights = {entry.dtype for name, entry in entries.items() if not _SCALES.search(name)}
-    low = [kind for dtype, kind in _LOW_PRECISION.items() if dtype in weights]
-    if not scales and not low:
-        return None
-    if "weight_scale_2" in scales:
-        kind = "nvfp4"
-    elif "_data" in scales:
-        kind = "int8 or fp8 (quanto)"
-    elif {"absmax", "quant_map"} & scales:
-        kind = "4 or 8 bits (bitsandbytes)"
-    else:
-        kind = low[0] if low else "a format with " + ", ".join(sorted(scales))
-    if kind.startswith("fp8"):
-        kind = f"{'scaled' if scales else 'plain'} {kind}"
-    return f"is quantised to {kind}, which is not read yet: {_TAKE_UNQUANTISED}"
-
-
-def _prefix_kind(entries: Mapping[str, TensorEntry]) -> str | None:
-    """The prefix under which a Wan's names stand, when it is none that is read."""
-    for name in entries:
+def prefix_of(names: Iterable[str]) -> str:
+    """What stands before a Wan's names, of whatever file; empty where nothing tells."""
+    for name in names:
         for sign in _SIGNS:
-            prefix = name.removesuffix(sign)
-            if prefix not in (name, "", PREFIX):
-                return (
-                    f"is a Wan whose tensors' names begin with {printable(prefix)}, which is not "
-                    f"read yet: take a file whose names begin with blocks. or {PREFIX}blocks."
-                )
-    return None
+            if name == sign or name.endswith(f".{sign}"):
+                return name.removesuffix(sign)
+    return ""
+
+
+def _prefix_kind(names: Iterable[str]) -> str | None:
+    """The prefix under which a Wan's names stand, when it is none that is read."""
+    prefix = prefix_of(names)
+    if prefix in PREFIXES:
+        return None
+    return (
+        f"is a Wan whose tensors' names begin with {printable(prefix)}, which is not read yet: "
+        f"take a file whose names begin with blocks. or {PREFIXES[1]}blocks."
+    )

@@ -2,13 +2,13 @@
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from wanexport.graphs.experts import expert_of_name
-from wanexport.graphs.foreign import find_unread_file
 from wanexport.graphs.json_file import read_object
 from wanexport.runtime.errors import BadRequest, printable
 from wanexport.runtime.wan_config import EXPERTS
@@ -16,14 +16,64 @@ from wanexport.runtime.wan_config import EXPERTS
 _NAMES = "diffusion_pytorch_model*.safetensors"
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _PAIRS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
-_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|gguf|pt|pth|bin)")
+# The endings of files that hold a model: a folder's are those of the first group that it has.
+_ENDINGS = ((".safetensors",), (".gguf",), (".pt", ".pth", ".ckpt", ".bin"))
+# What else lies beside a model under these endings.
+_PART_FILES = ("models_*.pth", "Wan2.*_VAE.pth", "training_args.bin", "optimizer*", "scheduler*")
 
 
-def find_parts(path: Path, index: Mapping[str, Any]) -> dict[str, Path]:
-    """The folder or file of each expert, or of the one model, which is called "".
+@dataclass(frozen=True)
+class Part:
+    """The files of one model; `listed` is the file of each tensor, where an index lists them."""
 
-    Raises BadRequest when an expert did not arrive, or more than one model did.
+    path: Path  # of the folder or the file
+    files: tuple[Path, ...]
+    listed: Mapping[str, str] | None = None
+
+
+def find_parts(path: Path, index: Mapping[str, Any]) -> dict[str, Part]:
+    """The files of each expert, or of the one model, which is called "".
+
+    Raises BadRequest when an expert or a file did not arrive, or more than one model did.
     """
+    places = _find_places(path, index)
+    if len(places) > 1:
+        return {expert: _weight_files(place) for expert, place in places.items()}
+    ((name, place),) = places.items()
+    part = _weight_files(place)
+    if not place.is_dir() or part.listed is not None:
+        return {name: part}
+    return _pair_of(part) or {name: part}
+
+
+def _pair_of(part: Part) -> dict[str, Part]:
+    """The experts whose files lie in one folder, told apart by their names; empty for one model.
+
+    Raises BadRequest when there are files of both, and others.
+    """
+    groups: dict[str, list[Path]] = {}
+    for file in part.files:
+        groups.setdefault(expert_of_name(file.name), []).append(file)
+    if not {*EXPERTS} <= groups.keys():
+        return {}
+    if len(groups) > len(EXPERTS) or not all(map(_is_one_model, groups.values())):
+        names = _few([printable(file.name) for file in part.files])
+        raise BadRequest(
+            f"{printable(part.path)} has more files than one for each expert ({names}): name the "
+            f"two, -m HIGH --low-noise LOW"
+        )
+    return {expert: Part(part.path, tuple(groups[expert])) for expert in EXPERTS}
+
+
+def _is_one_model(files: Sequence[Path]) -> bool:
+    """Whether these are one file, or numbered shards of one model."""
+    stems = {shard[1] if (shard := _SHARD.fullmatch(file.name)) else None for file in files}
+    return len(files) == 1 or (len(stems) == 1 and None not in stems)
+
+
+def _find_places(path: Path, index: Mapping[str, Any]) -> dict[str, Path]:
+    """The folder or file of each expert, or of the one model."""
     if not path.is_dir():
         return {"": path}
     where = printable(path)
@@ -72,36 +122,41 @@ def _lacks(path: Path, name: str, other: str, reason: str) -> str:
     )
 
 
-def weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files of one model, and the file of each tensor where an index lists them.
-
-    Raises BadRequest when there is no safetensors file, or one is missing.
-    """
+def _weight_files(path: Path) -> Part:
+    """The files of a folder, or the one file. Raises BadRequest when one or all are missing."""
     if not path.is_dir():
         shard = _SHARD.fullmatch(path.name)
         if shard and int(shard[3]) > 1:
             raise BadRequest(
                 f"{printable(path)} is one of {int(shard[3])} shards: pass -m its folder"
             )
-        return [path], None
+        return Part(path, (path,))
     names = sorted(os.listdir(path))
     if _INDEX in names:
         return _listed_files(path)
-    chosen = [name for name in names if fnmatch(name, _NAMES)]
-    chosen = chosen or [name for name in names if name.endswith(".safetensors")]
+    chosen = [name for name in names if fnmatch(name, _NAMES)] or _of_a_format(names)
     if not chosen:
-        foreign = find_unread_file(path / name for name in names if (path / name).is_file())
         raise BadRequest(
-            f"{printable(path)} is no Wan checkpoint: expected *.safetensors in it, in "
-            f"high_noise_model/ and low_noise_model/, or in transformer/"
-            + (f"; {foreign}" if foreign else "")
+            f"{printable(path)} is no Wan checkpoint: expected *.safetensors, *.gguf or *.pt in "
+            f"it, in high_noise_model/ and low_noise_model/, or in transformer/"
         )
-    _check_pair(path, chosen)
     _check_shards(path, chosen)
-    return [path / name for name in chosen], None
+    return Part(path, tuple(path / name for name in chosen))
 
 
-def _listed_files(path: Path) -> tuple[list[Path], dict[str, str]]:
+def _of_a_format(names: Sequence[str]) -> list[str]:
+    """The files of a folder that hold a model: both experts, or those of its first format."""
+    own = [name for name in names if not any(fnmatch(name, part) for part in _PART_FILES)]
+    models = [name for name in own if name.lower().endswith(sum(_ENDINGS, ()))]
+    if len(models) == len(EXPERTS) and {*map(expert_of_name, models)} == {*EXPERTS}:
+        return models
+    for endings in _ENDINGS:
+        if chosen := [name for name in own if name.lower().endswith(endings)]:
+            return chosen
+    return []
+
+
+def _listed_files(path: Path) -> Part:
     index = path / _INDEX
     listed = read_object(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
@@ -122,7 +177,7 @@ def _listed_files(path: Path) -> tuple[list[Path], dict[str, str]]:
             f"{printable(path)} has {_few(sorted(strays))}, which its index does not list: move "
             f"what is of another model to a folder of its own, or delete the index"
         )
-    return [path / name for name in names], listed
+    return Part(path, tuple(path / name for name in names), listed)
 
 
 def _few(names: list[str]) -> str:
@@ -143,23 +198,12 @@ def check_listed(listed: Mapping[str, str] | None, names: Collection[str], file:
             raise BadRequest(f"{printable(file)} {what} ({few}): download both again")
 
 
-def _check_pair(path: Path, names: list[str]) -> None:
-    """Refuse the two experts of an A14B as single files of one folder."""
-    files = {expert_of_name(name): printable(path / name) for name in names}
-    if {*EXPERTS} <= files.keys():
-        raise BadRequest(
-            f"the experts of an A14B are in {files['high_noise']} and in {files['low_noise']}: "
-            f"move them to high_noise_model/ and low_noise_model/ of one folder and pass -m that, "
-            f"or to build one by itself pass -m its file with --expert-alone"
-        )
-
-
 def _check_shards(path: Path, names: list[str]) -> None:
     """Refuse a set of numbered shards that is not whole."""
     for name in names:
         if shard := _SHARD.fullmatch(name):
-            stem, count = shard[1], int(shard[3])
-            whole = (f"{stem}-{k:05}-of-{count:05}.safetensors" for k in range(1, count + 1))
+            stem, count, ending = shard[1], int(shard[3]), shard[4]
+            whole = (f"{stem}-{k:05}-of-{count:05}.{ending}" for k in range(1, count + 1))
             missing = [printable(other) for other in whole if other not in names]
             if missing:
                 raise BadRequest(

@@ -56,12 +56,11 @@ _RELATIVE_FIELDS = {
     "add_control_adapter": "Wan-Fun with camera control",
     "add_ref_conv": "Wan-Fun-Control",
     "inject_sample_info": "SkyReels-V2",
-    "quantization_config": "a quantised model",
 }
 _NOTHING: tuple[object, ...] = (None, False, 0, -1, [], {}, "")
 # Names with _ in front are of the software that wrote the file; rope_max_seq_len is the length of a
 # table of angles, and changes none of them.
-_IGNORED = ("rope_max_seq_len", "architectures", "torch_dtype", "dtype")
+_IGNORED = ("rope_max_seq_len", "architectures", "torch_dtype", "dtype", "quantization_config")
 
 
 def read_config(file: Path, *, owned: bool) -> dict[str, Any]:
@@ -150,12 +149,15 @@ def settings(stated: Mapping[str, Any], dim: int, file: Path) -> tuple[int, int,
     return heads, text_len, eps
 
 
-def check_config(stated: Mapping[str, Any], config: WanConfig, file: Path) -> None:
+def check_config(
+    stated: Mapping[str, Any], config: WanConfig, file: Path, *, is_quantised: bool = False
+) -> None:
     """Hold everything that config.json states against the config that follows from the tensors.
 
     Warns of fields that are not known. Raises BadRequest, naming the field and both values,
     when something stated is otherwise, and when heads are not 128 wide by what may be another's.
     """
+    _check_quantisation(stated.get("quantization_config"), file, is_quantised)
     unknown = []
     expected = _expected(config)
     for field, value in stated.items():
@@ -184,6 +186,24 @@ def check_config(stated: Mapping[str, Any], config: WanConfig, file: Path) -> No
             f"{printable(file)} states {names}{more}, which no Wan known here has: not used",
             WanExportWarning,
             stacklevel=2,
+        )
+
+
+def _check_quantisation(stated: object, file: Path, is_quantised: bool) -> None:
+    """Refuse a method of quantisation other than ModelOpt's fp8, and one that the tensors lack."""
+    if stated in _NOTHING:
+        return
+    fields = stated if isinstance(stated, dict) else {}
+    method, algorithm = fields.get("quant_method"), str(fields.get("quant_algo", "FP8"))
+    if method != "modelopt" or not algorithm.startswith("FP8"):
+        raise BadRequest(
+            f"{printable(file)} has quantization_config {brief(method)} {brief(algorithm)}, which "
+            f"is not read: expected modelopt's FP8; take the fp32, bf16 or fp16 model"
+        )
+    if not is_quantised:
+        raise BadRequest(
+            f"{printable(file)} has a quantization_config, but no tensor beside it is quantised: "
+            f"put this model's own config.json there, or delete it"
         )
 
 

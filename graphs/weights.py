@@ -15,16 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanexport.graphs.checkpoint import SourceTensor
+from wanexport.graphs import source_tensor
+from wanexport.graphs.source_tensor import SourceTensor, read_chunks, read_values
 from wanexport.runtime import dtypes
 from wanexport.runtime.bundle.durable import durable_file
-from wanexport.runtime.bundle.regular_file import open_regular
 from wanexport.runtime.bundle.signature import parameter_shapes, weights_layout
-from wanexport.runtime.bundle.tensorfile import TensorEntry, read_at, read_header
-from wanexport.runtime.errors import BadRequest, BundleError, printable
+from wanexport.runtime.bundle.tensorfile import TensorEntry, read_header
+from wanexport.runtime.errors import BadRequest, printable
 from wanexport.runtime.wan_config import WanConfig
 
-CHUNK = 1 << 23  # elements converted at a time: 32 MB of fp32
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtypes.DTYPES[name].torch) for name in dtypes.PRECISIONS
 }
@@ -56,21 +55,9 @@ class CheckpointWeights:
         self._hashes: dict[str, str] = {}
 
     def chunks(self, name: str) -> Iterator[Tensor]:
-        """The parameter's elements in order. Raises BadRequest when its file ends early."""
-        file, entry = self.tensors[name].file, self.tensors[name].entry
-        dtype = _torch_dtype(entry)
-        buffer = bytearray(min(entry.size, CHUNK * dtype.itemsize))
-        digest, done = hashlib.sha256(), 0
-        with open(open_regular(file), "rb") as stream:
-            while done < entry.size:
-                view = memoryview(buffer)[: min(entry.size - done, len(buffer))]
-                if not read_at(stream.fileno(), view, entry.offset + done):
-                    raise BadRequest(
-                        f"{printable(file)} ended while it was read: download it again"
-                    )
-                digest.update(view)
-                done += len(view)
-                yield torch.frombuffer(view, dtype=dtype)
+        """The parameter's elements in order, fp32 where it is quantised. Raises as read_chunks."""
+        digest = hashlib.sha256()
+        yield from read_chunks(self.tensors[name], digest.update)
         self._hashes[name] = digest.hexdigest()
 
     def digest(self) -> str:
@@ -101,7 +88,7 @@ class RandomWeights:
         width = deviation * 12**0.5  # of the uniform distribution with this deviation
         left = int(np.prod(shape))
         while left:
-            values = generator.random(min(left, CHUNK), dtype=np.float32)
+            values = generator.random(min(left, source_tensor.CHUNK), dtype=np.float32)
             values -= 0.5
             values *= np.float32(width)
             values += np.float32(centre)
@@ -194,21 +181,16 @@ _TOO_NARROW = {torch.float16: ("fp16", "bf16 or fp32"), torch.bfloat16: ("bf16",
 
 
 def read_tensor(source: SourceTensor, *, fits: torch.dtype | None = None) -> Tensor:
-    """One tensor in its stored dtype.
+    """One tensor in its stored dtype, or in fp32 where it is quantised.
 
-    Raises BundleError when its file ends early, and BadRequest when a value is not finite, or would
-    not be in the dtype that it must fit.
+    Raises as read_chunks does, and BadRequest when a value is not finite, or would not be in the
+    dtype that it must fit.
     """
-    entry = source.entry
-    buffer = bytearray(entry.size)
-    with open(open_regular(source.file), "rb") as stream:
-        if not read_at(stream.fileno(), memoryview(buffer), entry.offset):
-            raise BundleError(f"{printable(source.file)} ended while it was read: write it again")
-    tensor = torch.frombuffer(buffer, dtype=_torch_dtype(entry))
+    tensor = read_values(source)
     check = _FiniteCheck(source.name, fits or tensor.dtype)
     check.add(tensor)
     check.refuse()
-    return tensor.reshape(entry.shape)
+    return tensor
 
 
 def bundle_tensors(file: Path, names: Mapping[str, str]) -> dict[str, SourceTensor]:

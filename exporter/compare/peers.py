@@ -9,8 +9,8 @@ from pathlib import Path
 from wanexport.exporter.model_source import resolve
 from wanexport.exporter.reference.diffusers import DiffusersEngine
 from wanexport.exporter.reference.eager import EagerEngine
-from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.graphs.config import PRESETS
+from wanexport.graphs.source_tensor import SourceTensor
 from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
 from wanexport.runtime.bundle.check import check_content
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanexport.graphs.checkpoint import SourceTensor
 from wanexport.graphs.graph import parameter_dtype
+from wanexport.graphs.source_tensor import SourceTensor
 from wanexport.graphs.weights import DTYPES, bundle_tensors, read_tensor
 from wanexport.runtime.arrays import Array
 from wanexport.runtime.bundle.pinned_file import PinnedFile

@@ -31,8 +31,23 @@ Model = TypeVar("Model", bound=nn.Module)
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """All tensors of a .pth file by name, on the CPU and mapped to the file.
 
-    Raises BundleError when there is no such file, it is damaged, it holds what could run code,
-    or it is no state dict.
+    Raises BundleError as load_saved does, and when the file holds no state dict.
+    """
+    state = load_saved(path)
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise BundleError(
+            f"{printable(path)} is no state dict: expected tensors by name, download the official "
+            f"file again"
+        )
+    return dict(state)
+
+
+def load_saved(path: Path) -> Any:
+    """What torch.save wrote, its tensors on the CPU and mapped to the file.
+
+    Raises BundleError when there is no such file, it is damaged, or it holds what could run code.
     """
     try:
         descriptor = open_regular(path)
@@ -41,7 +56,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"cannot read {printable(path)}: {error.strerror}: pass a checkpoint that has it"
         ) from error
     try:
-        state = _load(descriptor, path)
+        return _load(descriptor, path)
     except UnpicklingError as error:
         raise BundleError(
             f"{printable(path)} is damaged or holds more than tensors, which could run code, and "
@@ -51,14 +66,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise BundleError(
             f"{printable(path)} is no file of torch.save, or is cut short: download it again"
         ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise BundleError(
-            f"{printable(path)} is no state dict: expected tensors by name, download the official "
-            f"file again"
-        )
-    return dict(state)
 
 
 def _load(descriptor: int, path: Path) -> Any:

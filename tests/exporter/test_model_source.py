@@ -76,7 +76,7 @@ class Missing(RepositoryNotFoundError):
         (LocalEntryNotFoundError("no\nroute"), "a/b is neither a folder here nor in the hub's cac"),
         (OSError("disk\nfull"), "cannot get a/b from the hub: disk full; download it"),
         (ValueError("x" * 5000), "cannot get a/b from the hub: xxx"),
-        (None, r"a/b has no diffusion_pytorch_model\*\.safetensors where a Wan has them: download"),
+        (None, r"a/b has no diffusion_pytorch_model\*\.safetensors where a Wan has them: name"),
     ],
 )
 def test_a_repository_that_gives_no_model_is_one_line(
@@ -91,7 +91,7 @@ def test_a_repository_that_gives_no_model_is_one_line(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "-m is empty: name a folder or a hub id"),
+        ("", "-m is empty: name a folder, a file or a hub id"),
         (" \n", "-m is empty"),
         ("x" * 10_000, r"xxx \.\.\. x+ does not exist: expected a checkpoint folder, or a hub id"),
         ("a/" + "x" * 10_000, "does not exist"),

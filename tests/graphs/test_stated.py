@@ -109,7 +109,6 @@ def test_what_does_not_fit_the_tensors_is_refused_with_both_values(
         {"model_type": "vace"}, {"_class_name": "WanModel", "model_type": "s2v"},
         OFFICIAL | {"vace_layers": [0, 5]}, OFFICIAL | {"control_type": "cam"},
         OFFICIAL | {"add_ref_conv": True}, OFFICIAL | {"num_frame_per_block": 3},
-        DIFFUSERS | {"quantization_config": {"quant_method": "modelopt"}},
     ],
     ids=str,
 )  # fmt: skip

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.oracles.wan_reference import convert, small_config, with_changes, write_official
-from wanexport.graphs import weights
+from wanexport.graphs import source_tensor
 from wanexport.graphs.checkpoint import open_checkpoint
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights, read_tensor, write_weights
 from wanexport.runtime.bundle.signature import parameter_shapes, weights_layout
@@ -69,7 +69,7 @@ def test_all_chunks_of_a_tensor_are_counted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(weights, "CHUNK", 1000)
+    monkeypatch.setattr(source_tensor, "CHUNK", 1000)
     bad = state["head.head.weight"].clone()
     bad.flatten()[[0, 999, 1000, -1]] = float("nan")
     folder = write_official(tmp_path / "in", with_changes(state, head__head__weight=bad), config)

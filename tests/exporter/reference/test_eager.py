@@ -15,7 +15,7 @@ from wanexport.exporter.reference.diffusers import DiffusersEngine
 from wanexport.exporter.reference.eager import EagerEngine
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
-from wanexport.graphs.checkpoint import SourceTensor
+from wanexport.graphs.source_tensor import SourceTensor
 from wanexport.graphs.weights import RandomWeights, bundle_tensors, write_weights
 from wanexport.runtime.bundle.pinned_file import pin
 from wanexport.runtime.bundle.signature import parameter_shapes
