@@ -1,7 +1,6 @@
 """`wanexport build`: the weights, then each engine with its proof, then the manifest."""
 
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -24,38 +23,32 @@ from wanexport.exporter.bundle.writer import BundleWriter, file_record, open_bun
 from wanexport.exporter.child.process import missing_name
 from wanexport.exporter.key import engine_key
 from wanexport.exporter.model_source import ModelSource, resolve
+from wanexport.exporter.sets.convert import add_weights
+from wanexport.exporter.sets.loras import LoraOptions, merged
 from wanexport.graphs.config import sampling_defaults
 from wanexport.graphs.signature import forward_flops
-from wanexport.graphs.weights import write_weights
 from wanexport.runtime.bundle.manifest import (
     BASE,
     DENOISER,
     EngineRecord,
-    FileRecord,
     Manifest,
-    WeightsRecord,
-    weights_label,
 )
-from wanexport.runtime.bundle.path import WEIGHTS_FILE
-from wanexport.runtime.bundle.signature import layout_sha256, weights_layout
-from wanexport.runtime.bundle.tensorfile import header_sha256
-from wanexport.runtime.errors import BadRequest, EngineFailure, refuse_empty
+from wanexport.runtime.errors import BadRequest, refuse_empty
 from wanexport.runtime.family import SamplingDefaults, family_of
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.machine.memory import peak_rss
-from wanexport.runtime.wan_config import WanConfig
 
 _NO_KEY = "0" * 64  # of an engine that no later build may take for its own
-_HOLDS_OTHER = {  # by whether it is the base set
-    True: "{0} holds other weights, of {2}: name another folder with -o",
-    False: "{0} holds other weights named {1}, of {2}: choose another name",
-}
 
 
 def build(model: str | Path | None = None, **options: Unpack[BuildKeywords]) -> dict[str, Any]:
     """Build a bundle, or add to one, and return the record of what was done.
 
-    model is a folder, a hub id, or with random_weights (a seed) a preset; resolution is `480x832`,
+    model is a folder, a file, a hub id, a file there (`ID:FILE`), or with random_weights (a seed) a
+    preset; with low_noise it is the high-noise expert of an A14B, and low_noise the other. lora are
+    to be merged, each `FILE`, `FILE:STRENGTH` or a pair: into the model, or both experts; lora_high
+    and lora_low into one. What of them has no place in the model is refused, unless lora_partial,
+    when a warning lists it. resolution is `480x832`,
     `832*480` or (480, 832); dtype is fp32, bf16 or fp16; output defaults to ./<model>; proof is
     `ends` (the proof runs the first and last block) or `full` (all of them). On a machine with a
     GPU the defaults are the aoti backend, device cuda and bf16, elsewhere onnx, cpu and fp32;
@@ -103,12 +96,16 @@ def _order(model: str | Path | None, asked: BuildOptions) -> Order:
 def _find_model(model: str | Path | None, asked: BuildOptions) -> ModelSource:
     asked.progress("checkpoint", 0, 0)
     named = None if model is None else str(model)
-    source = resolve(named, asked.random_weights, expert_alone=asked.expert_alone)
+    low_noise = None if asked.low_noise is None else str(asked.low_noise)
+    source = resolve(
+        named, asked.random_weights, low_noise=low_noise, expert_alone=asked.expert_alone
+    )
     if asked.expert_alone and source.experts:
         raise BadRequest(
             f"{named} has both experts: leave out --expert-alone, or pass -m the folder of one"
         )
-    return source
+    loras = LoraOptions(asked.lora, asked.lora_high, asked.lora_low, asked.lora_partial)
+    return merged(source, loras) if loras else source
 
 
 def _requests(source: ModelSource, order: Order, asked: BuildOptions) -> list[Request]:
@@ -161,97 +158,9 @@ def _summary(writer: BundleWriter, requests: Sequence[Request]) -> dict[str, Any
         "model": manifest.model,
         "tokens": first.geometry.num_tokens,
         "weights": {label: asdict(w.file) for label, w in sets.items() if w.name == BASE},
+        "sources": {label: w.source for label, w in sets.items() if w.name == BASE},
         "engines": [{"name": engine.name, **asdict(engine)} for engine in engines],
     }
-
-
-def add_weights(
-    writer: BundleWriter,
-    source: ModelSource,
-    expert: str,
-    dtype: str,
-    progress: Progress,
-    *,
-    name: str = BASE,
-) -> list[str]:
-    """Convert one expert's checkpoint, or return what is reused because the bundle holds it.
-
-    name is that of the weights set that it is part of, for engines of its layout.
-    Raises BadRequest when the set has other weights: it is of one source.
-    """
-    label = weights_label(name, expert, dtype)
-    _check_source(writer, source, expert, name, label, progress)
-    record = writer.find_weights(label, layout_sha256(source.config, dtype))
-    reused = [f"weights {label}"] if record else []
-    record = record or convert_weights(writer, source, expert, dtype, progress, name=name)
-    writer.put_weights(label, record)
-    return reused
-
-
-def _check_source(
-    writer: BundleWriter,
-    source: ModelSource,
-    expert: str,
-    name: str,
-    label: str,
-    progress: Progress,
-) -> None:
-    """Raise BadRequest when the set of this name holds other weights of the expert."""
-    for known_label, known in writer.known_weights().items():
-        if (known.name, known.expert) != (name, expert) or known.source == source.record:
-            continue
-        progress(f"weights {label}: reading the checkpoint to compare", 0, 0)
-        if known.content == source.weights[expert].digest():
-            continue
-        if known_label not in writer.committed.weights:
-            writer.forget_weights(known_label)
-            continue
-        origins = [known.source[k] for k in ("hub", "path", "preset") if k in known.source]
-        origin = origins[0] if origins else "another source"
-        raise BadRequest(_HOLDS_OTHER[name == BASE].format(writer.path, name, origin))
-
-
-def convert_weights(
-    writer: BundleWriter,
-    source: ModelSource,
-    expert: str,
-    dtype: str,
-    progress: Progress,
-    *,
-    name: str = BASE,
-) -> WeightsRecord:
-    """Write one expert's part of a weights set and return its record."""
-    label = weights_label(name, expert, dtype)
-    path = writer.free_folder(Path("weights") / label) / WEIGHTS_FILE
-    _check_disk(path.parent, source.config, dtype)
-    weights = source.weights[expert]
-
-    def show(done: int, total: int) -> None:
-        progress(f"weights {label}", done, total)
-
-    sha256 = write_weights(path, source.config, dtype, weights, show)
-    relative = path.relative_to(writer.path).as_posix()
-    return WeightsRecord(
-        name=name,
-        role=DENOISER,
-        expert=expert,
-        dtype=dtype,
-        layout=header_sha256(path),
-        file=FileRecord(relative, path.stat().st_size, sha256),
-        content=weights.digest(),
-        source=source.record,
-    )
-
-
-def _check_disk(folder: Path, config: WanConfig, dtype: str) -> None:
-    """Refuse a conversion that would end in a full disk after minutes."""
-    _, entries = weights_layout(config, dtype)
-    needed, free = sum(e.size for e in entries.values()), shutil.disk_usage(folder).free
-    if needed > free:
-        raise EngineFailure(
-            f"{folder} needs {needed / 1e9:.2f} GB for weights, its disk has {free / 1e9:.2f} GB "
-            f"free: name a folder elsewhere with -o"
-        )
 
 
 def add_engine(

@@ -1,13 +1,13 @@
-"""`wanexport inspect`: what a bundle holds, and whether its files are as they were built."""
+"""`wanexport inspect` and `ls`: what a bundle holds, and whether its files are as built."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from wanexport.runtime.bundle.check import check_content, check_weights
-from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
+from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, WeightsRecord, read_manifest
 from wanexport.runtime.bundle.tensorfile import read_header
 from wanexport.runtime.bundle.usable import (
     unread_name,
@@ -44,6 +44,58 @@ def inspect(bundle: str | Path, *, verify: bool = False) -> dict[str, Any]:
         ],
         "verified": verify,
         "problems": problems,
+    }
+
+
+def list_bundle(bundle: str | Path) -> dict[str, Any]:
+    """The weights sets and engines of a bundle, as `wanexport ls` shows them.
+
+    Each set has its recipe, and of each file its precision, expert, size and origin. Raises as
+    `inspect` does.
+    """
+    bundle = Path(bundle)
+    manifest = read_manifest(bundle)
+    sets: dict[str, list[WeightsRecord]] = {}
+    for record in manifest.weights.values():
+        sets.setdefault(record.name, []).append(record)
+    engines = [
+        {
+            "name": engine.name,
+            "bytes": sum(file.size for file in engine.files.values()),
+            "unusable": why_unusable(bundle, manifest, engine),
+        }
+        for engine in manifest.engines
+    ]
+    engines += [
+        {"name": unread_name(data), "bytes": 0, "unusable": why_unread(bundle, manifest, data)}
+        for data in manifest.unread
+    ]
+    return {
+        "bundle": str(bundle),
+        "model": manifest.model,
+        "bytes": sum(file.size for file in manifest.files()),
+        "sets": [_listed_set(name, records) for name, records in sets.items()],
+        "engines": engines,
+    }
+
+
+def _listed_set(name: str, records: Sequence[WeightsRecord]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "role": records[0].role,
+        "recipe": records[0].recipe,
+        "bytes": sum(record.file.size for record in records),
+        "files": [
+            {
+                "expert": record.expert,
+                "dtype": record.dtype,
+                "bytes": record.file.size,
+                "path": record.file.path,
+                "sha256": record.file.sha256,
+                "source": record.source,
+            }
+            for record in records
+        ],
     }
 
 

@@ -11,6 +11,7 @@ from wanexport.graphs.checkpoint import Checkpoint, open_checkpoint
 from wanexport.graphs.config import PRESETS, variant
 from wanexport.graphs.experts import FOLDERS, expert_of_name
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights, WeightSource
+from wanexport.runtime.bundle.manifest import Manifest
 from wanexport.runtime.errors import BadRequest, printable
 from wanexport.runtime.parts.hub import EXAMPLE, download
 from wanexport.runtime.wan_config import WanConfig
@@ -86,6 +87,22 @@ def resolve(
     named = f"{place.name} is named so" if expert_of_name(place.name.rpartition("/")[2]) else ""
     _check_alone(checkpoint, printable(model, 300), checkpoint.alone or named, expert_alone)
     return _from_checkpoint(checkpoint, place.origin)
+
+
+def resolve_as(manifest: Manifest, model: str, low_noise: str | Path | None) -> ModelSource:
+    """A checkpoint of the model that a bundle is of, as `resolve` takes it.
+
+    Raises BadRequest when it is none, or of another model.
+    """
+    low = None if low_noise is None else str(low_noise)
+    alone = not manifest.experts and low is None
+    source = resolve(model, None, low_noise=low, expert_alone=alone)
+    if (source.config, source.experts) != (manifest.config, manifest.experts):
+        raise BadRequest(
+            f"{printable(model)} is another model ({source.name}) than the bundle's "
+            f"({manifest.model}): pass -m the checkpoint that it was built from, or a like one"
+        )
+    return source
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,23 +15,36 @@ from wanexport.runtime.engines.engine import Engine, Memory
 from wanexport.runtime.errors import BadRequest, BundleError
 from wanexport.runtime.family import SamplingDefaults
 from wanexport.runtime.geometry import PATCH, TEMPORAL_STRIDE, Geometry
+from wanexport.runtime.lora.given import Loras
 from wanexport.runtime.program import Input
+from wanexport.runtime.recipes import recipe_named
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
 
 
 class WeightsSet(NamedTuple):
-    """A weights set by name, or by the path that it was named by, and its files by expert."""
+    """A weights set by name, or by the path that it was named by, and its files by expert.
+
+    `recipe` is how its maker says that a run with it samples, by name; empty for as the model does.
+    """
 
     name: str
     files: Mapping[str, PinnedFile]
+    recipe: str = ""
+
+
+class FindWeights(Protocol):
+    """Finds a weights set by name or path, and the LoRAs to merge into it."""
+
+    def __call__(
+        self, weights: str | Path | None, /, *, lora: Loras = (), lora_partial: bool = False
+    ) -> WeightsSet: ...
 
 
 class Denoiser:
     """Velocity of a latent at a timestep, from one engine of a bundle.
 
     `engines` maps each expert to its engine; a model without experts has the one key "".
-    `weights` is the set that calls use, None where engines have their own; `find` returns another
-    one by name or path.
+    `weights` is the set that calls use, None where engines have their own; `find` returns another.
     """
 
     def __init__(
@@ -39,7 +52,7 @@ class Denoiser:
         record: EngineRecord,
         engines: Mapping[str, Engine],
         weights: WeightsSet | None = None,
-        find: Callable[[str | Path], WeightsSet] | None = None,
+        find: FindWeights | None = None,
     ) -> None:
         self.record = record
         self.engines = dict(engines)
@@ -57,8 +70,10 @@ class Denoiser:
 
     @property
     def sampling(self) -> SamplingDefaults:
-        """The model's official sampling defaults at this geometry."""
-        return self.record.sampling
+        """The sampling defaults at this geometry: the model's, or those of the set in use."""
+        if self._weights is None or not self._weights.recipe:
+            return self.record.sampling
+        return recipe_named(self._weights.recipe).applied(self.record.sampling)
 
     @property
     def device(self) -> str:
@@ -79,23 +94,33 @@ class Denoiser:
         record = replace(self.record, sampling=replace(self.sampling, boundary=None))
         return Denoiser(record, {expert: self.engines[expert]}, self._weights, self._find)
 
-    def use(self, weights: str | Path) -> None:
+    def use(
+        self,
+        weights: str | Path | None = None,
+        *,
+        lora: Loras = (),
+        lora_partial: bool = False,
+    ) -> None:
         """Use another weights set of the engine's layout from the next call on.
 
         weights is as in `load`. The set is read in place of the one before, which waits for calls
         that run; no engine is built or opened, except that ONNX Runtime on a CPU opens a session. A
         call has one set, whole: that of the moment it began. Denoisers of a process that share
         weights on a device take turns from then on, and read anew at each.
-        Raises BadRequest when there is no such set, or a file is laid out otherwise, BundleError
-        when one is missing or was altered, EngineFailure when the device fails; the set before
-        stays in use.
+        lora are LoRA files to merge into the set in memory, on the engine's device: each `FILE`,
+        `FILE:STRENGTH` or a pair; of a model with two experts for both, or a mapping from
+        `high_noise` and `low_noise`. What of them has no place in the model is refused, unless
+        lora_partial. A set's values are those that it was rounded to.
+        Raises BadRequest when there is no such set, a file is laid out otherwise, or a LoRA does
+        not fit, BundleError when a file is missing or was altered, EngineFailure when the device
+        fails; the set before stays in use.
         """
         if self._find is None or self._weights is None:
             raise BadRequest(
                 f"engine {self.record.name} holds its weights inside and cannot change them: "
                 f"leave {str(weights)!r:.40} out"
             )
-        found = self._find(weights)
+        found = self._find(weights, lora=lora, lora_partial=lora_partial)
         for file in self._read_ahead(found):
             file[0].use(file[1])
         self._weights = found

@@ -14,7 +14,7 @@ from wanexport.runtime.decode import Name, Range
 from wanexport.runtime.errors import BundleError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.program import Program
-from wanexport.runtime.solvers import MAX_SHIFT, MAX_STEPS
+from wanexport.runtime.solvers import MAX_SHIFT, MAX_STEPS, NUM_TRAIN_TIMESTEPS
 from wanexport.runtime.wan_config import WanConfig
 
 MAX_GUIDANCE = 1000
@@ -23,7 +23,10 @@ _AREA_480P = 480 * 832  # pixels
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What `sample` uses unless told; guidance is Wan's pair (low noise, high noise)."""
+    """What `sample` uses unless told; guidance is Wan's pair (low noise, high noise).
+
+    timesteps are the explicit ones of a distilled model, in place of steps and shift.
+    """
 
     steps: Annotated[int, Range(1, MAX_STEPS)]
     shift: Annotated[float, Range(1 / MAX_SHIFT, MAX_SHIFT)]
@@ -34,6 +37,7 @@ class SamplingDefaults:
     boundary: float | None  # timesteps >= 1000 * boundary go to the high-noise expert
     fps: Annotated[int, Range(1, 1000)]
     solver: Name = "unipc"
+    timesteps: tuple[Annotated[float, Range(0, NUM_TRAIN_TIMESTEPS)], ...] | None = None
 
 
 @dataclass(frozen=True)

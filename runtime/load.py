@@ -21,7 +21,15 @@ from wanexport.runtime.denoiser import Denoiser, WeightsSet
 from wanexport.runtime.engines.choose import Choice, choose_engine
 from wanexport.runtime.engines.engine import EngineKeywords, EngineOptions
 from wanexport.runtime.engines.table import ENGINES
-from wanexport.runtime.errors import BadRequest, BundleError, WanExportError, refuse_empty
+from wanexport.runtime.errors import (
+    BadRequest,
+    BundleError,
+    WanExportError,
+    needing_extra,
+    refuse_empty,
+)
+from wanexport.runtime.lora.given import Loras, by_expert
+from wanexport.runtime.lora.merged_file import MergedFile
 
 _HOW = {  # how messages call the options that a backend may not have
     "attention": "attention kernel",
@@ -84,11 +92,11 @@ def open_engine(
         raise BadRequest("offload swaps two experts, this model has one: leave it out")
     # Engines are code: their whole content is checked at every load.
     files = {role: check_content(bundle, file) for role, file in record.files.items()}
-    find = partial(find_weights, bundle, record)
+    find = partial(_find, bundle, record)
     chosen: list[WeightsSet] = []
 
     def weights() -> Mapping[str, PinnedFile]:
-        chosen.append(find(options.weights, manifest))
+        chosen.append(find_weights(bundle, record, options.weights, manifest))
         return chosen[0].files
 
     engines = backend.open_engines(record, files, weights, options, device)
@@ -126,7 +134,8 @@ def find_weights(
         records = sets[name]
         if missing := [expert for expert in experts if expert not in records]:
             raise BundleError(f"weights set {name} lacks {missing[0]}: run wanexport build again")
-        return WeightsSet(name, {e: check_weights(bundle, records[e]) for e in experts})
+        files = {e: check_weights(bundle, records[e]) for e in experts}
+        return WeightsSet(name, files, records[experts[0]].recipe)
     if weights is None:
         raise BundleError(f"{bundle} has no weights for engine {record.name}: build it again")
     if not os.path.lexists(weights):
@@ -136,6 +145,36 @@ def find_weights(
         )
     paths = _named(Path(weights), experts)
     return WeightsSet(name, {expert: _other(path, record) for expert, path in paths.items()})
+
+
+def _find(
+    bundle: Path,
+    record: EngineRecord,
+    weights: str | Path | None,
+    *,
+    lora: Loras = (),
+    lora_partial: bool = False,
+) -> WeightsSet:
+    """A weights set with LoRAs merged in, where there are any. Raises as LoraStack does too."""
+    found = find_weights(bundle, record, weights)
+    loras = by_expert(lora, [expert for expert in found.files if expert])
+    if not any(loras.values()):
+        return found
+    with needing_extra("build", "a LoRA in memory"):
+        from wanexport.runtime.lora.merge import LoraStack, warn_left_out
+
+    files: dict[str, PinnedFile] = {}
+    for expert, file in found.files.items():
+        files[expert] = file
+        if own := loras[expert]:
+            shapes = {name: entry.shape for name, entry in read_header(file.path).items()}
+            stack = LoraStack(own, shapes, partial=lora_partial)
+            files[expert] = MergedFile(**vars(file), stack=stack)
+    warn_left_out(file.stack for file in files.values() if isinstance(file, MergedFile))
+    names = dict.fromkeys(
+        f"{path}:{strength:g}" for own in loras.values() for path, strength in own
+    )
+    return WeightsSet(" + ".join([found.name, *names]), files, found.recipe)
 
 
 def _named(weights: Path, experts: Sequence[str]) -> dict[str, Path]:

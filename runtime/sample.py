@@ -11,6 +11,7 @@ from wanexport.runtime.arrays import Array, is_finite, is_torch, to_fp32_like, t
 from wanexport.runtime.denoiser import check_rows, open_session
 from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.family import MAX_GUIDANCE, SamplingDefaults
+from wanexport.runtime.recipes import recipe_named
 from wanexport.runtime.settings import Settings
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS, SOLVERS, Schedule, make_schedule
 
@@ -48,6 +49,7 @@ def sample(
     shift: float | None = None,
     guidance: float | tuple[float, float] | None = None,
     timesteps: Sequence[float] | None = None,
+    recipe: str | None = None,
     **inputs: Array | None,
 ) -> Iterator[Step]:
     """Denoise from noise [1, C, F, h, w] and yield every step; the last latent is the result.
@@ -55,7 +57,8 @@ def sample(
     text and negative are text embeddings ([n, 4096], n <= 512); negative is needed unless guidance
     is 1. None for solver, steps, shift or guidance takes the denoiser's own default. guidance is a
     number or Wan's (low noise, high noise) pair. timesteps are the explicit float timesteps of a
-    distilled model: Euler and no guidance unless named. first_frame [1, C, 1, h, w] is TI2V's image
+    distilled model: Euler and no guidance unless named. recipe names its settings, of
+    `recipes.RECIPES`, and the others replace them. first_frame [1, C, 1, h, w] is TI2V's image
     latent: it replaces frame 0 before the run and after every step, and is given timestep 0. inputs
     are the model's others, as condition and image: every step is given them.
 
@@ -64,7 +67,7 @@ def sample(
     the denoiser's to raise, at a step.
     """
     defaults = getattr(denoiser, "sampling", None)
-    plan = make_plan(defaults, Settings(steps, shift, guidance, solver, timesteps))
+    plan = make_plan(defaults, Settings(steps, shift, guidance, solver, timesteps, recipe))
     return run_plan(
         denoiser,
         plan,
@@ -123,18 +126,37 @@ def denoise(denoiser: Callable[..., Array], **options: Any) -> Step:
 
 def make_plan(defaults: SamplingDefaults | None, settings: Settings) -> Plan:
     """Fill what is None from the defaults. Raises BadRequest when something is left open."""
-    asked = _distilled(settings) if settings.timesteps is not None else settings
+    filled = fill(defaults, settings)
     solver, steps, shift, guidance = (
-        getattr(defaults, name, None) if (value := getattr(asked, name)) is None else value
-        for name in ("solver", "steps", "shift", "guidance")
+        getattr(filled, name) for name in ("solver", "steps", "shift", "guidance")
     )
     if solver is None or steps is None or shift is None or guidance is None:
         raise BadRequest(
             "this denoiser has no sampling defaults: pass solver, steps, shift and guidance"
         )
-    schedule = make_schedule(solver, steps=steps, shift=shift, timesteps=asked.timesteps)
+    schedule = make_schedule(solver, steps=steps, shift=shift, timesteps=filled.timesteps)
     boundary = None if defaults is None else defaults.boundary
     return Plan(solver, schedule, _guidance_per_step(guidance, schedule, boundary))
+
+
+def fill(defaults: SamplingDefaults | None, settings: Settings) -> Settings:
+    """The settings with the defaults, or those of their recipe, for what is None.
+
+    Explicit timesteps stand for steps and shift. Raises BadRequest for both, and for a recipe that
+    there is not.
+    """
+    if settings.recipe is not None:
+        defaults = recipe_named(settings.recipe).applied(defaults)
+    if settings.timesteps is not None:
+        return _distilled(settings)
+    known = {
+        name: getattr(defaults, name, None) if (value := getattr(settings, name)) is None else value
+        for name in ("steps", "shift", "guidance", "solver")
+    }
+    timesteps = getattr(defaults, "timesteps", None)
+    if timesteps is None or settings.steps is not None or settings.shift is not None:
+        return Settings(**known)
+    return _distilled(Settings(**{**known, "steps": None, "shift": None, "timesteps": timesteps}))
 
 
 def _distilled(settings: Settings) -> Settings:

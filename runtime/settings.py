@@ -14,6 +14,7 @@ class SettingsKeywords(TypedDict, total=False):
     guidance: float | tuple[float, float] | None
     solver: str | None
     timesteps: Sequence[float] | None
+    recipe: str | None
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class Settings:
     """What a run was asked for; None is the denoiser's own default.
 
     guidance is a number or Wan's (low noise, high noise) pair. timesteps are the explicit ones of a
-    distilled model. The numbers of a list, array or iterator are kept, which its owner may change
-    or use up. Nothing is refused here: `sample.make_plan` does that.
+    distilled model. recipe names settings of `recipes.RECIPES`, which the others replace. The
+    numbers of a list, array or iterator are kept, which its owner may change or use up. Nothing is
+    refused here: `sample.make_plan` does that.
     """
 
     steps: int | None = None
@@ -30,6 +32,7 @@ class Settings:
     guidance: float | tuple[float, float] | None = None
     solver: str | None = None
     timesteps: Sequence[float] | None = None
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("guidance", "timesteps"):

@@ -19,12 +19,13 @@ from typing import Protocol
 
 import numpy as np
 
-from wanexport.runtime.arrays import Array
+from wanexport.runtime.arrays import Array, to_fp32_like, to_numpy
 from wanexport.runtime.errors import BadRequest, WanExportWarning
 
 NUM_TRAIN_TIMESTEPS = 1000
 MAX_STEPS = 10_000
 MAX_SHIFT = 1000
+_SEEDING = 8  # values of a latent that seed a generator
 _MOST_SHOWN = 50  # numbers of a list that an error repeats
 # Wan's UniPC starts at the last training sigma, rounded to fp32, where DPM++ starts at 1.
 _UNIPC_SIGMA_MAX = float(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS))
@@ -230,10 +231,42 @@ class UniPC:
         )
 
 
+class Renoise:
+    """The sampler of DMD: x0 = x - sigma * v, x <- (1 - sigma_next) * x0 + sigma_next * noise.
+
+    (FastVideo, `pipelines/stages/denoising.py`, DmdDenoisingStage; CausVid,
+    `bidirectional_inference.py`.) The noise comes from PCG64, seeded by the end of the first
+    latent: so one initial noise gives one video.
+    """
+
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        self.sigmas, self.index = sigmas, 0
+        self.generator: np.random.Generator | None = None
+
+    def step(self, latent: Array, velocity: Array) -> Array:
+        """Return the next latent."""
+        if self.generator is None:
+            self.generator = np.random.default_rng(_seed_of(latent))
+        now, after = self.sigmas[self.index], self.sigmas[self.index + 1]
+        self.index += 1
+        x0 = combine((1.0, latent), (-now, velocity))
+        if after == 0:
+            return x0
+        noise = self.generator.standard_normal(tuple(latent.shape), np.float32)
+        return combine((1 - after, x0), (after, to_fp32_like(noise, latent)))
+
+
+def _seed_of(latent: Array) -> list[int]:
+    """A seed that the last values of a latent make, as whole numbers."""
+    values = to_numpy(latent.reshape(-1)[-_SEEDING:])
+    return [int(bits) for bits in values.astype(np.float32).view(np.uint32)]
+
+
 SOLVERS: dict[str, Callable[[Sequence[float]], Solver]] = {
     "unipc": UniPC,
     "dpm++": DPMSolverPP,
     "euler": Euler,
+    "renoise": Renoise,
 }
 
 

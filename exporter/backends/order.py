@@ -12,6 +12,7 @@ from wanexport.runtime.engines.device_name import check_device
 from wanexport.runtime.engines.kernels import KERNELS
 from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.geometry import Geometry, Resolution, parse_resolution
+from wanexport.runtime.lora.given import Given
 from wanexport.runtime.machine.temporary import check_temporary_folder
 
 PROOFS = ("ends", "full")
@@ -34,7 +35,12 @@ class BuildKeywords(TypedDict, total=False):
     attention_operator: str | None
     tensorrt: TensorRtOptions | None
     random_weights: int | None
+    low_noise: str | Path | None
     expert_alone: bool
+    lora: Sequence[Given]
+    lora_high: Sequence[Given]
+    lora_low: Sequence[Given]
+    lora_partial: bool
     proof: str
     progress: Progress
 
@@ -53,7 +59,12 @@ class BuildOptions:
     attention_operator: str | None = None
     tensorrt: TensorRtOptions | None = None
     random_weights: int | None = None
+    low_noise: str | Path | None = None
     expert_alone: bool = False
+    lora: Sequence[Given] = ()
+    lora_high: Sequence[Given] = ()
+    lora_low: Sequence[Given] = ()
+    lora_partial: bool = False
     proof: str = "ends"
     progress: Progress = _untold
 

@@ -24,10 +24,85 @@ def show_build(record: dict[str, Any]) -> None:
             write(out, f"  {_plan(engine['build'])}")
         write(out, f"  {_proof(proof)}")
     for name, file in record["weights"].items():
-        write(out, f"  weights {name}: {in_bytes(file['size'])}")
+        write(out, f"  weights {name}: {in_bytes(file['size'])}{_origin(record['sources'][name])}")
     if record["reused"]:
         write(out, f"  reused: {', '.join(record['reused'])}")
     write(out, f"  {record['seconds']} s, peak memory {in_bytes(record['peak_rss_bytes'])}")
+
+
+def _origin(source: dict[str, Any]) -> str:
+    """What was read of a checkpoint that is quantised, and the LoRAs merged into it."""
+    told = ""
+    if source.get("stored"):
+        told += f", from {short(source['stored'])}: their precision is the file's"
+    for lora in _loras(source):
+        told += f", with {_lora(lora)}"
+    return told
+
+
+def _loras(source: dict[str, Any]) -> list[dict[str, Any]]:
+    """The LoRAs that a source says were merged, those that have the form of this version's."""
+    found = source.get("lora")
+    return [lora for lora in found if isinstance(lora, dict)] if isinstance(found, list) else []
+
+
+def _lora(lora: dict[str, Any]) -> str:
+    """A LoRA: its file, strength, and what it changes."""
+    changes = lora.get("changes")
+    kinds = changes.items() if isinstance(changes, dict) else ()
+    counts = ", ".join(f"{short(count)} {short(kind)}" for kind, count in kinds)
+    unused = f", {short(lora['unused'])} keys left out" if lora.get("unused") else ""
+    return (
+        f"LoRA {short(lora.get('path', '-'))} at {short(lora.get('strength', '-'))} "
+        f"({counts}{unused})"
+    )
+
+
+def show_add(record: dict[str, Any]) -> None:
+    """The files of a weights set that was added."""
+    recipe = f", recipe {record['recipe']}" if record["recipe"] else ""
+    write(out, (record["bundle"], "bold"), f": weights set {short(record['name'])}{recipe}")
+    for label, weights in record["weights"].items():
+        size = in_bytes(weights["file"]["size"])
+        write(out, f"  weights {short(label)}: {size}{_origin(weights['source'])}")
+    if record["reused"]:
+        write(out, f"  reused: {', '.join(record['reused'])}")
+    write(out, f"  peak memory {in_bytes(record['peak_rss_bytes'])}")
+
+
+def show_ls(record: dict[str, Any]) -> None:
+    """The sets and engines of a bundle, a line each, with the files of a set below it."""
+    write(
+        out, (record["bundle"], "bold"), f": {short(record['model'])}, {in_bytes(record['bytes'])}"
+    )
+    for own in record["sets"]:
+        recipe = f", recipe {short(own['recipe'])}" if own["recipe"] else ""
+        write(out, f"  set {short(own['name'])}: {in_bytes(own['bytes'])}{recipe}")
+        for file in own["files"]:
+            expert = f"{short(file['expert'])} " if file["expert"] else ""
+            write(out, f"    {expert}{file['dtype']}: {in_bytes(file['bytes'])}, {_from(file)}")
+    for engine in record["engines"]:
+        write(out, f"  engine {short(engine['name'])}: {in_bytes(engine['bytes'])}")
+        if engine["unusable"]:
+            write(out, f"    not usable: {engine['unusable']}")
+
+
+def _from(file: dict[str, Any]) -> str:
+    """Where a file of a set comes from: a checkpoint, a preset or the base set, and LoRAs."""
+    source = file["source"]
+    keys = ("path", "hub", "file", "low_noise", "preset", "random_seed", "set", "stored")
+    told = [f"{key} {short(source[key])}" for key in keys if key in source]
+    told += [_lora(lora) for lora in _loras(source)]
+    return f"from {', '.join(told)}; sha256 {file['sha256'][:12]}"
+
+
+def show_remove(record: dict[str, Any]) -> None:
+    """What went."""
+    write(
+        out, (record["bundle"], "bold"), f": removed {record['name']}, {in_bytes(record['bytes'])}"
+    )
+    for path in record["files"]:
+        write(out, f"  {path}")
 
 
 def _proof(proof: dict[str, Any]) -> str:
@@ -97,8 +172,10 @@ def _weights(weights: dict[str, Any]) -> str:
     """A file of a weights set: which part it is, how large, and where it comes from."""
     part = f"set {weights['name']} ({weights['role']})"
     expert = f", expert {weights['expert']}" if weights["expert"] else ""
-    stated = {key: value for key, value in weights["source"].items() if key != "files"}
+    hidden = ("files", "lora")
+    stated = {key: value for key, value in weights["source"].items() if key not in hidden}
     source = ", ".join(f"{short(key)} {short(value)}" for key, value in stated.items())
+    source += "".join(f", with {_lora(lora)}" for lora in _loras(weights["source"]))
     return (
         f"{part}{expert}, {weights['dtype']}, layout {weights['layout'][:12]}, "
         f"{in_bytes(weights['file']['size'])}, from {source}"

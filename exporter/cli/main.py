@@ -24,7 +24,13 @@ from wanexport.exporter.cli.display import (
     show_lint,
     show_run,
 )
-from wanexport.exporter.cli.display_bundle import show_build, show_inspect
+from wanexport.exporter.cli.display_bundle import (
+    show_add,
+    show_build,
+    show_inspect,
+    show_ls,
+    show_remove,
+)
 from wanexport.exporter.cli.options import (
     COUNT,
     DTYPES,
@@ -37,6 +43,8 @@ from wanexport.exporter.cli.options import (
     dtype_option,
     engine_options,
     frames_option,
+    lora_options,
+    low_noise_option,
     model_option,
     parse_names,
     parsed,
@@ -54,6 +62,7 @@ from wanexport.exporter.run.run import run as run_request
 from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.engines.table import BACKENDS
 from wanexport.runtime.errors import WanExportError, WanExportWarning, explain, needing_extra
+from wanexport.runtime.recipes import RECIPES
 from wanexport.runtime.settings import Settings
 
 
@@ -72,9 +81,11 @@ def cli() -> None:
     "--random-weights", type=SEED, metavar="SEED",
     help="The seed of random weights, for the preset that -m names.",
 )  # fmt: skip
+@low_noise_option
 @click.option(
     "--expert-alone", is_flag=True, help="Build one expert of an A14B as a model by itself."
 )
+@lora_options
 @resolution_option(required=True)
 @frames_option(required=True)
 @click.option(
@@ -116,6 +127,55 @@ def build(as_json: bool, **options: Any) -> None:
     _report(record, as_json, show_build)
 
 
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("name")
+@model_option("The set takes its weights. Without, LoRAs are merged into the bundle's base set.")
+@low_noise_option
+@lora_options
+@click.option(
+    "--recipe", type=click.Choice(list(RECIPES)),
+    help="How a run with the set samples, by the name of a distilled model. Default: as the "
+    "model does.",
+)  # fmt: skip
+@as_json
+def add(bundle: Path, name: str, as_json: bool, **options: Any) -> None:
+    """Add a weights set for the engines that a bundle has. Nothing is compiled.
+
+    NAME is what `run --weights NAME` calls it.
+    """
+    with needing_extra("build,cpu", "this command"):
+        from wanexport.exporter.sets.add import add as run_add
+
+    with progress_display() as show:
+        record = run_add(bundle, name, progress=show, **options)
+    _report(record, as_json, show_add)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@as_json
+def ls(bundle: Path, as_json: bool) -> None:
+    """List the weights sets and engines of a bundle, and where the sets come from."""
+    from wanexport.exporter.inspection import list_bundle
+
+    _report(list_bundle(bundle), as_json, show_ls)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("name")
+@as_json
+def remove(bundle: Path, name: str, as_json: bool) -> None:
+    """Take a weights set or an engine out of a bundle, and delete its files.
+
+    NAME is as `ls` shows it.
+    """
+    from wanexport.exporter.sets.remove import remove as run_remove
+
+    _report(run_remove(bundle, name), as_json, show_remove)
+
+
 def _report(record: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
     with printing():
         if as_json:
@@ -150,6 +210,7 @@ def _tell(note: str) -> None:
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @model_option("The reference takes its tensors. Default: the bundle's weights.")
+@low_noise_option
 @click.option(
     "--reference", type=click.Choice(["graph", "diffusers"]), default="graph", show_default=True,
     help="The model whose eager fp32 forward is right: our graph, or diffusers' own. With "

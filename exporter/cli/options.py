@@ -17,6 +17,7 @@ from wanexport.runtime.engines.kernels import KERNELS
 from wanexport.runtime.engines.onnx_providers import PROVIDERS
 from wanexport.runtime.engines.table import BACKENDS
 from wanexport.runtime.errors import BadRequest
+from wanexport.runtime.recipes import RECIPES
 from wanexport.runtime.solvers import SOLVERS
 
 DTYPES = PRECISIONS
@@ -177,9 +178,34 @@ def model_option(taken: str) -> Callable[[_Command], _Command]:
     """-m of a command: taken says what the command takes from the checkpoint, and the default."""
     return click.option(
         "-m", "--model", metavar="FOLDER|FILE|ID",
-        help=f"The model's checkpoint: a folder, a file or a hub id. {taken}",
+        help="The model's checkpoint: a folder, a file, a hub id, or a file there as ID:FILE. "
+        f"{taken}",
     )  # fmt: skip
 
+
+low_noise_option = click.option(
+    "--low-noise", metavar="FOLDER|FILE|ID",
+    help="The low-noise expert of an A14B, where -m is the high-noise one alone.",
+)  # fmt: skip
+lora_options = _adding(
+    click.option(
+        "--lora", multiple=True, metavar="FILE[:STRENGTH]",
+        help="A LoRA to merge into the model, or into both experts. It may be repeated. "
+        "Default strength: 1.",
+    ),
+    click.option(
+        "--lora-high", multiple=True, metavar="FILE[:STRENGTH]",
+        help="The same for the high-noise expert alone.",
+    ),
+    click.option(
+        "--lora-low", multiple=True, metavar="FILE[:STRENGTH]",
+        help="The same for the low-noise expert alone.",
+    ),
+    click.option(
+        "--lora-partial", is_flag=True,
+        help="Leave out what of a LoRA has no place in the model, with a warning that lists it.",
+    ),
+)  # fmt: skip
 
 resolution_option = partial(
     click.option, "--resolution", metavar="HEIGHTxWIDTH",
@@ -299,6 +325,11 @@ sampling_options = _adding(  # the fields of Settings
         "--timesteps", metavar="NUMBER,...", callback=parsed(parse_numbers),
         help="The timesteps of a distilled model, as 1000,750,500,250, in place of --steps and "
         "--shift.",
+    ),
+    click.option(
+        "--recipe", type=click.Choice(list(RECIPES)),
+        help="All of these by the name of a distilled model; other options replace its own. "
+        "Default: that of the weights set.",
     ),
 )  # fmt: skip
 _BEST = "what runs best here"

@@ -20,6 +20,7 @@ from wanexport.exporter.compare.peers import (
     check_implementation,
     needed_peers,
     open_peers,
+    refuse_merged,
     tensors_of_bundle,
     tensors_of_checkpoint,
 )
@@ -49,13 +50,15 @@ class CompareRequest:
     """What an engine is held against, and on which inputs.
 
     reference is `graph` or `diffusers`: whose fp32 forward with the engine's weights is right;
-    model names the checkpoint to take its tensors from instead. The loop has `steps` steps with the
-    engine's solver and guidance; inputs is a safetensors file for it, as `run` takes it. In its
-    place calls is such a file of single calls (see `recorded`), and outputs the velocities recorded
-    for them, computed in outputs_dtype with the precision policy of reference.
+    model names the checkpoint to take its tensors from instead, or with low_noise the high-noise
+    one of two. The loop has `steps` steps with the engine's solver and guidance; inputs is a
+    safetensors file for it, as `run` takes it. In its place calls is such a file of single calls
+    (see `recorded`), and outputs the velocities recorded for them, computed in outputs_dtype with
+    the precision policy of reference.
     """
 
     model: str | Path | None = None
+    low_noise: str | Path | None = None
     reference: str = "graph"
     inputs: Path | None = None
     calls: Path | None = None
@@ -69,6 +72,7 @@ def compare(
     bundle: str | Path,
     *,
     model: str | Path | None = None,
+    low_noise: str | Path | None = None,
     reference: str = "graph",
     inputs: str | Path | None = None,
     calls: str | Path | None = None,
@@ -89,10 +93,12 @@ def compare(
     the calls that are compared; `polygraphy` in the result has the commands that read them.
     Raises WanExportError when no engine fits or cannot run here, or a file does not fit.
     """
+    refuse_empty(low_noise=low_noise)
     refuse_empty(bundle=bundle, model=model, inputs=inputs, calls=calls, outputs=outputs)
     refuse_empty(report=report)
     request = CompareRequest(
         model=model,
+        low_noise=low_noise,
         reference=reference,
         inputs=_path(inputs),
         calls=_path(calls),
@@ -115,6 +121,8 @@ def _path(path: str | Path | None) -> Path | None:
 
 def _check_request(request: CompareRequest) -> None:
     """Raise BadRequest for what needs no bundle to be seen as wrong."""
+    if request.low_noise is not None and request.model is None:
+        raise BadRequest("--low-noise is the second expert of -m: pass the high-noise one with -m")
     check_implementation(request.reference)
     if request.inputs is not None and request.calls is not None:
         raise BadRequest("inputs are of a loop, calls are single ones: pass one of the two")
@@ -217,7 +225,8 @@ def _open_peers(
     tensors = tensors_of_bundle(bundle, manifest, record, options.weights)
     unrounded = None
     if request.model is not None:
-        tensors = tensors_of_checkpoint(request.model, manifest)
+        refuse_merged(manifest, record, options.weights)
+        tensors = tensors_of_checkpoint(request.model, request.low_noise, manifest)
         unrounded = None if record.dtype == "fp32" else request.reference
         keys |= {(request.reference, "fp32")} if unrounded else set()
     placed = Placed(manifest, record, choice.device, tensors)

@@ -6,14 +6,14 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
-from wanexport.exporter.model_source import resolve
+from wanexport.exporter.model_source import resolve_as
 from wanexport.exporter.reference.diffusers import DiffusersEngine
 from wanexport.exporter.reference.eager import EagerEngine
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.source_tensor import SourceTensor
 from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
 from wanexport.runtime.bundle.check import check_content
-from wanexport.runtime.bundle.manifest import EngineRecord, Manifest
+from wanexport.runtime.bundle.manifest import BASE, EngineRecord, Manifest
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import BadRequest, needing_extra
@@ -128,22 +128,29 @@ def tensors_of_bundle(
     return {expert: bundle_tensors(file.path, names) for expert, file in files.items()}
 
 
-def tensors_of_checkpoint(model: str | Path, manifest: Manifest) -> Tensors:
-    """The tensors of the checkpoint that a bundle came from.
+def tensors_of_checkpoint(
+    model: str | Path, low_noise: str | Path | None, manifest: Manifest
+) -> Tensors:
+    """The tensors of the checkpoint that a bundle came from, with low_noise of both its experts.
 
     Raises BadRequest when it is none, or of another model than the bundle's.
     """
     model = str(model)
     if model.lower() in PRESETS and not Path(model).exists():
         raise BadRequest(f"{model} is a preset: pass -m a checkpoint's folder or hub id")
-    source = resolve(model, None, expert_alone=not manifest.experts)
-    if (source.config, source.experts) != (manifest.config, manifest.experts):
-        raise BadRequest(
-            f"{model} is another model ({source.name}) than the bundle's ({manifest.model}): "
-            f"pass -m the checkpoint that it was built from"
-        )
+    source = resolve_as(manifest, model, low_noise)
     return {
         expert: weights.tensors
         for expert, weights in source.weights.items()
         if isinstance(weights, CheckpointWeights)
     }
+
+
+def refuse_merged(manifest: Manifest, record: EngineRecord, weights: str | Path | None) -> None:
+    """Raise BadRequest when LoRAs were merged into a weights set, which no checkpoint has."""
+    name = BASE if weights is None else str(weights)
+    if any("lora" in part.source for part in manifest.weights_of(record.layout, name)):
+        raise BadRequest(
+            f"LoRAs were merged into weights set {name}, and -m has them not: leave -m out, and "
+            f"the reference takes the set's own tensors"
+        )

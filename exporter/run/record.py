@@ -17,6 +17,7 @@ from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.machine.memory import peak_gpu_bytes, peak_rss
+from wanexport.runtime.sample import fill
 
 _LIBRARIES = (  # whose versions a result depends on
     "wanexport", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13",
@@ -73,13 +74,11 @@ def _weights(bundle: Path, denoiser: Denoiser) -> dict[str, str | None]:
 
 
 def _settings(request: RunRequest, denoiser: Denoiser) -> dict[str, Any]:
-    """Steps and shift, as they were or as the model has them; none with explicit timesteps."""
-    asked, defaults = request.settings, denoiser.sampling
-    if asked.timesteps is not None:
-        return {"steps": len(asked.timesteps), "shift": None}
+    """Steps and shift, as they were or as the model has them; no shift with explicit timesteps."""
+    filled = fill(denoiser.sampling, request.settings)
     return {
-        "steps": defaults.steps if asked.steps is None else asked.steps,
-        "shift": defaults.shift if asked.shift is None else asked.shift,
+        "steps": filled.steps,
+        "shift": filled.shift if filled.timesteps is None else None,
     }
 
 
@@ -140,14 +139,12 @@ def engine_words(options: EngineOptions) -> list[str]:
 
 
 def _sampling_options(request: RunRequest, result: RunResult) -> dict[str, Any]:
-    timesteps, guidance = request.settings.timesteps, request.settings.guidance
-    settings = _settings(request, result.denoiser)
-    if guidance is None:
-        guidance = result.denoiser.sampling.guidance if timesteps is None else 1.0
+    filled = fill(result.denoiser.sampling, request.settings)
+    guidance, timesteps = filled.guidance, filled.timesteps
     pair = guidance if isinstance(guidance, tuple) else (guidance,)
     return {
-        "--steps": settings["steps"] if timesteps is None else None,
-        "--shift": settings["shift"],
+        "--steps": filled.steps if timesteps is None else None,
+        "--shift": filled.shift if timesteps is None else None,
         "--timesteps": None if timesteps is None else ",".join(map(repr, timesteps)),
         "--solver": result.facts["solver"],
         "--guidance": ",".join(map(repr, pair if len(set(pair)) > 1 else pair[:1])),

@@ -79,6 +79,8 @@ class WeightsRecord:
         dict[str, Any],
         Known({"hub": str, "revision": str | None, "path": str, "preset": str}),
     ]
+    # How a run with this set samples (`recipes.RECIPES`), where its maker said so.
+    recipe: Annotated[str, Text(r"[A-Za-z0-9._+-]*", 64)] = ""
     unknown: dict[str, Any] = field(default_factory=dict)  # what a later version wrote
 
 
@@ -215,6 +217,10 @@ class Manifest:
         """The weights set of a name in the layout that an engine reads, in the experts' order."""
         found = self.sets(layout).get(name, {})
         return [found[expert] for expert in self.experts or ("",) if expert in found]
+
+    def sets_named(self, name: str) -> list[WeightsRecord]:
+        """The records of a weights set of the denoiser, in every layout."""
+        return [w for w in self.weights.values() if (w.name, w.role) == (name, DENOISER)]
 
     def files(self) -> list[FileRecord]:
         """Every file the bundle needs besides its manifest."""

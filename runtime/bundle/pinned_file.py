@@ -5,7 +5,7 @@ What was checked is then what is opened, whatever others do to the bundle's fold
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,11 @@ class PinnedFile:
     path: Path
     identity: Identity
     sha256: str = ""
+
+    @property
+    def content(self) -> Hashable:
+        """What tells its content from another, as far as is known without reading it."""
+        return self.identity
 
     @contextmanager
     def opened(self) -> Iterator[int]:

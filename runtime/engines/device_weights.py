@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,6 +19,10 @@ from wanexport.runtime.bundle.regular_file import read_into
 from wanexport.runtime.bundle.tensorfile import TensorEntry, header_sha256, read_header
 from wanexport.runtime.dtypes import STORED
 from wanexport.runtime.errors import BundleError, EngineFailure
+from wanexport.runtime.lora.merged_file import stack_of
+
+if TYPE_CHECKING:
+    from wanexport.runtime.lora.merge import LoraStack
 
 _ALIGNMENT = 256  # bytes: what compiled kernels expect, and the caching allocator gives
 _PIECE = 16 << 20  # bytes read at a time, by each thread
@@ -30,8 +34,9 @@ _lock = threading.Lock()
 
 
 class _Piece(NamedTuple):
-    """Bytes of the file, and where in the buffer they go."""
+    """Bytes of a tensor in the file, and where in the buffer they go."""
 
+    tensor: str
     source: int
     target: int
     size: int
@@ -68,7 +73,7 @@ class DeviceWeights:
                 name: self._view(entry, offsets[name]) for name, entry in self._entries.items()
             }
         self._pieces = [
-            _Piece(entry.offset + done, offsets[name] + done, min(_PIECE, entry.size - done))
+            _Piece(name, entry.offset + done, offsets[name] + done, min(_PIECE, entry.size - done))
             for name, entry in self._entries.items()
             for done in range(0, entry.size, _PIECE)
         ]
@@ -77,7 +82,7 @@ class DeviceWeights:
 
     def holds(self, file: PinnedFile) -> bool:
         """Whether the content is that of a file, whatever name it was opened by."""
-        return self.file is not None and self.file.identity == file.identity
+        return self.file is not None and self.file.content == file.content
 
     @contextmanager
     def held(self, file: PinnedFile) -> Iterator[None]:
@@ -111,7 +116,11 @@ class DeviceWeights:
         return raw.view(getattr(torch, STORED[entry.dtype].torch)).view(entry.shape)
 
     def _fill(self, file: PinnedFile) -> None:
-        """Read with several threads; through pinned memory where the buffer is on a GPU."""
+        """Read with several threads, through pinned memory where the buffer is on a GPU; merge.
+
+        Of a file that is held already, only what LoRAs had changed is read again.
+        """
+        held, stack = self.file, stack_of(file)
         with file.opened() as handle:
             if header_sha256(file.path) != self._header:
                 raise BundleError(
@@ -121,9 +130,24 @@ class DeviceWeights:
             if self.device.type == "cuda":  # what still reads the old content must end first
                 torch.cuda.synchronize(self.device)
             self.file = None
+            pieces = self._pieces
+            if held is not None and held.identity == file.identity:
+                old = stack_of(held)
+                pieces = [p for p in pieces if old is not None and old.changes(p.tensor)]
             with ThreadPoolExecutor(_THREADS) as pool:
-                shares = [self._pieces[i::_THREADS] for i in range(_THREADS)]
+                shares = [pieces[i::_THREADS] for i in range(_THREADS)]
                 list(pool.map(partial(self._read, handle, file.path), shares))
+            if stack is not None:
+                self._merge(stack)
+
+    def _merge(self, stack: "LoraStack") -> None:
+        """Merge LoRAs into the tensors that they change, where these are."""
+        with torch.inference_mode(False):
+            for name, tensor in self.tensors.items():
+                if stack.changes(name):
+                    tensor.copy_(stack.rounded(name, tensor))
+        if self.device.type == "cuda":  # forwards run on streams of their own
+            torch.cuda.synchronize(self.device)
 
     def _read(self, handle: int, file: Path, pieces: list[_Piece]) -> None:
         if self.device.type != "cuda":

@@ -13,6 +13,7 @@ import numpy as np
 from wanexport.runtime.arrays import Array, to_numpy
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
+from wanexport.runtime.bundle.tensorfile import read_array, read_header
 from wanexport.runtime.engines.cache_folder import cache_folder
 from wanexport.runtime.engines.engine import CLOSED, Engine, EngineOptions, Memory, new_memory
 from wanexport.runtime.engines.onnx_location import with_location
@@ -24,6 +25,7 @@ from wanexport.runtime.errors import (
     first_line,
     needing_extra,
 )
+from wanexport.runtime.lora.merged_file import merge_array, stack_of
 from wanexport.runtime.machine.memory import limit_bytes
 from wanexport.runtime.program import WHOLE, Program
 
@@ -52,6 +54,10 @@ class OnnxSession:
         options.add_session_config_entry("session.disable_prepacking", "1")
         skipped = ["ConstantFolding"] if keep_casts else []
         options.enable_cpu_mem_arena = not keep_casts  # it keeps what the largest weight took
+        # ONNX Runtime holds their addresses as long as the session lives.
+        self._merged = _merged_values(onnxruntime, self.weights)
+        for name, value in self._merged.items():
+            options.add_initializer(name, value)
         content = graph.read()
         with self.weights.opened() as descriptor:
             try:
@@ -138,7 +144,7 @@ class OnnxEngine:
             session = self._session
             if session is None:
                 raise EngineFailure(CLOSED)
-            if weights is not None and session.weights.identity != weights.identity:
+            if weights is not None and session.weights.content != weights.content:
                 self._session = session = OnnxSession(self.graph, weights)
             return session
 
@@ -201,6 +207,20 @@ def open_engines(
         expert: OnnxEngine(graph, file, record.program, needs=needs)
         for expert, file in weights().items()
     }
+
+
+def _merged_values(onnxruntime: Any, weights: PinnedFile) -> dict[str, Any]:
+    """ONNX Runtime's values of the parameters that LoRAs change, rounded as the file's are."""
+    stack, values = stack_of(weights), {}
+    if stack is None:
+        return {}
+    with weights.opened() as descriptor:
+        for name, entry in read_header(descriptor).items():
+            if stack.changes(name):
+                base = read_array(descriptor, entry)
+                merged = merge_array(stack, name, base)
+                values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(merged)
+    return values
 
 
 def reading_weights(graph: bytes, weights: PinnedFile, options: Any) -> bytes:

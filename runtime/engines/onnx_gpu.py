@@ -35,6 +35,7 @@ from wanexport.runtime.errors import (
     first_line,
     installing,
 )
+from wanexport.runtime.lora.merged_file import stack_of
 from wanexport.runtime.program import Program
 
 # What takes the time of a forward: none of it may land on the CPU.
@@ -71,6 +72,11 @@ class OnnxGpuSession:
         # ONNX Runtime holds their addresses as long as the session lives.
         self.values = {} if provider.compiles else _values(tensors)
         self.graph, self.file = graph, weights = pin(graph), pin(weights)
+        if provider.compiles and stack_of(weights):
+            raise BadRequest(
+                f"provider {provider.name} compiles the weights in from a file, and takes no LoRA "
+                f"in memory: merge it into a set with wanexport add, and use that"
+            )
         self._tensors = dict(tensors)
         before, content = _free_bytes(device), graph.read()
         with weights.opened():
@@ -281,7 +287,7 @@ class OnnxGpuEngine:
                 if session is None:
                     raise EngineFailure(CLOSED)
                 is_own = weights is None or session.copies_weights
-                if is_own and session.file.identity != file.identity:
+                if is_own and session.file.content != file.content:
                     self.session = session = session.with_weights(file)
             yield session
 

@@ -1,9 +1,9 @@
 """Merge a stack of LoRAs into a model's weights, one parameter at a time."""
 
 import hashlib
-import math
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile
-from wanexport.runtime.errors import BadRequest, printable
+from wanexport.runtime.errors import BadRequest, WanExportWarning, printable
 from wanexport.runtime.lora.fit import Fit, Shapes, Unfit, fit
+from wanexport.runtime.lora.given import check_strength
 from wanexport.runtime.lora.read import Lora, read_lora
 from wanexport.runtime.lora.refuse import refuse_unfit
 
 _CHUNK = 1 << 24  # bytes hashed at a time
+_LONGEST_LIST = 4000  # characters of the keys that are left out
 
 
 @dataclass(frozen=True)
@@ -83,44 +85,48 @@ class LoraStack:
             )
         return merged
 
+    def rounded(self, name: str, base: Tensor) -> Tensor:
+        """The parameter with every LoRA merged in fp32, rounded once to the dtype of base.
+
+        Raises as `merge` does, and BadRequest for a value that the dtype cannot hold.
+        """
+        merged = self.merge(name, base.float()).to(base.dtype)
+        if not merged.isfinite().all():
+            raise BadRequest(
+                f"{name} has values beyond {str(base.dtype).removeprefix('torch.')} with the "
+                f"LoRAs merged: take a smaller strength, or an engine of another dtype"
+            )
+        return merged
+
+    @property
+    def content(self) -> Hashable:
+        """What tells this stack from another, as far as is known without reading it."""
+        return tuple((layer.lora.file.identity, layer.strength) for layer in self._layers)
+
     def describe(self) -> list[dict[str, Any]]:
         """What was merged, for a manifest: of each file its path, hash, strength and counts."""
         return [_record(layer) for layer in self._layers]
 
 
-def parse_lora(text: str) -> tuple[Path, float]:
-    """A file and its strength from FILE[:STRENGTH]; without one it is 1.
-
-    What follows the last colon is a strength when it is a number and no file has the whole text as
-    its name. Raises BadRequest for an empty file or strength, and for NaN and infinity.
-    """
-    file, colon, last = text.rpartition(":")
-    if not colon or Path(text).exists():
-        file, last = text, "1"
-    try:
-        strength = float(last)
-    except ValueError:
-        if last.strip():
-            return Path(text), 1.0
-        raise BadRequest(
-            f"{printable(text)} ends in a colon: give a strength after it, or leave it out"
-        ) from None
-    if not file.strip():
-        raise BadRequest(f"{printable(text)!r} names no LoRA file: expected FILE or FILE:STRENGTH")
-    _check_strength(text, strength)
-    return Path(file), strength
-
-
-def _check_strength(of: object, strength: float) -> None:
-    if not math.isfinite(strength):
-        raise BadRequest(
-            f"{printable(of)} has the strength {strength}: expected a finite number, such as 0.8"
+def warn_left_out(stacks: Iterable[LoraStack]) -> None:
+    """Warn of the tensors of each file that change nothing, which are listed."""
+    keys: dict[Path, dict[str, str]] = {}
+    for stack in stacks:
+        for path, unfit in stack.unfit:
+            keys.setdefault(path, {})[unfit.key] = unfit.reason
+    for path, own in keys.items():
+        listed = "; ".join(f"{key}: {reason}" for key, reason in own.items())
+        warnings.warn(
+            f"{printable(path)} has {len(own)} tensors without a place in the model, left out: "
+            f"{printable(listed, _LONGEST_LIST)}",
+            WanExportWarning,
+            stacklevel=3,
         )
 
 
 def _layer(file: Path, strength: float, shapes: Shapes, partial: bool) -> _Layer:
     """One LoRA, opened and fitted. Raises as LoraStack does."""
-    _check_strength(file, strength)
+    check_strength(file, strength)
     lora = read_lora(file)
     found = fit(lora, shapes)
     refuse_unfit(lora, found, shapes, partial=partial)

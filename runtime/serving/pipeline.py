@@ -99,17 +99,18 @@ class Pipeline:
         guidance: float | tuple[float, float] | None = None,
         solver: str | None = None,
         timesteps: Sequence[float] | None = None,
+        recipe: str | None = None,
         weights: str | None = None,
         decode: bool = True,
         on_step: OnStep | None = None,
     ) -> Generation:
         """Serve one request after those that wait, and return what it gave.
 
-        negative None is the family's official negative prompt. steps to timesteps are as in
-        `sample`. weights names a set of the bundle that serves this request alone, None the set
-        that the pipeline was opened with. decode=False leaves the VAE out. on_step is called after
-        every step, in the pipeline's thread, with the step and the number of steps; what it raises
-        ends this request.
+        negative None is the family's official negative prompt. steps to recipe are as in `sample`;
+        weights names a set of the bundle that serves this request alone, with its recipe if it has
+        one, None the set that the pipeline was opened with. decode=False leaves the VAE out.
+        on_step is called after every step, in the pipeline's thread, with the step and the number
+        of steps; what it raises ends this request.
 
         image and last_image are each a path; the bytes of a PNG, JPEG or WebP file; a PIL image of
         any mode; or pixels in RGB as a numpy array or torch tensor [H, W, 3], uint8 or floating
@@ -132,6 +133,7 @@ class Pipeline:
             guidance=guidance,
             solver=solver,
             timesteps=timesteps,
+            recipe=recipe,
             weights=weights,
             decode=decode,
             on_step=on_step,

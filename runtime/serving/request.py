@@ -82,6 +82,7 @@ def make_request(
     guidance: float | tuple[float, float] | None = None,
     solver: str | None = None,
     timesteps: Sequence[float] | None = None,
+    recipe: str | None = None,
     image: Picture | None = None,
     last_image: Picture | None = None,
     **others: Unpack[_OtherKeywords],
@@ -93,7 +94,7 @@ def make_request(
     return Request(
         prompt,
         seeds,
-        Settings(steps, shift, guidance, solver, timesteps),
+        Settings(steps, shift, guidance, solver, timesteps, recipe),
         image=own_picture(image, "image"),
         last_image=own_picture(last_image, "last_image"),
         **others,

@@ -17,11 +17,13 @@ from tests.oracles.wan_reference import (
     write_official,
 )
 from wanexport.exporter import build as build_module
-from wanexport.exporter.build import add_weights, build
+from wanexport.exporter.build import build
 from wanexport.exporter.bundle.writer import open_bundle
 from wanexport.exporter.model_source import ModelSource, resolve
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
+from wanexport.exporter.sets import convert
+from wanexport.exporter.sets.convert import add_weights
 from wanexport.runtime import load
 from wanexport.runtime.bundle.manifest import Manifest, read_manifest
 from wanexport.runtime.errors import BadRequest
@@ -150,7 +152,7 @@ def test_a_bundle_of_schema_1_is_written_forward_without_converting(
     written = file.stat().st_mtime_ns
     as_schema_1(own)
     np.testing.assert_array_equal(load(own)(**inputs), velocity)
-    monkeypatch.setattr(build_module, "write_weights", None)
+    monkeypatch.setattr(convert, "write_weights", None)
     record = build_small(models[0], own, resolution="64x64", frames=5)
     assert record["reused"] == ["weights fp32"]
     assert file.stat().st_mtime_ns == written

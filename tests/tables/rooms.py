@@ -20,6 +20,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     "exporter": (
         frozenset({"cli"}),
         frozenset({"build", "run", "bench", "compare", "doctor", "inspection"}),
+        frozenset({"sets"}),
         frozenset({"bundle", "key"}),
         frozenset({"backends"}),
         frozenset({"reference", "lint", "child", "model_source"}),
@@ -28,7 +29,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"serving", "drop_in"}),
         frozenset({"load"}),
         frozenset({"denoiser", "sample", "settings"}),
-        frozenset({"engines", "parts", "wan_keys", "lora"}),
+        frozenset({"engines", "parts", "wan_keys", "lora", "recipes"}),
         frozenset({"bundle"}),
         frozenset({"family", "plain_wan"}),
         frozenset({"arrays", "solvers", "wan_config", "program"}),

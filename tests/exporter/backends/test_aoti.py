@@ -37,7 +37,7 @@ from wanexport.exporter.backends.aoti import compile as to_aoti
 from wanexport.exporter.backends.aoti import prove as prove_module
 from wanexport.exporter.backends.aoti.compile import RegionJob, compile_region, compile_regions
 from wanexport.exporter.backends.backend import Request
-from wanexport.exporter.build import add_weights, build
+from wanexport.exporter.build import build
 from wanexport.exporter.bundle.writer import file_record, open_bundle, write_manifest
 from wanexport.exporter.cli.main import cli
 from wanexport.exporter.inspection import inspect
@@ -45,6 +45,7 @@ from wanexport.exporter.lint.onnx import lint
 from wanexport.exporter.model_source import resolve
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
+from wanexport.exporter.sets.convert import add_weights
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Geometry, WanExportError, load
 from wanexport.runtime.bundle.details import AotiDetails

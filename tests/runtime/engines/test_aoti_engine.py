@@ -236,7 +236,7 @@ def denoiser_of(files: Sequence[PinnedFile], regions: Regions) -> Denoiser:
     )  # fmt: skip
     sets = {str(n): WeightsSet(str(n), {"": file}) for n, file in enumerate(files)}
 
-    def find(name: object) -> WeightsSet:
+    def find(name: object, **_: object) -> WeightsSet:
         if str(name) not in sets:
             raise BadRequest(f"no weights set {name}")
         return sets[str(name)]

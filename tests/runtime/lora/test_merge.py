@@ -21,7 +21,8 @@ from tests.runtime.lora.tiny import (
     write,
 )
 from wanexport.runtime.errors import BadRequest
-from wanexport.runtime.lora.merge import LoraStack, parse_lora
+from wanexport.runtime.lora.given import parse_lora
+from wanexport.runtime.lora.merge import LoraStack
 
 NAME = f"{Q}.weight"
 

@@ -131,7 +131,7 @@ class Styled(Denoiser):
         self.weights, self.asked = weights, list[str]()
         self.closed = 0
 
-    def use(self, weights: str | Path) -> None:
+    def use(self, weights: str | Path | None = None, **_: object) -> None:
         name = str(weights)
         self.asked.append(name)
         if name == "broken":

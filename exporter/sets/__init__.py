@@ -1,0 +1,1 @@
+"""The weights sets of a bundle: made, added, removed and listed."""

@@ -1,0 +1,65 @@
+"""`wanexport remove`: take a weights set or an engine out of a bundle."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from wanexport.exporter.bundle.place import check_place
+from wanexport.exporter.bundle.writer import open_bundle
+from wanexport.runtime.bundle.manifest import BASE, Manifest, read_manifest
+from wanexport.runtime.bundle.usable import unread_name
+from wanexport.runtime.errors import BadRequest, printable, refuse_empty
+
+
+def remove(bundle: str | Path, name: str) -> dict[str, Any]:
+    """Take a weights set, with all its files, or an engine out of a bundle, whole or not at all.
+
+    name is that of the set, or the engine's as `ls` and `inspect` show it. Returns what went.
+    Raises BadRequest when there is none, and for the base set, BundleError as read_manifest does.
+    """
+    refuse_empty(bundle=bundle, name=name)
+    bundle = Path(bundle)
+    before = read_manifest(bundle)
+    check_place(bundle)
+    _without(before, name)  # refuses before anything is locked
+    with open_bundle(bundle, before) as writer:
+        kept = _without(writer.manifest, name)
+        gone = [file for file in writer.manifest.files() if file not in kept.files()]
+        writer.manifest = kept
+        writer.journal = _without_if_there(writer.journal, name)
+        writer.commit()
+    return {
+        "bundle": str(bundle),
+        "name": name,
+        "files": [file.path for file in gone],
+        "bytes": sum(file.size for file in gone),
+    }
+
+
+def _without(manifest: Manifest, name: str) -> Manifest:
+    """The manifest without a set or an engine. Raises BadRequest when it has neither."""
+    if name == BASE:
+        raise BadRequest(
+            "base is the set that the bundle's engines were proven with, and stays: to be rid of "
+            "it delete the bundle's folder"
+        )
+    kept = _without_if_there(manifest, name)
+    if kept == manifest:
+        sets = dict.fromkeys(record.name for record in manifest.weights.values())
+        engines = [engine.name for engine in manifest.engines]
+        engines += [unread_name(data) for data in manifest.unread]
+        there = ", ".join([own for own in sets if own != BASE] + engines)
+        raise BadRequest(
+            f"the bundle has no weights set and no engine {printable(name)}: expected one of "
+            f"{printable(there, 1000) or 'none, it has base alone'}"
+        )
+    return kept
+
+
+def _without_if_there(manifest: Manifest, name: str) -> Manifest:
+    return replace(
+        manifest,
+        weights={k: record for k, record in manifest.weights.items() if record.name != name},
+        engines=tuple(engine for engine in manifest.engines if engine.name != name),
+        unread=tuple(data for data in manifest.unread if unread_name(data) != name),
+    )
