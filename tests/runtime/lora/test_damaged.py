@@ -19,7 +19,7 @@ ROLES = (
     "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "weight", "bias", "", "..",
 )  # fmt: skip
 MODULES = (Q, FFN, "patch_embedding", "blocks.0.norm3", "blocks.0", "head", "", ".", "blocks.0.x")
-PREFIXES = ("", "diffusion_model.", "lora_unet_", "lora_unet__", "transformer.", "transformer_2.")
+PREFIXES = ("", "diffusion_model.", "lora_unet_", "lora_unet__", "transformer.")
 SIZES = (0, 1, 1, 2, 3, 4, 16, 24)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 METADATA: tuple[Any, ...] = (

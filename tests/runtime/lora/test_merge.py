@@ -190,6 +190,7 @@ def test_damaged_alphas_in_the_header_are_refused(metadata: Any, tmp_path: Path)
         ("C:\\loras\\a.safetensors:2", "C:\\loras\\a.safetensors", 2.0),
         ("C:/a:b.safetensors", "C:/a:b.safetensors", 1.0),
         ("/x/a:0.5:0.25", "/x/a:0.5", 0.25),
+        ("x" * 5000 + ":2", "x" * 5000, 2.0),
     ],
 )
 def test_a_file_is_told_from_its_strength(text: str, file: str, strength: float) -> None:
