@@ -129,6 +129,7 @@ DIFFUSERS_Q = "blocks.0.attn1.to_q"
         ({"lora_alpha": 2, "alpha_pattern": {"to_q": 8}}, 2.0),
         ({"lora_alpha": 2, "alpha_pattern": {f"^{DIFFUSERS_Q}$": 8.0}}, 2.0),
         ({"lora_alpha": 2, "alpha_pattern": {"attn1.to_q": 4, "to_q": 8}}, 1.0),
+        ({"lora_alpha": 2, "alpha_pattern": {"to_q": 8, "attn1.to_q": 4}}, 2.0),  # as in PEFT
         ({"lora_alpha": 2, "alpha_pattern": {"o_q": 8, "blocks.1.attn1.to_q": 8}}, 0.5),
         ({"r": 4}, 1.0),
     ],
