@@ -54,10 +54,11 @@ class OnnxSession:
         options.add_session_config_entry("session.disable_prepacking", "1")
         skipped = ["ConstantFolding"] if keep_casts else []
         options.enable_cpu_mem_arena = not keep_casts  # it keeps what the largest weight took
-        # ONNX Runtime holds their addresses as long as the session lives.
+        # Not `add_initializer`, whose values folding does not see. ONNX Runtime holds their
+        # addresses as long as the session lives.
         self._merged = _merged_values(onnxruntime, self.weights)
-        for name, value in self._merged.items():
-            options.add_initializer(name, value)
+        if self._merged:
+            options.add_external_initializers([*self._merged], [*self._merged.values()])
         content = graph.read()
         with self.weights.opened() as descriptor:
             try:
