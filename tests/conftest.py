@@ -69,7 +69,7 @@ def onnx_library() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def forked_children(shared_folder: Path) -> Iterator[None]:
-    """Children of builds and benchmarks are forks, and no package is compiled twice.
+    """Children of builds are forks, and no package is compiled twice.
 
     Not beside a GPU, which forks of one process cannot use.
     """
