@@ -8,7 +8,7 @@ TENSORRT := 10.14.1.48.post1 10.16.1.11 11.4.0.106
 # Test files that build for long, which test-oldest leaves out.
 LONG := readme docs_run install packaging build compare to_tensorrt tiny_wan run samples bench pipeline official
 
-.PHONY: setup demo test test-oldest check lint types clean
+.PHONY: setup demo test test-all test-oldest check lint types clean
 
 setup: .venv/.ready
 
@@ -31,12 +31,17 @@ demo: setup
 
 # Two files at a time, which two cores and 8 GB do for; what runs on a GPU has it to itself.
 test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu and not slow'
+	$(BIN)/python -m pytest -m gpu
+
+# And what needs minutes: a model of full size, and 200 clips of the tiny one instead of 48.
+test-all: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu'
 	$(BIN)/python -m pytest -m gpu
 
 # The quick tests with the oldest versions that pyproject.toml allows, in an environment of its own.
 test-oldest: .venv/oldest/.ready
-	.venv/oldest/bin/python -m pytest -n 2 --dist loadfile -m 'not gpu' $(LONG:%=--ignore-glob '*/test_%.py')
+	.venv/oldest/bin/python -m pytest -n 2 --dist loadfile -m 'not gpu and not slow' $(LONG:%=--ignore-glob '*/test_%.py')
 
 .venv/oldest/.ready: .venv/.ready
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv/oldest

@@ -3,9 +3,9 @@
 `make test` runs two files at a time, each in one of two processes.
 """
 
-import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.forked import Forks, locked
+from tests.onnx_library import read_once
 from tests.oracles.wan_reference import diffusers_model, official_state, small_config
 from wanexport.exporter.build import build
+from wanexport.exporter.child import child
+from wanexport.exporter.child.process import run_command
 from wanexport.runtime.wan_config import WanConfig
 
 LONGEST = (
@@ -49,18 +53,52 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny preset at 64x96x9 in fp32, fp16 and bf16; built for both processes, a copy each."""
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that both processes see."""
     folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    with (folder / "tiny.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def onnx_library() -> Iterator[None]:
+    """What PyTorch translates to ONNX with is read once."""
+    with pytest.MonkeyPatch.context() as patch:
+        read_once(patch)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_children(shared_folder: Path) -> Iterator[None]:
+    """Children of builds are forks, and no package is compiled twice.
+
+    Not beside a GPU, which forks of one process cannot use.
+    """
+    packages = shared_folder / "packages"
+    packages.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setattr(child, "run_command", Forks(packages).run_command)
+        yield
+
+
+@pytest.fixture
+def fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children are processes of their own, as a user's are: for tests that are about them."""
+    monkeypatch.setattr(child, "run_command", run_command)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny preset at 64x96x9 in fp32, fp16 and bf16; built for both processes, a copy each."""
+    with locked(shared_folder / "tiny.lock"):
         for dtype in ("fp32", "fp16", "bf16"):
             build(
                 "tiny", random_weights=0, resolution="64x96", frames=9, dtype=dtype,
-                output=folder / "tiny",
+                output=shared_folder / "tiny",
             )  # fmt: skip
-    return Path(shutil.copytree(folder / "tiny", tmp_path_factory.mktemp("bundles") / "tiny"))
+    return Path(
+        shutil.copytree(shared_folder / "tiny", tmp_path_factory.mktemp("bundles") / "tiny")
+    )
 
 
 @pytest.fixture

@@ -209,6 +209,7 @@ def test_a_failed_build_is_not_put_down_to_a_timing_cache(
         build_plan(job, quietly)
 
 
+@pytest.mark.usefixtures("fresh_processes")
 def test_the_child_tells_its_progress_and_its_result(tmp_path: Path) -> None:
     config = small_config("t2v-1.3b", num_layers=1)
     job = job_of(tmp_path, graph_of(config, small_geometry(config)))
