@@ -2,8 +2,9 @@
 
 import hashlib
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from wanexport.runtime.lora.read import Lora, read_lora
 from wanexport.runtime.lora.refuse import refuse_unfit
 
 _CHUNK = 1 << 24  # bytes hashed at a time
+_THREADS = 8
 _LONGEST_LIST = 4000  # characters of the keys that are left out
 
 
@@ -130,11 +132,9 @@ def _layer(file: Path, strength: float, shapes: Shapes, partial: bool) -> _Layer
     lora = read_lora(file)
     found = fit(lora, shapes)
     refuse_unfit(lora, found, shapes, partial=partial)
-    with lora.opened() as values:
-        for changes in found.changes.values():
-            for change in changes:
-                for tensor in change.tensors:
-                    values.tensor(tensor)  # which refuses NaN
+    tensors = [t for changes in found.changes.values() for one in changes for t in one.tensors]
+    with lora.opened() as values, ThreadPoolExecutor(_THREADS) as pool:
+        deque(pool.map(values.check, tensors), maxlen=0)
     return _Layer(lora, strength, found)
 
 

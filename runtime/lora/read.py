@@ -77,22 +77,21 @@ class Values:
     path: Path
 
     def tensor(self, tensor: LoraTensor) -> Tensor:
-        """One tensor in its stored dtype.
-
-        Raises BundleError when the file ends early, and BadRequest for NaN and infinite values.
-        """
+        """One tensor in its stored dtype. Raises BundleError when the file ends early."""
         entry = tensor.entry
         buffer = bytearray(entry.size)
         if not read_at(self.descriptor, memoryview(buffer), entry.offset):
             raise BundleError(f"{printable(self.path)} ended while it was read: download it again")
         dtype = getattr(torch, STORED[entry.dtype].torch)
-        values = torch.frombuffer(buffer, dtype=dtype).reshape(entry.shape)
-        if not values.isfinite().all():
+        return torch.frombuffer(buffer, dtype=dtype).reshape(entry.shape)
+
+    def check(self, tensor: LoraTensor) -> None:
+        """Raise BadRequest for NaN and infinite values, BundleError as `tensor` does."""
+        if not self.tensor(tensor).isfinite().all():
             raise BadRequest(
                 f"{printable(self.path)}: {printable(tensor.key)} has NaN or infinite values: the "
                 f"LoRA is damaged, download it again or take an earlier one"
             )
-        return values
 
     def number(self, tensor: LoraTensor) -> float:
         """An alpha. Raises BadRequest when it is no finite number."""
@@ -102,6 +101,7 @@ class Values:
                 f"{printable(self.path)}: {printable(tensor.key)} is {entry.dtype} "
                 f"{list(entry.shape)}, expected one number as alpha"
             )
+        self.check(tensor)
         return float(self.tensor(tensor).item())
 
 

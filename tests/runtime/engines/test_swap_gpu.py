@@ -2,15 +2,21 @@
 
 import gc
 import hashlib
+import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.oracles.lora_files import write_lora
 from wanexport.exporter.build import build
+from wanexport.exporter.sets.add import add
+from wanexport.graphs.config import PRESETS
 from wanexport.runtime import BundleError, Denoiser, EngineFailure, load
+from wanexport.runtime.bundle.signature import parameter_shapes
 
 pytestmark = pytest.mark.gpu
 
@@ -63,6 +69,68 @@ def test_swaps_from_two_threads_never_show_half_of_a_set(
         thread.join()
     assert len(found) == SWAPS and set(found) == set(alone)
     denoiser.close()
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two LoRAs of the model."""
+    folder, shapes = tmp_path_factory.mktemp("loras"), parameter_shapes(PRESETS["tiny"].config)
+    return [write_lora(folder / f"{seed}.safetensors", shapes, seed) for seed in range(2)]
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_swaps_of_styles_from_four_threads_are_whole(
+    bundles: list[Path], loras: list[Path], cuda_graph: bool, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+    add(bundle, "style", lora=[loras[0]])
+    styles: list[dict[str, Any]] = [{}, {"weights": "style"}, {"lora": [(loras[1], 0.7)]}]
+    alone = []
+    for given in styles:
+        own = load(bundle, cuda_graph=cuda_graph)
+        own.use(**given)
+        alone.append(forward_md5(own))
+        own.close()
+    assert len(set(alone)) == len(styles)
+    denoiser = load(bundle, cuda_graph=cuda_graph)
+    found: list[str] = []
+
+    def swap(first: int) -> None:
+        for number in range(25):
+            denoiser.use(**styles[(first + number) % len(styles)])
+            found.append(forward_md5(denoiser))
+
+    threads = [threading.Thread(target=swap, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 100 and set(found) == set(alone)
+    for given, expected in zip(styles, alone, strict=True):
+        denoiser.use(**given)
+        assert forward_md5(denoiser) == expected
+    denoiser.close()
+
+
+def test_a_lora_merged_on_the_gpu_is_the_set_of_it(
+    bundles: list[Path], loras: list[Path], tmp_path: Path
+) -> None:
+    """Products are rounded once from fp64, so that the order of a GPU's sums is hardly seen."""
+    bundle = Path(shutil.copytree(bundles[0], tmp_path / "bundle"))
+    add(bundle, "style", lora=[loras[0], f"{loras[1]}:-0.5"])
+    denoiser = load(bundle, weights="style")
+    expected = {name: tensor.clone() for name, tensor in held(denoiser).items()}
+    denoiser.use(lora=[loras[0], f"{loras[1]}:-0.5"])
+    different = sum(int((held(denoiser)[n] != t).sum()) for n, t in expected.items())
+    assert different <= 1e-6 * sum(tensor.numel() for tensor in expected.values())
+    denoiser.close()
+
+
+def held(denoiser: Denoiser) -> dict[str, torch.Tensor]:
+    """The weights on the device."""
+    (engine,) = denoiser.engines.values()
+    tensors: dict[str, torch.Tensor] = engine.weights.tensors  # type: ignore[attr-defined]
+    return tensors
 
 
 def test_a_captured_graph_survives_a_swap(bundles: list[Path]) -> None:
