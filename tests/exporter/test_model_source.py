@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wanexport.exporter.model_source import resolve
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest, WanExportError
 
 REPOSITORY = (
     "config.json", "README.md", "Wan2.1_VAE.pth", "diffusion_pytorch_model.bin",
@@ -130,3 +130,38 @@ def test_a_link_to_nothing_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(WanExportError, match="cannot read a/b: No such file"):
         resolve("a/b", None)
     shutil.rmtree("a")
+
+
+COMFY = "split_files/diffusion_models/wan_[1].safetensors"
+
+
+def test_a_file_of_a_repository_is_named_after_a_colon(
+    state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / COMFY).parent.mkdir(parents=True)
+    save_file(state, tmp_path / COMFY)
+    patterns: list[str] = []
+
+    def snapshot_download(repo: str, *, revision: None, allow_patterns: list[str]) -> str:
+        patterns.extend([repo, *allow_patterns])
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    source = resolve(f"Comfy-Org/Wan:{COMFY}", None)
+    assert (source.record["hub"], source.record["file"]) == ("Comfy-Org/Wan", COMFY)
+    assert list(filter_repo_objects([COMFY, "other"], allow_patterns=patterns[1:])) == [COMFY]
+    low = tmp_path / "low.safetensors"
+    save_file(state, low)
+    pair = resolve(f"Comfy-Org/Wan:{COMFY}", None, low_noise=str(low))
+    assert pair.experts == ("high_noise", "low_noise") and pair.record["low_noise"] == str(low)
+    with pytest.raises(BadRequest, match=r"me/wan has no file gone\.gguf: look up its name"):
+        resolve("me/wan:gone.gguf", None)
+
+
+@pytest.mark.parametrize("file", ["../x.gguf", "/etc/passwd", "a/../../x", "a\\..\\x", ".."])
+def test_a_file_outside_a_repository_is_refused_before_a_download(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(BadRequest, match="is no file of a repository: expected one as in"):
+        resolve(f"me/wan:{file}", None)
