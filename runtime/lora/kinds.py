@@ -7,6 +7,7 @@ that neither TF32 nor an autocast of the caller's reaches them.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ Factors = Mapping[str, Tensor]  # by role
 class Kind:
     """What the tensors of some roles make of one parameter of a module.
 
-    `delta` raises ValueError or RuntimeError for factors that do not fit each other. `rank` gives
-    what alpha is divided by; 0: alpha does not count.
+    `shape` is that of the delta, and raises ValueError for factors that do not fit each other.
+    `rank` gives what alpha is divided by; 0: alpha does not count.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Kind:
     roles: frozenset[str]
     needed: Callable[[Collection[str]], frozenset[str]]  # of the roles, by those that are there
     rank: Callable[[Mapping[str, Shape]], int]
+    shape: Callable[[Mapping[str, Shape]], Shape]
     delta: Callable[[Factors], Tensor]
 
 
@@ -62,8 +64,6 @@ def _lokr_side(factors: Factors, name: str) -> Tensor:
 def _loha(factors: Factors) -> Tensor:
     """The elementwise product of two products, each [out, r] @ [r, in] or with a core."""
     first, second = _loha_side(factors, 1), _loha_side(factors, 2)
-    if first.shape != second.shape:
-        raise ValueError("the two products have different shapes")
     return first * second
 
 
@@ -80,10 +80,64 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """core [i, j, ...], a [i, out] and b [j, in] to [out, in, ...] (LyCORIS `rebuild_tucker`)."""
-    if core.shape[:2] != (a.shape[0], b.shape[0]):
-        raise ValueError("the core does not fit its factors")
     product = torch.einsum("ij...,ip,jr->pr...", core.double(), a.double(), b.double())
     return product.float()
+
+
+def _flat(shape: Shape) -> Shape:
+    """As a matrix of the rows."""
+    if len(shape) < 2:
+        raise ValueError("it is no matrix")
+    return shape[0], prod(shape[1:])
+
+
+def _product_shape(a: Shape, b: Shape) -> Shape:
+    if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
+        raise ValueError("the matrices do not fit each other")
+    return a[0], b[1]
+
+
+def _tucker_shape(core: Shape, a: Shape, b: Shape) -> Shape:
+    if len(a) != 2 or len(b) != 2 or core[:2] != (a[0], b[0]):
+        raise ValueError("the core does not fit its factors")
+    return (a[1], b[1], *core[2:])
+
+
+def _low_rank_shape(shapes: Mapping[str, Shape]) -> Shape:
+    up, down = _flat(shapes["up"]), _flat(shapes["down"])
+    if "mid" in shapes:
+        return _tucker_shape(shapes["mid"], up[::-1], down)
+    _product_shape(up, down)
+    return (up[0], *shapes["down"][1:])
+
+
+def _lokr_shape(shapes: Mapping[str, Shape]) -> Shape:
+    first = _lokr_side_shape(shapes, "w1")
+    if "t2" in shapes:
+        second = _tucker_shape(shapes["t2"], shapes["w2_a"], shapes["w2_b"])
+    else:
+        second = _lokr_side_shape(shapes, "w2")
+    if len(first) > len(second):
+        raise ValueError("the first side has more dimensions than the second")
+    first += (1,) * (len(second) - len(first))
+    return tuple(a * b for a, b in zip(first, second, strict=True))
+
+
+def _lokr_side_shape(shapes: Mapping[str, Shape], name: str) -> Shape:
+    if name in shapes:
+        return shapes[name]
+    return _product_shape(shapes[f"{name}_a"], shapes[f"{name}_b"])
+
+
+def _loha_shape(shapes: Mapping[str, Shape]) -> Shape:
+    sides = []
+    for number in (1, 2):
+        a, b = shapes[f"hada_w{number}_a"], shapes[f"hada_w{number}_b"]
+        core = shapes.get(f"hada_t{number}")
+        sides.append(_product_shape(a, b) if core is None else _tucker_shape(core, a, b))
+    if sides[0] != sides[1]:
+        raise ValueError("the two products have different shapes")
+    return sides[0]
 
 
 def _low_rank_needed(found: Collection[str]) -> frozenset[str]:
@@ -112,7 +166,10 @@ def _lokr_rank(shapes: Mapping[str, Shape]) -> int:
 def _one_tensor(name: str, role: str, target: str) -> Kind:
     """A tensor that is added as it is: alpha does not count (ComfyUI `comfy/lora.py`)."""
     roles = frozenset({role})
-    return Kind(name, target, roles, lambda found: roles, lambda shapes: 0, lambda f: f[role])
+    return Kind(
+        name, target, roles, lambda found: roles, lambda shapes: 0, lambda shapes: shapes[role],
+        lambda factors: factors[role],
+    )  # fmt: skip
 
 
 _LOW_RANK = frozenset({"down", "up", "mid"})
@@ -120,12 +177,21 @@ _LOKR = frozenset({"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"})
 _LOHA = frozenset(f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
 # Those that an alpha scales, and that a magnitude (DoRA) can follow.
 LOW_RANK = Kind(
-    "low rank", "weight", _LOW_RANK, _low_rank_needed, lambda shapes: shapes["down"][0], _low_rank
-)
+    "low rank", "weight", _LOW_RANK, _low_rank_needed, lambda shapes: shapes["down"][0],
+    _low_rank_shape, _low_rank,
+)  # fmt: skip
 ADAPTERS = (
     LOW_RANK,
-    Kind("LoKr", "weight", _LOKR, _lokr_needed, _lokr_rank, _lokr),
-    Kind("LoHa", "weight", _LOHA, _loha_needed, lambda shapes: shapes["hada_w1_b"][0], _loha),
+    Kind("LoKr", "weight", _LOKR, _lokr_needed, _lokr_rank, _lokr_shape, _lokr),
+    Kind(
+        "LoHa",
+        "weight",
+        _LOHA,
+        _loha_needed,
+        lambda shapes: shapes["hada_w1_b"][0],
+        _loha_shape,
+        _loha,
+    ),
 )
 LORA_BIAS = _one_tensor("lora_bias", "up_bias", "bias")
 DIFFERENCES = (
