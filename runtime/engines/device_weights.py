@@ -2,8 +2,8 @@
 
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -134,27 +134,38 @@ class DeviceWeights:
             if held is not None and held.identity == file.identity:
                 old = stack_of(held)
                 pieces = [p for p in pieces if old is not None and old.changes(p.tensor)]
+            missing = _Missing(pieces)
             with ThreadPoolExecutor(_THREADS) as pool:
                 shares = [pieces[i::_THREADS] for i in range(_THREADS)]
-                list(pool.map(partial(self._read, handle, file.path), shares))
-            if stack is not None:
-                self._merge(stack)
+                read = partial(self._read, handle, file.path, missing)
+                reading = [pool.submit(read, share) for share in shares]
+                if stack is not None:
+                    self._merge(stack, missing)
+                for share in reading:
+                    share.result()
 
-    def _merge(self, stack: "LoraStack") -> None:
-        """Merge LoRAs into the tensors that they change, where these are."""
+    def _merge(self, stack: "LoraStack", missing: "_Missing") -> None:
+        """Merge LoRAs into the tensors that they change, where these are, as each is there."""
         with torch.inference_mode(False):
             for name, tensor in self.tensors.items():
-                if stack.changes(name):
+                if stack.changes(name) and missing.arrives(name):
                     tensor.copy_(stack.rounded(name, tensor))
         if self.device.type == "cuda":  # forwards run on streams of their own
             torch.cuda.synchronize(self.device)
 
-    def _read(self, handle: int, file: Path, pieces: list[_Piece]) -> None:
-        if self.device.type != "cuda":
+    def _read(self, handle: int, file: Path, missing: "_Missing", pieces: list[_Piece]) -> None:
+        with missing.failing():
+            if self.device.type == "cuda":
+                self._read_to_gpu(handle, file, missing, pieces)
+                return
             for piece in pieces:
                 target = self.buffer[piece.target : piece.target + piece.size]
                 _read_piece(handle, file, piece, target)
-            return
+                missing.arrived([piece])
+
+    def _read_to_gpu(
+        self, handle: int, file: Path, missing: "_Missing", pieces: list[_Piece]
+    ) -> None:
         # Two pinned buffers: one is read into while the other is copied.
         staging = torch.empty(2, _PIECE, dtype=torch.uint8, pin_memory=True)
         copied = [torch.cuda.Event() for _ in staging]
@@ -162,6 +173,7 @@ class DeviceWeights:
             for number, piece in enumerate(pieces):
                 half = number % 2
                 copied[half].synchronize()
+                missing.arrived(pieces[number - 2 : number - 1] if number > 1 else ())
                 pinned = staging[half, : piece.size]
                 _read_piece(handle, file, piece, pinned)
                 target = self.buffer[piece.target : piece.target + piece.size]
@@ -169,6 +181,38 @@ class DeviceWeights:
                 copied[half].record()
             for event in copied:
                 event.synchronize()
+            missing.arrived(pieces[-2:])
+
+
+class _Missing:
+    """How many pieces of each tensor are not there yet."""
+
+    def __init__(self, pieces: Iterable[_Piece]) -> None:
+        self._left = Counter(piece.tensor for piece in pieces)
+        self._changed, self._failed = threading.Condition(), False
+
+    def arrived(self, pieces: Iterable[_Piece]) -> None:
+        """Count pieces as there."""
+        with self._changed:
+            self._left.subtract(piece.tensor for piece in pieces)
+            self._changed.notify_all()
+
+    def arrives(self, tensor: str) -> bool:
+        """Wait until a tensor is whole; False when one will never be, as reading failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or self._left[tensor] <= 0)
+            return not self._failed
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Let nobody wait for what an error in the block keeps away."""
+        try:
+            yield
+        except BaseException:
+            with self._changed:
+                self._failed = True
+                self._changed.notify_all()
+            raise
 
 
 def device_weights(
