@@ -178,7 +178,7 @@ def test_a_full_disk_is_one_line(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wanexport.exporter.build.write_weights", full)
+    monkeypatch.setattr("wanexport.exporter.sets.convert.write_weights", full)
     options = ["--random-weights", "0", "--resolution", "64x96", "--frames", "9"]
     argv = ["wanexport", "build", "-m", "tiny", *options, "-o", str(tmp_path / "b")]
     monkeypatch.setattr(sys, "argv", argv)
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_disk_too_small_is_refused_before_the_work(tmp_path: Path) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10**7)
-    with patch("wanexport.exporter.build.shutil.disk_usage", return_value=usage):
+    with patch("wanexport.exporter.sets.convert.shutil.disk_usage", return_value=usage):
         result = invoke(*BUILD, *TINY, "-o", tmp_path / "b")
     assert isinstance(result.exception, WanExportError)
     assert "needs 0.02 GB for weights, its disk has 0.01 GB free" in str(result.exception)

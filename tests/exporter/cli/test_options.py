@@ -44,8 +44,8 @@ def test_an_empty_value_is_refused_by_name(
     with pytest.raises(click.BadParameter) as refusal:
         cli(with_value(command, parameter, blank), standalone_mode=False)
     message = refusal.value.format_message()
-    name = parameter.opts[-1] if isinstance(parameter, click.Option) else "'BUNDLE'"
-    assert name in message or "'PATH'" in message
+    is_option = isinstance(parameter, click.Option)
+    assert (parameter.opts[-1] if is_option else f"'{parameter.opts[-1].upper()}'") in message
     assert "it is empty, as a variable that was never set: give a value" in message
     assert message.endswith("or leave it out") is not parameter.required
 
