@@ -98,6 +98,7 @@ def _open_pair(high: Path, low: Path) -> Checkpoint:
     """Both experts, each a folder or file of its own."""
     parts = {}
     for expert, path in zip(EXPERTS, (high, low), strict=True):
+        _check_expert(path, expert)
         found = find_parts(path, read_index(path) if path.is_dir() else {})
         if len(found) > 1:
             raise BadRequest(

@@ -66,8 +66,7 @@ def sample(
     Raises BadRequest, before any work, for settings and inputs that do not fit; what else fails is
     the denoiser's to raise, at a step.
     """
-    defaults = getattr(denoiser, "sampling", None)
-    plan = make_plan(defaults, Settings(steps, shift, guidance, solver, timesteps, recipe))
+    plan = plan_of(denoiser, Settings(steps, shift, guidance, solver, timesteps, recipe))
     return run_plan(
         denoiser,
         plan,
@@ -122,6 +121,17 @@ def denoise(denoiser: Callable[..., Array], **options: Any) -> Step:
     """
     (step,) = deque(sample(denoiser, **options), maxlen=1)
     return step
+
+
+def plan_of(denoiser: Any, settings: Settings) -> Plan:
+    """The plan of a run with a denoiser, or with any callable.
+
+    Raises BadRequest as make_plan does, and for a recipe of models of other families.
+    """
+    record = getattr(denoiser, "record", None)
+    if settings.recipe is not None and record is not None:
+        recipe_named(settings.recipe).check(record.family)
+    return make_plan(getattr(denoiser, "sampling", None), settings)
 
 
 def make_plan(defaults: SamplingDefaults | None, settings: Settings) -> Plan:

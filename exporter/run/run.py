@@ -26,7 +26,7 @@ from wanexport.runtime.errors import WanExportError, explain, needing_extra
 from wanexport.runtime.load import load
 from wanexport.runtime.parts.find import PARTS, find_components, origin_note
 from wanexport.runtime.parts.pictures import fit_images
-from wanexport.runtime.sample import Plan, Step, make_plan, run_plan, seeded_noise
+from wanexport.runtime.sample import Plan, Step, plan_of, run_plan, seeded_noise
 from wanexport.runtime.serving.generator import check_step
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _from_text(
     text = _file_facts(request.text_file)  # it may be another when the sampling ends
     inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, request.seed))
     inputs = {name: denoiser.array(value) for name, value in inputs.items()}
-    plan = make_plan(denoiser.sampling, request.settings)
+    plan = plan_of(denoiser, request.settings)
     decode, facts = _open_vae(request, denoiser, tell) if request.makes_video else (None, {})
     load_seconds = time.monotonic() - started
     show("sampling", 0, len(plan))
@@ -219,7 +219,7 @@ def _prepare(
     request: RunRequest, denoiser: Denoiser, show: Show, tell: Callable[[str], None]
 ) -> tuple[list[str], dict[str, Any]]:
     """Refuse what cannot work before a part is downloaded; the notes told, and facts."""
-    plan = make_plan(denoiser.sampling, request.settings)
+    plan = plan_of(denoiser, request.settings)
     if request.negative is not None and all(scale == 1 for scale in plan.guidance):
         tell("--negative changes nothing here: guidance is 1 in every step")
     given = {"image": request.image, "last_image": request.last_image}

@@ -27,7 +27,7 @@ from wanexport.runtime.parts.pictures import (
 from wanexport.runtime.parts.protocols import VideoCodec
 from wanexport.runtime.parts.text_encoder import clean_prompt
 from wanexport.runtime.program import TensorSpec
-from wanexport.runtime.sample import Plan, Step, make_plan, run_plan, seeded_noise
+from wanexport.runtime.sample import Plan, Step, plan_of, run_plan, seeded_noise
 from wanexport.runtime.serving.jobs import Check
 from wanexport.runtime.serving.prompt_cache import PromptCache
 from wanexport.runtime.serving.request import STAGES, Generation, Request, check_request
@@ -75,7 +75,7 @@ class Generator:
         """
         check_request(request)
         self._use_weights(request.weights)
-        plan = make_plan(self.denoiser.sampling, request.settings)
+        plan = plan_of(self.denoiser, request.settings)
         conditioning = self._condition(request, plan, check)
         generations = []
         for seed in map(int, request.seeds):  # of any kind of whole numbers

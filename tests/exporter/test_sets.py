@@ -393,6 +393,12 @@ def test_one_expert_twice_and_the_two_exchanged_are_refused(
     files = [tmp_path / f"wan_{name}_14B.safetensors" for name in ("LOW", "HIGH")]
     with pytest.raises(BadRequest, match="given as the high-noise expert, and is named as the oth"):
         build_small(files[0], tmp_path / "x", low_noise=files[1])
+    for name, source in (("high_noise_model", "a"), ("low_noise_model", "b")):
+        (tmp_path / name).mkdir()
+        shutil.copy(pair[1] / f"{source}.safetensors", tmp_path / name / "wan.safetensors")
+    folders = [tmp_path / f"{name}_noise_model" for name in ("low", "high")]
+    with pytest.raises(BadRequest, match="given as the high-noise expert, and is named as the oth"):
+        build_small(folders[0], tmp_path / "x", low_noise=folders[1])
     with pytest.raises(BadRequest, match="--low-noise is the second expert of an A14B: pass -m"):
         build_small(None, tmp_path / "x", low_noise=files[0])  # type: ignore[arg-type]
     assert not (tmp_path / "x").exists()
@@ -417,12 +423,11 @@ def test_the_commands_take_the_same(own: Path, loras: dict[str, Path], tmp_path:
     record = json.loads(ran.stdout)
     assert (record["steps"], record["shift"], record["solver"]) == (12, 7.0, "unipc")
     assert set(record["guidance"]) == {1.0}
-    ran = run(
-        cli,
-        ["run", str(own), "--text", str(text), "--recipe", "lightx2v-4", "-o",
-         str(tmp_path / "y.safetensors"), "--json"],
-    )  # fmt: skip
+    ran_words = ["run", str(own), "--text", str(text), "-o", str(tmp_path / "y.safetensors")]
+    ran = run(cli, [*ran_words, "--recipe", "lightx2v-4", "--json"])
     record = json.loads(ran.stdout)
     assert (record["steps"], record["solver"]) == (4, "euler")
+    wrong = run(cli, [*ran_words, "--recipe", "lightning-4", "--overwrite"])
+    assert isinstance(wrong.exception, BadRequest) and "this recipe is for" in str(wrong.exception)
     assert record["timesteps"] == pytest.approx([1000, 937.5, 2500 / 3, 625])
     assert "removed style" in run(cli, ["remove", str(own), "style"]).output
