@@ -49,9 +49,9 @@ def _read_gguf(path: Path) -> dict[str, SourceTensor]:
             f"{printable(path)} is a GGUF file of {printable(header.architecture)}, no Wan: pass "
             f"-m a Wan's diffusion transformer"
         )
-    bias = header.tensors.get("patch_embedding.bias")
     tensors = {}
     for name, entry in header.tensors.items():
+        bias = header.tensors.get(f"{name.removesuffix('weight')}bias")
         shape = _unfolded(name, entry.shape, bias.shape if bias else ())
         tensors[name] = SourceTensor(path, replace(entry, shape=shape), name)
     return tensors

@@ -382,7 +382,7 @@ def _run() -> NoReturn:
         if not pressed:
             raise
         # Whatever became of the KeyboardInterrupt: torch raises errors of its own on the way out.
-        resumes = sys.argv[1:2] == ["build"]
+        resumes = sys.argv[1:2] in (["build"], ["add"])
         write(err, "interrupted" + (": run the same command again to go on" if resumes else ""))
         sys.exit(130)
 

@@ -163,7 +163,12 @@ def test_nothing_of_a_file_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def write_gguf(
-    path: Path, state: dict[str, Tensor], *, folds: bool = False, architecture: str = "wan"
+    path: Path,
+    state: dict[str, Tensor],
+    *,
+    folds: bool = False,
+    architecture: str = "wan",
+    prefix: str = "",
 ) -> dict[str, np.ndarray]:
     """A GGUF file of Q8_0 blocks and F32; the values that it stands for.
 
@@ -181,10 +186,10 @@ def write_gguf(
             array = array[0]
         if name.startswith("blocks.") and array.ndim == 2 and name.endswith(".weight"):
             raw = gguf.quants.quantize(array, q8)
-            writer.add_tensor(name, raw, raw_dtype=q8)
+            writer.add_tensor(prefix + name, raw, raw_dtype=q8)
             values[name] = gguf.quants.dequantize(raw, q8)
         else:
-            writer.add_tensor(name, array)
+            writer.add_tensor(prefix + name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -192,12 +197,22 @@ def write_gguf(
     return values
 
 
-@pytest.mark.parametrize("architecture", ["wan", "", "pig", "cow"])
+@pytest.mark.parametrize(
+    ("architecture", "prefix"),
+    [("wan", ""), ("wan", "model.diffusion_model."), ("", ""), ("pig", ""), ("cow", "")],
+)
 @pytest.mark.parametrize("folds", [False, True])
 def test_a_gguf_file_is_read_to_the_bit(
-    folds: bool, architecture: str, state: dict[str, Tensor], config: WanConfig, tmp_path: Path
+    folds: bool,
+    architecture: str,
+    prefix: str,
+    state: dict[str, Tensor],
+    config: WanConfig,
+    tmp_path: Path,
 ) -> None:
-    values = write_gguf(tmp_path / "wan.gguf", state, folds=folds, architecture=architecture)
+    values = write_gguf(
+        tmp_path / "wan.gguf", state, folds=folds, architecture=architecture, prefix=prefix
+    )
     checkpoint = open_checkpoint(tmp_path / "wan.gguf")
     assert checkpoint.config == config
     assert checkpoint.stored == "F32, 49 tensors; GGUF Q8_0, 20 tensors"
