@@ -145,7 +145,13 @@ def _open_model(part: Part, expert: str, experts: int) -> _Model:
     tensors = with_scales(tensors, quantisation, part.path)
     layout = "diffusers" if "condition_embedder.time_proj.weight" in tensors else "official"
     if layout == "diffusers":
-        tensors = {official_name(k): t for k, t in tensors.items() if not _UNUSED.fullmatch(k)}
+        used = {name: t for name, t in tensors.items() if not _UNUSED.fullmatch(name)}
+        tensors = {official_name(name): tensor for name, tensor in used.items()}
+        if len(tensors) < len(used):
+            raise BadRequest(
+                f"{printable(part.path)} has tensors under diffusers' names and the official ones "
+                f"too: download it again"
+            )
     config_file = part.files[0].parent / "config.json"
     owned = any(file.name.startswith("diffusion_pytorch_model") for file in part.files)
     stated = read_config(config_file, owned=owned)

@@ -108,18 +108,16 @@ def file_format(path: Path) -> str:
         head = os.read(descriptor, _HEAD)
     finally:
         os.close(descriptor)
-    if what := _file_kind(head):
-        raise BadRequest(f"{printable(path)} {what}")
-    return _first_match(_FORMATS, head) or "safetensors"
-
-
-def _file_kind(head: bytes) -> str | None:
-    """What a file is that begins so; None for one that is read, and for an unknown one."""
     if not head:
-        return f"is empty: {_AGAIN}"
+        raise BadRequest(f"{printable(path)} is empty: {_AGAIN}")
+    # First of all: the length of a header may begin as a pickle does.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
-        return None
-    return None if _first_match(_FORMATS, head) else _first_match(_MAGIC, head)
+        return "safetensors"
+    if kind := _first_match(_FORMATS, head):
+        return kind
+    if what := _first_match(_MAGIC, head):
+        raise BadRequest(f"{printable(path)} {what}")
+    return "safetensors"
 
 
 def _first_match(table: Iterable[tuple[bytes, str]], head: bytes) -> str | None:

@@ -71,9 +71,14 @@ class Denoiser:
     @property
     def sampling(self) -> SamplingDefaults:
         """The sampling defaults at this geometry: the model's, or those of the set in use."""
-        if self._weights is None or not self._weights.recipe:
-            return self.record.sampling
-        return recipe_named(self._weights.recipe).applied(self.record.sampling)
+        own, recipe = self.record.sampling, self.recipe
+        return recipe_named(recipe).applied(own) if recipe else own
+
+    @property
+    def recipe(self) -> str:
+        """The name of the recipe of the set in use; empty for none."""
+        weights = self._weights
+        return weights.recipe if weights is not None else ""
 
     @property
     def device(self) -> str:
@@ -91,7 +96,7 @@ class Denoiser:
 
     def only(self, expert: str) -> "Denoiser":
         """A denoiser of one of this one's experts, which serves all timesteps."""
-        record = replace(self.record, sampling=replace(self.sampling, boundary=None))
+        record = replace(self.record, sampling=replace(self.record.sampling, boundary=None))
         return Denoiser(record, {expert: self.engines[expert]}, self._weights, self._find)
 
     def use(
@@ -174,9 +179,10 @@ class Denoiser:
 
     def expert(self, timestep: float) -> str:
         """The expert that serves this timestep; empty where there is only one model."""
-        if self.sampling.boundary is None:
+        boundary = self.record.sampling.boundary
+        if boundary is None:
             return next(iter(self.engines))
-        high = timestep >= self.sampling.boundary * NUM_TRAIN_TIMESTEPS
+        high = timestep >= boundary * NUM_TRAIN_TIMESTEPS
         return "high_noise" if high else "low_noise"
 
     def check(self, inputs: Mapping[str, Array], known: Collection[str]) -> dict[str, Array]:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -128,10 +128,22 @@ def plan_of(denoiser: Any, settings: Settings) -> Plan:
 
     Raises BadRequest as make_plan does, and for a recipe of models of other families.
     """
+    defaults, asked = with_recipe(denoiser, settings)
+    return make_plan(defaults, asked)
+
+
+def with_recipe(denoiser: Any, settings: Settings) -> tuple[SamplingDefaults | None, Settings]:
+    """The model's own defaults, and the settings with the recipe of the weights set in use.
+
+    Raises BadRequest for a recipe of models of other families.
+    """
     record = getattr(denoiser, "record", None)
-    if settings.recipe is not None and record is not None:
-        recipe_named(settings.recipe).check(record.family)
-    return make_plan(getattr(denoiser, "sampling", None), settings)
+    if record is None:
+        return getattr(denoiser, "sampling", None), settings
+    recipe = settings.recipe or getattr(denoiser, "recipe", "") or None
+    if recipe is not None:
+        recipe_named(recipe).check(record.family)
+    return record.sampling, replace(settings, recipe=recipe)
 
 
 def make_plan(defaults: SamplingDefaults | None, settings: Settings) -> Plan:
@@ -158,7 +170,7 @@ def fill(defaults: SamplingDefaults | None, settings: Settings) -> Settings:
     if settings.recipe is not None:
         defaults = recipe_named(settings.recipe).applied(defaults)
     if settings.timesteps is not None:
-        return _distilled(settings)
+        return _distilled(_with_method(settings, defaults))
     known = {
         name: getattr(defaults, name, None) if (value := getattr(settings, name)) is None else value
         for name in ("steps", "shift", "guidance", "solver")
@@ -167,6 +179,14 @@ def fill(defaults: SamplingDefaults | None, settings: Settings) -> Settings:
     if timesteps is None or settings.steps is not None or settings.shift is not None:
         return Settings(**known)
     return _distilled(Settings(**{**known, "steps": None, "shift": None, "timesteps": timesteps}))
+
+
+def _with_method(settings: Settings, defaults: SamplingDefaults | None) -> Settings:
+    """Settings with timesteps, and the guidance and solver of their recipe where they have one."""
+    if settings.recipe is None or defaults is None:
+        return settings
+    guidance = defaults.guidance if settings.guidance is None else settings.guidance
+    return replace(settings, guidance=guidance, solver=settings.solver or defaults.solver)
 
 
 def _distilled(settings: Settings) -> Settings:

@@ -157,17 +157,26 @@ class BundleWriter:
             fsync_folder(folder)
         return parent / name
 
-    def commit(self) -> None:
-        """Make the new manifest the bundle's, and remove what it does not list."""
+    def commit(self, *, keeps_unfinished: bool = False) -> None:
+        """Make the new manifest the bundle's, and remove what it does not list.
+
+        With keeps_unfinished, what another build had finished without committing it stays for that.
+        """
         if self.committed.files() and self.committed != self.manifest:
             write_manifest(self.path, self.committed, REPLACED)
         write_manifest(self.path, self.manifest)
         try:
-            self.committed = self.journal = self.manifest
-            self._noted = _paths(self.manifest)
+            self.committed = self.manifest
+            stays = keeps_unfinished and not _paths(self.journal) <= _paths(self.manifest)
+            if stays:
+                write_manifest(self.path, self.journal, JOURNAL)
+            else:
+                self.journal = self.manifest
+            self._noted = _paths(self.committed, self.journal)
             self.sweep()
             (self.path / REPLACED).unlink(missing_ok=True)
-            (self.path / JOURNAL).unlink()
+            if not stays:
+                (self.path / JOURNAL).unlink()
             fsync_folder(self.path)
         except OSError as error:
             raise WanExportError(

@@ -17,7 +17,7 @@ from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.machine.memory import peak_gpu_bytes, peak_rss
-from wanexport.runtime.sample import fill
+from wanexport.runtime.sample import fill, with_recipe
 
 _LIBRARIES = (  # whose versions a result depends on
     "wanexport", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13",
@@ -75,7 +75,7 @@ def _weights(bundle: Path, denoiser: Denoiser) -> dict[str, str | None]:
 
 def _settings(request: RunRequest, denoiser: Denoiser) -> dict[str, Any]:
     """Steps and shift, as they were or as the model has them; no shift with explicit timesteps."""
-    filled = fill(denoiser.sampling, request.settings)
+    filled = fill(*with_recipe(denoiser, request.settings))
     return {
         "steps": filled.steps,
         "shift": filled.shift if filled.timesteps is None else None,
@@ -139,7 +139,7 @@ def engine_words(options: EngineOptions) -> list[str]:
 
 
 def _sampling_options(request: RunRequest, result: RunResult) -> dict[str, Any]:
-    filled = fill(result.denoiser.sampling, request.settings)
+    filled = fill(*with_recipe(result.denoiser, request.settings))
     guidance, timesteps = filled.guidance, filled.timesteps
     pair = guidance if isinstance(guidance, tuple) else (guidance,)
     return {

@@ -16,6 +16,7 @@ from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime.bundle.check import check_content
 from wanexport.runtime.bundle.manifest import BASE, DENOISER, Manifest, read_manifest
 from wanexport.runtime.bundle.signature import parameter_shapes
+from wanexport.runtime.bundle.usable import unread_name
 from wanexport.runtime.decode import Name, decode
 from wanexport.runtime.errors import BadRequest, BundleError, printable, refuse_empty
 from wanexport.runtime.lora.given import Given
@@ -52,6 +53,8 @@ def add(
     _check_name(name, manifest)
     if model is None and not loras:
         raise BadRequest("nothing to add: pass -m a checkpoint, or --lora FILE[:STRENGTH]")
+    if low_noise is not None and model is None:
+        raise BadRequest("--low-noise is the second expert of -m: pass the high-noise one with -m")
     if recipe is not None:
         recipe_named(recipe).check(manifest.config.family)
     progress("checkpoint", 0, 0)
@@ -65,7 +68,7 @@ def add(
                 reused += add_weights(
                     writer, source, expert, dtype, progress, name=name, recipe=recipe or ""
                 )
-        writer.commit()
+        writer.commit(keeps_unfinished=True)
     own = {k: w for k, w in writer.manifest.weights.items() if (w.name, w.role) == (name, DENOISER)}
     return {
         "bundle": str(bundle),
@@ -86,6 +89,9 @@ def _check_name(name: str, manifest: Manifest) -> None:
             f"{printable(name)!r} is no name of a weights set: expected letters, digits, ., _, + "
             f"and -, at most 64"
         ) from None
+    engines = {engine.name for engine in manifest.engines} | {*map(unread_name, manifest.unread)}
+    if name in engines:
+        raise BadRequest(f"{name} is an engine of the bundle: choose another name")
     if name == BASE or name in EXPERTS:
         raise BadRequest(f"{name} is what a build calls its own weights: choose another name")
     if not manifest.sets_named(BASE):

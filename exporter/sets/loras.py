@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.exporter.model_source import ModelSource
-from wanexport.graphs.experts import expert_of_name
 from wanexport.graphs.merged import MergedWeights
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.errors import BadRequest, printable
-from wanexport.runtime.lora.given import Given, parse_given
+from wanexport.runtime.lora.given import Given, expert_of, parse_all
 from wanexport.runtime.lora.merge import LoraStack, warn_left_out
 from wanexport.runtime.wan_config import WanConfig
 
@@ -33,7 +32,7 @@ class LoraOptions:
     def of_expert(self, expert: str) -> list[tuple[Path, float]]:
         """The files and strengths for one expert, those for both first."""
         own: Mapping[str, Sequence[Given]] = {"high_noise": self.high, "low_noise": self.low}
-        return [parse_given(given) for given in (*self.both, *own.get(expert, ()))]
+        return [*parse_all(self.both), *parse_all(own.get(expert, ()))]
 
     def check(self, experts: Sequence[str]) -> None:
         """Raise BadRequest for a LoRA of an expert that the model has not, or of the other one."""
@@ -49,8 +48,8 @@ class LoraOptions:
             ("--lora-high", "high_noise", self.high),
             ("--lora-low", "low_noise", self.low),
         ):
-            for path, _ in map(parse_given, files):
-                if (named := expert_of_name(path.name)) not in ("", expert):
+            for path, _ in parse_all(files):
+                if (named := expert_of(path)) not in ("", expert):
                     right = "--lora-high" if named == "high_noise" else "--lora-low"
                     raise BadRequest(
                         f"{printable(path)} is named as of the {named.replace('_', '-')} expert: "

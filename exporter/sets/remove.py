@@ -27,7 +27,7 @@ def remove(bundle: str | Path, name: str) -> dict[str, Any]:
         gone = [file for file in writer.manifest.files() if file not in kept.files()]
         writer.manifest = kept
         writer.journal = _without_if_there(writer.journal, name)
-        writer.commit()
+        writer.commit(keeps_unfinished=True)
     return {
         "bundle": str(bundle),
         "name": name,

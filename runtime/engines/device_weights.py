@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _ALIGNMENT = 256  # bytes: what compiled kernels expect, and the caching allocator gives
 _PIECE = 16 << 20  # bytes read at a time, by each thread
+_MERGING = 24  # bytes that a value takes while a LoRA is merged into it
 _TIMED = 1000  # of the last switches
 _THREADS = 8
 
@@ -146,10 +147,17 @@ class DeviceWeights:
 
     def _merge(self, stack: "LoraStack", missing: "_Missing") -> None:
         """Merge LoRAs into the tensors that they change, where these are, as each is there."""
-        with torch.inference_mode(False):
-            for name, tensor in self.tensors.items():
-                if stack.changes(name) and missing.arrives(name):
-                    tensor.copy_(stack.rounded(name, tensor))
+        largest = max((t.numel() for n, t in self.tensors.items() if stack.changes(n)), default=0)
+        try:
+            with torch.inference_mode(False):
+                for name, tensor in self.tensors.items():
+                    if stack.changes(name) and missing.arrives(name):
+                        tensor.copy_(stack.rounded(name, tensor))
+        except torch.OutOfMemoryError as error:
+            raise EngineFailure(
+                f"{self.device} has too little memory free to merge a LoRA, which takes about "
+                f"{_MERGING * largest / 1e9:.1f} GB: merge it into a set with wanexport add"
+            ) from error
         if self.device.type == "cuda":  # forwards run on streams of their own
             torch.cuda.synchronize(self.device)
 

@@ -79,6 +79,7 @@ class Fit:
 
     changes: dict[str, list[Change]] = field(default_factory=dict)  # by parameter
     unfit: list[Unfit] = field(default_factory=list)
+    alone: int = 0  # alphas of modules that have no factors
     other_shapes: dict[str, Shape] = field(default_factory=dict)  # of changes that do not fit
 
     def refuse(self, tensors: Iterable[LoraTensor], reason: str) -> None:
@@ -147,11 +148,20 @@ class _Module:
         for change in adapters:
             self._add(replace(change, magnitude=magnitude))
         if "alpha" in self.roles and not adapters:
-            self.found.refuse([self.roles["alpha"]], "is an alpha without fitting factors")
+            self._fit_alpha(self.roles["alpha"])
         self._fit_bias([change for change in adapters if change.kind is LOW_RANK])
         for kind in DIFFERENCES:
             if change := self._change(kind):
                 self._add(change)
+
+    def _fit_alpha(self, alpha: LoraTensor) -> None:
+        """An alpha of a module without factors is of nothing, as in lightx2v's newest files."""
+        factors = frozenset().union(*(kind.roles for kind in ADAPTERS))
+        if factors & self.roles.keys():
+            self.found.refuse([alpha], "is an alpha without fitting factors")
+            return
+        self.values.number(alpha)  # which refuses what is no number
+        self.found.alone += 1
 
     def _fit_bias(self, low_rank: list[Change]) -> None:
         """The bias that PEFT trains beside a low rank has its scale."""

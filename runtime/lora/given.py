@@ -2,13 +2,14 @@
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wanexport.runtime.errors import BadRequest, printable
-from wanexport.runtime.wan_config import EXPERTS
 
 Given = str | Path | tuple[str | Path, float]  # FILE[:STRENGTH], a file, or a file and a strength
+_NOISE = re.compile(r"(?<![a-z])(high|low)[^a-z]*noise")
 Loras = Sequence[Given] | Mapping[str, Sequence[Given]]  # in order; a mapping is by expert
 
 
@@ -27,20 +28,42 @@ def parse_given(given: Given) -> tuple[Path, float]:
         ) from None
 
 
+def parse_all(loras: Sequence[Given] | str | Path) -> list[tuple[Path, float]]:
+    """The files and strengths of several LoRAs, or of one. Raises as parse_given does."""
+    return [parse_given(one) for one in ([loras] if isinstance(loras, str | Path) else loras)]
+
+
 def by_expert(loras: Loras, experts: Sequence[str]) -> dict[str, list[tuple[Path, float]]]:
     """The files and strengths of each expert, "" where there are none.
 
-    Raises BadRequest for an expert that the model has not.
+    Raises BadRequest for an expert that the model has not, and for a file named as of another.
     """
     names = experts or ("",)
+    found = _by_expert(loras, names)
+    for expert, files in found.items() if experts else ():
+        for path, _ in files:
+            if (named := expert_of(path)) not in ("", expert):
+                raise BadRequest(
+                    f"{printable(path)} is named as of {named} and given to {expert}: pass "
+                    f"lora={{{named!r}: [...]}}"
+                )
+    return found
+
+
+def _by_expert(loras: Loras, names: Sequence[str]) -> dict[str, list[tuple[Path, float]]]:
     if not isinstance(loras, Mapping):
-        given = [loras] if isinstance(loras, str | Path) else loras
-        parsed = [parse_given(one) for one in given]
+        parsed = parse_all(loras)
         return {name: list(parsed) for name in names}
     if wrong := [name for name in loras if name not in names]:
-        known = ", ".join(EXPERTS if experts else ["a list, as the model has one expert"])
+        known = ", ".join(names) if any(names) else "a list, as the model has one expert"
         raise BadRequest(f"no expert {printable(wrong[0])!r} has a LoRA here: expected {known}")
-    return {name: [parse_given(one) for one in loras.get(name, ())] for name in names}
+    return {name: parse_all(loras.get(name, ())) for name in names}
+
+
+def expert_of(file: Path) -> str:
+    """The expert that a LoRA's name says by `high_noise` or `low-noise`; empty for none or both."""
+    found = {match[1] for match in _NOISE.finditer(file.name.lower())}
+    return f"{found.pop()}_noise" if len(found) == 1 else ""
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

@@ -140,6 +140,8 @@ def _layer(file: Path, strength: float, shapes: Shapes, partial: bool) -> _Layer
 
 def _record(layer: _Layer) -> dict[str, Any]:
     kinds = Counter(change.label for changes in layer.fit.changes.values() for change in changes)
+    if layer.fit.alone:
+        kinds["alpha alone"] = layer.fit.alone
     return {
         "path": str(layer.lora.file.path),
         "sha256": _sha256(layer.lora.file),

@@ -21,12 +21,15 @@ from tests.oracles.wan_reference import (
     write_official,
 )
 from wanexport.exporter.build import build
+from wanexport.exporter.bundle.writer import open_bundle
 from wanexport.exporter.cli.main import cli
 from wanexport.exporter.compare.compare import compare
 from wanexport.exporter.inspection import inspect, list_bundle
+from wanexport.exporter.model_source import resolve
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
 from wanexport.exporter.sets.add import add
+from wanexport.exporter.sets.convert import add_weights
 from wanexport.exporter.sets.remove import remove
 from wanexport.runtime import load
 from wanexport.runtime.bundle.manifest import read_manifest
@@ -238,6 +241,7 @@ def test_a_quantised_checkpoint_is_built_compared_and_added(
         ({"lora": ["gone"]}, "gone"),
         ({"lora_high": ["style"]}, "--lora-high and --lora-low are for a model of two experts"),
         ({"lora": ["style"], "recipe": "lightning-4"}, "this recipe is for t2v-a14b, i2v-a14b"),
+        ({"lora": ["style"], "low_noise": "x"}, "--low-noise is the second expert of -m: pass the"),
         ({"model": "other"}, "is another model"),
         ({"model": "lora"}, "is a LoRA, no model: pass -m the model"),
     ],
@@ -312,6 +316,25 @@ def test_a_set_and_an_engine_are_removed_whole(
             remove(own, name)
 
 
+def test_what_another_build_had_finished_stays_for_it(
+    own: Path, model: Path, loras: dict[str, Path]
+) -> None:
+    add(own, "style", lora=[loras["style"]])
+    source, manifest = resolve(str(model), None), read_manifest(own)
+
+    def untold(*_: object) -> None:
+        """Progress that nobody watches."""
+
+    with pytest.raises(KeyboardInterrupt), open_bundle(own, manifest) as writer:
+        add_weights(writer, source, "", "fp32", untold, name="later")
+        raise KeyboardInterrupt
+    remove(own, "style")
+    add(own, "other", lora=[loras["other"]])
+    assert {s["name"] for s in list_bundle(own)["sets"]} == {"base", "other"}
+    assert add(own, "later", model=model)["reused"] == ["weights later-fp32"]
+    assert not any(own.glob("manifest.*.json"))
+
+
 def test_a_recipe_is_kept_with_a_set_and_used_with_it(own: Path, loras: dict[str, Path]) -> None:
     add(own, "fast", lora=[loras["style"]], recipe="lightx2v-4")
     assert read_manifest(own).weights["fast-fp32"].recipe == "lightx2v-4"
@@ -373,9 +396,14 @@ def test_each_expert_gets_its_own_loras(
         assert relative_l2(base(**inputs), two(**inputs)) < 1e-6
     records = read_manifest(bundle).sets_named("two")
     assert [r.source["lora"][0]["strength"] for r in records] == [1.0, 0.5]
+    base.use(lora={"high_noise": str(style)})
+    np.testing.assert_array_equal(base(**low), load(bundle)(**low))
     with pytest.raises(BadRequest, match="no expert 'middle' has a LoRA here"):
         base.use(lora={"middle": [style]})
     named = Path(shutil.copy(style, tmp_path / "style_high_noise.safetensors"))
+    for given in ([named], {"low_noise": named}):
+        with pytest.raises(BadRequest, match="is named as of high_noise and given to low_noise"):
+            base.use(lora=given)  # type: ignore[arg-type]
     wrong: list[dict[str, Any]] = [{"lora": [named]}, {"lora_low": [named]}]
     for options in wrong:
         with pytest.raises(BadRequest, match="is named as of the high-noise expert: pass it with"):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wanexport.graphs.checkpoint import open_checkpoint
+from wanexport.graphs.foreign import file_format
 from wanexport.runtime.errors import BadRequest, WanExportError
 
 
@@ -153,6 +154,23 @@ def test_a_safetensors_file_is_named_by_its_tensors(
     assert what in refusal(tmp_path / "diffusion_pytorch_model.safetensors")
     message = refusal(tmp_path)
     assert what in message and (": take " in message or "pass -m" in message)
+
+
+@pytest.mark.parametrize("version", [2, 3, 4, 5])
+def test_a_header_whose_length_begins_as_a_pickle_does_is_no_pickle(
+    version: int, tmp_path: Path
+) -> None:
+    """Of 0x80 and the version, least byte first; the text is padded with spaces."""
+    length = 0x80 + 256 * version
+    save_file(wan(), tmp_path / "whole.safetensors")
+    content = (tmp_path / "whole.safetensors").read_bytes()
+    own = int.from_bytes(content[:8], "little")
+    length = next(n for n in range(length, 1 << 20, 1 << 16) if n >= own)
+    padded = content[8 : 8 + own] + b" " * (length - own)
+    (tmp_path / "wan.safetensors").write_bytes(
+        length.to_bytes(8, "little") + padded + content[8 + own :]
+    )
+    assert file_format(tmp_path / "wan.safetensors") == "safetensors"
 
 
 def test_a_part_beside_the_transformer_is_named(tmp_path: Path) -> None:

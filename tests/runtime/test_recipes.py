@@ -1,6 +1,7 @@
 """The settings of distilled models: what their makers state, and how they become a plan."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.family import FAMILIES, SamplingDefaults
 from wanexport.runtime.recipes import RECIPES, recipe_named
-from wanexport.runtime.sample import make_plan
+from wanexport.runtime.sample import fill, make_plan, plan_of, with_recipe
 from wanexport.runtime.settings import Settings
 from wanexport.runtime.solvers import SOLVERS
 
@@ -53,6 +54,8 @@ def test_what_is_given_replaces_a_recipes_own() -> None:
     plan = make_plan(defaults, Settings(recipe="causvid", timesteps=[1000, 500]))
     assert plan.schedule.timesteps == (1000, 500)
     assert make_plan(None, Settings(recipe="fastwan")).schedule.timesteps == (1000, 757, 522)
+    plan = make_plan(defaults, Settings(recipe="fastwan", timesteps=[1000, 500]))
+    assert (plan.solver, set(plan.guidance)) == ("renoise", {1.0})
     with pytest.raises(BadRequest, match="unknown recipe 'x': expected one of lightning-4, "):
         make_plan(defaults, Settings(recipe="x"))
 
@@ -61,6 +64,23 @@ def test_a_recipe_without_a_shift_keeps_that_of_the_family() -> None:
     small = replace(FAMILIES["i2v"].sampling, shift=3.0)
     applied = recipe_named("accvideo").applied(small)
     assert (applied.steps, applied.shift, applied.solver) == (10, 3.0, "unipc")
+
+
+class OfASet:
+    """A denoiser whose weights set has a recipe."""
+
+    record = SimpleNamespace(family="i2v", sampling=FAMILIES["i2v"].sampling)
+    recipe = "causvid"
+
+
+def test_a_recipe_at_a_run_stands_in_the_place_of_the_sets() -> None:
+    own = plan_of(OfASet(), Settings())
+    assert (len(own), own.solver) == (12, "unipc")
+    asked, settings = with_recipe(OfASet(), Settings(recipe="accvideo"))
+    assert fill(asked, settings).shift == FAMILIES["i2v"].sampling.shift  # not causvid's 7
+    assert plan_of(OfASet(), Settings(timesteps=[1000, 500])).solver == "unipc"
+    with pytest.raises(BadRequest, match="this recipe is for t2v-a14b, i2v-a14b, the model is i2v"):
+        plan_of(OfASet(), Settings(recipe="lightning-4"))
 
 
 def test_defaults_with_timesteps_are_used_unless_steps_are_said() -> None:

@@ -12,7 +12,7 @@ from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.engines import device_weights
 from wanexport.runtime.engines.device_weights import DeviceWeights
-from wanexport.runtime.errors import BadRequest, BundleError
+from wanexport.runtime.errors import BadRequest, BundleError, EngineFailure
 from wanexport.runtime.lora.merge import LoraStack
 from wanexport.runtime.lora.merged_file import MergedFile
 
@@ -84,6 +84,22 @@ def test_of_a_file_that_is_held_only_what_a_lora_changed_is_read_again(
     held(weights, merged(file, stacks[1]))
     changed = sum(t.nbytes for n, t in weights.tensors.items() if stacks[0].changes(n))
     assert sum(read) == changed < weights.buffer.nbytes
+
+
+def test_too_little_memory_for_a_merge_is_one_line(
+    file: PinnedFile, stacks: list[LoraStack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = DeviceWeights(file, CPU)
+    base = held(weights, file)
+
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraStack, "rounded", full)
+        with pytest.raises(EngineFailure, match="too little memory free to merge a LoRA, which"):
+            held(weights, merged(file, stacks[0]))
+    assert same(held(weights, file), base)
 
 
 def test_a_failure_while_merging_or_reading_ends_at_once_and_mends_at_the_next_call(

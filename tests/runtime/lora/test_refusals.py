@@ -44,7 +44,10 @@ def refusal(folder: Path, tensors: dict[str, Tensor], **options: Any) -> str:
         ({f"{Q}.lora_A.weight": random(4, 16)}, "has no up beside it"),
         ({f"{Q}.lora_B.weight": random(16, 4)}, "has no down beside it"),
         ({f"{Q}.lora_mid.weight": random(4, 4)}, "has no down and up beside it"),
-        ({f"{Q}.alpha": ONE}, "is an alpha without fitting factors"),
+        (
+            {f"{Q}.alpha": ONE, f"{Q}.lora_A.weight": random(4, 16)},
+            "is an alpha without fitting factors",
+        ),
         ({f"{Q}.lora_B.bias": random(16)}, "is a bias without fitting factors"),
         ({f"{Q}.dora_scale": random(16, 1)}, "is a magnitude (DoRA) without one adapter"),
         (pair(Q) | {f"{Q}.dora_scale": random(4, 4)}, "has [4, 4] magnitudes for [16, 16]"),
@@ -153,14 +156,25 @@ def test_a_tensor_without_a_place_is_named_or_left_out_on_request(
 
 
 def test_a_refusal_counts_and_shows_the_first_of_each_reason(tmp_path: Path) -> None:
-    tensors = GOOD | {f"blocks.{i}.what.diff": random(3) for i in range(7)} | {f"{Q}.alpha": ONE}
+    tensors = GOOD | {f"blocks.{i}.what.diff": random(3) for i in range(7)}
+    tensors[f"{Q}.lora_B.bias"] = random(16)
     message = refusal(tmp_path, tensors)
     assert "8 of 10 tensors in" in message
     assert "blocks.0.what.diff (and 6 more) is of a module that this model lacks" in message
-    assert f"{Q}.alpha is an alpha" in message
+    assert f"{Q}.lora_B.bias is a bias" in message
     many = {f"{Q}.what{i}": random(3) for i in range(2)} | {f"{Q}.diff": random(3)}
-    many |= {"blocks.1.diff_m": random(3), "head.diff_m": random(3), f"{Q}.alpha": ONE}
+    many |= {"blocks.1.diff_m": random(3), "head.diff_m": random(3), f"{Q}.lora_B.bias": random(16)}
     assert "; and 2 more; take" in refusal(tmp_path, many | GOOD | {"x.alpha": ONE})
+
+
+def test_an_alpha_of_a_module_without_factors_is_used_and_counted(tmp_path: Path) -> None:
+    """As in lightx2v's newest files (huggingface/diffusers #12535)."""
+    tensors = GOOD | {f"{Q}.alpha": torch.tensor(64)}
+    file = write(tmp_path, tensors)
+    (record,) = LoraStack([(file, 1.0)], SHAPES).describe()
+    assert (record["changes"]["alpha alone"], record["unused"]) == (1, 0)
+    with pytest.raises(BadRequest):
+        LoraStack([(write(tmp_path, {f"{Q}.alpha": ONE}), 1.0)], SHAPES)
 
 
 def shaped(width: int, layers: int) -> dict[str, Tensor]:
