@@ -25,7 +25,12 @@ LAST_WORDS = {
     "08_persistent_pipeline.py": "served 6 requests with 4 calls of the text encoder",
 }
 # test_readme and test_docs_run run these, as README and docs/ show them.
-SHOWN = {"01_text_embeddings.py", "03_compare_recorded.py", "09_tiny_trained_wan.py"}
+SHOWN = {
+    "01_text_embeddings.py",
+    "03_compare_recorded.py",
+    "09_tiny_trained_wan.py",
+    "10_random_lora.py",
+}
 
 
 def test_every_sample_is_run() -> None:
