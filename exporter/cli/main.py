@@ -74,7 +74,8 @@ def cli() -> None:
 
 @cli.command()
 @model_option(
-    "The bundle takes its weights. With --random-weights it is a preset. "
+    "ID:FILE is one file of a hub repository. The bundle takes its weights. With --random-weights "
+    "it is a preset. "
     "Default: Wan-AI/Wan2.1-T2V-1.3B."
 )
 @click.option(
@@ -130,7 +131,7 @@ def build(as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("name")
-@model_option("The set takes its weights. Without, LoRAs are merged into the bundle's base set.")
+@model_option("The set takes its weights. Default: the bundle's base set, for the LoRAs.")
 @low_noise_option
 @lora_options
 @click.option(

@@ -178,8 +178,7 @@ def model_option(taken: str) -> Callable[[_Command], _Command]:
     """-m of a command: taken says what the command takes from the checkpoint, and the default."""
     return click.option(
         "-m", "--model", metavar="FOLDER|FILE|ID",
-        help="The model's checkpoint: a folder, a file or a hub id. ID:FILE is a file there. "
-        f"{taken}",
+        help=f"The model's checkpoint: a folder, a file or a hub id. {taken}",
     )  # fmt: skip
 
 
