@@ -138,12 +138,13 @@ def with_recipe(denoiser: Any, settings: Settings) -> tuple[SamplingDefaults | N
     Raises BadRequest for a recipe of models of other families.
     """
     record = getattr(denoiser, "record", None)
-    if record is None:
+    own = getattr(record, "sampling", None)
+    if record is None or own is None:
         return getattr(denoiser, "sampling", None), settings
     recipe = settings.recipe or getattr(denoiser, "recipe", "") or None
     if recipe is not None:
         recipe_named(recipe).check(record.family)
-    return record.sampling, replace(settings, recipe=recipe)
+    return own, replace(settings, recipe=recipe)
 
 
 def make_plan(defaults: SamplingDefaults | None, settings: Settings) -> Plan:
