@@ -24,7 +24,7 @@ from wanexport.exporter.child.process import missing_name
 from wanexport.exporter.key import engine_key
 from wanexport.exporter.model_source import ModelSource, resolve
 from wanexport.exporter.sets.convert import add_weights
-from wanexport.exporter.sets.loras import LoraOptions, merged
+from wanexport.exporter.sets.loras import LoraOptions, merged, opened
 from wanexport.graphs.config import sampling_defaults
 from wanexport.graphs.signature import forward_flops
 from wanexport.runtime.bundle.manifest import (
@@ -105,7 +105,7 @@ def _find_model(model: str | Path | None, asked: BuildOptions) -> ModelSource:
             f"{named} has both experts: leave out --expert-alone, or pass -m the folder of one"
         )
     loras = LoraOptions(asked.lora, asked.lora_high, asked.lora_low, asked.lora_partial)
-    return merged(source, loras) if loras else source
+    return merged(source, opened(loras, source.config, source.experts))
 
 
 def _requests(source: ModelSource, order: Order, asked: BuildOptions) -> list[Request]:

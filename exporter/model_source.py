@@ -89,6 +89,12 @@ def resolve(
     return _from_checkpoint(checkpoint, place.origin)
 
 
+def check_low_noise(model: str | Path | None, low_noise: str | Path | None) -> None:
+    """Raise BadRequest for a second expert without a first."""
+    if low_noise is not None and model is None:
+        raise BadRequest("--low-noise is the second expert of -m: pass the high-noise one with -m")
+
+
 def resolve_as(manifest: Manifest, model: str, low_noise: str | Path | None) -> ModelSource:
     """A checkpoint of the model that a bundle is of, as `resolve` takes it.
 

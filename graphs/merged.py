@@ -3,12 +3,11 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from math import prod
 
 import torch
 from torch import Tensor
 
-from wanexport.graphs.source_tensor import SourceTensor
+from wanexport.graphs.source_tensor import SourceTensor, gather
 from wanexport.graphs.weights import CheckpointWeights, WeightSource
 from wanexport.runtime.lora.merge import LoraStack
 
@@ -16,22 +15,16 @@ from wanexport.runtime.lora.merge import LoraStack
 class MergedWeights:
     """The parameters of a source with a stack of LoRAs merged in fp32, one parameter at a time."""
 
-    def __init__(
-        self, source: WeightSource, stack: LoraStack, shapes: Mapping[str, tuple[int, ...]]
-    ) -> None:
-        self.source, self.stack, self.shapes = source, stack, shapes
+    def __init__(self, source: WeightSource, stack: LoraStack) -> None:
+        self.source, self.stack = source, stack
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The parameter's elements in order; one that a LoRA changes is one chunk, in fp32."""
         if not self.stack.changes(name):
             yield from self.source.chunks(name)
             return
-        shape = self.shapes[name]
-        base, done = torch.empty(prod(shape)), 0
-        for chunk in self.source.chunks(name):
-            base[done : done + len(chunk)] = chunk
-            done += len(chunk)
-        yield self.stack.merge(name, base.reshape(shape)).reshape(-1)
+        base = gather(self.source.chunks(name), self.stack.shapes[name], torch.float32)
+        yield self.stack.merge(name, base).reshape(-1)
 
     def digest(self) -> str:
         """A hash of the source, and of the LoRAs' content and strengths."""

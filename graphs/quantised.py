@@ -122,8 +122,7 @@ def _layers(
                 raise BadRequest(
                     f"{printable(name)} of {printable(path)} is no JSON text: download it again"
                 )
-            text = bytes(_bytes_of(tensor))
-            yield name.removesuffix(_CONFIG), _parsed(text, printable(name), path)
+            yield name.removesuffix(_CONFIG), _parsed(_bytes_of(tensor), printable(name), path)
 
 
 def _bytes_of(tensor: SourceTensor) -> bytes:

@@ -3,7 +3,7 @@
 Quantised values become fp32, w = q * scale, chunk by chunk: reading takes the memory of one chunk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -77,15 +77,20 @@ def read_chunks(source: SourceTensor, seen: _Seen = lambda raw: None) -> Iterato
 
 def read_values(source: SourceTensor) -> Tensor:
     """All values in their shape. Raises as read_chunks does."""
-    dtype = torch.float32 if source.is_quantised else _torch_dtype(source.entry.dtype)
-    values, done = torch.empty(prod(source.entry.shape), dtype=dtype), 0
-    for chunk in read_chunks(source):
+    dtype = torch.float32 if source.is_quantised else torch_dtype(source.entry.dtype)
+    return gather(read_chunks(source), source.entry.shape, dtype)
+
+
+def gather(chunks: Iterable[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of this shape and dtype with the values of 1-D chunks, in order."""
+    values, done = torch.empty(prod(shape), dtype=dtype), 0
+    for chunk in chunks:
         values[done : done + len(chunk)] = chunk
         done += len(chunk)
-    return values.reshape(source.entry.shape)
+    return values.reshape(shape)
 
 
-def _torch_dtype(stored: str) -> torch.dtype:
+def torch_dtype(stored: str) -> torch.dtype:
     """What PyTorch calls a dtype of safetensors."""
     dtype: torch.dtype = getattr(torch, STORED[stored].torch)
     return dtype
@@ -127,7 +132,7 @@ def _bytes(dtype: str, elements: int) -> int:
 def _decode(raw: memoryview, dtype: str) -> Tensor:
     if dtype not in STORED:
         return torch.from_numpy(dequantize(np.frombuffer(raw, np.uint8), dtype))
-    stored = torch.frombuffer(raw, dtype=_torch_dtype(dtype))
+    stored = torch.frombuffer(raw, dtype=torch_dtype(dtype))
     return stored if dtype in FLOATS else stored.to(torch.float32)
 
 

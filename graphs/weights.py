@@ -16,23 +16,17 @@ import torch
 from torch import Tensor
 
 from wanexport.graphs import source_tensor
-from wanexport.graphs.source_tensor import SourceTensor, read_chunks, read_values
+from wanexport.graphs.source_tensor import SourceTensor, read_chunks, read_values, torch_dtype
 from wanexport.runtime import dtypes
 from wanexport.runtime.bundle.durable import durable_file
 from wanexport.runtime.bundle.signature import parameter_shapes, weights_layout
-from wanexport.runtime.bundle.tensorfile import TensorEntry, read_header
+from wanexport.runtime.bundle.tensorfile import read_header
 from wanexport.runtime.errors import BadRequest, printable
 from wanexport.runtime.wan_config import WanConfig
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, dtypes.DTYPES[name].torch) for name in dtypes.PRECISIONS
 }
-
-
-def _torch_dtype(entry: TensorEntry) -> torch.dtype:
-    """What PyTorch calls the dtype of a tensor in a file."""
-    dtype: torch.dtype = getattr(torch, dtypes.STORED[entry.dtype].torch)
-    return dtype
 
 
 class WeightSource(Protocol):
@@ -130,7 +124,7 @@ def write_weights(
     with durable_file(path) as file:
         file.write(header)
         for name, entry in entries.items():
-            stored = _torch_dtype(entry)
+            stored = torch_dtype(entry.dtype)
             check = _FiniteCheck(name, stored)
             for chunk in source.chunks(name):
                 check.add(chunk)

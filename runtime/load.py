@@ -161,16 +161,15 @@ def _find(
     if not any(loras.values()):
         return found
     with needing_extra("build", "a LoRA in memory"):
-        from wanexport.runtime.lora.merge import LoraStack, warn_left_out
+        from wanexport.runtime.lora.merge import open_stacks
 
-    files: dict[str, PinnedFile] = {}
-    for expert, file in found.files.items():
-        files[expert] = file
-        if own := loras[expert]:
-            shapes = {name: entry.shape for name, entry in read_header(file.path).items()}
-            stack = LoraStack(own, shapes, partial=lora_partial)
-            files[expert] = MergedFile(**vars(file), stack=stack)
-    warn_left_out(file.stack for file in files.values() if isinstance(file, MergedFile))
+    header = read_header(next(iter(found.files.values())).path)  # all have one layout
+    shapes = {name: entry.shape for name, entry in header.items()}
+    stacks = open_stacks(loras, shapes, partial=lora_partial)
+    files = {
+        expert: MergedFile(**vars(file), stack=stacks[expert]) if expert in stacks else file
+        for expert, file in found.files.items()
+    }
     names = dict.fromkeys(
         f"{path}:{strength:g}" for own in loras.values() for path, strength in own
     )

@@ -35,6 +35,7 @@ from wanexport.exporter.compare.recorded import (
 from wanexport.exporter.compare.report import Outcome, keep
 from wanexport.exporter.compare.rows import ComparedCall, Comparison
 from wanexport.exporter.compare.sessions import Recorder
+from wanexport.exporter.model_source import check_low_noise
 from wanexport.exporter.reference.inputs import seeded_inputs
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
 from wanexport.runtime.dtypes import PRECISIONS
@@ -93,9 +94,8 @@ def compare(
     the calls that are compared; `polygraphy` in the result has the commands that read them.
     Raises WanExportError when no engine fits or cannot run here, or a file does not fit.
     """
-    refuse_empty(low_noise=low_noise)
     refuse_empty(bundle=bundle, model=model, inputs=inputs, calls=calls, outputs=outputs)
-    refuse_empty(report=report)
+    refuse_empty(low_noise=low_noise, report=report)
     request = CompareRequest(
         model=model,
         low_noise=low_noise,
@@ -121,8 +121,7 @@ def _path(path: str | Path | None) -> Path | None:
 
 def _check_request(request: CompareRequest) -> None:
     """Raise BadRequest for what needs no bundle to be seen as wrong."""
-    if request.low_noise is not None and request.model is None:
-        raise BadRequest("--low-noise is the second expert of -m: pass the high-noise one with -m")
+    check_low_noise(request.model, request.low_noise)
     check_implementation(request.reference)
     if request.inputs is not None and request.calls is not None:
         raise BadRequest("inputs are of a loop, calls are single ones: pass one of the two")

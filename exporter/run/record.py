@@ -18,6 +18,7 @@ from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.machine.memory import peak_gpu_bytes, peak_rss
 from wanexport.runtime.sample import fill, with_recipe
+from wanexport.runtime.settings import Settings
 
 _LIBRARIES = (  # whose versions a result depends on
     "wanexport", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13",
@@ -73,9 +74,14 @@ def _weights(bundle: Path, denoiser: Denoiser) -> dict[str, str | None]:
     return {weights_label(w.name, w.expert, w.dtype): w.file.sha256 for w in own}
 
 
+def _filled(request: RunRequest, denoiser: Denoiser) -> Settings:
+    """What the run was asked for, with what the model and its set have for the rest."""
+    return fill(*with_recipe(denoiser, request.settings))
+
+
 def _settings(request: RunRequest, denoiser: Denoiser) -> dict[str, Any]:
     """Steps and shift, as they were or as the model has them; no shift with explicit timesteps."""
-    filled = fill(*with_recipe(denoiser, request.settings))
+    filled = _filled(request, denoiser)
     return {
         "steps": filled.steps,
         "shift": filled.shift if filled.timesteps is None else None,
@@ -139,7 +145,7 @@ def engine_words(options: EngineOptions) -> list[str]:
 
 
 def _sampling_options(request: RunRequest, result: RunResult) -> dict[str, Any]:
-    filled = fill(*with_recipe(result.denoiser, request.settings))
+    filled = _filled(request, result.denoiser)
     guidance, timesteps = filled.guidance, filled.timesteps
     pair = guidance if isinstance(guidance, tuple) else (guidance,)
     return {

@@ -8,15 +8,15 @@ from typing import Any
 from wanexport.exporter.backends.backend import Progress
 from wanexport.exporter.bundle.place import check_place
 from wanexport.exporter.bundle.writer import BundleWriter, open_bundle
-from wanexport.exporter.model_source import ModelSource, resolve_as
+from wanexport.exporter.model_source import ModelSource, check_low_noise, resolve_as
 from wanexport.exporter.sets.convert import add_weights
-from wanexport.exporter.sets.loras import LoraOptions, merged
+from wanexport.exporter.sets.loras import LoraOptions, merged, opened
 from wanexport.graphs.merged import BundleWeights
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime.bundle.check import check_content
-from wanexport.runtime.bundle.manifest import BASE, DENOISER, Manifest, read_manifest
+from wanexport.runtime.bundle.manifest import BASE, Manifest, read_manifest, weights_label
 from wanexport.runtime.bundle.signature import parameter_shapes
-from wanexport.runtime.bundle.usable import unread_name
+from wanexport.runtime.bundle.usable import engine_names
 from wanexport.runtime.decode import Name, decode
 from wanexport.runtime.errors import BadRequest, BundleError, printable, refuse_empty
 from wanexport.runtime.lora.given import Given
@@ -51,30 +51,28 @@ def add(
     manifest = read_manifest(bundle)
     check_place(bundle)
     _check_name(name, manifest)
+    check_low_noise(model, low_noise)
     if model is None and not loras:
         raise BadRequest("nothing to add: pass -m a checkpoint, or --lora FILE[:STRENGTH]")
-    if low_noise is not None and model is None:
-        raise BadRequest("--low-noise is the second expert of -m: pass the high-noise one with -m")
     if recipe is not None:
         recipe_named(recipe).check(manifest.config.family)
     progress("checkpoint", 0, 0)
     checkpoint = None if model is None else resolve_as(manifest, str(model), low_noise)
-    reused = []
+    stacks, reused = opened(loras, manifest.config, manifest.experts), []
     with open_bundle(bundle, manifest) as writer:
         for dtype in _precisions(writer.manifest):
-            source = checkpoint or _base(writer, dtype)
-            source = merged(source, loras) if loras else source
+            source = merged(checkpoint or _base(writer, dtype), stacks)
             for expert in source.weights:
                 reused += add_weights(
                     writer, source, expert, dtype, progress, name=name, recipe=recipe or ""
                 )
         writer.commit(keeps_unfinished=True)
-    own = {k: w for k, w in writer.manifest.weights.items() if (w.name, w.role) == (name, DENOISER)}
+    own = writer.manifest.sets_named(name)
     return {
         "bundle": str(bundle),
         "name": name,
         "recipe": recipe,
-        "weights": {label: asdict(record) for label, record in own.items()},
+        "weights": {weights_label(w.name, w.expert, w.dtype): asdict(w) for w in own},
         "reused": reused,
         "peak_rss_bytes": peak_rss(),
     }
@@ -89,8 +87,7 @@ def _check_name(name: str, manifest: Manifest) -> None:
             f"{printable(name)!r} is no name of a weights set: expected letters, digits, ., _, + "
             f"and -, at most 64"
         ) from None
-    engines = {engine.name for engine in manifest.engines} | {*map(unread_name, manifest.unread)}
-    if name in engines:
+    if name in engine_names(manifest):
         raise BadRequest(f"{name} is an engine of the bundle: choose another name")
     if name == BASE or name in EXPERTS:
         raise BadRequest(f"{name} is what a build calls its own weights: choose another name")

@@ -10,7 +10,7 @@ from wanexport.graphs.merged import MergedWeights
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.errors import BadRequest, printable
 from wanexport.runtime.lora.given import Given, expert_of, parse_all
-from wanexport.runtime.lora.merge import LoraStack, warn_left_out
+from wanexport.runtime.lora.merge import LoraStack, open_stacks
 from wanexport.runtime.wan_config import WanConfig
 
 
@@ -57,31 +57,18 @@ class LoraOptions:
                     )
 
 
-def open_stacks(
-    loras: LoraOptions, config: WanConfig, experts: Sequence[str]
-) -> dict[str, LoraStack]:
-    """The stack of each expert that has one, opened and fitted. Raises as LoraStack does."""
+def opened(loras: LoraOptions, config: WanConfig, experts: Sequence[str]) -> dict[str, LoraStack]:
+    """The stack of each expert that has one. Raises as LoraOptions.check and open_stacks do."""
     loras.check(experts)
-    shapes = parameter_shapes(config)
     files = {expert: loras.of_expert(expert) for expert in experts or ("",)}
-    return {
-        expert: LoraStack(own, shapes, partial=loras.partial)
-        for expert, own in files.items()
-        if own
-    }
+    return open_stacks(files, parameter_shapes(config), partial=loras.partial)
 
 
-def merged(source: ModelSource, loras: LoraOptions) -> ModelSource:
-    """The source with LoRAs merged into its experts, which its records say.
-
-    Warns of what was left out. Raises as LoraStack does.
-    """
-    stacks = open_stacks(loras, source.config, source.experts)
-    warn_left_out(stacks.values())
-    shapes = parameter_shapes(source.config)
+def merged(source: ModelSource, stacks: Mapping[str, LoraStack]) -> ModelSource:
+    """The source with LoRAs merged into its experts, which its records say."""
     weights: dict[str, Any] = {
-        expert: MergedWeights(own, stacks[expert], shapes) if expert in stacks else own
+        expert: MergedWeights(own, stacks[expert]) if expert in stacks else own
         for expert, own in source.weights.items()
     }
-    described = {expert: tuple(stack.describe()) for expert, stack in stacks.items()}
+    described = {expert: stack.describe() for expert, stack in stacks.items()}
     return replace(source, weights=weights, loras=described)

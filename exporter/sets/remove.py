@@ -7,7 +7,7 @@ from typing import Any
 from wanexport.exporter.bundle.place import check_place
 from wanexport.exporter.bundle.writer import open_bundle
 from wanexport.runtime.bundle.manifest import BASE, Manifest, read_manifest
-from wanexport.runtime.bundle.usable import unread_name
+from wanexport.runtime.bundle.usable import engine_names, unread_name
 from wanexport.runtime.errors import BadRequest, printable, refuse_empty
 
 
@@ -24,7 +24,8 @@ def remove(bundle: str | Path, name: str) -> dict[str, Any]:
     _without(before, name)  # refuses before anything is locked
     with open_bundle(bundle, before) as writer:
         kept = _without(writer.manifest, name)
-        gone = [file for file in writer.manifest.files() if file not in kept.files()]
+        left = kept.files()
+        gone = [file for file in writer.manifest.files() if file not in left]
         writer.manifest = kept
         writer.journal = _without_if_there(writer.journal, name)
         writer.commit(keeps_unfinished=True)
@@ -46,9 +47,7 @@ def _without(manifest: Manifest, name: str) -> Manifest:
     kept = _without_if_there(manifest, name)
     if kept == manifest:
         sets = dict.fromkeys(record.name for record in manifest.weights.values())
-        engines = [engine.name for engine in manifest.engines]
-        engines += [unread_name(data) for data in manifest.unread]
-        there = ", ".join([own for own in sets if own != BASE] + engines)
+        there = ", ".join([own for own in sets if own != BASE] + engine_names(manifest))
         raise BadRequest(
             f"the bundle has no weights set and no engine {printable(name)}: expected one of "
             f"{printable(there, 1000) or 'none, it has base alone'}"

@@ -63,6 +63,11 @@ def unread_name(data: Mapping[str, Any]) -> str:
     return printable(label, 100)
 
 
+def engine_names(manifest: Manifest) -> list[str]:
+    """What every engine of a bundle is called, those that cannot be read last."""
+    return [engine.name for engine in manifest.engines] + [*map(unread_name, manifest.unread)]
+
+
 def unread_unfamiliar(data: Mapping[str, Any]) -> str:
     """What kind an engine whose record cannot be read is of, in words; empty for a known one."""
     known = {"role": (DENOISER,), "backend": KINDS, "dtype": PRECISIONS}

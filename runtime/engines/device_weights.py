@@ -147,13 +147,13 @@ class DeviceWeights:
 
     def _merge(self, stack: "LoraStack", missing: "_Missing") -> None:
         """Merge LoRAs into the tensors that they change, where these are, as each is there."""
-        largest = max((t.numel() for n, t in self.tensors.items() if stack.changes(n)), default=0)
         try:
             with torch.inference_mode(False):
                 for name, tensor in self.tensors.items():
                     if stack.changes(name) and missing.arrives(name):
                         tensor.copy_(stack.rounded(name, tensor))
         except torch.OutOfMemoryError as error:
+            largest = max(t.numel() for n, t in self.tensors.items() if stack.changes(n))
             raise EngineFailure(
                 f"{self.device} has too little memory free to merge a LoRA, which takes about "
                 f"{_MERGING * largest / 1e9:.1f} GB: merge it into a set with wanexport add"

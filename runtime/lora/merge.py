@@ -1,17 +1,18 @@
 """Merge a stack of LoRAs into a model's weights, one parameter at a time."""
 
-import hashlib
 import warnings
 from collections import Counter, deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from wanexport.runtime.bundle.check import file_sha256
 from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.errors import BadRequest, WanExportWarning, printable
 from wanexport.runtime.lora.fit import Fit, Shapes, Unfit, fit
@@ -19,7 +20,6 @@ from wanexport.runtime.lora.given import check_strength
 from wanexport.runtime.lora.read import Lora, read_lora
 from wanexport.runtime.lora.refuse import refuse_unfit
 
-_CHUNK = 1 << 24  # bytes hashed at a time
 _THREADS = 8
 _LONGEST_LIST = 4000  # characters of the keys that are left out
 
@@ -107,10 +107,28 @@ class LoraStack:
 
     def describe(self) -> list[dict[str, Any]]:
         """What was merged, for a manifest: of each file its path, hash, strength and counts."""
+        return self._described
+
+    @cached_property
+    def _described(self) -> list[dict[str, Any]]:
         return [_record(layer) for layer in self._layers]
 
 
-def warn_left_out(stacks: Iterable[LoraStack]) -> None:
+def open_stacks(
+    files: Mapping[str, Sequence[tuple[Path, float]]], shapes: Shapes, *, partial: bool = False
+) -> dict[str, LoraStack]:
+    """The stack of each expert that has LoRAs; experts with the same ones share it.
+
+    files are by expert. Warns of what was left out with partial. Raises as LoraStack does.
+    """
+    opened = {
+        own: LoraStack(own, shapes, partial=partial) for own in map(tuple, files.values()) if own
+    }
+    _warn_left_out(opened.values())
+    return {expert: opened[tuple(own)] for expert, own in files.items() if own}
+
+
+def _warn_left_out(stacks: Iterable[LoraStack]) -> None:
     """Warn of the tensors of each file that change nothing, which are listed."""
     keys: dict[Path, dict[str, str]] = {}
     for stack in stacks:
@@ -122,7 +140,7 @@ def warn_left_out(stacks: Iterable[LoraStack]) -> None:
             f"{printable(path)} has {len(own)} tensors without a place in the model, left out: "
             f"{printable(listed, _LONGEST_LIST)}",
             WanExportWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -153,8 +171,5 @@ def _record(layer: _Layer) -> dict[str, Any]:
 
 def _sha256(file: PinnedFile) -> str:
     """Of the content that was fitted. Raises BundleError when it was changed since."""
-    digest = hashlib.sha256()
-    with file.opened() as descriptor, open(descriptor, "rb", closefd=False) as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with file.opened():
+        return file_sha256(file.path)

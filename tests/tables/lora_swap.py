@@ -25,6 +25,7 @@ from tests.oracles.lora_files import write_lora
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime import Denoiser, load
 from wanexport.runtime.bundle.signature import parameter_shapes, weights_layout
+from wanexport.runtime.lora.merge import LoraStack
 
 RANK, ROUNDS = 64, 7
 GPU = torch.cuda.is_available()
@@ -106,7 +107,8 @@ def measure_swaps(bundle: Path, loras: list[Path]) -> None:
 def main(folder: Path, preset: str, resolution: str, frames: str) -> None:
     """Print one line for each thing that is measured."""
     config = PRESETS[preset].config
-    size = sum(entry.size for entry in weights_layout(config, "bf16")[1].values())
+    entries = weights_layout(config, "bf16")[1]
+    size = sum(entry.size for entry in entries.values())
     if (free := shutil.disk_usage(folder).free) < 2.1 * size:
         sys.exit(f"skipped: {folder} has {free / 1e9:.0f} GB free, this takes {2.1e-9 * size:.0f}")
     shapes, bundle = parameter_shapes(config), folder / "bundle"
@@ -114,7 +116,10 @@ def main(folder: Path, preset: str, resolution: str, frames: str) -> None:
         write_lora(folder / f"{n}.safetensors", shapes, n, rank=RANK, dtype=torch.bfloat16)
         for n in range(2)
     ]
-    print(f"LoRA of rank {RANK}: {loras[0].stat().st_size / 1e6:.0f} MB")
+    stack = LoraStack([(loras[0], 1.0)], shapes)
+    share = sum(entry.size for name, entry in entries.items() if stack.changes(name)) / size
+    megabytes = loras[0].stat().st_size / 1e6
+    print(f"LoRA of rank {RANK}: {megabytes:.0f} MB, changes {share:.0%} of the set's bytes")
     target = ["--backend", "aoti"] if GPU else ["--backend", "onnx", "--device", "cpu"]
     built, seconds = command(
         "build", "-m", preset, "--random-weights", 0, "--resolution", resolution,
