@@ -5,6 +5,8 @@ BIN := .venv/bin
 EXTRAS := cpu,build,bench,aoti,diffusers,pipeline,tensorrt-rtx
 # Whose real Python bindings tests/exporter/backends/test_tensorrt_contract.py checks; one environment holds one.
 TENSORRT := 10.14.1.48.post1 10.16.1.11 11.4.0.106
+# Test files that hold tests of a GPU.
+GPU = $(shell grep -rl 'mark\.gpu' tests --include='test_*.py')
 # Test files that build for long, which test-oldest leaves out.
 LONG := readme docs_run install packaging build compare to_tensorrt tiny_wan run samples bench pipeline official
 
@@ -32,12 +34,12 @@ demo: setup
 # Two files at a time, which two cores and 8 GB do for; what runs on a GPU has it to itself.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu and not slow'
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu $(GPU)
 
 # And what needs minutes: a model of full size, and 200 clips of the tiny one instead of 48.
 test-all: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu'
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu $(GPU)
 
 # The quick tests with the oldest versions that pyproject.toml allows, in an environment of its own.
 test-oldest: .venv/oldest/.ready

@@ -5,7 +5,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from tests.forked import Forks, locked
 from tests.onnx_library import read_once
 from tests.oracles.wan_reference import diffusers_model, official_state, small_config
+from tests.translated import translate_once
 from wanexport.exporter.build import build
 from wanexport.exporter.child import child
 from wanexport.exporter.child.process import run_command
@@ -59,26 +59,22 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def onnx_library() -> Iterator[None]:
-    """What PyTorch translates to ONNX with is read once."""
-    with pytest.MonkeyPatch.context() as patch:
-        read_once(patch)
-        yield
+@pytest.fixture(scope="session")
+def forks(shared_folder: Path) -> Forks:
+    """Runs children of builds, and commands, as forks."""
+    return Forks(shared_folder)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def forked_children(shared_folder: Path) -> Iterator[None]:
-    """Children of builds are forks, and no package is compiled twice.
+def nothing_twice(shared_folder: Path, forks: Forks) -> None:
+    """PyTorch's library of ONNX is read once, and no call of a graph is translated twice.
 
-    Not beside a GPU, which forks of one process cannot use.
+    Nor is a package compiled twice. Not beside a GPU, which forks of one process cannot use.
     """
-    packages = shared_folder / "packages"
-    packages.mkdir(exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch:
-        if not torch.cuda.is_available():
-            patch.setattr(child, "run_command", Forks(packages).run_command)
-        yield
+    read_once()
+    translate_once(shared_folder)
+    if not torch.cuda.is_available():
+        child.run_command = forks.run_command
 
 
 @pytest.fixture

@@ -30,6 +30,11 @@ class Document:
         lines = "\n".join(self.blocks(*languages)).replace("\\\n", " ").splitlines()
         return [line for line in lines if line.strip() and not line.startswith("#")]
 
+    def sections(self) -> list["Document"]:
+        """What stands before the first `## ` and below each, by its heading."""
+        parts = re.split(r"^(?=## )", self.text, flags=re.MULTILINE)
+        return [Document(part.splitlines()[0].lstrip("# "), part) for part in parts]
+
     @cached_property
     def prose(self) -> str:
         """The text without its code blocks."""

@@ -1,11 +1,11 @@
-"""Children of builds as forks of one process that has imported their libraries.
+"""Children of builds, and commands, as forks of one process that has imported their libraries.
 
-A command of a user runs each child in a fresh interpreter, which spends seconds on imports. Of the
-tests, only those that are about these processes need that: see `fresh_processes` in conftest.py.
-A fork has no more of a test than a fresh child: it comes from a server that ran nothing else.
+A command of a user runs in a fresh interpreter, and so does each child of it, which spends seconds
+on imports. Of the tests, only those that are about these processes need that: see `fresh_processes`
+in conftest.py, and README's commands. A fork has no more of a test than a fresh process: it comes
+from a server that ran nothing else.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,23 +15,23 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 from threading import Lock
+from types import ModuleType
 
+from tests.locked import locked
+from tests.translated import translate_once
+from wanexport.exporter.child import child as product
 from wanexport.exporter.child.process import Ended, Lifeline
 from wanexport.exporter.child.process import run_command as run_fresh
+from wanexport.exporter.cli import main as cli
 
-_PRELOADED = (
-    "torch._inductor.compile_fx",
-    "wanexport.exporter.backends.aoti.compile",
-    "wanexport.exporter.backends.aoti.proof_process",
-    "wanexport.exporter.backends.onnx.proof_process",
-)
 _COMPILE = "wanexport.exporter.backends.aoti.compile"
 _OWN = (  # variables that differ between children of the same settings
     "ORT_DISABLE_TELEMETRY",  # set when ONNX Runtime is imported
     "PYTEST_CURRENT_TEST",
+    "PYTHONPATH",  # a fork takes it up, as far as nothing of it is imported yet
     "TMPDIR",
     "TORCHINDUCTOR_CACHE_DIR",
     "TRITON_CACHE_DIR",
@@ -39,13 +39,23 @@ _OWN = (  # variables that differ between children of the same settings
 
 
 class Forks:
-    """Runs commands as `run_command` does; packages is a folder of what was compiled already."""
+    """Runs commands as `run_command` does; folder is for what was compiled already."""
 
-    def __init__(self, packages: Path) -> None:
-        self._packages, self._lock = packages, Lock()
-        self._folder, self._environment = os.getcwd(), _settings(os.environ)
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._lock = folder, Lock()
+        self._packages = folder / "packages"
+        self._packages.mkdir(exist_ok=True)
+        self._environment = _settings(os.environ)
         self._context = get_context("forkserver")
-        self._context.set_forkserver_preload(list(_PRELOADED))
+        self._context.set_forkserver_preload(["tests.preloaded"])
+
+    def run_program(
+        self, command: Sequence[str], folder: Path, environment: Mapping[str, str]
+    ) -> Ended:
+        """Run `wanexport ARGUMENTS` or `python FILE.py ARGUMENTS` in a folder."""
+        with tempfile.TemporaryDirectory() as scratch:
+            return self._fork(_program, (list(command), self.folder), dict(environment),
+                              Path(scratch), at=folder)  # fmt: skip
 
     def run_command(
         self,
@@ -59,8 +69,7 @@ class Forks:
     ) -> Ended:
         """Run `python -P -m MODULE JOB` in a fork, or where it has other settings as itself."""
         set_up = dict(os.environ if environment is None else environment)
-        is_plain = (os.getcwd(), _settings(set_up)) == (self._folder, self._environment)
-        if not is_plain or _is_measured(command):
+        if _settings(set_up) != self._environment or _is_measured(command):
             return run_fresh(
                 command, environment=environment, lifeline=lifeline, folders=folders,
                 timeout=timeout, on_line=on_line,
@@ -70,7 +79,7 @@ class Forks:
             if module == _COMPILE:
                 ended = self._compile(Path(job), set_up, Path(folder))
             else:
-                ended = self._fork(module, job, set_up, Path(folder), timeout)
+                ended = self._fork(_module, (module, job), set_up, Path(folder), timeout)
         if on_line is None:
             return ended
         for line in ended.output.splitlines(keepends=True):
@@ -79,25 +88,26 @@ class Forks:
 
     def _fork(
         self,
-        module: str,
-        job: str,
+        work: Callable[..., None],
+        arguments: tuple[object, ...],
         environment: dict[str, str],
         folder: Path,
         timeout: float | None = None,
+        at: Path | None = None,
     ) -> Ended:
+        """Do the work in a fork that begins at a folder; the other is for what it says."""
         output, errors = folder / "output", folder / "errors"
         output.touch()
         errors.touch()
-        child = self._context.Process(
-            target=_become, args=(module, job, environment, str(output), str(errors))
-        )
-        with self._lock:
+        place = (str(at or Path.cwd()), environment, str(output), str(errors))
+        child = self._context.Process(target=_become, args=(place, work, arguments))
+        with self._lock, _no_main():
             child.start()
         child.join(timeout)
         if child.is_alive():
             child.kill()
             child.join()
-            raise TimeoutError(f"{module} took over {timeout:g} s and was stopped")
+            raise TimeoutError(f"{arguments[0]} took over {timeout:g} s and was stopped")
         code = child.exitcode
         assert code is not None
         return Ended(code, output.read_text(), errors.read_text())
@@ -112,7 +122,7 @@ class Forks:
             if output.exists():
                 shutil.copyfile(package, path)
                 return Ended(0, output.read_text(), "")
-            ended = self._fork(_COMPILE, str(job), environment, folder)
+            ended = self._fork(_module, (_COMPILE, str(job)), environment, folder)
             if ended.code == 0:
                 shutil.copyfile(path, package)
                 output.write_text(ended.output)
@@ -129,21 +139,52 @@ def _settings(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in _OWN}
 
 
-def _become(module: str, job: str, environment: dict[str, str], output: str, errors: str) -> None:
-    """Run the module on the job, as `python -m` would, its output and errors in files."""
-    for number, path in ((1, output), (2, errors)):
+Place = tuple[str, dict[str, str], str, str]  # folder, environment, files for output and errors
+
+
+def _become(place: Place, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    """Do the work as a process of its own would, its output and errors in files."""
+    folder, environment, *files = place
+    for number, path in enumerate(files, 1):
         os.dup2(os.open(path, os.O_WRONLY), number)
     os.environ.clear()
     os.environ.update(environment)
+    os.chdir(folder)
     tempfile.tempdir = None
-    sys.argv = [module, job]
-    sys.modules.pop(module, None)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    known = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:0] = [path for path in known if path not in sys.path]
+    work(*arguments)
+
+
+def _module(name: str, job: str) -> None:
+    """Run `python -m NAME JOB`."""
+    sys.argv = [name, job]
+    sys.modules.pop(name, None)
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _program(command: list[str], folder: Path) -> None:
+    """Run a program whose children are forks of the same server."""
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    server.ensure_running = lambda: None
+    forks = Forks(folder)
+    product.run_command = forks.run_command
+    translate_once(folder)
+    if command[0] == "wanexport":
+        sys.argv = command
+        cli.main()
+    else:
+        sys.argv = command[1:]
+        sys.path.insert(0, str(Path(command[1]).parent.resolve()))
+        runpy.run_path(command[1], run_name="__main__")
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """The block runs in one process at a time of those that name the same file."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _no_main() -> Iterator[None]:
+    """What is started within does not import what this process runs as `__main__`."""
+    own = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
         yield
+    finally:
+        sys.modules["__main__"] = own

@@ -7,11 +7,10 @@ to translate a small model.
 from functools import cache
 from typing import Any
 
-import pytest
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 
-def read_once(patch: pytest.MonkeyPatch) -> None:
+def read_once() -> None:
     """Give each export a copy of one registry, as it adds its own translations to it."""
     read = cache(ONNXRegistry.from_torchlib)
 
@@ -21,4 +20,4 @@ def read_once(patch: pytest.MonkeyPatch) -> None:
         registry.functions = {target: [*known] for target, known in whole.functions.items()}
         return registry
 
-    patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+    ONNXRegistry.from_torchlib = staticmethod(copied)  # type: ignore[method-assign]

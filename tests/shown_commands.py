@@ -6,14 +6,17 @@ and are only parsed. Scripts in ```python blocks run after the commands of their
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.documents import ROOT, Document
+from tests.forked import Forks
 from tests.oracles.wan_reference import (
     diffusers_model,
     official_state,
@@ -55,13 +58,37 @@ def offline_environment(hub: Path) -> dict[str, str]:
     }
 
 
-def run(command: Sequence[str], folder: Path, environment: dict[str, str]) -> str:
-    """Run one command, and return what it prints; another exit code than 0 fails the test."""
-    child = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, f"{command}\n{child.stdout}\n{child.stderr}"
-    return child.stdout
+@dataclass(frozen=True)
+class Reader:
+    """Who runs what a page shows: in a folder, with an environment.
+
+    With forks, a command that is one program alone is a fork; without, all are run by a shell.
+    """
+
+    folder: Path
+    environment: dict[str, str]
+    forks: Forks | None = None
+
+    def run(self, line: str) -> str:
+        """Run a command, and return what it prints; another exit code than 0 fails the test."""
+        words = shlex.split(line)
+        is_program = words[0] == "wanexport" or (words[:1] == ["python"] and words[1][-3:] == ".py")
+        if self.forks and is_program and not set(line) & set("|&;<>$`*?"):
+            ended = self.forks.run_program(words, self.folder, self.environment)
+            return _printed(line, ended.code, ended.output, ended.errors)
+        return self._run(["bash", "-c", line])
+
+    def run_scripts(self, page: Document) -> list[str]:
+        """Run a page's scripts, and return what each prints."""
+        return [self._run(["python", "-c", script]) for script in page.blocks("python")]
+
+    def _run(self, command: Sequence[str]) -> str:
+        child = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True
+        )
+        return _printed(" ".join(command), child.returncode, child.stdout, child.stderr)
 
 
-def run_scripts(page: Document, folder: Path, environment: dict[str, str]) -> list[str]:
-    """Run a page's scripts, and return what each prints."""
-    return [run(["python", "-c", s], folder, environment) for s in page.blocks("python")]
+def _printed(command: str, code: int, output: str, errors: str) -> str:
+    assert code == 0, f"{command}\n{output}\n{errors}"
+    return output

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.tables.contracts import contracts_of, examine, row
+from tests.tables.contracts import Contracts, contracts_of, examine, row
 
 OUTSIDE = "runtime/load.py"
 # Every line that counts ends in a comment that says as what.
@@ -114,16 +114,20 @@ def test_median_and_ninth_decile_are_those_of_nine_lengths() -> None:
     assert (found.median, found.ninth_decile) == (6, 10)
 
 
-def test_the_working_tree_is_read_whole() -> None:
-    found = contracts_of(None)
+@pytest.fixture(scope="module")
+def found() -> Contracts:
+    """The working tree's."""
+    return contracts_of(None)
+
+
+def test_the_working_tree_is_read_whole(found: Contracts) -> None:
     assert len(found.lengths) > 1000
     assert "exporter/reference/diffusers.py" in {place.file for place in found.lists}
     assert len(row(found)) == 8
 
 
-def test_the_working_tree_keeps_its_contracts() -> None:
+def test_the_working_tree_keeps_its_contracts(found: Contracts) -> None:
     """No code but the backends' own decides by a backend's name; inputs come from Programs."""
-    found = contracts_of(None)
     assert not found.branches, "\n".join(map(str, found.branches))
     assert found.files_with_lists <= 1, "\n".join(map(str, found.lists))
     assert len(found.long_functions) <= 6, "\n".join(map(str, found.long_functions))

@@ -9,13 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.documents import Document, document, documents
-from tests.shown_commands import (
-    copy_tree,
-    needs_environment,
-    offline_environment,
-    run,
-    run_scripts,
-)
+from tests.forked import Forks
+from tests.shown_commands import Reader, copy_tree, needs_environment, offline_environment
 from wanexport.runtime.bundle.tensorfile import load_arrays
 
 FIRST = document("docs/build.md").commands("bash")[0]
@@ -34,25 +29,28 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
+def built(
+    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], forks: Forks
+) -> Path:
     """A copy of the tree in which the first command of docs/build.md has run."""
     folder = tmp_path_factory.mktemp("docs") / "wanexport"
     copy_tree(folder)
-    run(["bash", "-c", FIRST], folder, environment)
+    Reader(folder, environment, forks).run(FIRST)
     return folder
 
 
 @needs_environment
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_runs(
-    page: Document, built: Path, environment: dict[str, str], tmp_path: Path
+    page: Document, built: Path, environment: dict[str, str], forks: Forks, tmp_path: Path
 ) -> None:
     folder = tmp_path / "wanexport"
     shutil.copytree(built, folder, symlinks=True)
+    reader = Reader(folder, environment, forks)
     for command in page.commands("bash"):
         if command != FIRST:
-            run(["bash", "-c", command], folder, environment)
-    run_scripts(page, folder, environment)
+            reader.run(command)
+    reader.run_scripts(page)
     assert all((folder / name).exists() for name in MADE.get(page.name, ()))
     if page.name == "docs/run.md":  # the shapes that it states
         assert load_arrays(folder / "text.safetensors")["text"].shape == (77, 4096)

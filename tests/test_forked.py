@@ -11,11 +11,6 @@ from tests.forked import Forks
 from wanexport.exporter.child.process import run_command
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Forks:
-    return Forks(tmp_path_factory.mktemp("packages"))
-
-
 @pytest.mark.parametrize("content", ['{"a": 1}', "{"])
 def test_a_fork_ends_and_prints_as_a_fresh_process(
     content: str, forks: Forks, tmp_path: Path

@@ -1,5 +1,6 @@
 """Every sample runs as its docstring says."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tests.documents import documents
+from tests.forked import Forks
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "samples"
@@ -42,11 +44,10 @@ def test_every_sample_is_run() -> None:
 
 
 @pytest.mark.parametrize("name", LAST_WORDS)
-def test_the_sample_runs(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(SAMPLES / name), "."]
-    child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-    assert child.stdout.splitlines()[-1].startswith(LAST_WORDS[name])
+def test_the_sample_runs(name: str, forks: Forks, tmp_path: Path) -> None:
+    ended = forks.run_program(["python", str(SAMPLES / name), "."], tmp_path, os.environ)
+    assert ended.code == 0, ended.errors
+    assert ended.output.splitlines()[-1].startswith(LAST_WORDS[name])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -16,7 +16,7 @@ from wanexport.runtime import Denoiser, load
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.errors import BadRequest, WanExportError
 
-SWAPS, THREADS = 100, 4
+THREADS = 4
 
 
 @pytest.fixture
@@ -47,15 +47,16 @@ def alone(bundle: Path, given: dict[str, Any]) -> str:
     return forward(denoiser)
 
 
+@pytest.mark.parametrize("swaps", [20, pytest.param(100, marks=pytest.mark.slow)])
 def test_swaps_from_threads_leave_every_call_one_style(
-    bundle: Path, styles: dict[str, dict[str, Any]]
+    bundle: Path, styles: dict[str, dict[str, Any]], swaps: int
 ) -> None:
     expected = {name: alone(bundle, given) for name, given in styles.items()}
     assert len(set(expected.values())) == len(styles)
     denoiser, lock, seen = load(bundle, dtype="fp32"), threading.Lock(), set[str]()
 
     def swap(first: int) -> None:
-        for number in range(SWAPS // THREADS):
+        for number in range(swaps // THREADS):
             denoiser.use(**list(styles.values())[(first + number) % len(styles)])
             found = forward(denoiser)
             with lock:

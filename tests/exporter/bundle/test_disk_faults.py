@@ -2,7 +2,10 @@
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -12,18 +15,35 @@ from tests.exporter.bundle.stub_build import check_readable, check_whole, files_
 from wanexport.runtime.bundle.manifest import Manifest, read_manifest
 from wanexport.runtime.errors import WanExportError
 
+Work = Callable[[Path], None]
+
+
+def spare_the_disk() -> None:
+    """What a process wrote outlives it without being synced."""
+    os.fsync = lambda fd: None
+
+
+@pytest.fixture(scope="module")
+def small_process() -> Iterator[Callable[[Work, Path], None]]:
+    """Does work in a small process: each of its many forks would copy the tables of a large one."""
+    with ProcessPoolExecutor(1, get_context("spawn"), spare_the_disk) as pool:
+        yield lambda work, folder: pool.submit(work, folder).result()
+
 
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the disk: what a process wrote outlives it without."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
     """A bundle with one engine, which the builds of these tests replace."""
-    stub_build(tmp_path / "old")
-    return tmp_path / "old"
+    return build_old(tmp_path)
+
+
+def build_old(folder: Path) -> Path:
+    stub_build(folder / "old")
+    return folder / "old"
 
 
 def copy_of(old: Path) -> Path:
@@ -42,7 +62,8 @@ def held(bundle: Path) -> Manifest | None:
     return manifest
 
 
-def test_a_kill_at_any_operation_leaves_the_old_bundle_or_the_new(old: Path) -> None:
+def kill_replacing(folder: Path) -> None:
+    old = build_old(folder)
     before, bundle, point = read_manifest(old), copy_of(old), 1
     while dies_at(point, partial(stub_build, bundle, version="2")):
         seen = held(bundle)
@@ -54,8 +75,8 @@ def test_a_kill_at_any_operation_leaves_the_old_bundle_or_the_new(old: Path) -> 
     assert point > 50
 
 
-def test_a_kill_at_any_operation_of_a_first_build_does_not_bar_the_next(tmp_path: Path) -> None:
-    bundle, point = tmp_path / "bundle", 1
+def kill_first(folder: Path) -> None:
+    bundle, point = folder / "bundle", 1
     while dies_at(point, partial(stub_build, bundle)):
         held(bundle)
         check_whole(bundle, stub_build(bundle))
@@ -64,8 +85,8 @@ def test_a_kill_at_any_operation_of_a_first_build_does_not_bar_the_next(tmp_path
     assert point > 50
 
 
-def test_a_kill_at_any_operation_of_a_failing_build_does_not_bar_the_next(tmp_path: Path) -> None:
-    bundle, point = tmp_path / "bundle", 1
+def kill_failing(folder: Path) -> None:
+    bundle, point = folder / "bundle", 1
 
     def fails() -> None:
         with pytest.raises(WanExportError), full_after(5000):
@@ -76,6 +97,14 @@ def test_a_kill_at_any_operation_of_a_failing_build_does_not_bar_the_next(tmp_pa
         shutil.rmtree(bundle)
         point += 1
     assert point > 50
+
+
+@pytest.mark.parametrize("work", [kill_replacing, kill_first, kill_failing])
+def test_a_kill_at_any_operation_leaves_the_old_bundle_or_the_new(
+    work: Work, small_process: Callable[[Work, Path], None], tmp_path: Path
+) -> None:
+    """Nor does it bar the next build."""
+    small_process(work, tmp_path)
 
 
 @pytest.mark.parametrize("free", [0, 1, 100, 1000, 2000, 4000, 60_000, 70_000, 72_000, 74_000])

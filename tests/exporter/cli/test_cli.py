@@ -87,13 +87,13 @@ def test_compare_fails_with_exit_code_one(bundle: Path, monkeypatch: pytest.Monk
 
 def test_build_prints_its_record(tmp_path: Path) -> None:
     model = ("-m", "TINY", "--random-weights", 3, "--resolution", "48*32", "--frames", 1)
-    child = wanexport("build", *model, "-o", tmp_path / "b", "--json")
-    assert child.returncode == 0, child.stderr
-    record = json.loads(child.stdout)
+    result = invoke("build", *model, "-o", tmp_path / "b", "--json")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
     assert record["engines"][0]["name"] == "32x48x1/onnx-fp32"
-    child = wanexport("build", *model, "-o", tmp_path / "b")
-    assert "height 32, width 48, 1 frames, 6 tokens" in child.stdout
-    assert "reused: weights fp32, engine 32x48x1/onnx-fp32" in child.stdout
+    result = invoke("build", *model, "-o", tmp_path / "b")
+    assert "height 32, width 48, 1 frames, 6 tokens" in result.stdout
+    assert "reused: weights fp32, engine 32x48x1/onnx-fp32" in result.stdout
 
 
 BUILD = ("build", "--resolution", "64x96", "--frames", "9")

@@ -111,7 +111,7 @@ def test_the_processor_that_inductor_states_is_replaced(monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(level_here() < "x86-64-v3", reason="needs a processor of x86-64-v3")
-@pytest.mark.parametrize("level", ["x86-64-v3", ""])
+@pytest.mark.parametrize("level", ["x86-64-v3", pytest.param("", marks=pytest.mark.slow)])
 def test_a_package_has_no_instruction_beyond_its_level(level: str, tmp_path: Path) -> None:
     path = tmp_path / "head.pt2"
     subprocess.run([sys.executable, "-c", COMPILE, level, str(path)], check=True)

@@ -1,0 +1,21 @@
+"""What forks of commands have imported: see `forked.py`."""
+
+from importlib import import_module
+
+from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from tests.onnx_library import read_once
+
+for module in (
+    "torch._inductor.compile_fx",
+    "tests.forked",
+    "wanexport.exporter.backends.aoti.compile",
+    "wanexport.exporter.backends.aoti.proof_process",
+    "wanexport.exporter.backends.onnx.proof_process",
+    "wanexport.exporter.build",
+    "wanexport.exporter.compare.compare",
+):
+    import_module(module)
+read_once()
+ONNXRegistry.from_torchlib(opset_version=TORCHLIB_OPSET)
