@@ -101,7 +101,7 @@ def ours_cell() -> Cells:
 
 
 def measure(place: Place, small: CausalSize | None = None) -> Cells:
-    """The first chunks of the process, the counts, the bits, the times; and those of a full size."""
+    """Bits, counts and times of a small size; on a GPU times of a full one too."""
     size = small or SMALL[place.device]
     yield "model", str(size)
     with as_served(place.device):

@@ -114,7 +114,11 @@ def measure(place: Place, rounds: int = ROUNDS) -> Cells:
     yield "model", f"{name}; {STEPS} steps"
     in_a_process(bundle, place.device, 1)  # reads the files into memory
     pairs = [[in_a_process(bundle, place.device, n) for n in (1, 3)] for _ in range(rounds)]
-    alone, together = (list(runs) for runs in zip(*pairs))
+    yield from cells(*(list(runs) for runs in zip(*pairs)))
+
+
+def cells(alone: list[dict[str, Any]], together: list[dict[str, Any]]) -> Cells:
+    """Rows of processes that served one request each, and of those that served three."""
     yield from stage_cells(alone, together)
     one, three = (tuple(run["process"] for run in runs) for runs in (alone, together))
     gains = tuple(3 * a / b for a, b in zip(one, three))
