@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.documents import ROOT, document
 from tests.tables import published_all
-from tests.tables.published import helios, norms, page, persistent, wan
+from tests.tables.published import helios, norms, page, persistent, summary, wan
 from tests.tables.published.causal import CausalWan
 from tests.tables.published.causal_cache import CausalSize, Host, rope_table, rotate
 from tests.tables.published.causal_chunks import STEPS, Sampler, chunks
@@ -212,6 +212,19 @@ def test_a_run_fills_its_column_and_leaves_the_other() -> None:
     assert page.filled(text, known, {"device": "cpu", "sections": {}}) == text
 
 
+def test_the_summary_has_what_the_other_tables_say() -> None:
+    known = {name: published_all.section(name) for name in published_all.NAMES}
+    marks = "".join(
+        f"<!-- published: {name} -->\n<!-- end of published -->\n" for name in ("summary", "rope")
+    )
+    cells = {"strided / stack + flatten": "1.234 (1.1 to 1.3)"}
+    record = {"device": "cuda", "sections": {"rope": {"cells": cells}}}
+    text = page.filled(marks, known, record)
+    assert "| RoPE as stack + flatten, by itself | | | 1.234 |" in text
+    assert page.filled(text, known, {}) == text
+    assert all(row in known[name].rows for name, row in summary.PICKED.values())
+
+
 def test_a_cell_of_no_row_is_refused() -> None:
     wrong = Section("made", MADE.rows, lambda place: [("time, s", "1")])
     with pytest.raises(ValueError, match="has no row for 'time, s'"):
@@ -220,7 +233,7 @@ def test_a_cell_of_no_row_is_refused() -> None:
 
 def test_the_page_has_every_section_and_its_rows() -> None:
     text = document(PAGE).text
-    assert sorted(page.names_in(text)) == sorted(published_all.NAMES)
+    assert sorted(page.names_in(text)) == sorted([*published_all.NAMES, summary.NAME])
     known = {name: published_all.section(name) for name in published_all.NAMES}
     assert page.filled(text, known, {}) == text
     assert all(known[name].name == name for name in known)

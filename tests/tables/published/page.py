@@ -1,13 +1,14 @@
 """The tables of docs/published_optimisations.md: a row for each label, a column for each device.
 
 A table stands between `<!-- published: SECTION -->` and `<!-- end of published -->`. A run fills
-the column of its device; the others keep what they have.
+the column of its device; the others keep what they have. The summary is made of the other tables.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from tests.tables.published import summary
 from tests.tables.published.section import Section
 
 COLUMNS = {"cpu": "CPU", "cuda": "GPU"}
@@ -45,14 +46,16 @@ def cells_of(text: str) -> dict[str, dict[str, str]]:
 def filled(text: str, sections: Mapping[str, Section], record: Mapping[str, Any]) -> str:
     """A page with a run in it: of each section that the run has, its device's column is new."""
     column = COLUMNS[record["device"]] if record else ""
-
-    def replaced(found: re.Match[str]) -> str:
-        name, cells = found[2], cells_of(found[3])
-        if name in record.get("sections", {}):
-            cells[column] = record["sections"][name]["cells"]
-        return f"{found[1]}\n{table(sections[name], cells)}\n\n{found[4]}"
-
-    return _TABLE.sub(replaced, text)
+    tables = {found[2]: cells_of(found[3]) for found in _TABLE.finditer(text)}
+    for name, told in record.get("sections", {}).items():
+        tables.setdefault(name, {})[column] = told["cells"]
+    known = dict(sections)
+    if summary.NAME in tables:
+        known[summary.NAME] = summary.section(sections)
+        tables[summary.NAME] = summary.cells(tables)
+    return _TABLE.sub(
+        lambda found: f"{found[1]}\n{table(known[found[2]], tables[found[2]])}\n\n{found[4]}", text
+    )
 
 
 def names_in(text: str) -> list[str]:
