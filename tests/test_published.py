@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 from tests.documents import ROOT, document
 from tests.tables import published_all
 from tests.tables.published import helios, norms, page, persistent, summary, wan
-from tests.tables.published.causal import CausalWan
-from tests.tables.published.causal_cache import CausalSize, Host, rope_table, rotate
-from tests.tables.published.causal_chunks import STEPS, Sampler, chunks
+from tests.tables.published.causal import PATCH, TEXT_DIM, CausalWan
+from tests.tables.published.causal_cache import CausalSize, Host, new_caches, rope_table, rotate
+from tests.tables.published.causal_chunks import STEPS, told
 from tests.tables.published.clock import Times, ratio
 from tests.tables.published.host_waits import causal_model, counted, digest
 from tests.tables.published.rope_forms import (
@@ -27,7 +28,7 @@ from tests.tables.published.rope_forms import (
     strided,
     strided_helios,
 )
-from tests.tables.published.section import Section
+from tests.tables.published.section import Section, each
 
 pytest.importorskip("diffusers", reason="needs diffusers")
 
@@ -120,14 +121,23 @@ def test_host_reads_are_those_of_the_code_line_by_line(model: CausalWan) -> None
         assert counted(model, host, "cpu").get("aten::item", (0, 0.0))[0] == reads, host
 
 
-def test_a_second_chunk_sees_the_first(model: CausalWan) -> None:
-    made = chunks(model, Sampler(Host.READ), "cpu")
-    with torch.no_grad():
-        layer = model.blocks[0].self_attn.v
-        layer.weight += 1
-        other = chunks(model, Sampler(Host.HOISTED), "cpu")
-        layer.weight -= 1
-    assert made.isfinite().all() and not torch.equal(made[1], other[1])
+def second_chunk(model: CausalWan, host: Host, first: torch.Tensor, limit: int) -> torch.Tensor:
+    """The velocity of a second chunk of ones, after a first one."""
+    caches, text, t = new_caches(CAUSAL, "cpu"), torch.ones(1, 3, TEXT_DIM), torch.tensor([500])
+    for number, x in enumerate((first, torch.ones(first.shape))):
+        known = replace(told(CAUSAL, host, number, number), limit=limit)
+        velocity = model(x, t, text, caches, known)
+    return velocity
+
+
+@pytest.mark.parametrize("host", Host)
+def test_a_second_chunk_sees_the_first_as_far_as_it_may(model: CausalWan, host: Host) -> None:
+    one, other = torch.randn(2, CAUSAL.chunk_tokens, PATCH)
+    both_chunks, own = 2 * CAUSAL.chunk_tokens, CAUSAL.chunk_tokens
+    seen = [second_chunk(model, host, first, both_chunks) for first in (one, other)]
+    unseen = [second_chunk(model, host, first, own) for first in (one, other)]
+    assert not torch.equal(*seen)
+    assert torch.equal(*unseen)
 
 
 def test_the_causal_rotation_continues_where_the_chunk_before_ended() -> None:
@@ -229,6 +239,16 @@ def test_a_cell_of_no_row_is_refused() -> None:
     wrong = Section("made", MADE.rows, lambda place: [("time, s", "1")])
     with pytest.raises(ValueError, match="has no row for 'time, s'"):
         list(wrong.cells(None))  # type: ignore[arg-type]
+
+
+def test_a_step_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = (lambda: [("a", "1")], lambda: [(str(1 // 0), "2")], lambda: [("c", "3")])
+    said: list[tuple[str, str]] = []
+    with pytest.raises(ZeroDivisionError):
+        said.extend(each(*steps))
+    for cell in (("a", "1"), ("c", "3")):
+        assert cell in said
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_the_page_has_every_section_and_its_rows() -> None:

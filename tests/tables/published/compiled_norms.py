@@ -8,6 +8,7 @@ FOLDER where it is not there yet.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from tests.tables.published import norms, wan
 from tests.tables.published.bundle import engine_bundle, wan_config
-from tests.tables.published.clock import ROUNDS, Call, in_turns, ratio
-from tests.tables.published.section import Cells, Place, Section, main
+from tests.tables.published.clock import Call, in_turns, ratio
+from tests.tables.published.section import Cells, Place, Section, each, main
 from tests.tables.published.wan import Size, as_served, denoiser, inputs
 
 SIZES = {
@@ -57,7 +58,12 @@ def forwards(size: Size, device: str) -> dict[str, Call]:
     }
     models["blocks compiled"].compile_repeated_blocks(fullgraph=True, dynamic=False)
     given = inputs(size, device)
-    return {name: lambda model=model: model(**given)[0] for name, model in models.items()}
+    return {name: partial(_velocity, model, given) for name, model in models.items()}
+
+
+def _velocity(model: Any, given: dict[str, Any]) -> Tensor:
+    velocity: Tensor = model(**given)[0]
+    return velocity
 
 
 def error(call: Callable[[], object], right: object) -> str:
@@ -67,24 +73,36 @@ def error(call: Callable[[], object], right: object) -> str:
     return f"{((made.float() - right.float()).norm() / right.float().norm()).item():.1e}"
 
 
+def diffusers_cells(arms: dict[str, Call], device: str) -> Cells:
+    """Rows of diffusers' model in its three arms."""
+    right = arms["eager"]()
+    for name in ("the three compiled", "blocks compiled"):
+        yield f"{name}, against eager, relative L2", error(arms[name], right)
+    times = in_turns(arms, device)
+    for name, one in times.items():
+        yield f"forward, {name}, ms", str(one)
+    for name in ("the three compiled", "blocks compiled"):
+        yield f"eager / {name}", ratio(times["eager"], times[name])
+
+
+def engine_cells(eager: Call, size: Size, place: Place) -> Cells:
+    """Rows of our engine, in turns with the eager arm."""
+    beside = {"eager": eager, "our engine": engine_call(size, place)}
+    times = in_turns(beside, place.device)
+    yield "forward, our engine, ms", str(times["our engine"])
+    yield "eager / our engine", ratio(times["eager"], times["our engine"])
+
+
 def measure(place: Place, size: Size | None = None) -> Cells:
     """diffusers' three arms in turns; then the engine, beside the eager arm again."""
     size = size or SIZES[place.device]
     yield "model", f"{size}; {size.layers} blocks"
     with as_served(place.device):
         arms = forwards(size, place.device)
-        right = arms["eager"]()
-        for name in ("the three compiled", "blocks compiled"):
-            yield f"{name}, against eager, relative L2", error(arms[name], right)
-        times = in_turns(arms, place.device)
-        for name, one in times.items():
-            yield f"forward, {name}, ms", str(one)
-        for name in ("the three compiled", "blocks compiled"):
-            yield f"eager / {name}", ratio(times["eager"], times[name])
-        beside = {"eager": arms["eager"], "our engine": engine_call(size, place)}
-        times = in_turns(beside, place.device, ROUNDS)
-        yield "forward, our engine, ms", str(times["our engine"])
-        yield "eager / our engine", ratio(times["eager"], times["our engine"])
+        yield from each(
+            partial(diffusers_cells, arms, place.device),
+            partial(engine_cells, arms["eager"], size, place),
+        )
 
 
 ROWS = {

@@ -7,6 +7,7 @@ maths stands in, which the first row says. The pull request compared two copies.
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -75,7 +76,7 @@ def cases(old: Function, device: str) -> Cells:
     for number, (name, dtype) in enumerate(DTYPES.items(), 1):
         yield f"{number}: {name}, {_named(TYPICAL)}", compared(TYPICAL, dtype)
     for number, shape in enumerate(SHAPES, 4):
-        yield f"{number}: {_named(shape)}", each_dtype(lambda d, s=shape: compared(s, d))
+        yield f"{number}: {_named(shape)}", each_dtype(partial(compared, shape))
     yield "8: the output is contiguous", holds(lambda x, out: out.is_contiguous())
     yield "9: it has the shape of x", holds(lambda x, out: out.shape == x.shape)
     yield "10: it has the dtype of x", holds(lambda x, out: out.dtype == x.dtype)

@@ -7,6 +7,7 @@ Counts and times are of two chunks: ten forwards, of 40 layers as lingbot-world'
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -15,7 +16,7 @@ from tests.tables.published.causal import CausalWan
 from tests.tables.published.causal_cache import CausalSize, Host
 from tests.tables.published.causal_chunks import Sampler, chunks
 from tests.tables.published.clock import Times, clock_of_process, in_turns, number, ratio
-from tests.tables.published.section import Cells, Place, Section, main
+from tests.tables.published.section import Cells, Place, Section, each, main
 from tests.tables.published.wan import as_served
 
 ITEM, WAIT = "aten::item", "cudaStreamSynchronize"
@@ -57,7 +58,7 @@ def digest(model: CausalWan, host: Host, device: str) -> str:
 def times_of(model: CausalWan, device: str) -> dict[Host, Times]:
     """Times of two chunks, each way."""
     samplers = {host.name: Sampler(host) for host in Host}
-    arms = {n: lambda s=sampler: chunks(model, s, device) for n, sampler in samplers.items()}
+    arms = {n: partial(chunks, model, sampler, device) for n, sampler in samplers.items()}
     times = in_turns(arms, device, rounds=5, warmups=1)
     return {host: times[host.name] for host in Host}
 
@@ -100,26 +101,35 @@ def ours_cell() -> Cells:
     yield f"`{ITEM}` in a forward of our graph", f"{reads}"
 
 
+def first_cells(model: CausalWan, device: str) -> Cells:
+    """Rows of the bits, and of what the first chunks of the process take."""
+    seconds, digests = [], set()
+    for host in (*3 * [Host.READ], Host.PASSED, Host.HOISTED):
+        started = clock_of_process(device)()
+        digests.add(digest(model, host, device))
+        seconds.append(clock_of_process(device)() - started)
+    yield "outputs", "the same bits" if len(digests) == 1 else f"differ: {digests}"
+    yield "the first two of the process / later ones", f"{seconds[0] / min(seconds[1:3]):.2f}"
+
+
+def small_cells(model: CausalWan, device: str) -> Cells:
+    """Rows of the times where launching bounds."""
+    yield from time_cells(times_of(model, device), "two chunks")
+
+
+def large_cells() -> Cells:
+    """Rows of the times at a full size, for a GPU."""
+    yield from time_cells(times_of(causal_model(LARGE, "cuda"), "cuda"), "480x832")
+
+
 def measure(place: Place, small: CausalSize | None = None) -> Cells:
     """Bits, counts and times of a small size; on a GPU times of a full one too."""
-    size = small or SMALL[place.device]
+    size, device = small or SMALL[place.device], place.device
     yield "model", str(size)
-    with as_served(place.device):
-        model = causal_model(size, place.device)
-        seconds, digests = [], set()
-        for host in (*3 * [Host.READ], Host.PASSED, Host.HOISTED):
-            started = clock_of_process(place.device)()
-            digests.add(digest(model, host, place.device))
-            seconds.append(clock_of_process(place.device)() - started)
-        yield "outputs", "the same bits" if len(digests) == 1 else f"differ: {digests}"
-        yield from count_cells(model, place.device)
-        times = times_of(model, place.device)
-        yield from time_cells(times, "two chunks")
-        yield "the first two of the process / later ones", f"{seconds[0] / min(seconds[1:3]):.2f}"
-        yield from ours_cell()
-        if place.device == "cuda":
-            large = causal_model(LARGE, place.device)
-            yield from time_cells(times_of(large, place.device), "480x832")
+    with as_served(device):
+        model = causal_model(size, device)
+        steps = [partial(step, model, device) for step in (first_cells, count_cells, small_cells)]
+        yield from each(*steps, ours_cell, *([large_cells] if device == "cuda" else []))
 
 
 def _rows() -> dict[str, str]:

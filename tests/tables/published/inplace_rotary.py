@@ -6,14 +6,15 @@ On a GPU the kernels are Triton's; on a CPU, which Triton does not compile for, 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from tests.tables.published.clock import Times, in_turns, number, ratio, share
+from tests.tables.published.clock import in_turns, number, ratio, share
 from tests.tables.published.machine import copy_rate
 from tests.tables.published.rope_forms import both, differing, stacked
-from tests.tables.published.section import Cells, Place, Section, main
+from tests.tables.published.section import Cells, Place, Section, each, main
 from tests.tables.published.wan import (
     SIZES,
     Size,
@@ -100,7 +101,7 @@ def bits(found: dict[str, Both], given: Given) -> str:
 def alone_cells(found: dict[str, Both], given: Given, device: str) -> Cells:
     """Rows of the rotation by itself. What is in place turns on and on: values do not grow."""
     q, k, *tables = given
-    arms = {name: lambda form=form: form(q, k, *tables) for name, form in found.items()}
+    arms = {name: partial(form, q, k, *tables) for name, form in found.items()}
     times = in_turns(arms, device)
     for name, one in times.items():
         yield f"{TITLES[name]}, ms", str(one)
@@ -144,13 +145,14 @@ def ours_cells(given: Given) -> Cells:
     yield "our engine's RMSNorm and rotation, ms", str(times["ours"])
 
 
-def forward_cells(size: Size, device: str, found: dict[str, Both], part: Times) -> Cells:
+def forward_cells(size: Size, device: str, found: dict[str, Both], one: Given) -> Cells:
     """Rows of a forward of diffusers' model with each rotation."""
+    (part,) = in_turns({"eager": partial(eager, *one)}, device).values()
     name = "in place" if "in place" in found else "compiled in place"
     kinds = {"eager": found["eager"], "in place": found[name]}
     models = {kind: put(denoiser(size, device), form) for kind, form in kinds.items()}
     given = inputs(size, device)
-    arms = {kind: lambda model=model: model(**given) for kind, model in models.items()}
+    arms = {kind: partial(model, **given) for kind, model in models.items()}
     times = in_turns(arms, device, rounds=5, warmups=1)
     yield "forward, stack + flatten, ms", str(times["eager"])
     yield "forward, in place, ms", str(times["in place"])
@@ -163,16 +165,13 @@ def measure(place: Place, size: Size | None = None) -> Cells:
     size = size or SIZES[place.device]
     yield "query and key", f"{size}; {size.layers} blocks"
     with as_served(place.device):
-        given = query_and_key(size, place.device, denoiser(size, place.device))
+        given = query_and_key(size, place.device)
         found = forms(place.device)
         yield "bits, against eager", bits(found, given)
-        yield from alone_cells(found, given, place.device)
+        steps: list[Callable[[], Cells]] = [partial(alone_cells, found, given, place.device)]
         if place.device == "cuda":
-            yield from published_size_cells()
-            yield from ours_cells(given)
-        q, k, *tables = given
-        (part,) = in_turns({"eager": lambda: eager(q, k, *tables)}, place.device).values()
-        yield from forward_cells(size, place.device, found, part)
+            steps += [published_size_cells, partial(ours_cells, given)]
+        yield from each(*steps, partial(forward_cells, size, place.device, found, given))
 
 
 ROWS = {

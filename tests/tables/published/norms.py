@@ -31,7 +31,8 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """x + y * gate, and its LayerNorm, either affine or with scale and shift."""
     x = x + y if gate is None else (x.float() + y * gate).type_as(x)
-    normed = F.layer_norm(x.float(), x.shape[-1:], *(affine or (None, None)), eps=eps)
+    weight, bias = affine or (None, None)
+    normed = F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
     if scale is not None and shift is not None:
         normed = normed * (1 + scale) + shift
     return x, normed.type_as(x)
@@ -51,7 +52,8 @@ class Functions(NamedTuple):
 
     def compiled(self) -> "Functions":
         """Each compiled by itself."""
-        return Functions(*(torch.compile(f, dynamic=False, fullgraph=True) for f in self))
+        compiled: list[Any] = [torch.compile(f, dynamic=False, fullgraph=True) for f in self]
+        return Functions(*compiled)
 
 
 def forward(

@@ -47,7 +47,9 @@ class _Forward(nn.Module):
         return velocity
 
 
-def session(module: nn.Module, arguments: tuple[Tensor, ...], file: Path) -> tuple[Any, Counter]:
+def session(
+    module: nn.Module, arguments: tuple[Tensor, ...], file: Path
+) -> tuple[Any, Counter[str]]:
     """A session of an exported module with as many threads as PyTorch has, and its operators."""
     import onnxruntime
 

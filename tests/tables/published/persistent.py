@@ -93,8 +93,15 @@ def small_bundle(folder: Path) -> Path:
     if not bundle.exists():
         size = replace(SIZES["small"], text_layers=2)
         write_model(model, size)
-        shape = {"resolution": size.resolution, "frames": size.frames}
-        build(model, output=bundle, backends=["aoti"], device="cpu", dtype="fp32", **shape)
+        build(
+            model,
+            resolution=size.resolution,
+            frames=size.frames,
+            output=bundle,
+            backends=["aoti"],
+            device="cpu",
+            dtype="fp32",
+        )
     return bundle
 
 

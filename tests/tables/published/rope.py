@@ -6,6 +6,7 @@ diffusers' Wan with random weights, the 1.3B at 480x832x81 on a GPU and two of i
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from tests.tables.published.clock import Times, in_turns, ratio, share
 from tests.tables.published.onnx_forms import ONNX_ROWS, onnx_cells
 from tests.tables.published.rope_forms import both, complex_reference, differing, stacked, strided
-from tests.tables.published.section import Cells, Place, Section, main
+from tests.tables.published.section import Cells, Place, Section, each, main
 from tests.tables.published.wan import (
     SIZES,
     Size,
@@ -47,13 +48,14 @@ def alone(given: Given, device: str) -> dict[str, Times]:
     arms: dict[str, Callable[[], object]] = {}
     for name, form in FORMS.items():
         compiled = torch.compile(form, dynamic=False, fullgraph=True)
-        arms[name] = lambda form=form: form(*given)
-        arms[f"{name}, compiled"] = lambda form=compiled: form(*given)
+        arms[name] = partial(form, *given)
+        arms[f"{name}, compiled"] = partial(compiled, *given)
     return in_turns(arms, device)
 
 
-def alone_cells(times: dict[str, Times]) -> Cells:
+def alone_cells(given: Given, device: str) -> Cells:
     """Rows of the forms by themselves."""
+    times = alone(given, device)
     for name, one in times.items():
         yield f"{name}, ms", str(one)
     base, fused = times["strided"], times["stack + flatten, compiled"]
@@ -62,11 +64,12 @@ def alone_cells(times: dict[str, Times]) -> Cells:
     yield "strided, eager / stack + flatten, compiled", ratio(base, fused)
 
 
-def forward_cells(size: Size, device: str, part: Times) -> Cells:
+def forward_cells(size: Size, device: str, one: Given) -> Cells:
     """Rows of a forward with each form, eager and then with every block compiled."""
+    (part,) = in_turns({"strided": partial(FORMS["strided"], *one)}, device).values()
     models = {name: put(denoiser(size, device), form) for name, form in FORMS.items()}
     given = inputs(size, device)
-    arms = {name: lambda model=model: model(**given) for name, model in models.items()}
+    arms = {name: partial(model, **given) for name, model in models.items()}
     times = in_turns(arms, device, rounds=5, warmups=1)
     yield from ((f"forward, {name}, ms", str(one)) for name, one in times.items())
     yield "strided rotations in a forward", share(part, times["strided"], size.layers)
@@ -83,13 +86,15 @@ def measure(place: Place, size: Size | None = None) -> Cells:
     size = size or SIZES[place.device]
     yield "query and key", f"{size}; {size.layers} blocks"
     with as_served(place.device):
-        given = query_and_key(size, place.device, denoiser(size, place.device))
-        yield from bits(given)
-        times = alone(given, place.device)
-        yield from alone_cells(times)
-        yield from forward_cells(size, place.device, times["strided"])
+        given = query_and_key(size, place.device)
+        steps = [
+            partial(bits, given),
+            partial(alone_cells, given, place.device),
+            partial(forward_cells, size, place.device, given),
+        ]
         if place.device == "cpu":
-            yield from onnx_cells(FORMS, size, given, place.folder)
+            steps.append(partial(onnx_cells, FORMS, size, given, place.folder))
+        yield from each(*steps)
 
 
 ROWS = {

@@ -6,6 +6,7 @@ A script yields its cells one by one, so that what was measured before a time li
 import argparse
 import json
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,19 @@ class Section:
             if label not in self.rows or "|" in cell:
                 raise ValueError(f"section {self.name} has no row for {label!r}: {cell!r}")
             yield label, cell
+
+
+def each(*steps: Callable[[], Cells]) -> Cells:
+    """The cells of steps. One that fails leaves the others, and its error is raised at the end."""
+    errors = []
+    for step in steps:
+        try:
+            yield from step()
+        except Exception as error:
+            traceback.print_exc()
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def main(section: Section, words: Sequence[str] | None = None) -> None:

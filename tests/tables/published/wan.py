@@ -5,7 +5,7 @@ The text-to-video model only. Parameters that diffusers keeps in fp32 stay so.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,12 +76,12 @@ def inputs(size: Size, device: str) -> dict[str, Any]:
     }
 
 
-def query_and_key(size: Size, device: str, model: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random query and key [1, L, heads, 128], and the model's own tables of cos and sin."""
+def query_and_key(size: Size, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random query and key [1, L, heads, 128], and diffusers' tables of cos and sin."""
     generator = torch.Generator(device).manual_seed(2)
     shape = (2, 1, size.tokens, size.heads, HEAD_DIM)
     q, k = torch.randn(shape, generator=generator, device=device).to(size.dtype)
-    cos, sin = model.rope(inputs(size, device)["hidden_states"])
+    cos, sin = denoiser(replace(size, layers=1), device).rope(inputs(size, device)["hidden_states"])
     return q, k, cos, sin
 
 
