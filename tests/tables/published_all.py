@@ -90,10 +90,10 @@ def run_all(
     for name in names:
         told = run(name, device, folder, limit or limit_of(name, device))
         record["sections"][name] = told
-        print(f"\n{name}: {told['ended']}, {told['seconds']} s\n", flush=True)
-        print(table(section(name), {COLUMNS[device]: told["cells"]}), flush=True)
         if out is not None:
             save(record, out)
+        print(f"\n{name}: {told['ended']}, {told['seconds']} s\n", flush=True)
+        print(table(section(name), {COLUMNS[device]: told["cells"]}), flush=True)
     return sum(told["ended"] != "done" for told in record["sections"].values())
 
 
