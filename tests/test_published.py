@@ -230,7 +230,7 @@ def test_the_summary_has_what_the_other_tables_say() -> None:
     cells = {"strided / stack + flatten": "1.234 (1.1 to 1.3)"}
     record = {"device": "cuda", "sections": {"rope": {"cells": cells}}}
     text = page.filled(marks, known, record)
-    assert "| RoPE as stack + flatten, by itself | | | 1.234 |" in text
+    assert "| RoPE as stack + flatten: by itself | | | 1.234 |" in text
     assert page.filled(text, known, {}) == text
     assert all(row in known[name].rows for name, row in summary.PICKED.values())
 

@@ -6,14 +6,14 @@ from tests.tables.published.section import Section
 
 NAME = "summary"
 PICKED = {  # row -> section, and its row
-    "RoPE as stack + flatten, by itself": ("rope", "strided / stack + flatten"),
-    "the same, compiled": ("rope", "the same, both compiled"),
-    "the same, in ONNX Runtime": ("rope", "ONNX Runtime, strided / stack + flatten"),
-    "the same, in a forward": ("rope", "forward, strided / stack + flatten"),
+    "RoPE as stack + flatten: by itself": ("rope", "strided / stack + flatten"),
+    "RoPE as stack + flatten: compiled": ("rope", "the same, both compiled"),
+    "RoPE as stack + flatten: ONNX Runtime": ("rope", "ONNX Runtime, strided / stack + flatten"),
+    "RoPE as stack + flatten: a forward": ("rope", "forward, strided / stack + flatten"),
     "Helios, bf16: both forms": ("helios", "3: bf16, 2 x 16 x 8 x 64"),
     "host reads in two chunks, before": ("host_waits", "`aten::item`, before"),
     "host reads in two chunks, after": ("host_waits", "`aten::item`, pull request 51"),
-    "the same, as time": ("host_waits", "two chunks, before / pull request 51"),
+    "two chunks, before / after": ("host_waits", "two chunks, before / pull request 51"),
     "first chunks of a process / later ones": (
         "host_waits",
         "the first two of the process / later ones",
