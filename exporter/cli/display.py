@@ -40,45 +40,6 @@ def show_run(record: dict[str, Any]) -> None:
         write(out, f"  expert switches: {', '.join(shown)}")
 
 
-def show_compare(result: dict[str, Any]) -> None:
-    """A row for each step, the times, and the verdict; what no step has is left out."""
-    _show_steps(result)
-    seconds = result["seconds"]
-    reference = seconds["reference_call"]
-    write(
-        out,
-        f"{seconds['open']} s to open the engine, {seconds['engine_call']} s a call"
-        + (f" ({reference} s in eager fp32)" if reference else "")
-        + f", peak memory {in_bytes(result['peak_rss_bytes'])}",
-    )
-    if polygraphy := result["polygraphy"]:
-        write(out, f"saved {', '.join(polygraphy['files'])}")
-        if polygraphy["note"]:
-            write(out, f"no polygraphy command: {polygraphy['note']}")
-        for command in polygraphy["commands"]:
-            write(out, command)
-    verdict = ("passed", "green") if result["passed"] else ("failed", "red")
-    write(out, f"{result['engine']}: ", verdict)
-
-
-def _show_steps(result: dict[str, Any]) -> None:
-    title = str(result["engine"])
-    title += f" with weights {result['weights']}" if result["weights"] else ""
-    title += f" against {result['reference']}"
-    title += f" with the tensors of {result['model']}" if result["model"] else ""
-    table = new_table(title)
-    names = ("error", "floor", "recorded", "rounding", "gate", "eager", "max", "p99", "drift")
-    shown = [name for name in names if any(row[name] is not None for row in result["steps"])]
-    for name in ("step", *shown, "1 - cosine", "NaN", "Inf", "passed"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in result["steps"]:
-        distance = None if row["cosine"] is None else max(0.0, 1 - row["cosine"])
-        figures = [in_short(row[name]) for name in shown] + [in_short(distance)]
-        counts = [str(row["nan"]), str(row["inf"])]
-        table.add_row(str(row["step"]), *figures, *counts, "yes" if row["passed"] else "no")
-    out.print(table)
-
-
 def show_bench(result: dict[str, Any]) -> None:
     """A row for each arm, why others have none, and the machine."""
     table = new_table(f"{result['engine']}, {result['tokens']} tokens")

@@ -19,7 +19,6 @@ from wanexport.exporter.bench.arms import ARMS, LEAST_ROUNDS
 from wanexport.exporter.child.process import missing_name
 from wanexport.exporter.cli.display import (
     show_bench,
-    show_compare,
     show_doctor,
     show_lint,
     show_run,
@@ -31,6 +30,7 @@ from wanexport.exporter.cli.display_bundle import (
     show_ls,
     show_remove,
 )
+from wanexport.exporter.cli.display_compare import show_compare
 from wanexport.exporter.cli.options import (
     COUNT,
     DTYPES,
@@ -240,6 +240,20 @@ def _tell(note: str) -> None:
 @click.option(
     "--seed", type=SEED, default=0, show_default=True, metavar="NUMBER",
     help="The seed of all inputs that no file gives.",
+)  # fmt: skip
+@click.option(
+    "--against", type=click.Choice(BACKENDS),
+    help="The backend of another engine of the bundle and size, which is the reference in place of "
+    "a model.",
+)  # fmt: skip
+@click.option(
+    "--bisect", is_flag=True,
+    help="Name the first call, a block say, whose error exceeds its floor, and for onnx the first "
+    "node in it.",
+)  # fmt: skip
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE",
+    help="Save the curves of error, floor, gate and drift: an .svg file.",
 )  # fmt: skip
 @report_option
 @click.option(
