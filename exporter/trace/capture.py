@@ -1,0 +1,38 @@
+"""Record steps with PyTorch's profiler, as a Chrome trace in memory."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from wanexport.exporter.trace.chrome import Trace, read_trace
+from wanexport.exporter.trace.event import STEP
+from wanexport.runtime.machine.temporary import marked_folder
+
+
+def capture(
+    step: Callable[[], Any],
+    steps: int,
+    *,
+    on_gpu: bool,
+    shapes: bool = True,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Trace:
+    """Run steps, one after another as a sampling loop does, and return what was recorded of them.
+
+    shapes records the sizes of operators' tensors. within is entered around each step. The wait for
+    the GPU after the last one is in no step.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, record_shapes=shapes) as profiler:
+        for _ in range(steps):
+            with record_function(STEP), within():
+                step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    with marked_folder() as folder:
+        path = folder / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return read_trace(path)
