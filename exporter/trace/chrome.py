@@ -54,8 +54,7 @@ def read_trace(path: Path) -> Trace:
 def events_of(trace: Trace, what: str | Path = "the trace") -> list[Event]:
     """The events of a trace that a digest makes use of, in order of time.
 
-    Raises BadRequest, naming what, when there is none of an operator, a call or a kernel, and when
-    one of them is damaged.
+    Raises BadRequest, naming what, when one of them is damaged.
     """
     events = []
     for raw in trace["traceEvents"]:
@@ -67,9 +66,15 @@ def events_of(trace: Trace, what: str | Path = "the trace") -> list[Event]:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             name = str(raw.get("name"))[:40]
             raise BadRequest(f"{what} has a damaged event {name!r}: {_EXPECTED}") from error
-    if not any(event.kind in (OPERATOR, CALL, DEVICE) for event in events):
-        raise BadRequest(f"{what} is an empty trace: it has no operator and no kernel")
     return sorted(events, key=lambda event: (event.start, -event.end))
+
+
+def refuse_empty_trace(events: Iterable[Event], what: str | Path) -> None:
+    """Raise BadRequest, naming what, unless there is an operator or a kernel among the events."""
+    if not any(event.kind in (OPERATOR, DEVICE) for event in events):
+        raise BadRequest(
+            f"{what} is an empty trace, without operators and kernels: record steps of a model"
+        )
 
 
 def write_lines(trace: Trace, waits: Iterable[Wait]) -> None:

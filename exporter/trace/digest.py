@@ -4,7 +4,7 @@ Times are seconds. What a trace does not say is None.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from wanexport.exporter.trace.event import ANYWHERE, CALL, OPERATOR, Called
@@ -148,7 +148,7 @@ def _host(steps: Steps, scale: float) -> dict[str, Any]:
         "operators": sum(event.kind == OPERATOR for event in events) / steps.count,
         "operator_seconds": taken[OPERATOR] * scale,
         "call_seconds": taken[CALL] * scale,
-        "python_seconds": _outside(steps) * scale,
+        "outside_seconds": _outside(steps) * scale,
     }
 
 
@@ -186,3 +186,13 @@ def _place(called: Called) -> dict[str, Any]:
         "called": called.name or None,
         "called_from": [str(other) for other in others],
     }
+
+
+def with_known_flops(
+    kinds: Sequence[dict[str, Any]], known: Mapping[str, int], rates: Rates
+) -> None:
+    """Give kinds the FLOPs of a step that are known of the model, where no shapes told them."""
+    for row in kinds:
+        if row["kind"] in known and row["flops"] is None and row["count"]:
+            row["flops"] = known[row["kind"]]
+            row["floor_seconds"] = rates.floor(row["flops"], None)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from math import prod
 
-from wanexport.exporter.trace.event import NODE, Event, Tensor
+from wanexport.exporter.trace.event import NODE, Event
 
 _CAUSAL = {  # where in the arguments of PyTorch's attention it says that half of it is masked
     "aten::scaled_dot_product_attention": 5,
@@ -106,6 +106,17 @@ _FORMULAS: dict[str, Callable[[Event], int]] = {
 }
 
 
-def product_dtype(given: Sequence[Tensor | None]) -> str:
-    """The dtype of an operator's first tensor, as the profiler writes it; empty of none."""
-    return next((tensor.dtype for tensor in given if tensor is not None), "")
+def dtype_of_products(events: Sequence[Event]) -> str | None:
+    """The fastest precision that products have, as the rate of a machine is measured: `bf16`.
+
+    None of no product, and where one has a precision whose rate is not measured.
+    """
+    counted = (event for event in events if event.name in _FORMULAS)
+    tensors = {tensor.dtype for event in counted for tensor in event.given if tensor is not None}
+    found = {_PRECISIONS.get(dtype) for dtype in tensors}
+    if None in found:
+        return None
+    return next((dtype for dtype in ("bf16", "fp16", "fp32") if dtype in found), None)
+
+
+_PRECISIONS = {"c10::BFloat16": "bf16", "c10::Half": "fp16", "float": "fp32"}

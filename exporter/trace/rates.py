@@ -7,22 +7,32 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rates:
-    """The best rates measured of matrix products, in FLOP/s, and of copies, in bytes/s."""
+    """The best rates measured of matrix products, in FLOP/s, and of copies, in bytes/s.
 
-    flops: float
+    `dtype` is the precision of the products, `fp32`, `bf16` or `fp16`. Both are None where products
+    have a precision that is not measured.
+    """
+
+    flops: float | None
     bytes: float
+    dtype: str | None
 
-    def floor(self, flops: int | None, moved: int | None) -> float | None:
+    def floor(self, flops: float | None, moved: float | None) -> float | None:
         """The seconds that FLOPs, or bytes, take at least; None where both are unknown."""
         if flops is not None:
-            return flops / self.flops
+            return flops / self.flops if self.flops else None
         return None if moved is None else moved / self.bytes
 
 
 def rates_from(stated: Any) -> Rates | None:
-    """The rates that a digest of ours left in a trace; None of a trace of another program."""
+    """The rates that a profile of ours left in a trace; None of a trace of another program."""
     if not isinstance(stated, Mapping):
         return None
-    flops, moved = stated.get("flops"), stated.get("bytes")
-    good = all(isinstance(rate, int | float) and rate > 0 for rate in (flops, moved))
-    return Rates(float(flops), float(moved)) if good and flops and moved else None
+    flops, moved, dtype = (stated.get(name) for name in ("flops", "bytes", "dtype"))
+    if not _is_rate(moved) or not (flops is None or _is_rate(flops)):
+        return None
+    return Rates(flops, moved, dtype if isinstance(dtype, str) else None)
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < float("inf")

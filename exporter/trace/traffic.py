@@ -20,6 +20,10 @@ _BYTES = {
 _LIKE_FIRST = {  # whose result is as large as their first tensor
     *("native_layer_norm", "native_group_norm", "_fused_rms_norm", "_softmax", "cumsum"),
 }
+_BY_OTHERS = {  # which have copy_, fill_ or cat move what they make
+    *("to", "_to_copy", "contiguous", "lift_fresh", "zeros", "ones", "full", "zeros_like"),
+    *("ones_like", "full_like", "stack", "repeat"),
+}
 _COMPARING = {"eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isfinite", "logical_not"}
 _REDUCING = {"sum", "mean", "amax", "amin", "var", "prod", "any", "all", "argmax", "argmin"}
 
@@ -47,6 +51,8 @@ def _of_node(event: Event) -> int | None:
 
 def _of_operator(name: str, event: Event) -> int | None:
     given = [tensor for tensor in event.given if tensor is not None and prod(tensor.sizes)]
+    if name in _BY_OTHERS:
+        return 0
     if not given:
         return None
     read = sum(map(_size, given))

@@ -70,18 +70,27 @@ def _shared_flops(
     operators: Sequence[Event],
     of: Sequence[int | None],
 ) -> list[int | None]:
-    """FLOPs of each item: of all that one operator took the longest has them, the others none."""
+    """FLOPs of each item: of all that one operator took the longest has them, the others none.
+
+    The operator is the innermost one whose FLOPs are known; those around it have none themselves.
+    """
+    known = [flops(event) for event in operators]
+    outer = _around(known, of)
     items: dict[int, list[int]] = defaultdict(list)
     counted: list[int | None] = [None] * len(kinds)
     for item, (kind, owner) in enumerate(zip(kinds, owners)):
-        if kind in (PRODUCTS, ATTENTION) and owner is not None:
-            known = (i for i in ancestors(owner, of) if flops(operators[i]) is not None)
-            if (above := next(known, None)) is not None:
-                items[above].append(item)
-    for above, own in items.items():
+        if kind not in (PRODUCTS, ATTENTION) or owner is None:
+            continue
+        if owner in outer:
+            counted[item] = 0
+            continue
+        found = next((i for i in ancestors(owner, of) if known[i] is not None), None)
+        if found is not None:
+            items[found].append(item)
+    for operator, own in items.items():
         longest = max(own, key=durations.__getitem__)
         for item in own:
-            counted[item] = flops(operators[above]) if item == longest else 0
+            counted[item] = known[operator] if item == longest else 0
     return counted
 
 
@@ -91,18 +100,33 @@ def _bytes(
     operators: Sequence[Event],
     of: Sequence[int | None],
 ) -> list[int | None]:
-    """Bytes of each item that is all that its operator took; an operator whose parts move them
-    moves none itself."""
-    moved = [traffic(event) for event in operators]
-    is_outer = {parent for i, parent in enumerate(of) if moved[i] is not None}
+    """Bytes of each item that is all that its operator took: what part of them one of several
+    kernels moves is unknown."""
+    moved = _own([traffic(e) for e in operators], of)
     counts: dict[int | None, int] = defaultdict(int)
     for owner in owners:
         counts[owner] += 1
-    found: list[int | None] = []
-    for kind, owner in zip(kinds, owners):
-        alone = owner is not None and counts[owner] == 1 and kind in (ELEMENTWISE, COPIES)
-        if not alone or owner is None:
-            found.append(None)
-        else:
-            found.append(0 if owner in is_outer else moved[owner])
-    return found
+    return [
+        moved[owner]
+        if owner is not None and counts[owner] == 1 and kind in (ELEMENTWISE, COPIES)
+        else None
+        for kind, owner in zip(kinds, owners)
+    ]
+
+
+def _own(moved: Sequence[int | None], of: Sequence[int | None]) -> list[int | None]:
+    """The bytes of each operator that none of those within it moves."""
+    own, inner = list(moved), [0] * len(moved)
+    for index in reversed(range(len(moved))):  # what lies within an operator comes after it
+        known, parent = moved[index], of[index]
+        if inner[index]:
+            own[index] = max(0, (known or 0) - inner[index])
+        if parent is not None:
+            inner[parent] += max(known or 0, inner[index])
+    return own
+
+
+def _around(known: Sequence[int | None], of: Sequence[int | None]) -> set[int]:
+    """The operators around one of which a figure is known."""
+    counted = (i for i, figure in enumerate(known) if figure)
+    return {above for i in counted for above in ancestors(i, of) if above != i}
