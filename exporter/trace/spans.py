@@ -18,18 +18,11 @@ def parents(events: Sequence[Event]) -> list[int | None]:
     open_events: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index, event in enumerate(events):
         stack = open_events[event.place]
-        while (
-            stack and events[stack[-1]].end <= event.start and not _is_at(events[stack[-1]], event)
-        ):
+        while stack and events[stack[-1]].end <= event.start:
             stack.pop()
         found.append(stack[-1] if stack else None)
         stack.append(index)
     return found
-
-
-def _is_at(outer: Event, inner: Event) -> bool:
-    """Whether an event of no length lies within another one at its very end."""
-    return inner.start == inner.end == outer.end and outer.start < outer.end
 
 
 def ancestors(index: int, of: Sequence[int | None]) -> Iterator[int]:
