@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,5 @@ def rates_from(stated: Any) -> Rates | None:
     return Rates(flops, moved, dtype if isinstance(dtype, str) else None)
 
 
-def _is_rate(value: object) -> bool:
+def _is_rate(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and 0 < value < float("inf")

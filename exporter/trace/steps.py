@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from wanexport.exporter.trace.event import CALL, DEVICE, FRAME, MARK, OPERATOR, STEP, Event
 
 _PROFILER_STEP = re.compile(r"ProfilerStep#\d+")
 
 
-class Steps(NamedTuple):
+@dataclass(frozen=True)
+class Steps:
     """The steps of a trace, what the host did within them, and what it started on the GPU.
 
     `windows` are the marks of steps in order; without any the whole trace is one step.

@@ -26,6 +26,9 @@ _READING = {  # operators of whose result the host needs the value or the size
         *("unique_dim", "unique_consecutive", "unique_dim_consecutive"),
     )
 }
+# Which read the number that they fill with, mostly one of Python's: on the host at any rate.
+_FILLING = {"aten::index_put_", "aten::_index_put_impl_", "aten::masked_fill_", "aten::fill_"}
+_VALUES = {"aten::item", "aten::_local_scalar_dense"}
 _READING_CALLS = {"Tensor.tolist"}  # of Python, in which PyTorch's profiler sees no operator
 _MOVING_CALLS = {"Tensor.cpu", "torch.tensor", "torch.as_tensor"}  # the same, with all on a CPU
 
@@ -90,12 +93,15 @@ def _waiting(tree: _Tree, steps: Steps) -> dict[int, float]:
 
 
 def _outermost_reads(tree: _Tree) -> list[int]:
-    reads = [event.kind == OPERATOR and event.name in _READING for event in tree.host]
-    inner: set[int] = set()
-    for index, parent in enumerate(tree.parents):  # a parent comes before what lies in it
-        if parent is not None and (parent in inner or reads[parent]):
-            inner.add(index)
-    return [index for index, is_read in enumerate(reads) if is_read and index not in inner]
+    """The operators that read a value, but for those that others of them, or fillings, read by."""
+    found = []
+    for index, event in enumerate(tree.host):
+        if event.kind != OPERATOR or event.name not in _READING:
+            continue
+        around = {above.name for i, above in tree.above(index) if i != index}
+        if not around & _READING and not (event.name in _VALUES and around & _FILLING):
+            found.append(index)
+    return found
 
 
 def _wait(tree: _Tree, index: int, duration: float, *, for_gpu: bool) -> Wait:
@@ -110,8 +116,8 @@ def _wait(tree: _Tree, index: int, duration: float, *, for_gpu: bool) -> Wait:
 
 
 def _called(tree: _Tree, index: int) -> Called:
-    if tree.host[index].called:
-        return tree.host[index].called
+    if (known := tree.host[index].called) is not None:
+        return known
     for _, above in tree.above(index):
         if call := called(above, tree.calls):
             return call

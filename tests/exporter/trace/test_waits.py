@@ -94,12 +94,17 @@ def test_on_a_cpu_a_value_is_read_and_nothing_waits() -> None:
             op("aten::nonzero", 11, 12),
             op("aten::mm", 21, 22),
             op("aten::equal", 23, 24),
+            op("aten::index_put_", 30, 40),  # x[mask] = 0.0
+            op("aten::item", 31, 33),
+            op("aten::index_put_", 50, 60),  # x[mask] = y
+            op("aten::nonzero", 51, 53),
         )
     )
     assert brief(found) == [
         ("aten::is_nonzero", 8, False),
         ("aten::index", 1, False),
         ("aten::equal", 1, False),
+        ("aten::index_put_", 2, False),
     ]
 
 
