@@ -22,7 +22,7 @@ from wanexport.exporter.trace.rates import rates_from
 from wanexport.exporter.trace.steps import steps_of
 from wanexport.exporter.trace.waits import waits_of
 from wanexport.runtime.engines.engine import EngineKeywords, EngineOptions
-from wanexport.runtime.errors import BadRequest
+from wanexport.runtime.errors import BadRequest, needing_extra
 from wanexport.runtime.machine.temporary import check_temporary_folder, marked_folder
 
 STEPS, WARM_UP = 3, 2
@@ -62,6 +62,8 @@ def profile(
     for name, value in _SILENT.items():
         os.environ.setdefault(name, value)
     kind, asked = kind_of_target(target), EngineOptions(**options)
+    with needing_extra("build,cpu", "a profile"):
+        import torch  # noqa: F401
     if kind == TRACE:
         _refuse({**asked.given(), "arm": arm, "steps": steps, "warmup": warmup}, "a trace")
         return _digest_file(Path(target), report)
@@ -119,7 +121,7 @@ def _profile(
     """The result of a run, its trace, and the name of its files."""
     from wanexport.exporter.profile.rates import rates_here
     from wanexport.exporter.profile.recording import record
-    from wanexport.exporter.profile.subject import open_bundle, open_function
+    from wanexport.exporter.profile.subject import closed, open_bundle, open_function
 
     with marked_folder("wanexport-profile-") as folder:
         is_bundle = os.path.isdir(target)
@@ -131,6 +133,7 @@ def _profile(
     refuse_empty_trace(events, f"the profile of {target}")
     steps = steps_of(events)
     progress("measuring the machine", 0, 0)
+    subject = closed(subject)
     device = subject.device or ("cuda" if steps.device else "cpu")
     rates = rates_here(device, subject.dtype or dtype_of_products(steps.host))
     recorded.trace[_OURS] = {"rates": asdict(rates)}

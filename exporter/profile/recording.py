@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,7 +49,10 @@ def record(subject: Profiled, steps: int, warmup: int, progress: Progress) -> Re
         progress("recording", 0, 0)
         trace = capture(subject.step, steps, on_gpu=on_gpu)
         progress("finding lines", 0, 0)
-        marked = capture(subject.step, steps, on_gpu=on_gpu, shapes=False, within=lines.watching)
+        with _not_compiling():
+            marked = capture(
+                subject.step, steps, on_gpu=on_gpu, shapes=False, within=lines.watching
+            )
     nodes = add_nodes(trace, *subject.nodes.recorded_nodes()) if subject.nodes else 0
     waits = waits_of(steps_of(events_of(trace, subject.target)))
     seen = waits_of(steps_of(events_of(marked, subject.target)), lines.calls)
@@ -57,6 +61,14 @@ def record(subject: Profiled, steps: int, warmup: int, progress: Progress) -> Re
     return Recorded(
         trace, waits if named is None else named, seen if named is None else None, nodes
     )
+
+
+def _not_compiling() -> AbstractContextManager[Any]:
+    """Have Dynamo run as Python what marks of lines would make it compile again."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("eager_on_recompile")
+    return stance
 
 
 @contextmanager

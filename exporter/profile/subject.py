@@ -98,6 +98,11 @@ def _step(job: Job, folder: Path) -> tuple[Callable[[], Any], OnnxEngine | None]
     return partial(engine, given, memory=engine.memory()), nodes
 
 
+def closed(subject: Profiled) -> Profiled:
+    """What is known of a subject, without the model, whose memory others may need."""
+    return replace(subject, step=lambda: None, nodes=None)
+
+
 def _name(subject: Subject, arm: Arm) -> str:
     """The engine's name, or what it would be of an arm without one, as part of a file's name."""
     record = subject.record

@@ -50,7 +50,7 @@ def _of_node(event: Event) -> int | None:
 
 
 def _of_operator(name: str, event: Event) -> int | None:
-    given = [tensor for tensor in event.given if tensor is not None and prod(tensor.sizes)]
+    given = [tensor for tensor in event.given if tensor is not None and all(tensor.sizes)]
     if name in _BY_OTHERS:
         return 0
     if not given:

@@ -31,7 +31,8 @@ def work_of(steps: Steps) -> list[Work]:
     operators = [event for event in steps.host if event.kind == OPERATOR]
     of = parents(operators)
     if steps.device:
-        places = {event.operator: i for i, event in enumerate(operators) if event.operator}
+        places: dict[int | None, int] = {e.operator: i for i, e in enumerate(operators)}
+        places.pop(None, None)
         durations = [event.duration for event in steps.device]
         owners = [places.get(event.operator) for event in steps.device]
         return _counted(steps.device, durations, owners, operators, of)

@@ -59,8 +59,7 @@ def test_every_line_that_reads_a_value_is_named_with_its_count(
     with torch.profiler.profile() as profiler:
         repr(torch.ones(1, 1))
     inner = {event.key: event.count for event in profiler.key_averages()}
-    read = sum(count for (_, cause), count in printed.items() if cause != "aten::masked_select")
-    assert read == inner["aten::_local_scalar_dense"] > 0
+    assert sum(printed.values()) == inner["aten::_local_scalar_dense"] > 0
     assert capsys.readouterr().out == ""  # so that --json is JSON
 
 
