@@ -20,9 +20,10 @@ def show_profile(result: dict[str, Any]) -> None:
         _show_waits(marked)
     _show_largest(result)
     if rates := result["rates"]:
-        products = f"{rates['flops'] / 1e12:.3g} TFLOP/s in {rates['dtype']} products, "
-        moved = f"{rates['bytes'] / 1e9:.3g} GB/s in copies"
-        write(out, f"floors: {products if rates['flops'] else ''}{moved}")
+        parts = [f"{rates['bytes'] / 1e9:.3g} GB/s in copies"]
+        if rates["flops"]:
+            parts.insert(0, f"{rates['flops'] / 1e12:.3g} TFLOP/s in {rates['dtype']} products")
+        write(out, f"floors: {', '.join(parts)}")
     for note in result["notes"]:
         write(out, ("note: ", "yellow"), note)
     if result["files"]:

@@ -21,7 +21,7 @@ from wanexport.exporter.trace.lines import mark_name, shown
 
 _MOST_LINES = 8  # of a chain of calls
 _TORCH = str(Path(torch.__file__).parent) + "/"
-_OWN = (__file__, str(Path(__file__).parents[1] / "trace" / "capture.py"))
+_CAPTURE = str(Path(__file__).parents[1] / "trace" / "capture.py")
 _SYNCHRONISING = {"synchronize", "_cuda_synchronize", "_accelerator_synchronizeDevice"}
 _KNOWN = {*sys.stdlib_module_names, "torch", "numpy"}  # whose functions wait by PyTorch alone
 
@@ -60,7 +60,7 @@ def _chain(frame: FrameType | None) -> tuple[Line, ...]:
     lines: list[Line] = []
     while frame is not None and len(lines) < _MOST_LINES:
         file = frame.f_code.co_filename
-        if file == _OWN[1]:  # it runs the step
+        if file == _CAPTURE:  # it runs the step
             break
         if not file.startswith((_TORCH, "<frozen ")) and file != __file__:
             lines.append(Line(shown(file), frame.f_lineno, frame.f_code.co_name))

@@ -23,10 +23,14 @@ def capture(
     the GPU after the last one is in no step.
     """
     import torch
+    from torch._C._profiler import _ExperimentalConfig
     from torch.profiler import ProfilerActivity, profile, record_function
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities, record_shapes=shapes) as profiler:
+    config = _ExperimentalConfig(profile_all_threads=True)  # those that a step starts, too
+    with profile(
+        activities=activities, record_shapes=shapes, experimental_config=config
+    ) as profiler:
         for _ in range(steps):
             with record_function(STEP), within():
                 step()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 MODEL = """
+import threading
 import torch
 from planted_helper import read, scaled
 
@@ -49,6 +50,22 @@ def clean():
 
 def failing():
     return (lambda x: x @ x), (torch.ones(2, 3),)
+
+def threaded():
+    def step(x):
+        thread = threading.Thread(target=lambda: x.sum().item())
+        thread.start()
+        thread.join()
+        return x.exp()
+    return step, (torch.ones(2, 2),)
+
+def compiled():
+    def step(x):
+        y = torch.sin(x)
+        if y.sum() > 1e9:  # is_nonzero
+            return y
+        return torch.relu(y) + 1
+    return torch.compile(step, backend="eager"), (torch.ones(2, 2),)
 
 def idle():
     return (lambda: 1 + 1), ()

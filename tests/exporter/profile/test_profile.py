@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from tests.exporter.profile.planted import expected, plant, printing_line
 from tests.exporter.trace.traces import raw
 from wanexport.exporter.cli.main import cli
+from wanexport.exporter.module_function import load_function
 from wanexport.exporter.profile.profile import profile
 from wanexport.exporter.trace.rates import Rates
 from wanexport.runtime.errors import BadRequest, WanExportError
@@ -133,6 +134,25 @@ def test_steps_that_differ_get_no_lines_that_could_be_anothers() -> None:
     assert "waited at other places" in result["notes"][0]
 
 
+def test_what_another_thread_waits_for_counts_without_a_line() -> None:
+    result = profile("planted_model:threaded", steps=2)
+    assert counted(result) == {(None, "aten::item"): 1}
+    assert result["notes"] == [] and adds_up(result)
+
+
+def test_a_compiled_model_is_not_compiled_again_for_its_lines() -> None:
+    before = torch._dynamo.utils.counters["frames"]["total"]
+    model, args, _ = load_function("planted_model:compiled")
+    model(*args)
+    once = torch._dynamo.utils.counters["frames"]["total"] - before
+    torch._dynamo.reset()
+    result = profile("planted_model:compiled", steps=2)
+    assert torch._dynamo.utils.counters["frames"]["total"] - before == 2 * once
+    source = Path("planted_model.py").read_text().splitlines()
+    (line,) = (n for n, text in enumerate(source, 1) if text.endswith("# is_nonzero"))
+    assert counted(result) == {(f"planted_model.py:{line}", "aten::is_nonzero"): 1}
+
+
 @pytest.mark.parametrize("arm", ["onnx", "graph", "diffusers"])
 def test_arms_of_a_bundle(arm: str, tiny_bundle: Path, place: Path) -> None:
     result = profile(
@@ -168,7 +188,9 @@ def test_a_bundles_figures_lie_in_its_reports(bundle: Path, place: Path) -> None
     }  # fmt: skip
 
 
-def test_the_command_prints_kinds_waits_and_the_largest(place: Path) -> None:
+def test_the_command_prints_kinds_waits_and_the_largest(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = CliRunner().invoke(cli, ["profile", "planted_model:make", "--steps", "1"])
     assert output.exit_code == 0, output.output
     for line, cause in expected():
@@ -177,6 +199,12 @@ def test_the_command_prints_kinds_waits_and_the_largest(place: Path) -> None:
     assert "host waits: " in output.stdout
     assert "floors: 0.1 TFLOP/s in fp32 products, 10 GB/s in copies" in output.stdout
     assert max(map(len, output.stdout.splitlines())) < 140
+    monkeypatch.setattr(
+        "wanexport.exporter.profile.rates.rates_here", lambda *_: Rates(None, 1e10, None)
+    )
+    output = CliRunner().invoke(cli, ["profile", "planted_model:clean", "--steps", "1"])
+    assert "host waits: none" in output.stdout
+    assert "\nfloors: 10 GB/s in copies\n" in output.stdout
     gpu = [
         raw("cuda_runtime", "cudaLaunchKernel", 1, 1, correlation=1),
         raw("kernel", "gemm", 3, 1, correlation=1),
