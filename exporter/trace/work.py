@@ -1,5 +1,6 @@
 """What the time of a trace went to: kernels of the GPU, or where there is none operators."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,6 +11,9 @@ from wanexport.exporter.trace.kinds import ATTENTION, COPIES, ELEMENTWISE, OTHER
 from wanexport.exporter.trace.spans import ancestors, parents, self_times
 from wanexport.exporter.trace.steps import Steps
 from wanexport.exporter.trace.traffic import traffic
+
+
+_ACROSS = re.compile(r"^Memcpy (HtoD|DtoH|PtoP)")  # not at the rate of a copy within memory
 
 
 class Work(NamedTuple):
@@ -52,6 +56,9 @@ def _counted(
     kinds = [_kind(event.name, name) for event, name in zip(events, names)]
     found_flops = _shared_flops(kinds, durations, owners, operators, of)
     found_bytes = _bytes(kinds, owners, operators, of)
+    for index, event in enumerate(events):
+        if _ACROSS.search(event.name):
+            found_bytes[index] = None
     return [
         Work(event.name, kind, duration, found_flops[index], found_bytes[index])
         for index, (event, kind, duration) in enumerate(zip(events, kinds, durations))

@@ -127,7 +127,7 @@ def test_only_the_largest_twenty_are_listed() -> None:
 
 
 def test_waits_of_a_line_are_one_row_and_those_for_the_gpu_come_first() -> None:
-    reads = [op("aten::equal", 60 + i, 61 + i) for i in range(3)]
+    reads = [op("aten::equal", 60 + 10 * i, 69 + 10 * i) for i in range(3)]
     found = steps(step(0, 100), *reads, *item(10, 1), *item(30, 2))
     rows = digest(found, waits_of(found), None)["waits"]["lines"]
     assert [(row["cause"], row["count"], row["for_gpu"]) for row in rows] == [
@@ -152,3 +152,27 @@ def test_rates_are_read_back_or_not_at_all() -> None:
     assert Rates(None, 4, None).floor(8, None) is None
     assert Rates(2, 4, "fp32").floor(None, 8) == 2
     assert Rates(2, 4, "fp32").floor(None, None) is None
+
+
+def test_bytes_of_an_operator_are_not_guessed_for_each_of_its_kernels() -> None:
+    found = steps(
+        step(0, 50),
+        op("aten::gelu", 1, 9, number=1, given=(floats(1000),)),
+        call("cudaLaunchKernel", 2, 3, 1),
+        call("cudaLaunchKernel", 4, 5, 2),
+        kernel("elementwise_kernel<a>", 10, 11, 1, number=1),
+        kernel("elementwise_kernel<b>", 12, 13, 2, number=1),
+        op("aten::copy_", 20, 29, number=2, given=(floats(1000), floats(1000))),
+        call("cudaMemcpyAsync", 21, 22, 3),
+        kernel("Memcpy HtoD (Pinned -> Device)", 23, 30, 3, number=2),
+        op("aten::copy_", 30, 39, number=3, given=(floats(1000), floats(1000))),
+        call("cudaMemcpyAsync", 31, 32, 4),
+        kernel("Memcpy DtoD (Device -> Device)", 33, 40, 4, number=3),
+    )
+    rows = {row["name"]: row for row in digest(found, [], RATES)["largest"]}
+    assert {name: row["bytes"] for name, row in rows.items()} == {
+        "elementwise_kernel<a>": None,
+        "elementwise_kernel<b>": None,
+        "Memcpy HtoD (Pinned -> Device)": None,  # not as fast as memory, by far
+        "Memcpy DtoD (Device -> Device)": 8000,
+    }
