@@ -12,7 +12,6 @@ from wanexport.exporter.trace.spans import ancestors, parents, self_times
 from wanexport.exporter.trace.steps import Steps
 from wanexport.exporter.trace.traffic import traffic
 
-
 _ACROSS = re.compile(r"^Memcpy (HtoD|DtoH|PtoP)")  # not at the rate of a copy within memory
 
 
