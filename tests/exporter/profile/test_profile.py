@@ -36,7 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def counted(result: dict[str, Any]) -> dict[tuple[str, str], float]:
+def counted(result: dict[str, Any]) -> dict[tuple[Any, str], float]:
     return {(row["line"], row["cause"]): row["count"] for row in result["waits"]["lines"]}
 
 

@@ -1,5 +1,7 @@
 """The digest of small traces whose answers are counted by hand."""
 
+from typing import Any
+
 import pytest
 
 from tests.exporter.trace.traces import call, floats, item, kernel, op, step, steps
@@ -147,8 +149,8 @@ def test_flops_that_follow_from_the_model_fill_what_no_shapes_told() -> None:
 def test_rates_are_read_back_or_not_at_all() -> None:
     assert rates_from({"flops": 2.0, "bytes": 3, "dtype": "fp32"}) == Rates(2.0, 3, "fp32")
     assert rates_from({"flops": None, "bytes": 3, "dtype": None}) == Rates(None, 3, None)
-    for stated in (None, [], {}, {"flops": "2", "bytes": 3}, {"flops": 2, "bytes": 0}):
-        assert rates_from(stated) is None
+    others: list[Any] = [None, [], {}, {"flops": "2", "bytes": 3}, {"flops": 2, "bytes": 0}]
+    assert not any(map(rates_from, others))
     assert Rates(None, 4, None).floor(8, None) is None
     assert Rates(2, 4, "fp32").floor(None, 8) == 2
     assert Rates(2, 4, "fp32").floor(None, None) is None
