@@ -20,6 +20,7 @@ MADE = {  # what a page's commands leave, by its name
     "docs/run.md": ("latents.safetensors", "distilled.safetensors.json"),
     "docs/compare.md": ("in.json", "out.json", "bundle/reports", "curves.svg"),
     "docs/bench.md": ("tiny/reports/bench-64x96x9-onnx-fp32.json",),
+    "docs/profile.md": ("tiny/reports/profile-64x96x9-diffusers-fp32.json",),
 }
 
 

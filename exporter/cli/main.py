@@ -31,6 +31,7 @@ from wanexport.exporter.cli.display_bundle import (
     show_remove,
 )
 from wanexport.exporter.cli.display_compare import show_compare
+from wanexport.exporter.cli.display_profile import show_profile
 from wanexport.exporter.cli.options import (
     COUNT,
     DTYPES,
@@ -255,7 +256,7 @@ def _tell(note: str) -> None:
     "--plot", type=click.Path(path_type=Path), metavar="FILE",
     help="Save the curves of error, floor, gate and drift: an .svg file.",
 )  # fmt: skip
-@report_option
+@report_option()
 @click.option(
     "--save-inputs", type=click.Path(path_type=Path), metavar="FILE",
     help="Save what engine and reference are given, as polygraphy's JSON.",
@@ -298,7 +299,7 @@ def compare(bundle: Path, as_json: bool, **options: Any) -> None:
 @click.option(
     "--profile", is_flag=True, help="Count the host's waits, and measure how busy the GPU is."
 )
-@report_option
+@report_option()
 @bench_options
 @as_json
 def bench(bundle: Path, as_json: bool, **options: Any) -> None:
@@ -317,6 +318,37 @@ def bench(bundle: Path, as_json: bool, **options: Any) -> None:
         write(err, ("warning: ", "yellow"), result["warning"])
     if result["failed"]:
         sys.exit(1)
+
+
+@cli.command()
+@click.argument("target")
+@click.option(
+    "--arm", type=click.Choice(list(ARMS)),
+    help="What runs the model of a bundle. Default: the engine that runs best here.",
+)  # fmt: skip
+@click.option(
+    "--steps", type=COUNT, metavar="NUMBER", help="How many steps are recorded. Default: 3."
+)
+@click.option(
+    "--warmup", type=SEED, metavar="NUMBER", help="How many steps run before them. Default: 2."
+)
+@report_option("BUNDLE/reports, or the working directory")
+@bench_options
+@as_json
+def profile(target: str, as_json: bool, **options: Any) -> None:
+    """Say where the time of a step goes, and which lines of Python the host waits at.
+
+    TARGET is a bundle, a MODULE:FUNCTION of the working directory that returns (model, args), or a
+    Chrome trace of PyTorch's profiler. The trace is saved beside the digest.
+    """
+    with needing_extra("build,cpu", "this command"):
+        from wanexport.exporter.profile.profile import profile as run_profile
+
+    with progress_display() as show:
+        result = run_profile(target, progress=show, **options)
+    _report(result, as_json, show_profile)
+    if result["warning"]:
+        write(err, ("warning: ", "yellow"), result["warning"])
 
 
 @cli.command()

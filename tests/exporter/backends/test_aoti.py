@@ -45,10 +45,13 @@ from wanexport.exporter.compare.compare import compare
 from wanexport.exporter.inspection import inspect
 from wanexport.exporter.lint.onnx import lint
 from wanexport.exporter.model_source import resolve
+from wanexport.exporter.profile.profile import profile
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
 from wanexport.exporter.sets.convert import add_weights
+from wanexport.exporter.trace.rates import Rates
 from wanexport.graphs.config import PRESETS
+from wanexport.graphs.signature import attention_flops
 from wanexport.runtime import Geometry, WanExportError, load
 from wanexport.runtime.bundle.details import AotiDetails
 from wanexport.runtime.bundle.manifest import read_manifest
@@ -622,3 +625,17 @@ def test_a_swap_opens_no_package_and_a_failed_one_changes_nothing(
 
 def digest(velocity: np.ndarray) -> str:
     return hashlib.md5(velocity.tobytes()).hexdigest()
+
+
+def test_a_profile_of_the_engine_shows_no_wait(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = Rates(flops=1e11, bytes=1e10, dtype="fp32")
+    monkeypatch.setattr("wanexport.exporter.profile.rates.rates_here", lambda *_: rates)
+    result = profile(small, arm="aoti", steps=1, warmup=1, report=tmp_path)
+    assert result["waits"]["lines"] == [] and result["notes"] == []
+    kinds = {row["kind"]: row for row in result["kinds"]}
+    assert sum(row["seconds"] for row in kinds.values()) == pytest.approx(result["seconds"])
+    config = small_config(PRESET)
+    assert kinds["attention"]["flops"] == attention_flops(config, small_geometry(config))
+    assert kinds["outside operators"]["seconds"] > 0  # its own code
