@@ -29,6 +29,7 @@ from wanexport.exporter.cli.display_bundle import (
     show_inspect,
     show_ls,
     show_remove,
+    show_report,
 )
 from wanexport.exporter.cli.display_compare import show_compare
 from wanexport.exporter.cli.display_profile import show_profile
@@ -385,6 +386,26 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
         _say_error(problem)
     if record["problems"]:
         sys.exit(1)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
+    help="The page. Default: BUNDLE/reports/report.html, which is replaced.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the output if it is there.")
+@report_option
+@as_json
+def report(bundle: Path, as_json: bool, **options: Any) -> None:
+    """Show what is known of a bundle in one HTML file, which needs no network.
+
+    It has what build, compare, bench and profile have found. Nothing is run.
+    """
+    with needing_extra("build,cpu", "this command"):
+        from wanexport.exporter.report.report import report as write_report
+
+    _report(write_report(bundle, **options), as_json, show_report)
 
 
 @cli.command()

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     "exporter": (
         frozenset({"cli"}),
+        frozenset({"report"}),
         frozenset({"build", "run", "bench", "profile", "compare", "doctor", "inspection"}),
         frozenset({"sets"}),
         frozenset({"bundle", "key"}),
