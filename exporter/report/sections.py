@@ -32,13 +32,18 @@ def section(saved: Saved, bundle: str, engine: EngineRecord | None) -> Markup:
 
     Raises BadRequest when the file is not what this version saves.
     """
-    if engine is None and saved.kind != "profile":
-        raise ValueError(f"{saved.path} is of no engine of the bundle")
-    values = {"compare": _compare, "bench": _bench, "profile": _profile}[saved.kind]
     try:
-        return render(f"{saved.kind}.html.j2", values(saved.result, bundle, engine))
+        return render(f"{saved.kind}.html.j2", _values(saved, bundle, engine))
     except Exception as error:  # of whatever a file that is none of ours leads to
         raise saved.unreadable(error) from error
+
+
+def _values(saved: Saved, bundle: str, engine: EngineRecord | None) -> dict[str, Any]:
+    """What the template of the section takes; only a profile may be of no engine."""
+    if saved.kind == "profile":
+        return _profile(saved.result, bundle)
+    assert engine is not None
+    return {"compare": _compare, "bench": _bench}[saved.kind](saved.result, bundle, engine)
 
 
 def render(template: str, values: Mapping[str, Any]) -> Markup:
@@ -98,7 +103,7 @@ def _bench(result: dict[str, Any], bundle: str, engine: EngineRecord) -> dict[st
     }
 
 
-def _profile(result: dict[str, Any], bundle: str, _: EngineRecord | None) -> dict[str, Any]:
+def _profile(result: dict[str, Any], bundle: str) -> dict[str, Any]:
     gpu, waits, rates = result["gpu"], result["waits"], result["rates"]
     launches = f", GPU busy {share(gpu['busy'])}, {number(gpu['launches'])} launches" if gpu else ""
     roofs = [count(rates["bytes"], "B/s")]
