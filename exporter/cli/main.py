@@ -395,7 +395,7 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     help="The page. Default: BUNDLE/reports/report.html, which is replaced.",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the output if it is there.")
-@report_option
+@report_option()
 @as_json
 def report(bundle: Path, as_json: bool, **options: Any) -> None:
     """Show what is known of a bundle in one HTML file, which needs no network.
