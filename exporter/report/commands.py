@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wanexport.runtime.bundle.manifest import EngineRecord
+from wanexport.runtime.engines.table import BACKENDS
 
 Result = Mapping[str, Any]
 
@@ -69,4 +70,4 @@ def _inputs(result: Result) -> list[str]:
 def _backend_of(engine: str) -> str:
     """The backend in the name of an engine, as `64x96x9/aoti-bf16-sm90`."""
     label = engine.partition("/")[2]
-    return "tensorrt-rtx" if label.startswith("tensorrt-rtx") else label.partition("-")[0]
+    return max((name for name in BACKENDS if label.startswith(f"{name}-")), key=len)
