@@ -1,6 +1,7 @@
 """A model of the user's own: what `MODULE:FUNCTION` names, imported from the working directory."""
 
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from wanexport.runtime.errors import BadRequest, first_line
 
 _EXPECTED = "expected (model, args) or (model, args, kwargs)"
 _RETURNING = "takes no arguments and returns (model, args) or (model, args, kwargs)"
+_TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 class Called(NamedTuple):
@@ -20,13 +22,26 @@ class Called(NamedTuple):
     kwargs: dict[str, Any]
 
 
+def is_function(target: str) -> bool:
+    """Whether a text has the form `module:function`, which no path to a file is likely to have."""
+    return _TARGET.fullmatch(target) is not None
+
+
 def load_function(target: str) -> Called:
     """Import MODULE, call FUNCTION without arguments, and return the model and call it gave.
 
-    The module is found as `python -m` finds it: in the working directory, then among packages.
     FUNCTION returns (model, args) or (model, args, kwargs).
+    Raises BadRequest as `returned_by` does, and when the function returns something else.
+    """
+    return call_of(target, returned_by(target))
+
+
+def returned_by(target: str) -> Any:
+    """Import MODULE and call FUNCTION without arguments.
+
+    The module is found as `python -m` finds it: in the working directory, then among packages.
     Raises BadRequest when the target is not of this form, the module does not import, it has no
-    such function, or the function raises or returns something else.
+    such function, or the function raises.
     """
     module, separator, name = target.partition(":")
     if not separator or not module or not name:
@@ -38,12 +53,11 @@ def load_function(target: str) -> Called:
         kind = type(function).__name__
         raise BadRequest(f"{target} is no function but {kind}: expected one that {_RETURNING}")
     try:
-        returned = function()
+        return function()
     except (Exception, SystemExit) as error:
         raise BadRequest(
             f"{target} raised {_words(error)}: call it in Python to see where"
         ) from error
-    return _call_of(target, returned)
 
 
 def _imported(module: str) -> Any:
@@ -63,7 +77,7 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _call_of(target: str, returned: Any) -> Called:
+def call_of(target: str, returned: Any) -> Called:
     """What the function returned, in its parts. Raises BadRequest when it is anything else."""
     if not isinstance(returned, tuple) or len(returned) not in (2, 3):
         size = f" of {len(returned)}" if isinstance(returned, tuple) else ""

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from wanexport.exporter.module_function import is_function
 from wanexport.runtime.errors import BadRequest, refuse_empty
 
 BUNDLE, FUNCTION, TRACE = "bundle", "function", "trace"
@@ -26,6 +27,6 @@ def kind_of_target(target: str | Path) -> str:
         return TRACE
     if text.endswith((".json", ".json.gz", ".gz")):
         raise BadRequest(f"there is no file {text}: {_EXPECTED}")
-    if ":" in text and "/" not in text:
+    if is_function(text):
         return FUNCTION
     raise BadRequest(f"there is no {text}: {_EXPECTED}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wanexport.exporter.module_function import load_function
+from wanexport.exporter.module_function import is_function, load_function
 from wanexport.runtime.errors import BadRequest
 
 SOURCE = """
@@ -86,3 +86,12 @@ def test_what_is_no_model_is_refused_in_one_line(target: str, message: str) -> N
     with pytest.raises(BadRequest, match=message) as refused:
         load_function(target)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a:b", True), ("a.b.c:d", True), ("a", False), ("a:", False), ("a/b.py:c", False),
+     ("C:\\x.onnx", False), ("a:b.onnx", False), ("a:b:c", False), ("1a:b", False)],
+)  # fmt: skip
+def test_the_form_is_told_from_a_path(text: str, expected: bool) -> None:
+    assert is_function(text) is expected

@@ -24,7 +24,9 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"sets"}),
         frozenset({"bundle", "key"}),
         frozenset({"backends"}),
-        frozenset({"reference", "lint", "child", "model_source", "module_function", "trace"}),
+        frozenset(
+            {"reference", "lint", "rewrite", "child", "model_source", "module_function", "trace"}
+        ),
     ),
     "runtime": (
         frozenset({"serving", "drop_in"}),
