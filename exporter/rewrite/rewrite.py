@@ -8,8 +8,10 @@ from torch.fx import GraphModule
 
 from wanexport.exporter.lint.program import kinds_of_operator, operator_name, place
 from wanexport.exporter.rewrite.complex_products import rewrite_complex_products
+from wanexport.exporter.rewrite.equal_rows import rewrite_equal_rows
 from wanexport.exporter.rewrite.record import (
     COMPLEX_PRODUCTS,
+    EQUAL_ROWS,
     STRIDED_WRITES,
     Left,
     Rewriting,
@@ -19,10 +21,12 @@ from wanexport.exporter.rewrite.scatters import rewrite_scatters
 from wanexport.exporter.rewrite.strided_writes import rewrite_strided_writes
 from wanexport.exporter.rewrite.writer import finish
 
+_KNOWN = ("aten.copy_", "aten.copy", "aten.slice_scatter", "aten.select_scatter")
 _Rule = Callable[[ExportedProgram], Rewriting]
 _PASSES: dict[str, tuple[_Rule, ...]] = {
     STRIDED_WRITES: (rewrite_strided_writes, rewrite_scatters),
     COMPLEX_PRODUCTS: (rewrite_complex_products,),
+    EQUAL_ROWS: (rewrite_equal_rows,),
 }
 
 
@@ -32,7 +36,7 @@ def rewrite(program: ExportedProgram) -> Rewriting:
     The program may be as `torch.export.export` makes it, or decomposed. Parameters and buffers are
     shared with what it was exported from. Branches and bodies of control flow are left.
     """
-    return total([apply(program, rule) for rule in _PASSES] + [_unknown(program)])
+    return total([apply(program, rule) for rule in _PASSES] + [unknown_writes(program)])
 
 
 def apply(program: ExportedProgram, rule: str) -> Rewriting:
@@ -44,7 +48,7 @@ def apply(program: ExportedProgram, rule: str) -> Rewriting:
     return done
 
 
-def _unknown(program: ExportedProgram) -> Rewriting:
+def unknown_writes(program: ExportedProgram) -> Rewriting:
     """What is written in ways that no rule knows, and what control flow holds."""
     left = []
     for name, module in program.graph_module.named_modules():
@@ -62,6 +66,3 @@ def _unknown(program: ExportedProgram) -> Rewriting:
                 reason = f"{operator} writes it: slices and indices of one axis are rewritten"
                 left.append(Left(STRIDED_WRITES, node.name, reason, origin))
     return Rewriting({}, tuple(left))
-
-
-_KNOWN = ("aten.copy_", "aten.copy", "aten.slice_scatter", "aten.select_scatter")

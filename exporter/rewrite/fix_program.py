@@ -1,0 +1,52 @@
+"""`wanexport lint module:function`: export, lint, and with --fix rewrite, prove and save."""
+
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from wanexport.exporter.child.quiet import quiet
+from wanexport.exporter.lint.program import Finding, lint_program
+from wanexport.exporter.module_function import load_function
+from wanexport.exporter.rewrite.proof import Proof
+from wanexport.exporter.rewrite.record import RULES, Rewriting, total
+from wanexport.exporter.rewrite.rewrite import apply, unknown_writes
+from wanexport.runtime.bundle.durable import durable_file
+from wanexport.runtime.errors import BadRequest, first_line, printable
+
+
+def export_function(target: str) -> ExportedProgram:
+    """The program of what `module:function` returns.
+
+    Raises BadRequest as `load_function` does, and when torch.export does not take the model.
+    """
+    made = load_function(target)
+    if isinstance(made, ExportedProgram):
+        return made
+    model, args, kwargs = made
+    try:
+        with torch.no_grad(), quiet("torch"):
+            return torch.export.export(model, args, kwargs)
+    except Exception as error:
+        reason = printable(f"{type(error).__name__}: {first_line(error)}", 300)
+        raise BadRequest(f"torch.export does not take the model of {target}: {reason}") from error
+
+
+def fix_program(
+    program: ExportedProgram, output: Path
+) -> tuple[Rewriting, list[Finding], int]:
+    """Rewrite a program in place, rule by rule, and save it.
+
+    Returns the rewriting, what lint finds afterwards, and on how many inputs both were run. Raises
+    WanExportError, with nothing written, when a rule changes a bit of any result.
+    """
+    proof = Proof(program)
+    parts = []
+    for rule in RULES:
+        done = apply(program, rule)
+        if done.counts[rule]:
+            proof.check(program, rule)
+        parts.append(done)
+    with durable_file(output) as file, quiet("torch"):
+        torch.export.save(program, file)  # type: ignore[arg-type]
+    return total([*parts, unknown_writes(program)]), lint_program(program), proof.runs
