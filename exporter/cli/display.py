@@ -8,6 +8,7 @@ from rich.text import Text
 from wanexport.exporter.cli.terminal import in_bytes, in_short, new_table, out, short, write
 from wanexport.runtime.errors import printable
 
+_MOST_LEFT = 20  # places that `lint --fix` names
 _MOST_FINDINGS = 5  # of one kind that `lint` names
 
 
@@ -136,6 +137,23 @@ def show_lint(result: dict[str, Any]) -> None:
             places = "; ".join(f"{short(f['node'])} ({short(f['detail'])})" for f in found)
             more = "; ..." if number > len(found) else ""
             write(out, f"  {kind} {number}: {places}{more}")
+    if "fix" in result:
+        _show_fix(result["fix"])
+
+
+def _show_fix(fixed: dict[str, Any]) -> None:
+    """What was rewritten, what was left and why, and how the two were compared."""
+    counts = ", ".join(f"{rule} {number}" for rule, number in fixed["counts"].items())
+    write(out, "rewrote ", (counts, "bold"), f"; compared {fixed['compared']}")
+    for left in fixed["left"][:_MOST_LEFT]:
+        place = f" at {short(left['place'])}" if left["place"] else ""
+        write(out, f"  left {short(left['node'])}{place}, {left['rule']}: {short(left['reason'])}")
+    if (more := len(fixed["left"]) - _MOST_LEFT) > 0:
+        write(out, f"  {more} more are in --json")
+    before = {kind: number for kind, number in fixed["before"].items() if number}
+    shown = ", ".join(f"{kind} {number}" for kind, number in before.items()) or "nothing"
+    write(out, f"  found before: {shown}")
+    write(out, "wrote ", (fixed["output"], "bold"))
 
 
 def show_doctor(record: dict[str, Any]) -> None:

@@ -306,20 +306,38 @@ def bench(bundle: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("target")
 @click.option(
     "--parser", type=click.Choice(["tensorrt"]), help="A parser that must take the graph too."
 )
+@click.option(
+    "--fix", is_flag=True,
+    help="Rewrite the graph of an .onnx file or of MODULE:FUNCTION, and write it to -o.",
+)  # fmt: skip
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
+    help="The file to write with --fix: X.onnx of an .onnx file, X.pt2 of MODULE:FUNCTION.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the output if it is there.")
 @as_json
-def lint(path: Path, parser: str | None, as_json: bool) -> None:
+def lint(
+    target: str,
+    parser: str | None,
+    fix: bool,
+    output: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """List what a graph must not contain. The exit code is 1 when there is any.
 
-    PATH is a bundle, an .onnx file, or a .pt2 of torch.export.save, which is loaded whole.
+    TARGET is a bundle, an .onnx file, a .pt2 of torch.export.save, or MODULE:FUNCTION. FUNCTION
+    takes no arguments and returns (model, args) or (model, args, kwargs), model a torch.nn.Module;
+    or returns a torch.export.ExportedProgram. Files are read, never run; MODULE is imported.
     """
     with needing_extra("build,cpu", "this command"):
-        from wanexport.exporter.lint.onnx import lint as run_lint
+        from wanexport.exporter.rewrite.fix import lint_or_fix
 
-    result = run_lint(path, parser)
+    result = lint_or_fix(target, parser=parser, fix=fix, output=output, overwrite=overwrite)
     _report(result, as_json, show_lint)
     if not result["clean"]:
         sys.exit(1)

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Iterator
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 # Composite operators that never return what they are given; others may, and need not say so.
 _FRESH = {
@@ -77,6 +77,11 @@ def roots(node: Node) -> set[Node]:
         pending += [source for source in sources if source not in seen]
         seen.update(sources)
     return found
+
+
+def changed_roots(graph: Graph) -> set[Node]:
+    """The memory that anything of the graph writes in place, as `roots` names it."""
+    return {root for node in graph.nodes for target in written(node) for root in roots(target)}
 
 
 def _given(node: Node) -> Iterator[tuple[Node, object]]:

@@ -28,7 +28,7 @@ def rewrite_complex_products(program: ExportedProgram) -> Rewriting:
     products = [node for node in program.graph.nodes if _is_product(node)]
     fired, left = 0, []
     for product in products:
-        reason = _why_not(product)
+        reason = _why_not(product, constants)
         if reason is None:
             _rewrite(product, parts, constants)
             fired += 1
@@ -58,7 +58,7 @@ def _is_product(node: Node) -> bool:
     return node.target is aten.mul.Tensor and _is_complex(node)
 
 
-def _why_not(product: Node) -> str | None:
+def _why_not(product: Node, constants: Constants) -> str | None:
     if not all(map(_is_complex, product.args)):
         return "one of its factors is no complex tensor"
     for user in product.users:
@@ -66,6 +66,8 @@ def _why_not(product: Node) -> str | None:
             return f"{user.name} takes the product as complex"
     if not product.users:
         return "nothing reads it"
+    if constants.is_changed(product):
+        return "it is changed in place"
     first, second = (value_of(node) for node in product.args if isinstance(node, Node))
     assert first is not None and second is not None
     return product_is_exact(first, second)
@@ -103,7 +105,7 @@ def _parts_of(
     select, last = aten.select.int, -1
     if (value := constants.value(node)) is not None:
         found = (constants.add(value.real, writer), constants.add(value.imag, writer))
-    elif node.target is aten.complex.default:
+    elif node.target is aten.complex.default and not constants.is_changed(*node.all_input_nodes):
         found = (node.args[0], node.args[1])  # type: ignore[assignment]
     else:
         pairs = node.args[0] if node.target is aten.view_as_complex.default else None

@@ -12,10 +12,9 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from wanexport.exporter.rewrite.aliases import roots, written
+from wanexport.exporter.rewrite.aliases import changed_roots, roots, written
 from wanexport.exporter.rewrite.writer import Writer, specs_of
 
-aten = torch.ops.aten
 _MOST = 1 << 30  # bytes of a constant that is added
 _KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -26,17 +25,16 @@ class Constants:
     def __init__(self, program: ExportedProgram) -> None:
         self.program = program
         self._specs = specs_of(program)
-        self._changed = {
-            root
-            for node in program.graph.nodes
-            for target in written(node)
-            for root in roots(target)
-        }
+        self._changed = changed_roots(program.graph)
         signature = program.graph_signature
         self._mutated = {*signature.buffers_to_mutate.values()}
         self._mutated |= {*signature.parameters_to_mutate.values()}
         self._values: dict[Node, Any] = {}
         self._added: dict[tuple[torch.dtype, torch.Size], list[tuple[Tensor, Node]]] = {}
+
+    def is_changed(self, *nodes: Node) -> bool:
+        """Whether the program writes one of the nodes in place."""
+        return any(roots(node) & self._changed for node in nodes)
 
     def value(self, node: Node) -> Tensor | None:
         """The node's value; None when it is not the same in every run, or too large."""
@@ -140,8 +138,8 @@ def erase_dead(last: Node, constants: Constants) -> None:
     pending = [last]
     while pending:
         node = pending.pop()
-        for user in list(node.users):
-            if user.target is aten._assert_tensor_metadata.default:
+        for user in list(node.users):  # what nobody uses, and what only checks a type
+            if user.op == "call_function" and not user.users and not written(user):
                 user.graph.erase_node(user)
         if node.users or node._erased:
             continue

@@ -57,9 +57,12 @@ def _rewrite(node: Node, rows: Node, axis: int) -> str | None:
     kept = _fewest(node, rows, axis, count)
     if kept is None:
         few = ", ".join(str(n) for n in _KEPT if n < count)
-        return f"products of {few} rows round otherwise than one of {count}, on this " + str(
-            made.device.type
-        ) if few else ""
+        return (
+            f"products of {few} rows round otherwise than one of {count}, on this "
+            + str(made.device.type)
+            if few
+            else ""
+        )
     if kept >= count:
         return ""
     call = Writer(node, node).call
@@ -77,7 +80,9 @@ def _rewrite(node: Node, rows: Node, axis: int) -> str | None:
 def _fewest(node: Node, rows: Node, axis: int, count: int) -> int | None:
     """As few rows as are rounded like all of them; None where no few are."""
     operands = [value_of(one) if isinstance(one, Node) else None for one in node.args]
-    layouts = tuple(None if v is None else (v.dtype, tuple(v.shape), tuple(v.stride())) for v in operands)
+    layouts = tuple(
+        None if v is None else (v.dtype, tuple(v.shape), tuple(v.stride())) for v in operands
+    )
     device = next(v.device for v in operands if v is not None)
     return _try(node.target, layouts, node.args.index(rows), axis, count, device)  # type: ignore[arg-type]
 

@@ -17,6 +17,29 @@ from wanexport.runtime.errors import BadRequest
 _GRAPH, _PROGRAM = ".onnx", ".pt2"
 
 
+def lint_or_fix(
+    target: str,
+    *,
+    parser: str | None = None,
+    fix: bool = False,
+    output: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """What `wanexport lint` does. Raises BadRequest for options that do not go together."""
+    if fix != (output is not None):
+        raise BadRequest(
+            "--fix and -o FILE go together: what is rewritten is written to a new file"
+        )
+    if overwrite and not fix:
+        raise BadRequest("--overwrite goes with --fix and -o FILE")
+    is_call = is_function(target) and not Path(target).exists()
+    if parser is not None and (fix or is_call):
+        raise BadRequest(f"--parser {parser} is for .onnx files and bundles, without --fix")
+    if output is not None:
+        return rewrite_to(target, output, overwrite=overwrite)
+    return lint_function(target) if is_call else lint(target, parser)
+
+
 def lint_function(target: str) -> dict[str, Any]:
     """Export what `module:function` returns, and lint the program: the record of `lint`.
 
@@ -25,7 +48,7 @@ def lint_function(target: str) -> dict[str, Any]:
     return _result(target, lint_program(export_function(target)))
 
 
-def fix(target: str, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def rewrite_to(target: str, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Rewrite a `module:function`'s program, or an ONNX file, and write the result to output.
 
     The record is that of `lint` for what was written, and has `fix`: the counts of each rule, the
@@ -44,7 +67,7 @@ def fix(target: str, output: Path, *, overwrite: bool = False) -> dict[str, Any]
     _check_output(output, _GRAPH, overwrite, path)
     before = _counts(lint(path))
     rewriting, uncompared = fix_onnx(path, output)
-    compared = f"not compared: {uncompared}" if uncompared else "bit for bit in ONNX Runtime"
+    compared = f"with nothing: {uncompared}" if uncompared else "bit for bit in ONNX Runtime"
     result = {**lint(output), "path": target}
     return {**result, "fix": _fixed(rewriting, before, compared, output)}
 

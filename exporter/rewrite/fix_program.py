@@ -32,9 +32,7 @@ def export_function(target: str) -> ExportedProgram:
         raise BadRequest(f"torch.export does not take the model of {target}: {reason}") from error
 
 
-def fix_program(
-    program: ExportedProgram, output: Path
-) -> tuple[Rewriting, list[Finding], int]:
+def fix_program(program: ExportedProgram, output: Path) -> tuple[Rewriting, list[Finding], int]:
     """Rewrite a program in place, rule by rule, and save it.
 
     Returns the rewriting, what lint finds afterwards, and on how many inputs both were run. Raises

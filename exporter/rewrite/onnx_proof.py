@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.errors import first_line
+from wanexport.runtime.errors import first_line, printable
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -31,14 +31,14 @@ def compare(original: Path, rewritten: Path) -> tuple[str | None, str | None]:
         feeds = _feeds(first)
         expected = feeds if isinstance(feeds, str) else first.run(None, feeds)
     except Exception as error:  # of ONNX Runtime, whose exceptions have no other base
-        return None, f"ONNX Runtime does not run the original: {first_line(error)}"
+        return None, f"ONNX Runtime does not run the original: {printable(first_line(error), 200)}"
     if isinstance(feeds, str):
         return None, feeds
     del first
     try:
         found = _session(rewritten).run(None, feeds)
     except Exception as error:
-        return f"ONNX Runtime does not run what was rewritten: {first_line(error)}", None
+        return f"ONNX Runtime does not run it: {printable(first_line(error), 200)}", None
     for i, (a, b) in enumerate(zip(expected, found)):
         if not _is_same(np.asarray(a), np.asarray(b)):
             return f"output {i} is not the same", None

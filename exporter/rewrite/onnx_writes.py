@@ -212,7 +212,9 @@ def _followers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
 def _is_data_of(use: tuple[ir.Node, int], written: ir.Value) -> bool:
     """Whether a use is a further write to the same tensor."""
     node, index = use
-    return node.op_type == "ScatterND" and index == 0 and _written_before(node) is written.producer()
+    return (
+        node.op_type == "ScatterND" and index == 0 and _written_before(node) is written.producer()
+    )
 
 
 def _readers(value: ir.Value, chain: list[ir.Node]) -> Iterator[ir.Node]:

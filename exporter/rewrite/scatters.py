@@ -14,6 +14,7 @@ from wanexport.exporter.rewrite.assemble import Write, arrange_writes, assemble
 from wanexport.exporter.rewrite.cut import SELECTS, argument, cut_axis, cut_part
 from wanexport.exporter.rewrite.partition import Arrangement
 from wanexport.exporter.rewrite.record import STRIDED_WRITES, Left, Rewriting
+from wanexport.exporter.rewrite.strided_writes import changed_between
 from wanexport.exporter.rewrite.writer import Writer, erase_unused, value_of
 
 aten = torch.ops.aten
@@ -90,7 +91,7 @@ def _arrangement(program: ExportedProgram, chain: list[Node]) -> Arrangement | s
         for user in node.users:
             if user not in chain and not _is_target_of_copy(user):
                 return f"{user.name} reads it between its writes"
-    return arrange_writes(value, writes)
+    return changed_between(last.graph, writes) or arrange_writes(value, writes)
 
 
 def _write(scatter: Node) -> Write | None:

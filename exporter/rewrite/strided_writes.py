@@ -1,6 +1,7 @@
 """Slices written in place to a buffer -> a stack or a cat of what was written.
 
-`out = empty_like(x); out[..., 0::2] = a; out[..., 1::2] = b` becomes `stack([a, b], -1).flatten(-2)`.
+`out = empty_like(x)`, `out[..., 0::2] = a`, `out[..., 1::2] = b` become `stack([a, b], -1)` and
+`flatten(-2)`.
 """
 
 from collections.abc import Iterator
@@ -91,9 +92,7 @@ def _rewrite(program: ExportedProgram, buffer: Node, writes: list[Write]) -> str
     return None
 
 
-def _arrangement(
-    program: ExportedProgram, buffer: Node, writes: list[Write]
-) -> Arrangement | str:
+def _arrangement(program: ExportedProgram, buffer: Node, writes: list[Write]) -> Arrangement | str:
     """How the writes make up the buffer, or why the rule does not hold."""
     graph = program.graph
     value = value_of(buffer)
@@ -112,7 +111,7 @@ def _arrangement(
     found = arrange_writes(value, writes)
     if isinstance(found, str):
         return found
-    return _read_between(graph, buffer, writes) or _changed_between(graph, writes) or found
+    return _read_between(graph, buffer, writes) or changed_between(graph, writes) or found
 
 
 def _not_a_copy(node: Node, buffer: Node) -> str:
@@ -129,8 +128,10 @@ def _cuts(view: Node, buffer: Node) -> list[Node]:
     while view is not buffer:
         source = view.all_input_nodes[0]
         made, whole = value_of(view), value_of(source)
-        if made is None or whole is None or list(map(str, made.shape)) != list(
-            map(str, whole.shape)
+        if (
+            made is None
+            or whole is None
+            or list(map(str, made.shape)) != list(map(str, whole.shape))
         ):
             found.append(view)
         view = source
@@ -186,7 +187,7 @@ def _read_between(graph: Graph, buffer: Node, writes: list[Write]) -> str | None
     return None
 
 
-def _changed_between(graph: Graph, writes: list[Write]) -> str | None:
+def changed_between(graph: Graph, writes: list[Write]) -> str | None:
     """Why a value that was written is another one at the last write."""
     position = _positions(graph)
     own = {write.node for write in writes}

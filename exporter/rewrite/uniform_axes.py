@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from wanexport.exporter.rewrite.aliases import changed_roots, roots
 from wanexport.exporter.rewrite.cut import argument, cut_axis
 from wanexport.exporter.rewrite.writer import value_of
 
@@ -18,7 +19,7 @@ Axes = frozenset[int]
 _NONE: Axes = frozenset()
 _AS_THE_FIRST = {
     "to", "_to_copy", "clone", "contiguous", "type_as", "detach", "alias", "lift_fresh_copy",
-    "dropout", "slice",
+    "slice",
 }  # fmt: skip
 _RESHAPES = {
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze",
@@ -29,8 +30,10 @@ _SPLITS = {"split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk"}
 def uniform_axes(program: ExportedProgram) -> dict[Node, Axes]:
     """For each node the axes along which all its elements are equal; an axis of one is left out."""
     found: dict[Node, Axes] = {}
+    changed = changed_roots(program.graph)
     for node in program.graph.nodes:
-        found[node] = _axes(node, found) if node.op == "call_function" else _NONE
+        is_fixed = node.op == "call_function" and not (changed and roots(node) & changed)
+        found[node] = _axes(node, found) if is_fixed else _NONE
     return found
 
 
@@ -38,6 +41,8 @@ def _axes(node: Node, found: dict[Node, Axes]) -> Axes:
     if node.target is operator.getitem:
         return found[node.all_input_nodes[0]]
     if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+        return _NONE
+    if torch.Tag.nondeterministic_seeded in node.target.tags:
         return _NONE
     name = node.target._schema.name.removeprefix("aten::")
     value = node.meta.get("val")
@@ -70,10 +75,17 @@ def _reshaped(source: Node, value: Tensor, found: dict[Node, Axes]) -> Axes:
     given = value_of(source)
     if given is None:
         return _NONE
-    places = {(prod(given.shape[:a]), given.shape[a]) for a in found[source]}
-    return frozenset(
-        a for a in range(value.dim()) if (prod(value.shape[:a]), value.shape[a]) in places
-    )
+    places = {_extent(given, a) for a in found[source]}
+    return frozenset(a for a in range(value.dim()) if _extent(value, a) in places)
+
+
+def _extent(value: Tensor, axis: int) -> tuple[str, str]:
+    """How much is before an axis, and its size; as texts, for what is no number."""
+    return str(prod(value.shape[:axis])), str(value.shape[axis])
+
+
+def _is_one(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _is_uniform(node: Node, axis: int, rank: int, found: dict[Node, Axes]) -> bool:
@@ -82,7 +94,7 @@ def _is_uniform(node: Node, axis: int, rank: int, found: dict[Node, Axes]) -> bo
     if value is None:
         return False
     own = axis - (rank - value.dim())
-    return own < 0 or value.shape[own] == 1 or own in found[node]
+    return own < 0 or _is_one(value.shape[own]) or own in found[node]
 
 
 def _pointwise(node: Node, value: Tensor, found: dict[Node, Axes]) -> Axes:
@@ -90,7 +102,7 @@ def _pointwise(node: Node, value: Tensor, found: dict[Node, Axes]) -> Axes:
     return frozenset(
         a
         for a in range(rank)
-        if value.shape[a] != 1
+        if not _is_one(value.shape[a])
         and all(_is_uniform(one, a, rank, found) for one in node.all_input_nodes)
     )
 

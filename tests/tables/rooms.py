@@ -23,7 +23,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"sets"}),
         frozenset({"bundle", "key"}),
         frozenset({"backends"}),
-        frozenset({"reference", "lint", "child", "model_source"}),
+        frozenset({"reference", "lint", "rewrite", "child", "model_source", "module_function"}),
     ),
     "runtime": (
         frozenset({"serving", "drop_in"}),
