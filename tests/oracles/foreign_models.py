@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 HEADS, HEAD_DIM, LAYERS, FFN = 2, 128, 2, 512
 DIM = HEADS * HEAD_DIM
-GRID = (3, 4, 6)  # frames, rows and columns of tokens
+Grid = tuple[int, int, int]  # frames, rows and columns of tokens
+GRID = (3, 4, 6)
 TEXT = 16  # tokens
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Exported = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -44,10 +45,10 @@ def random_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def latent(dtype: torch.dtype, frames: int = GRID[0], seed: int = 1) -> Tensor:
+def latent(dtype: torch.dtype, grid: Grid = GRID, seed: int = 1) -> Tensor:
     """Noise of two by two times the grid."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (1, 16, frames, 2 * GRID[1], 2 * GRID[2])
+    shape = (1, 16, grid[0], 2 * grid[1], 2 * grid[2])
     return torch.randn(shape, generator=generator).to(dtype)
 
 
@@ -56,45 +57,45 @@ def text(dtype: torch.dtype) -> Tensor:
     return torch.randn(1, TEXT, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
-def diffusers_wan(dtype: torch.dtype = torch.float32) -> Exported:
+def diffusers_wan(dtype: torch.dtype = torch.float32, grid: Grid = GRID) -> Exported:
     """diffusers' Wan T2V with one timestep."""
     model = WanTransformer3DModel(
         num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, ffn_dim=FFN, num_layers=LAYERS,
         text_dim=32,
     )  # fmt: skip
-    args = (latent(dtype), torch.tensor([500.0]), text(dtype))
+    args = (latent(dtype, grid), torch.tensor([500.0]), text(dtype))
     return random_weights(Velocity(model), dtype), args, {}
 
 
-def diffusers_ti2v(dtype: torch.dtype = torch.float32) -> Exported:
+def diffusers_ti2v(dtype: torch.dtype = torch.float32, grid: Grid = GRID) -> Exported:
     """The same with a timestep for each token, as Wan2.2 TI2V-5B has."""
-    model, (noise, time, prompt), _ = diffusers_wan(dtype)
-    tokens = GRID[0] * GRID[1] * GRID[2]
+    model, (noise, time, prompt), _ = diffusers_wan(dtype, grid)
+    tokens = grid[0] * grid[1] * grid[2]
     return model, (noise, time.expand(1, tokens).contiguous(), prompt), {}
 
 
-def diffusers_helios(dtype: torch.dtype = torch.float32) -> Exported:
+def diffusers_helios(dtype: torch.dtype = torch.float32, grid: Grid = GRID) -> Exported:
     """diffusers' Helios with its three histories."""
     model = HeliosTransformer3DModel(
         num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, ffn_dim=FFN, num_layers=LAYERS,
         text_dim=32, is_amplify_history=True,
     )  # fmt: skip
     frames = {"long": 16, "mid": 2, "short": 2}
-    given: dict[str, Tensor] = {"indices_hidden_states": torch.arange(20, 23)[None]}
+    given: dict[str, Tensor] = {"indices_hidden_states": torch.arange(20, 20 + grid[0])[None]}
     first = 1
     for seed, (name, count) in enumerate(frames.items()):
         given[f"indices_latents_history_{name}"] = torch.arange(first, first + count)[None]
-        given[f"latents_history_{name}"] = latent(dtype, count, seed + 5)
+        given[f"latents_history_{name}"] = latent(dtype, (count, *grid[1:]), seed + 5)
         first += count
-    args = (latent(dtype), torch.tensor([500]), text(dtype))
+    args = (latent(dtype, grid), torch.tensor([500]), text(dtype))
     return random_weights(Velocity(model), dtype), args, given
 
 
-def official_wan(dtype: torch.dtype = torch.float32) -> Exported:
+def official_wan(dtype: torch.dtype = torch.float32, grid: Grid = GRID) -> Exported:
     """Wan as the official code computes it."""
-    model = random_weights(OfficialWan(), torch.float32)
+    model = random_weights(OfficialWan(grid), torch.float32)
     model.lower(dtype)  # type: ignore[operator]
-    return model, (latent(torch.float32), torch.tensor([500.0]), text(dtype)), {}
+    return model, (latent(torch.float32, grid), torch.tensor([500.0]), text(dtype)), {}
 
 
 def axis_turns(length: int, dim: int) -> Tensor:
@@ -104,9 +105,9 @@ def axis_turns(length: int, dim: int) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def complex_rope(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate [1, L, H, D] by the position of each token in GRID; fp32."""
-    frames, rows, columns = GRID
+def complex_rope(x: Tensor, turns: Tensor, grid: Grid) -> Tensor:
+    """Rotate [1, L, H, D] by the position of each token in the grid; fp32."""
+    frames, rows, columns = grid
     pairs = x.shape[-1] // 2
     by_axis = turns.split([pairs - 2 * (pairs // 3), pairs // 3, pairs // 3], dim=1)
     rotated = []
@@ -114,9 +115,9 @@ def complex_rope(x: Tensor, turns: Tensor) -> Tensor:
         numbers = torch.view_as_complex(one.to(torch.float64).reshape(*one.shape[:-1], -1, 2))
         of_grid = torch.cat(
             [
-                by_axis[0][:frames].view(frames, 1, 1, -1).expand(*GRID, -1),
-                by_axis[1][:rows].view(1, rows, 1, -1).expand(*GRID, -1),
-                by_axis[2][:columns].view(1, 1, columns, -1).expand(*GRID, -1),
+                by_axis[0][:frames].view(frames, 1, 1, -1).expand(*grid, -1),
+                by_axis[1][:rows].view(1, rows, 1, -1).expand(*grid, -1),
+                by_axis[2][:columns].view(1, 1, columns, -1).expand(*grid, -1),
             ],
             dim=-1,
         ).reshape(frames * rows * columns, 1, -1)
@@ -146,14 +147,16 @@ class OfficialAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(DIM, DIM) for _ in range(4))
         self.norm_q, self.norm_k = Norm(), Norm()
 
-    def forward(self, x: Tensor, attended: Tensor, turns: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, attended: Tensor, turns: Tensor | None = None, grid: Grid = GRID
+    ) -> Tensor:
         dtype = self.q.weight.dtype
         q, k = self.norm_q(self.q(x.to(dtype))), self.norm_k(self.k(attended.to(dtype)))
         q, k, v = (
             value.unflatten(2, (HEADS, HEAD_DIM)) for value in (q, k, self.v(attended.to(dtype)))
         )
         if turns is not None:
-            q, k = complex_rope(q, turns), complex_rope(k, turns)
+            q, k = complex_rope(q, turns, grid), complex_rope(k, turns, grid)
         q, k, v = (value.to(dtype).transpose(1, 2) for value in (q, k, v))
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -170,14 +173,16 @@ class OfficialBlock(nn.Module):
             nn.Linear(DIM, FFN), nn.GELU(approximate="tanh"), nn.Linear(FFN, DIM)
         )
 
-    def forward(self, x: Tensor, steering: Tensor, turns: Tensor, attended: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, steering: Tensor, turns: Tensor, attended: Tensor, grid: Grid
+    ) -> Tensor:
         shift, scale, gate, shift2, scale2, gate2 = (
             part.squeeze(2) for part in (self.modulation_table + steering).chunk(6, dim=2)
         )
         dtype = self.ffn[0].weight.dtype
         hidden = (plain_norm(x) * (1 + scale) + shift).to(dtype)
-        x = x + self.self_attn(hidden, hidden, turns).float() * gate
-        x = x + self.cross_attn(self.norm3(x), attended, None).float()
+        x = x + self.self_attn(hidden, hidden, turns, grid).float() * gate
+        x = x + self.cross_attn(self.norm3(x), attended).float()
         hidden = (plain_norm(x) * (1 + scale2) + shift2).to(dtype)
         return x + self.ffn(hidden).float() * gate2
 
@@ -190,8 +195,9 @@ def plain_norm(x: Tensor) -> Tensor:
 class OfficialWan(nn.Module):
     """T2V: latent [1, 16, F, h, w], timestep [1], text [1, n, 32] -> velocity."""
 
-    def __init__(self) -> None:
+    def __init__(self, grid: Grid) -> None:
         super().__init__()
+        self.grid = grid
         self.patch_embedding = nn.Conv3d(16, DIM, kernel_size=(1, 2, 2), stride=(1, 2, 2))
         self.text_embedding = nn.Sequential(
             nn.Linear(32, DIM), nn.GELU(approximate="tanh"), nn.Linear(DIM, DIM)
@@ -223,12 +229,12 @@ class OfficialWan(nn.Module):
         steering = self.time_projection(time).unflatten(2, (6, DIM))
         attended = self.text_embedding(prompt)
         for block in self.blocks:
-            x = block(x, steering, self.freqs, attended)
+            x = block(x, steering, self.freqs, attended, self.grid)
         shift, scale = (
             part.squeeze(2) for part in (self.head_table[:, None] + time[:, :, None]).chunk(2, 2)
         )
         out = self.head(plain_norm(x) * (1 + scale) + shift)
-        frames, rows, columns = GRID
+        frames, rows, columns = self.grid
         out = out.view(frames, rows, columns, 1, 2, 2, 16)
         return torch.einsum("fhwpqrc->cfphqwr", out).reshape(1, *noise.shape[1:])
 
