@@ -132,7 +132,7 @@ class StridedWrites(pattern.RewriteRuleClassBase):  # type: ignore[misc]
                 return part
             parts.append(part)
         for node in chain[:-1]:
-            for reader in _readers(node.outputs[0], chain):
+            for reader in _readers(node.outputs[0]):
                 return f"{reader.name or reader.op_type} reads it between its writes"
         return arrange(sizes[0], parts)
 
@@ -217,12 +217,12 @@ def _is_data_of(use: tuple[ir.Node, int], written: ir.Value) -> bool:
     )
 
 
-def _readers(value: ir.Value, chain: list[ir.Node]) -> Iterator[ir.Node]:
-    """What reads a value's numbers, but for the writes of the chain."""
+def _readers(value: ir.Value) -> Iterator[ir.Node]:
+    """What reads a value's numbers; a further write does not, of another chain neither."""
     if value.is_graph_output():
         yield ir.node("output", [])
     for node, index in _followers(value):
-        if node.op_type != "Shape" and not (node in chain and index == 0):
+        if node.op_type != "Shape" and not (node.op_type == "ScatterND" and index == 0):
             yield node
 
 

@@ -130,26 +130,41 @@ FITTING: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", FITTING)
-def test_writes_that_make_up_a_tensor_are_assembled(name: str, form: str) -> None:
-    found, program = rewritten(FITTING[name], X, form=form)
+def test_writes_that_make_up_a_tensor_are_assembled(name: str) -> None:
+    found, program = rewritten(FITTING[name], X)
     assert found.counts[STRIDED_WRITES] == (2 if name == "two at once" else 1)
     assert not found.left
     assert count(lint_program(program))["strided_write"] == 0
 
 
+def test_they_are_assembled_in_a_program_without_mutation() -> None:
+    """All in one program, for its export takes the time."""
+
+    def every(module: Any, x: Tensor) -> list[Tensor]:
+        return [function(module, x) for function in FITTING.values()]
+
+    found, program = rewritten(every, X, form="decomposed")
+    assert found.counts[STRIDED_WRITES] == len(FITTING) + 1
+    assert not found.left
+    assert count(lint_program(program))["strided_write"] == 0
+
+
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_functions_of_diffusers_keep_every_bit(dtype: torch.dtype, form: str) -> None:
+def test_the_functions_of_diffusers_keep_every_bit(form: str) -> None:
     generator = torch.Generator().manual_seed(1)
-    q = torch.randn(1, 8, 2, 12, generator=generator).to(dtype)
+    q = torch.randn(1, 8, 2, 12, generator=generator)
     cos, sin = torch.randn(2, 1, 8, 1, 6, generator=generator)
-    found, _ = rewritten(lambda _, x, c, s: strided(x, c, s), q, cos, sin, form=form)
-    assert found.counts[STRIDED_WRITES] == 1
     table = torch.randn(1, 8, 24, generator=generator)
-    found, _ = rewritten(lambda _, x, t: apply_rotary_emb_transposed(x, t), q, table, form=form)
-    assert found.counts[STRIDED_WRITES] == 1
+
+    def both(_: Any, *given: Tensor) -> list[Tensor]:
+        *queries, c, s, t = given
+        turned = [strided(one, c, s) for one in queries]
+        return turned + [apply_rotary_emb_transposed(one, t) for one in queries]
+
+    queries = [q.to(dtype) for dtype in DTYPES]
+    found, _ = rewritten(both, *queries, cos, sin, table, form=form)
+    assert found.counts[STRIDED_WRITES] == 2 * len(DTYPES)
 
 
 def test_indices_of_an_axis_are_written_too() -> None:
@@ -269,15 +284,31 @@ OF_MUTATION: dict[str, tuple[Callable[..., Tensor], str]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LOOK_ALIKES)
-def test_look_alikes_are_left_with_the_reason(name: str, form: str) -> None:
+def test_look_alikes_are_left_with_the_reason(name: str) -> None:
     function, reason = LOOK_ALIKES[name]
-    program = exported(function, X, form=form)
+    program = exported(function, X)
     before = operators(program)
     found = rewrite(program)
     assert found.counts[STRIDED_WRITES] == 0
     assert reason in reasons(found)
+    assert operators(program) == before
+
+
+def test_they_are_left_in_a_program_without_mutation() -> None:
+    """All in one program, the one that changes its input last."""
+    last = [function for function, reason in LOOK_ALIKES.values() if function is of_the_caller]
+    others = [function for function, _ in LOOK_ALIKES.values() if function is not of_the_caller]
+
+    def every(module: Any, x: Tensor) -> list[Tensor]:
+        return [function(module, x) for function in others + last]
+
+    program = exported(every, X, form="decomposed")
+    before = operators(program)
+    found = rewrite(program)
+    assert found.counts[STRIDED_WRITES] == 0
+    assert len(found.left) == len(LOOK_ALIKES)
+    assert all(reason in reasons(found) for _, reason in LOOK_ALIKES.values())
     assert operators(program) == before
 
 
