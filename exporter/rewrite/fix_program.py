@@ -1,6 +1,7 @@
 """`wanexport lint module:function`: export, lint, and with --fix rewrite, prove and save."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch.export import ExportedProgram
@@ -12,7 +13,7 @@ from wanexport.exporter.rewrite.proof import Proof
 from wanexport.exporter.rewrite.record import RULES, Rewriting, total
 from wanexport.exporter.rewrite.rewrite import apply, unknown_writes
 from wanexport.runtime.bundle.durable import durable_file
-from wanexport.runtime.errors import BadRequest, first_line, printable
+from wanexport.runtime.errors import BadRequest, WanExportError, first_line, printable
 
 
 def export_function(target: str) -> ExportedProgram:
@@ -46,5 +47,16 @@ def fix_program(program: ExportedProgram, output: Path) -> tuple[Rewriting, list
             proof.check(program, rule)
         parts.append(done)
     with durable_file(output) as file, quiet("torch"):
-        torch.export.save(program, file)  # type: ignore[arg-type]
+        _save(program, file)
     return total([*parts, unknown_writes(program)]), lint_program(program), proof.runs
+
+
+def _save(program: ExportedProgram, file: BinaryIO) -> None:
+    """Save the program. Raises WanExportError when torch.export.save does not take it."""
+    try:
+        torch.export.save(program, file)  # type: ignore[arg-type]
+    except OSError:
+        raise
+    except Exception as error:
+        reason = printable(f"{type(error).__name__}: {first_line(error)}", 300)
+        raise WanExportError(f"torch.export.save does not take the program: {reason}") from error

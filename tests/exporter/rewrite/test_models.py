@@ -37,7 +37,7 @@ QUICK = [
     (name, dtype)
     for name in MODELS
     for dtype in DTYPES
-    if dtype is DTYPES[0] or name in ("diffusers Wan", "official Wan")
+    if name in ("diffusers Wan", "official Wan")
 ]
 LONG = [(name, dtype) for name in MODELS for dtype in DTYPES if (name, dtype) not in QUICK]
 
