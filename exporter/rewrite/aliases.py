@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -84,7 +85,7 @@ def changed_roots(graph: Graph) -> set[Node]:
     return {root for node in graph.nodes for target in written(node) for root in roots(target)}
 
 
-def _given(node: Node) -> Iterator[tuple[Node, object]]:
+def _given(node: Node) -> Iterator[tuple[Node, Any]]:
     """Each tensor argument with what the schema says of its memory."""
     assert isinstance(node.target, torch._ops.OpOverload)
     for i, argument in enumerate(node.target._schema.arguments):

@@ -47,34 +47,39 @@ def _size(node: Node, axis: int) -> int:
 def _rewrite(node: Node, rows: Node, axis: int) -> str | None:
     """Rewrite one product; the reason why it is left, empty where there is nothing to gain."""
     made, count = value_of(node), _size(node, axis)
-    given = [value_of(one) for one in node.all_input_nodes]
-    if made is None or any(value is None for value in given):
+    few = [kept for kept in _KEPT if kept < count]
+    if made is None or node.kwargs or 0 <= count <= _KEPT[0]:
         return ""
-    if count < 0 or not all(isinstance(n, int) for n in made.shape):
+    if count < 0 or not _is_static(node):
         return "its shape is not of numbers"
     if not made.is_contiguous():
         return "its result is not contiguous"
     kept = _fewest(node, rows, axis, count)
     if kept is None:
-        few = ", ".join(str(n) for n in _KEPT if n < count)
-        return (
-            f"products of {few} rows round otherwise than one of {count}, on this "
-            + str(made.device.type)
-            if few
-            else ""
-        )
-    if kept >= count:
-        return ""
+        shown = ", ".join(map(str, few))
+        where = f"on this {made.device.type}"
+        return f"products of {shown} rows round otherwise than one of {count}, {where}"
+    _replace(node, rows, axis, kept, made)
+    return None
+
+
+def _is_static(node: Node) -> bool:
+    values = [value_of(one) for one in (node, *node.all_input_nodes)]
+    return all(v is not None and all(isinstance(n, int) for n in v.shape) for v in values)
+
+
+def _replace(node: Node, rows: Node, axis: int, kept: int, made: Tensor) -> None:
+    """Put copies of the first of a few rows in the place of the product."""
     call = Writer(node, node).call
     some = call(aten.slice.Tensor, rows, axis, 0, kept)
     some = call(aten.clone.default, some, memory_format=torch.contiguous_format)
-    product = call(node.target, *(some if one is rows else one for one in node.args), **node.kwargs)
+    assert isinstance(node.target, torch._ops.OpOverload)
+    product = call(node.target, *(some if one is rows else one for one in node.args))
     row = call(aten.slice.Tensor, product, axis, 0, 1)
     copies = call(aten.expand.default, row, list(made.shape))
     dense = call(aten.clone.default, copies, memory_format=torch.contiguous_format)
     node.replace_all_uses_with(dense)
     node.graph.erase_node(node)
-    return None
 
 
 def _fewest(node: Node, rows: Node, axis: int, count: int) -> int | None:
@@ -84,7 +89,8 @@ def _fewest(node: Node, rows: Node, axis: int, count: int) -> int | None:
         None if v is None else (v.dtype, tuple(v.shape), tuple(v.stride())) for v in operands
     )
     device = next(v.device for v in operands if v is not None)
-    return _try(node.target, layouts, node.args.index(rows), axis, count, device)  # type: ignore[arg-type]
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return _try(node.target, layouts, node.args.index(rows), axis, count, device)
 
 
 @lru_cache(maxsize=64)

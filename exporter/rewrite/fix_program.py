@@ -54,7 +54,7 @@ def fix_program(program: ExportedProgram, output: Path) -> tuple[Rewriting, list
 def _save(program: ExportedProgram, file: BinaryIO) -> None:
     """Save the program. Raises WanExportError when torch.export.save does not take it."""
     try:
-        torch.export.save(program, file)  # type: ignore[arg-type]
+        torch.export.save(program, file)
     except OSError:
         raise
     except Exception as error:

@@ -50,7 +50,7 @@ def _state_types(graph: ir.Graph, inferred: onnx.ModelProto) -> None:
 
 def _inside(model: ir.Model) -> Iterator[Left]:
     """The writes in functions, and in the branches and bodies of control flow."""
-    parts = [model.graph, *model.functions.values()]
+    parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for part in parts:
         for node in ir.traversal.RecursiveGraphIterator(part):
             if node.op_type == "ScatterND" and node.graph is not model.graph:

@@ -1,6 +1,7 @@
 """A program before and after a rewrite, run on the same inputs."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def _variants(example: _Inputs) -> Iterator[_Inputs]:
     yield example
     for seed in _SEEDS:
         generator = torch.Generator().manual_seed(seed)
-        yield pytree.tree_map_only(Tensor, lambda t, g=generator: _noise(t, g), example)
+        yield pytree.tree_map_only(Tensor, partial(_noise, generator=generator), example)
 
 
 def _noise(value: Tensor, generator: torch.Generator) -> Tensor:

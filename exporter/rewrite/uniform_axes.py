@@ -139,7 +139,8 @@ def _transposed(node: Node, value: Tensor, found: dict[Node, Axes]) -> Axes:
     rank = value.dim()
     order = list(range(rank))
     if node.target is aten.permute.default:
-        order = [axis % rank for axis in node.args[1]]  # type: ignore[union-attr, operator]
+        stated: Any = node.args[1]
+        order = [int(axis) % rank for axis in stated]
     else:
         a, b = (int(axis) % rank for axis in node.args[1:3])  # type: ignore[arg-type]
         order[a], order[b] = b, a

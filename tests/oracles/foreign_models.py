@@ -179,7 +179,7 @@ class OfficialBlock(nn.Module):
         shift, scale, gate, shift2, scale2, gate2 = (
             part.squeeze(2) for part in (self.modulation_table + steering).chunk(6, dim=2)
         )
-        dtype = self.ffn[0].weight.dtype
+        dtype = next(self.ffn.parameters()).dtype
         hidden = (plain_norm(x) * (1 + scale) + shift).to(dtype)
         x = x + self.self_attn(hidden, hidden, turns, grid).float() * gate
         x = x + self.cross_attn(self.norm3(x), attended).float()

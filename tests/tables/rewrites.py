@@ -9,11 +9,13 @@ ScatterND are counted in what torch.onnx.export makes of the program, and once m
 `lint --fix` of that ONNX file.
 """
 
+import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import onnx
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from tests.oracles.foreign_models import DTYPES, GRID, LAYERS, MODELS, Exported, Grid
@@ -68,21 +71,21 @@ def to_onnx(program: ExportedProgram, path: Path) -> Path | str:
             made = torch.onnx.export(program, dynamo=True, opset_version=20, verbose=False)
         assert made is not None
         made.save(path)
-    except Exception as error:
-        lines = [line for line in str(error).splitlines() if "No ONNX function" in line]
-        return (lines or [first_line(error)])[-1].strip()[:90]
+    except torch.onnx.OnnxExporterError as error:
+        reason = re.search(r"Failure message: (.*)|No ONNX function.*", str(error))
+        return reason[1] or reason[0] if reason else first_line(error)
     return path
 
 
 def scatters(path: Path | str) -> str:
     """ScatterND a block, or why there is no graph."""
     if isinstance(path, str):
-        return f"no export ({path})"
+        return f"no export: {path}"
     graph = onnx.load(path, load_external_data=False).graph
     return f"{sum(node.op_type == 'ScatterND' for node in graph.node) / LAYERS:g}"
 
 
-def medians(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
+def medians(calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
     """The median time of each call in ms; the calls alternate."""
     times: list[list[float]] = [[] for _ in calls]
     for number in range(rounds + 2):
@@ -105,7 +108,7 @@ def time_onnx(paths: list[Path | str], given: list[Tensor], rounds: int) -> str:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         names = [one.name for one in session.get_inputs()]
         feeds = {name: one.numpy() for name, one in zip(names, given)}
-        calls.append(lambda s=session, f=feeds: s.run(None, f))
+        calls.append(partial(session.run, None, feeds))
     before, after = medians(calls, rounds)
     return f"{before:.1f} -> {after:.1f}"
 
@@ -123,18 +126,20 @@ def time_aoti(make: Callable[..., Exported], grid: Grid, device: str, rounds: in
             rewrite(program)
         given = made[1:]
         if device == "cuda":
-            program = torch.export.passes.move_to_device_pass(program, device)
+            program = move_to_device_pass(program, device)
             given = pytree.tree_map_only(Tensor, lambda t: t.to(device), given)
         with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet("torch"):
             package = str(Path(folder) / "model.pt2")
             torch._inductor.aoti_compile_and_package(program, package_path=package)
             loaded = torch._inductor.aoti_load_package(package)
-        calls.append(lambda m=loaded, g=given: (m(*g[0], **g[1]), _wait(device)))
+        calls.append(partial(_call, loaded, given, device))
     before, after = medians(calls, rounds)
     return f"{before:.2f} -> {after:.2f}"
 
 
-def _wait(device: str) -> None:
+def _call(loaded: Any, given: Any, device: str) -> None:
+    """Run a package to its end."""
+    loaded(*given[0], **given[1])
     if device == "cuda":
         torch.cuda.synchronize()
 
