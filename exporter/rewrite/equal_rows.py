@@ -50,6 +50,8 @@ def _rewrite(node: Node, rows: Node, axis: int) -> str | None:
     few = [kept for kept in _KEPT if kept < count]
     if made is None or node.kwargs or 0 <= count <= _KEPT[0]:
         return ""
+    if made.device.type == "meta":
+        return "its tensors have no data, so its rounding cannot be tried"
     if count < 0 or not _is_static(node):
         return "its shape is not of numbers"
     if not made.is_contiguous():

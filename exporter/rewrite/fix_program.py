@@ -1,5 +1,7 @@
 """`wanexport lint module:function`: export, lint, and with --fix rewrite, prove and save."""
 
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +28,8 @@ def export_function(target: str) -> ExportedProgram:
         return made
     model, args, kwargs = made
     try:
-        with torch.no_grad(), quiet("torch"):
+        # Of a model that it does not take, PyTorch prints the graph.
+        with torch.no_grad(), quiet("torch"), redirect_stderr(io.StringIO()):
             return torch.export.export(model, args, kwargs)
     except Exception as error:
         reason = printable(f"{type(error).__name__}: {first_line(error)}", 300)

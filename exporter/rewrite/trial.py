@@ -11,6 +11,8 @@ _Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]
 
 def product_is_exact(first: Tensor, second: Tensor) -> str | None:
     """Why a product of tensors of these sizes, strides and types is not exact; None if it is."""
+    if first.device.type == "meta":
+        return "its tensors have no data, so its rounding cannot be tried"
     product = torch.broadcast_shapes(first.shape, second.shape)
     layouts = [_layout(value.expand(product)) for value in (first, second)]
     if _try(layouts[0], layouts[1], first.device):

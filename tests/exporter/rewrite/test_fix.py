@@ -1,6 +1,7 @@
 """`lint --fix`: what it writes, what it refuses, and that nothing is half written."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,23 @@ def test_an_output_is_replaced_only_with_overwrite(
     assert (folder / there).read_text() == "mine"
     assert invoke(target, "--fix", "-o", output, "--overwrite").exit_code in (0, 1)
     assert (folder / output).read_bytes() != b"mine"
+
+
+def test_a_model_that_is_not_exported_is_one_line_on_the_terminal(folder: Path) -> None:
+    """PyTorch prints the graph of such a model."""
+    (folder / "sized.py").write_text(
+        "import torch\n"
+        "class Model(torch.nn.Module):\n"
+        "    def forward(self, x, table):\n"
+        "        a, b = torch.tensor(x.shape).tolist()\n"
+        "        return table[:a].view(a, 1, -1).expand(a, b, -1)\n"
+        "def model(): return Model(), (torch.ones(3, 4), torch.ones(9, 2))\n"
+    )
+    command = [sys.executable, "-m", "wanexport.exporter.cli.main", "lint", "sized:model"]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 2
+    assert child.stderr.startswith("error: torch.export does not take the model of sized:model: ")
+    assert child.stderr.count("\n") == 1
 
 
 def test_a_pt2_is_never_loaded(folder: Path) -> None:
