@@ -1,7 +1,6 @@
 """`lint --fix`: what it writes, what it refuses, and that nothing is half written."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tests.exporter.rewrite.test_strided_writes import FITTING
 from wanexport.exporter.cli.main import cli
 from wanexport.exporter.rewrite import rewrite as rules
 from wanexport.exporter.rewrite.bits import differing
-from wanexport.exporter.rewrite.fix_program import fix_program
+from wanexport.exporter.rewrite.fix_program import export_function, fix_program
 from wanexport.exporter.rewrite.proof import Proof
 from wanexport.exporter.rewrite.record import RULES, STRIDED_WRITES, Rewriting
 from wanexport.runtime.errors import BadRequest, WanExportError
@@ -146,21 +145,22 @@ def test_an_output_is_replaced_only_with_overwrite(
     assert (folder / output).read_bytes() != b"mine"
 
 
-def test_a_model_that_is_not_exported_is_one_line_on_the_terminal(folder: Path) -> None:
+def test_a_model_that_is_not_exported_leaves_no_more_on_the_terminal(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """PyTorch prints the graph of such a model."""
-    (folder / "sized.py").write_text(
+    (folder / "sized_to_fix.py").write_text(
         "import torch\n"
         "class Model(torch.nn.Module):\n"
         "    def forward(self, x, table):\n"
-        "        a, b = torch.tensor(x.shape).tolist()\n"
-        "        return table[:a].view(a, 1, -1).expand(a, b, -1)\n"
+        "        a, b = torch.stack([torch.tensor(x.shape)]).tolist()[0]\n"
+        "        return table[:a].view(a, 1, -1).expand(a, b, -1).reshape(a * b, -1)\n"
         "def model(): return Model(), (torch.ones(3, 4), torch.ones(9, 2))\n"
     )
-    command = [sys.executable, "-m", "wanexport.exporter.cli.main", "lint", "sized:model"]
-    child = subprocess.run(command, capture_output=True, text=True)
-    assert child.returncode == 2
-    assert child.stderr.startswith("error: torch.export does not take the model of sized:model: ")
-    assert child.stderr.count("\n") == 1
+    with pytest.raises(BadRequest, match="does not take the model") as raised:
+        export_function("sized_to_fix:model")
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_pt2_is_never_loaded(folder: Path) -> None:
