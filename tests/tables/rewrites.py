@@ -72,8 +72,8 @@ def to_onnx(program: ExportedProgram, path: Path) -> Path | str:
         assert made is not None
         made.save(path)
     except torch.onnx.OnnxExporterError as error:
-        reason = re.search(r"Failure message: (.*)|No ONNX function.*", str(error))
-        return reason[1] or reason[0] if reason else first_line(error)
+        reason = re.search(r"Failure message: (.*)", str(error))
+        return reason[1] if reason else first_line(error)
     return path
 
 
