@@ -10,6 +10,7 @@ COPIES, COLLECTIVES, OTHER = "copies", "collectives", "other"
 KINDS = (PRODUCTS, ATTENTION, ELEMENTWISE, COPIES, COLLECTIVES, OTHER)
 
 _KERNELS = (  # the first that is found decides
+    (ELEMENTWISE, r"^triton_(poi|red|per|for|split_scan)_"),  # Inductor's; operators' names follow
     (COLLECTIVES, r"nccl|rccl|c10d::|gloo:"),
     (ATTENTION, r"flash|fmha|attention|attn|sdpa|_mha|mha_"),
     (COPIES, r"^memcpy|^memset|catarray|copy_kernel|copyKernel|fillfunctor|transpose"),

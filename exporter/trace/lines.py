@@ -10,6 +10,7 @@ from wanexport.exporter.trace.event import FRAME, MARK, Called, Event, Line
 _MARK = re.compile(r"wanexport line (\d+)")
 _FRAME = re.compile(r"(.+\.py)\((\d+)\): (.+)")
 _WRITTEN = re.compile(r"(.+):(\d+)\t(.*)")
+_OURS = Path(__file__).parents[2]
 _TORCH = re.compile(r"(^|/)(torch|<frozen [^>]*>)/")
 
 
@@ -38,6 +39,8 @@ def shown(file: str) -> str:
     path = Path(file)
     if path.is_absolute() and path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
+    elif any(path.is_relative_to(_OURS / room) for room in ("exporter", "graphs", "runtime")):
+        path = "wanexport" / path.relative_to(_OURS)  # of a clone, whose folder has any name
     _, found, inner = path.as_posix().rpartition("/site-packages/")
     return inner if found else path.as_posix()
 

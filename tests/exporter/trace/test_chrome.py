@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.exporter.trace.traces import raw
+from wanexport.exporter.trace import lines
 from wanexport.exporter.trace.chrome import (
     events_of,
     read_trace,
@@ -135,4 +136,5 @@ def test_a_file_is_shown_from_where_the_user_is(
     library = "/opt/venv/lib/python3.11/site-packages/diffusers/models/wan.py"
     assert shown(library) == "diffusers/models/wan.py"
     assert shown("/elsewhere/x.py") == "/elsewhere/x.py"
+    assert shown(lines.__file__) == "wanexport/exporter/trace/lines.py"
     assert shown("<string>") == "<string>"
