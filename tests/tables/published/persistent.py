@@ -22,6 +22,7 @@ import numpy as np
 
 from tests.tables.published.clock import Times, clock_of_process, spread
 from tests.tables.published.section import Cells, Place, Section, main
+from wanexport.runtime.arrays import Array, to_numpy
 
 PROMPTS = ("a red circle moves left", "a blue square moves left", "a red square moves up")
 ROUNDS, STEPS = 5, 4
@@ -34,10 +35,11 @@ class Codec:
         """Text-to-video encodes nothing."""
         raise AssertionError(f"a video {video.shape} to encode")
 
-    def decode(self, latent: np.ndarray) -> np.ndarray:
+    def decode(self, latent: Array) -> np.ndarray:
         """uint8 [F, H, W, 3] of a latent [1, 16, f, h, w]."""
         _, _, f, h, w = latent.shape
-        return np.full((4 * f - 3, 8 * h, 8 * w, 3), abs(latent.sum()) % 256, np.uint8)
+        value = abs(to_numpy(latent).sum()) % 256
+        return np.full((4 * f - 3, 8 * h, 8 * w, 3), value, np.uint8)
 
 
 def encode(prompts: Sequence[str]) -> list[np.ndarray]:
@@ -61,7 +63,7 @@ def serve(bundle: str, device: str, requests: int) -> None:
         for number, prompt in enumerate(PROMPTS[:requests], 1):
             made = pipeline.generate(prompt, steps=STEPS)
             stages[f"request {number}"], last = clock() - last, clock()
-            digests.append(hashlib.md5(made.latent.tobytes()).hexdigest())
+            digests.append(hashlib.md5(to_numpy(made.latent).tobytes()).hexdigest())
     print(json.dumps({"stages": stages, "latents": digests}))
 
 
