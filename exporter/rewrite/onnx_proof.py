@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.errors import first_line, printable
+from wanexport.runtime.engines.onnx import import_onnxruntime
+from wanexport.runtime.errors import BundleError, first_line, printable
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -23,11 +24,11 @@ def compare(original: Path, rewritten: Path) -> tuple[str | None, str | None]:
     ONNX Runtime optimizes neither: it would round differently what it fuses in one of them.
     """
     try:
-        import onnxruntime  # noqa: F401
-    except ImportError:
-        return None, "ONNX Runtime is not installed"
+        runtime = import_onnxruntime()
+    except BundleError as error:
+        return None, str(error)
     try:
-        first = _session(original)
+        first = _session(runtime, original)
         feeds = _feeds(first)
         expected = feeds if isinstance(feeds, str) else first.run(None, feeds)
     except Exception as error:  # of ONNX Runtime, whose exceptions have no other base
@@ -36,7 +37,7 @@ def compare(original: Path, rewritten: Path) -> tuple[str | None, str | None]:
         return None, feeds
     del first
     try:
-        found = _session(rewritten).run(None, feeds)
+        found = _session(runtime, rewritten).run(None, feeds)
     except Exception as error:
         return f"ONNX Runtime does not run it: {printable(first_line(error), 200)}", None
     for i, (a, b) in enumerate(zip(expected, found)):
@@ -45,13 +46,11 @@ def compare(original: Path, rewritten: Path) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+def _session(runtime: Any, path: Path) -> Any:
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _feeds(session: Any) -> dict[str, np.ndarray] | str:
