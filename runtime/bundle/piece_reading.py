@@ -45,7 +45,13 @@ def pieces_of(name: str, source: int, target: Tensor, dtype: torch.dtype) -> Ite
         yield Piece(name, source + begin * dtype.itemsize, values[begin : begin + step], dtype)
 
 
-def read_pieces(descriptor: int, file: Path, pieces: Sequence[Piece], arrived: Arrived) -> None:
+def _nobody(pieces: Sequence[Piece]) -> None:
+    """Is told of pieces and does nothing."""
+
+
+def read_pieces(
+    descriptor: int, file: Path, pieces: Sequence[Piece], arrived: Arrived = _nobody
+) -> None:
     """Read pieces of an open file, which errors call `file`, on this thread.
 
     Raises BundleError when the file ends before them.

@@ -24,6 +24,19 @@ class UMT5Config:
     max_distance: int  # from which on all positions share a bucket
     norm_eps: float
 
+    def __post_init__(self) -> None:
+        exact = self.num_buckets // 4
+        if not 0 < exact < self.max_distance:
+            raise ValueError(
+                f"{self.num_buckets} buckets of positions for distances below {self.max_distance}: "
+                f"expected 4 or more buckets, and a distance over a quarter of them"
+            )
+        if not self.num_layers or not 0 < self.norm_eps < 1:
+            raise ValueError(
+                f"{self.num_layers} layers and norms' epsilon {self.norm_eps}: expected a layer at "
+                f"least, and an epsilon between 0 and 1"
+            )
+
 
 class UMT5Encoder(nn.Module):
     """Embeddings [B, S, dim] of token ids [B, S]; every token attends to all of its row."""
