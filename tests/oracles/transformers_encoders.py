@@ -1,4 +1,4 @@
-"""transformers' umT5 and CLIP with the official tensors, whose results ours must have to the bit."""
+"""transformers' umT5 and CLIP with official tensors, whose results ours must have to the bit."""
 
 from collections.abc import Mapping
 
