@@ -16,6 +16,7 @@ from wanexport.runtime.errors import BadRequest, EngineFailure, needing_extra
 from wanexport.runtime.machine.memory import free_bytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from wanexport.runtime.parts.vit import VisionTransformer
@@ -64,7 +65,8 @@ class CLIPImageEncoder:
         import torch
 
         with torch.inference_mode():
-            pixels = torch.cat([_prepared(image, self._model) for image in images])
+            weight, side = self._model.patch_embedding.weight, self._model.config.image_size
+            pixels = torch.cat([prepared(i, side, weight.dtype, weight.device) for i in images])
             features = self._model(pixels).float().cpu().numpy()
         return np.asarray(features).reshape(1, -1, features.shape[-1])
 
@@ -78,15 +80,16 @@ class CLIPImageEncoder:
         free_unused_memory()
 
 
-def _prepared(image: np.ndarray, model: "VisionTransformer") -> "Tensor":
-    """The model's input [1, 3, 224, 224]. Overshoot of the resampling is not clipped."""
+def prepared(
+    image: np.ndarray, side: int, dtype: "torch.dtype", device: "torch.device | str"
+) -> "Tensor":
+    """The tower's input [1, 3, side, side]. Overshoot of the resampling is not clipped."""
     import torch
     from torch.nn import functional
 
     if image.ndim != 3 or image.shape[0] != 3:
         raise BadRequest(f"image has shape {list(image.shape)}, expected [3, H, W]")
-    weight, side = model.patch_embedding.weight, model.config.image_size
-    pixels = torch.as_tensor(image, dtype=torch.float32, device=weight.device)[None]
+    pixels = torch.as_tensor(image, dtype=torch.float32, device=device)[None]
     pixels = functional.interpolate(pixels, (side, side), mode="bicubic", align_corners=False)
     mean, std = pixels.new_tensor([_MEAN, _STD])[..., None, None]
-    return ((pixels * 0.5 + 0.5 - mean) / std).to(weight.dtype)
+    return ((pixels * 0.5 + 0.5 - mean) / std).to(dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class UMT5Encoder(nn.Module):
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.token_embedding = _Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
         self.norm = _RMSNorm(config.dim, config.norm_eps)
 
@@ -54,6 +55,17 @@ class UMT5Encoder(nn.Module):
         for block in self.blocks:
             x = block(x, buckets)
         return self.norm(x)
+
+
+class _Embedding(nn.Module):
+    """PyTorch's own fills its weight, for which the meta device imports a compiler."""
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dim))
+
+    def forward(self, places: Tensor) -> Tensor:
+        return functional.embedding(places, self.weight)
 
 
 class _Block(nn.Module):
@@ -94,7 +106,7 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (self._heads(project(x)) for project in (self.q, self.k, self.v))
         scores = q @ k.transpose(2, 3) + bias
-        weights = scores.float().softmax(-1).to(scores.dtype)
+        weights = scores.float().softmax(-1).to(scores.dtype)  # PyTorch's in bf16 rounds otherwise
         return self.o((weights @ v).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -123,7 +135,7 @@ class _GELU(nn.Module):
 class _PositionBias(nn.Module):
     def __init__(self, config: UMT5Config) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(config.num_buckets, config.num_heads)
+        self.embedding = _Embedding(config.num_buckets, config.num_heads)
 
     def forward(self, buckets: Tensor) -> Tensor:
         return self.embedding(buckets).permute(2, 0, 1)[None]  # [1, H, S, S]

@@ -1,9 +1,11 @@
 """transformers' umT5 and CLIP with official tensors, whose results ours must have to the bit."""
 
 from collections.abc import Mapping
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 _UMT5 = {
@@ -47,8 +49,10 @@ def umt5_of(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> UMT5Enco
     named = {_renamed(name, _UMT5): tensor for name, tensor in tensors.items()}
     named["encoder.final_layer_norm.weight"] = named.pop("norm.weight")
     named["encoder.embed_tokens.weight"] = named["shared.weight"]
-    model = UMT5EncoderModel(config).to(named["shared.weight"].dtype).eval()
-    model.load_state_dict(named)
+    with torch.device("meta"):
+        model = UMT5EncoderModel(config).eval()
+    model.encoder.embed_tokens = model.shared
+    model.load_state_dict(named, assign=True)
     return model
 
 
@@ -78,8 +82,12 @@ def clip_of(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> CLIPVisi
 
 
 def umt5_embedding(model: UMT5EncoderModel, ids: list[int]) -> Tensor:
-    """The embedding [n, dim] of token ids."""
-    with torch.inference_mode():
+    """The embedding [n, dim] of token ids.
+
+    The softmax is fp32's, as in the official code and in transformers before version 5: where a CPU
+    takes it of bf16, some elements are rounded otherwise.
+    """
+    with torch.inference_mode(), patch.object(functional, "softmax", _softmax):
         tokens = torch.tensor([ids], device=model.device)
         embedding: Tensor = model(input_ids=tokens).last_hidden_state[0]
     return embedding
@@ -90,6 +98,10 @@ def clip_features(model: CLIPVisionModel, pixels: Tensor) -> Tensor:
     with torch.inference_mode():
         features: Tensor = model(pixels, output_hidden_states=True).hidden_states[-2]
     return features
+
+
+def _softmax(scores: Tensor, dim: int) -> Tensor:
+    return scores.float().softmax(dim).to(scores.dtype)
 
 
 def _renamed(name: str, table: Mapping[str, str]) -> str:

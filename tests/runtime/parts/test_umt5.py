@@ -34,7 +34,7 @@ def test_embeddings_are_those_of_transformers_to_the_bit(
     tensors = {name: tensor.to(dtype) for name, tensor in state(text_shapes(sizes)).items()}
     ours, theirs = UMT5Encoder(config_of(sizes)).to(dtype).eval(), umt5_of(tensors, sizes)
     ours.load_state_dict(tensors)
-    for length in (1, 2, 5, 33, 130, 512):
+    for length in (1, 2, 5, 33, 82, 130, 300, 512):
         ids = torch.randint(sizes["vocab"], (length,)).tolist()
         with torch.inference_mode():
             (embedding,) = ours(torch.tensor([ids]))
