@@ -103,6 +103,8 @@ def read_to(
                 files[stored.file] += pieces_of(
                     name, stored.offset, values[name], stored.tensor.dtype
                 )
+    if device.type == "cuda":  # what still reads this memory, freed before, must end first
+        torch.cuda.synchronize(device)
     for file, pieces in files.items():
         with file.opened() as descriptor, ThreadPoolExecutor(THREADS) as pool:
             read = partial(read_pieces, descriptor, file.path)

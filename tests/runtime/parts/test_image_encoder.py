@@ -28,7 +28,7 @@ from tests.oracles.transformers_encoders import clip_features, clip_of
 from wanexport.runtime.errors import BadRequest, BundleError, EngineFailure, WanExportError
 from wanexport.runtime.parts import fill_model, vit_files
 from wanexport.runtime.parts.fill_model import read_to
-from wanexport.runtime.parts.image_encoder import CLIPImageEncoder, open_image_encoder
+from wanexport.runtime.parts.image_encoder import CLIPImageEncoder, open_image_encoder, prepared
 from wanexport.runtime.parts.stored import StoredTensor
 
 OFFICIAL = json.loads(VALUES.read_text())["features"]
@@ -76,11 +76,11 @@ def test_both_layouts_give_the_bits_of_transformers(
 ) -> None:
     opened = open_image_encoder(checkpoint if layout == "official" else folder)
     theirs = clip_of(state(image_shapes(IMAGE_SIZES)), IMAGE_SIZES)
-    features = clip_features(theirs, torch.cat([prepared(image) for image in images()]))
+    features = clip_features(theirs, torch.cat([prepared_here(image) for image in images()]))
     assert np.array_equal(opened(images())[0], features.flatten(0, 1).numpy())
 
 
-def prepared(image: np.ndarray) -> Tensor:
+def prepared_here(image: np.ndarray) -> Tensor:
     """An image as the official code gives it to its tower, in fp32."""
     pixels = functional.interpolate(torch.from_numpy(image)[None], (42, 42), mode="bicubic")
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
@@ -97,9 +97,21 @@ def test_what_several_threads_read_to_a_device_is_rounded_as_transformers_would(
     values = read_to(torch.device("cpu"), found, torch.float16)
     model.load_state_dict(values, assign=True)
     theirs = clip_of(state(image_shapes(IMAGE_SIZES)), IMAGE_SIZES).half()
-    pixels = prepared(images()[0]).half()
+    pixels = prepared_here(images()[0]).half()
     with torch.inference_mode():
         assert torch.equal(model(pixels), clip_features(theirs, pixels))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+def test_on_a_gpu_it_has_the_bits_of_transformers(
+    layout: str, checkpoint: Path, folder: Path
+) -> None:
+    opened = open_image_encoder(checkpoint if layout == "official" else folder, device="cuda")
+    theirs = clip_of(state(image_shapes(IMAGE_SIZES)), IMAGE_SIZES).half().to("cuda")
+    pixels = torch.cat([prepared(image, 42, torch.float16, "cuda") for image in images()])
+    features = clip_features(theirs, pixels).float().cpu()
+    assert np.array_equal(opened(images())[0], features.flatten(0, 1).numpy())
 
 
 def test_a_folder_of_all_of_clip_will_do(folder: Path, encoder: CLIPImageEncoder) -> None:

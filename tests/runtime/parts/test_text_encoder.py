@@ -204,6 +204,29 @@ def test_what_several_threads_read_to_a_device_are_the_file_s_values(
         value.zero_()  # which it is not of a caller in inference mode
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_it_has_the_bits_of_transformers(
+    layout: str, stored: torch.dtype, checkpoint: Path, tmp_path: Path
+) -> None:
+    tensors = {name: t.to(stored) for name, t in state(text_shapes(TEXT_SIZES)).items()}
+    path = tmp_path / "encoder.pth"
+    if layout == "official":
+        torch.save(tensors, path)
+    else:
+        path = write_folder(tmp_path / "text_encoder", tensors)
+    rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    theirs = umt5_of(rounded, TEXT_SIZES).to("cuda")
+    opened = open_text_encoder(path, checkpoint / "tokenizer", device="cuda")
+    assert opened._model is not None
+    for name, parameter in opened._model.named_parameters():
+        assert torch.equal(parameter.cpu(), rounded[name]), name
+    for prompt, embedding in zip(PROMPTS, opened(PROMPTS)):
+        ids = opened._tokenizer.encode(prompt).ids
+        assert np.array_equal(embedding, umt5_embedding(theirs, ids).float().cpu().numpy()), prompt
+
+
 def test_what_lies_in_no_file_as_it_is_is_copied_to_a_device(tmp_path: Path) -> None:
     tensors = state(text_shapes(TEXT_SIZES))
     tensors["norm.weight"] = torch.stack([tensors["norm.weight"]] * 2, 1)[:, 0]  # every other value
