@@ -45,7 +45,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def read_stored(path: Path) -> dict[str, StoredTensor]:
     """The same tensors, and where each lies in the file. Raises as read_state_dict does."""
     with _reading(path) as descriptor:
-        tensors = _state_dict(_load(descriptor, path), path)
+        state = _state_dict(_load(descriptor, path), path)
+        tensors = {name: tensor.detach() for name, tensor in state.items()}
         file, start = pin_opened(path, descriptor), _start(tensors.values(), descriptor)
     return {
         name: StoredTensor(tensor)

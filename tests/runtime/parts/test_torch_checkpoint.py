@@ -71,6 +71,7 @@ def odd_tensors() -> dict[str, torch.Tensor]:
         "number": torch.tensor(7, dtype=torch.int64),
         "half": torch.linspace(-1, 1, 33).half(),
         "b": torch.ones(5).bfloat16(),
+        "parameter": nn.Parameter(torch.ones(3)),
     }
 
 
@@ -80,6 +81,7 @@ def test_each_tensor_lies_where_it_is_said_to(tmp_path: Path) -> None:
     content = path.read_bytes()
     for name, stored in read_stored(path).items():
         assert torch.equal(stored.tensor, tensors[name]), name
+        assert not stored.tensor.requires_grad
         assert (stored.file is not None) == (name != "columns"), name
         if stored.file is not None:
             raw = stored.tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
