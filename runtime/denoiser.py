@@ -178,15 +178,12 @@ class Denoiser:
         held = {id(w): w for e in self.engines.values() if (w := getattr(e, "weights", None))}
         return [seconds for weights in held.values() for seconds in weights.switches]
 
-    def expert(self, times: Array) -> str:
-        """The expert that serves these timesteps, one a frame; empty where there is only one model.
-
-        Of two, it depends on the highest, for which the host waits where it is on a GPU.
-        """
+    def expert(self, timestep: float) -> str:
+        """The expert that serves this timestep; empty where there is only one model."""
         boundary = self.record.sampling.boundary
         if boundary is None:
             return next(iter(self.engines))
-        high = float(times.max()) >= boundary * NUM_TRAIN_TIMESTEPS
+        high = timestep >= boundary * NUM_TRAIN_TIMESTEPS
         return "high_noise" if high else "low_noise"
 
     def check(self, inputs: Mapping[str, Array], known: Collection[str]) -> dict[str, Array]:
@@ -296,7 +293,10 @@ class Session:
         arrays = {**self._constant, **{n: denoiser.array(value) for n, value in checked.items()}}
         if self._of_prompt.intersection(checked):
             self._forget_prompt()
-        velocity = self._run(denoiser.expert(times), arrays)
+        # Where there are no two experts, the host need not wait for a timestep on a GPU.
+        chooses = denoiser.record.sampling.boundary is not None
+        expert = denoiser.expert(float(times.max()) if chooses else 0.0)
+        velocity = self._run(expert, arrays)
         return like(velocity, {**self._given, **given}["latent"])
 
     def _forget_prompt(self) -> None:

@@ -96,7 +96,7 @@ def _by_expert(denoiser: Denoiser, calls: Sequence[ComparedCall]) -> dict[str, l
     """The calls that each expert served, in their order."""
     grouped: dict[str, list[ComparedCall]] = {}
     for call in calls:
-        expert = denoiser.expert(to_numpy(call.inputs["timestep"]))
+        expert = denoiser.expert(float(to_numpy(call.inputs["timestep"]).max()))
         grouped.setdefault(expert, []).append(call)
     return grouped
 
