@@ -99,7 +99,7 @@ def compile_engine(
     with ThreadPoolExecutor(1) as pool, Lifeline() as line:
         flash = pool.submit(_flash_attention, folder, request, line)
         files, lint, seconds = to_aoti.compile_regions(
-            config, geometry, request.dtype, request.device, folder, show
+            request.graph, config, geometry, request.dtype, request.device, folder, show
         )
         show("compiling FlashAttention-4", 0, 0)
         library, notes = flash.result()
