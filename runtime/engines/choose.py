@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from wanexport.runtime.bundle.manifest import DENOISER, DEVICES, EngineRecord, Manifest
+from wanexport.runtime.bundle.manifest import DENOISER, DEVICES, VAE, EngineRecord, Manifest
 from wanexport.runtime.bundle.usable import unread_name, why_unread, why_unusable
 from wanexport.runtime.engines.device_name import check_device, device_kind
 from wanexport.runtime.engines.engine import EngineOptions
@@ -68,15 +68,16 @@ def choose_engine(bundle: Path, manifest: Manifest, options: EngineOptions) -> C
 
 
 def _held(manifest: Manifest) -> list[str]:
-    """What a bundle's engines are called, those that cannot be read too."""
-    return [*(engine.name for engine in manifest.engines), *map(unread_name, manifest.unread)]
+    """What a bundle's engines are called, those that cannot be read too; not those of its VAE."""
+    own = [engine.name for engine in manifest.engines if engine.role != VAE]
+    return [*own, *map(unread_name, manifest.unread)]
 
 
 def _of_others(bundle: Path, manifest: Manifest) -> Iterator[str]:
     """Why the engines that no options choose cannot be used."""
     yield from (why_unread(bundle, manifest, data) for data in manifest.unread)
     for engine in manifest.engines:
-        if not _is_known(engine):
+        if not _is_known(engine) and engine.role != VAE:
             yield why_unusable(bundle, manifest, engine)
 
 
