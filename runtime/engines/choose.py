@@ -24,6 +24,8 @@ from wanexport.runtime.errors import (
 )
 from wanexport.runtime.geometry import parse_resolution
 
+_FREE = EngineOptions()
+
 
 class Choice(NamedTuple):
     """An engine, and the device to open it on: `cpu`, `cuda` or `cuda:1`."""
@@ -216,17 +218,27 @@ def _order() -> list[tuple[str, str, str]]:
 _PREFERENCE = _order()
 
 
-def _refusal(bundle: Path, choice: Choice, options: EngineOptions) -> str:
-    """Why this machine cannot execute the engine; empty when it can."""
-    record, kind = choice.record, ENGINES[choice.record.backend]
+def machine_refusal(
+    record: EngineRecord, device: str, rebuild: str, options: EngineOptions = _FREE
+) -> str:
+    """Why this machine cannot execute an engine on a device; empty when it can.
+
+    rebuild is the command that makes an engine for it.
+    """
+    kind = ENGINES[record.backend]
     if kind.needs_torch and (reason := _torch_obstacle(record)):
         return reason
+    return kind.backend().refusal(record, device, options, rebuild)
+
+
+def _refusal(bundle: Path, choice: Choice, options: EngineOptions) -> str:
+    record = choice.record
     size = f"{record.geometry.height}x{record.geometry.width}"
     rebuild = (
         f"wanexport build --backend {record.backend} --resolution {size} "
         f"--frames {record.geometry.frames} -o {bundle}"
     )
-    return kind.backend().refusal(record, choice.device, options, rebuild)
+    return machine_refusal(record, choice.device, rebuild, options)
 
 
 def _torch_obstacle(record: EngineRecord) -> str:
