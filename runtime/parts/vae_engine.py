@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanexport.runtime.arrays import Array, count_not_finite, is_torch, to_numpy
+from wanexport.runtime.arrays import Array, count_not_finite, is_on_gpu, is_torch, to_numpy
 from wanexport.runtime.bundle.check import check_content, check_weights
 from wanexport.runtime.bundle.manifest import VAE, EngineRecord, read_manifest
 from wanexport.runtime.bundle.pinned_file import PinnedFile
@@ -107,7 +107,7 @@ class VaeEngine:
         BadRequest when the latent has another shape, NaN or Inf, and EngineFailure when memory does
         not suffice.
         """
-        self._check_latent(latent)
+        self.check_latent(latent)
         frames: np.ndarray = self._run("decode", latent, self._decode)
         return frames
 
@@ -124,6 +124,16 @@ class VaeEngine:
         self._parts.clear()
         if (cutting := getattr(self._cutting, "close", None)) is not None:
             cutting()
+
+    def check(self, task: str, *given: Array) -> None:
+        """Raise EngineFailure after `close`, and BadRequest for NaN and Inf that are on a CPU."""
+        if self._weights is None:
+            raise EngineFailure(CLOSED)
+        for value in given:
+            if bad := count_not_finite(value if is_on_gpu(value) else to_numpy(value)):
+                raise BadRequest(
+                    f"cannot {task} {bad} values that are NaN or Inf: look at what made them"
+                )
 
     def clip(self, part: str) -> Clip:
         """A clip to decode or encode, its packages open. Raises EngineFailure after `close`."""
@@ -149,7 +159,7 @@ class VaeEngine:
         found = tuple(value.shape) if is_torch(value) else to_numpy(value).shape
         return found if len(found) == rank and all(found) else (0,) * rank
 
-    def _check_latent(self, latent: Array) -> None:
+    def check_latent(self, latent: Array) -> None:
         """Raise BadRequest for a latent that this engine does not decode."""
         _, height, width = self.record.geometry.latent
         batch, channels, _, *sides = self._shape(latent, 5)
@@ -162,12 +172,7 @@ class VaeEngine:
 
     def _run(self, task: str, given: Array, work: Callable[[Array], Any]) -> Any:
         """Encode or decode; in tiles where memory did not suffice the first time."""
-        if self._weights is None:
-            raise EngineFailure(CLOSED)
-        if bad := count_not_finite(given):
-            raise BadRequest(
-                f"cannot {task} {bad} values that are NaN or Inf: look at what made them"
-            )
+        self.check(task, given)
         self.tiled = self._decided.get(task, False)
         if not self.tiled:
             try:
@@ -192,6 +197,8 @@ class VaeEngine:
             with torch.no_grad(), autocast, on_device(self.device_of):
                 yield
         except EngineFailure as error:
+            if error.__cause__ is None:  # not the device's
+                raise
             raise EngineFailure(
                 f"engine {self.record.name} failed to {task} on {self.device} "
                 f"({error.__cause__!s:.120}), for want of memory most likely: free some, build it "
@@ -236,6 +243,7 @@ class VaeSession:
 
     def __init__(self, engine: VaeEngine) -> None:
         self.engine = engine
+        engine.check("decode")
         with engine.computing("decode"):
             self._clip = engine.clip("decode")
 
@@ -245,11 +253,8 @@ class VaeSession:
         They are a tensor on the engine's device where the latents are tensors, else a numpy array;
         n may be 0. Raises as `VaeEngine.decode` does.
         """
-        self.engine._check_latent(latents)
-        if bad := count_not_finite(latents):
-            raise BadRequest(
-                f"cannot decode {bad} values that are NaN or Inf: look at what made them"
-            )
+        self.engine.check_latent(latents)
+        self.engine.check("decode", latents)
         given = self.engine.on_device(latents)[0].permute(1, 2, 3, 0)
         return self._joined(self._clip.feed(given), is_torch(latents))
 
