@@ -115,7 +115,7 @@ def layers_of(stages: list[Stage]) -> list[Layer]:
 def parameter_shapes(config: VaeConfig) -> Mapping[str, tuple[int, ...]]:
     """Shape of every parameter, as the weights file has it."""
     size = config.channels
-    shapes = dict.fromkeys(STATISTICS, (size,))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(STATISTICS, (size,))
     shapes |= dict(_affine("quant_conv", 2 * size, 2 * size))
     shapes |= _affine("post_quant_conv", size, size)
     for layer in layers_of(encoder_stages(config) + decoder_stages(config)):

@@ -224,6 +224,8 @@ def _detail_lines(engine: dict[str, Any]) -> Iterator[str]:
     if attention := _attention(engine):
         yield f"    attention: {attention}"
     others = {name: v for name, v in _details(engine).items() if name != "attention" and v}
+    if isinstance(sizes := others.pop("sizes", None), dict):
+        others |= sizes
     if others:
         yield f"    {', '.join(f'{short(name)} {short(value)}' for name, value in others.items())}"
 

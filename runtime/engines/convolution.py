@@ -1,7 +1,8 @@
 """The operator of a VAE's convolutions: channels last in and out, whoever compiles the graph.
 
 Inside, cuDNN is told its layout, whether TF32 may be used and that results repeat: none of it is
-left to settings of the process. Importing this file registers `torch.ops.wanexport.convolution`.
+left to settings of the process. It convolves channels last, but for fp32 without TF32. Importing
+this file registers `torch.ops.wanexport.convolution`.
 """
 
 from collections.abc import Sequence
@@ -76,6 +77,8 @@ def _by_cudnn(x: Tensor, weight: Tensor, stride: Sequence[int], padding: int, tf
     else:
         given, kernel = x.permute(0, 3, 1, 2), weight[:, 0].permute(0, 3, 1, 2)
         strides, padded = [stride[1]] * 2, [padding] * 2
+    if x.dtype == torch.float32 and not tf32:  # for which cuDNN's kernels want channels first
+        given, kernel = given.contiguous(), kernel.contiguous()
     ones = [1] * len(strides)
     out = torch.ops.aten.cudnn_convolution(
         given, kernel, padded, strides, ones, 1, False, True, tf32

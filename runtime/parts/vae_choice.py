@@ -8,7 +8,6 @@ from wanexport.runtime.bundle.usable import why_unusable
 from wanexport.runtime.engines.choose import machine_refusal
 from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.errors import WanExportWarning
-from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.machine.memory import physical_bytes
 from wanexport.runtime.vae_memory import needed_bytes
 
@@ -28,7 +27,7 @@ def choose_vae_engine(
     manifest = read_manifest(bundle)
     fitting = [engine for engine in manifest.engines if _serves(engine, denoiser, device)]
     refusals = {}
-    for engine in sorted(fitting, key=lambda engine: _place(engine, denoiser.geometry, device)):
+    for engine in sorted(fitting, key=lambda engine: best_first(engine, denoiser.geometry.frames)):
         reason = why_not(bundle, manifest, engine, device)
         if not reason:
             return engine
@@ -51,11 +50,12 @@ def _serves(engine: EngineRecord, denoiser: EngineRecord, device: str) -> bool:
     )
 
 
-def _place(engine: EngineRecord, geometry: Geometry, device: str) -> tuple[bool, int]:
-    """What sorts first is taken first: one whose chunks were chosen for so many frames."""
-    order = _PREFERRED if device_kind(device) == "cuda" else _PREFERRED[::-1]
+def best_first(engine: EngineRecord, frames: int | None) -> tuple[bool, bool, int]:
+    """What sorts first is taken first: on a GPU, and with chunks that suit so many frames."""
+    is_gpu = engine.target.get("device") == "cuda"
+    order = _PREFERRED if is_gpu else _PREFERRED[::-1]
     precision = order.index(engine.dtype) if engine.dtype in order else len(order)
-    return engine.geometry.frames != geometry.frames, precision
+    return not is_gpu, frames not in (None, engine.geometry.frames), precision
 
 
 def why_not(bundle: Path, manifest: Manifest, engine: EngineRecord, device: str) -> str:

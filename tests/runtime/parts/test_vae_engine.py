@@ -20,6 +20,7 @@ from wanexport.runtime.parts.open import Parts
 from wanexport.runtime.parts.vae import Vae, open_vae
 from wanexport.runtime.parts.vae_choice import choose_vae_engine
 from wanexport.runtime.parts.vae_engine import VaeEngine
+from wanexport.runtime.parts.vae_load import load_vae
 
 RNG = np.random.default_rng(0)
 LATENT = RNG.standard_normal((1, 16, 6, 8, 12), dtype=np.float32)
@@ -291,3 +292,33 @@ def test_the_bundles_weights_are_the_engines_alone(bundle: Path) -> None:
     assert not manifest.weights_of(engine.layout)
     assert len(manifest.weights_of(denoiser.layout)) == 1
     assert doubles.PROOF["error"] == engine.proof["error"]
+
+
+def test_the_vae_opens_alone(bundle: Path) -> None:
+    vae = load_vae(bundle, device="cpu", resolution="64x96")
+    np.testing.assert_array_equal(vae.decode(LATENT), parts_of(bundle).vae().decode(LATENT))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda"}, r"has no such engine of a VAE; it holds 64x96x9/vae-aoti-fp32-\S+:"),
+        ({"resolution": "96x64"}, "has no such engine of a VAE; it holds"),
+    ],
+)
+def test_a_vae_that_is_not_there_is_refused(
+    bundle: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadRequest, match=message):
+        load_vae(bundle, **options)
+
+
+def test_of_several_sizes_one_must_be_named(bundle: Path) -> None:
+    data = manifest_of(bundle)
+    other = {**data["engines"][1], "geometry": {**data["engines"][1]["geometry"], "height": 128}}
+    data["engines"].append(other)
+    put(bundle, data)
+    with pytest.raises(BadRequest, match=r"holds several sizes .*: name the resolution"):
+        load_vae(bundle)
+    with pytest.raises(BundleError, match=r"engine 128x96x9/vae-aoti-fp32-.* cannot be used: its"):
+        load_vae(bundle, resolution="128x96")
