@@ -4,6 +4,7 @@ Tensors stay on the engine's device from the caller's latent to frames, which ar
 Its convolutions are not of diffusers' model: nothing here imports that.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +25,7 @@ from wanexport.runtime.engines.device_weights import DeviceWeights, device_weigh
 from wanexport.runtime.engines.operators import open_kernel
 from wanexport.runtime.engines.vae_clip import Clip
 from wanexport.runtime.engines.vae_regions import BoundVae, VaeRegions
-from wanexport.runtime.errors import BadRequest, BundleError, EngineFailure
+from wanexport.runtime.errors import BadRequest, BundleError, EngineFailure, WanExportWarning
 from wanexport.runtime.geometry import TEMPORAL_STRIDE
 from wanexport.runtime.parts.protocols import VideoCodec
 
@@ -180,9 +181,10 @@ class VaeEngine:
                     result = work(given)
                 self._decided[task] = False
                 return result
-            except EngineFailure:
+            except EngineFailure as error:
                 if self._tiles is None or task in self._decided:
                     raise
+                warnings.warn(f"{error}: tiles are taken", WanExportWarning, stacklevel=3)
             torch.cuda.empty_cache()
             self.tiled = self._decided[task] = True
         assert self._tiles is not None

@@ -155,7 +155,8 @@ def test_where_memory_is_short_the_checkpoints_vae_cuts_the_picture(
     codec = parts_of(bundle).vae()
     assert isinstance(codec, VaeEngine)
     refusing = _refuse_memory(monkeypatch, codec)
-    np.testing.assert_array_equal(codec.decode(LATENT), eager.decode(LATENT))
+    with pytest.warns(WanExportWarning, match=r"failed to decode on cpu .*: tiles are taken"):
+        np.testing.assert_array_equal(codec.decode(LATENT), eager.decode(LATENT))
     assert codec.tiled and opened == [True]
     refusing.clear()
     codec.decode(LATENT)
