@@ -23,7 +23,7 @@ from wanexport.graphs.weights import CheckpointWeights, read_tensor
 from wanexport.runtime.bundle.tensorfile import read_header
 from wanexport.runtime.dtypes import DTYPES, PRECISIONS
 from wanexport.runtime.errors import BadRequest, printable
-from wanexport.runtime.parts.key_tables import required
+from wanexport.runtime.key_tables import required
 from wanexport.runtime.parts.vae_keys import diffusers_name, latent_statistics
 from wanexport.runtime.vae_config import VaeConfig
 from wanexport.runtime.wan_vae import STATISTICS, parameter_shapes

@@ -20,8 +20,8 @@ from wanexport.runtime.errors import (
     needing_extra,
     printable,
 )
+from wanexport.runtime.key_tables import key_table, required
 from wanexport.runtime.machine.memory import free_bytes
-from wanexport.runtime.parts.key_tables import key_table, required
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green and blue in [0, 1]
 _STD = (0.26862954, 0.26130258, 0.27577711)

@@ -24,8 +24,8 @@ from wanexport.runtime.errors import (
     needing_extra,
     printable,
 )
+from wanexport.runtime.key_tables import key_table, required
 from wanexport.runtime.machine.memory import free_bytes
-from wanexport.runtime.parts.key_tables import key_table, required
 
 MAX_TOKENS = 512  # of a prompt; the rest is cut off
 _OFFICIAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"

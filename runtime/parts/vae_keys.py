@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.runtime.errors import BundleError, WanExportError, printable
-from wanexport.runtime.parts.key_tables import key_table, required
+from wanexport.runtime.key_tables import key_table, required
 
 _UP_BLOCK_LAYERS = 4  # three residual blocks and an upsampler; Wan2.1 numbers all in one row
 _UP_LAYERS = {f"decoder.upsamples.{i}": divmod(i, _UP_BLOCK_LAYERS) for i in range(16)}

@@ -33,7 +33,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"bundle"}),
         frozenset({"family", "plain_wan", "wan_vae", "vae_memory"}),
         frozenset({"arrays", "solvers", "wan_config", "program", "vae_config"}),
-        frozenset({"geometry", "decode"}),
+        frozenset({"geometry", "decode", "key_tables"}),
         frozenset({"machine"}),
         frozenset({"errors", "dtypes"}),
     ),
