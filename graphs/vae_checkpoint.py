@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -157,19 +158,24 @@ def _statistics(
     stated: Mapping[str, Any], channels: int, path: Path
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of each channel, stated or those of the VAE with so many channels."""
-    rows = [stated.get("latents_mean"), stated.get("latents_std")]
-    if rows == [None, None]:
+    names = ("latents_mean", "latents_std")
+    if not any(name in stated for name in names):
         return latent_statistics(channels, path, BadRequest)
-    for row in rows:
-        is_list = isinstance(row, list) and len(row) == channels
-        if not is_list or not all(isinstance(v, int | float) for v in row or ()):
-            raise BadRequest(
-                f"{printable(path)}/config.json has no latents_mean and latents_std of {channels} "
-                f"numbers each: download it again"
-            )
-    if min(map(abs, rows[1])) == 0:
+    mean, deviation = (_numbers(stated.get(name)) for name in names)
+    if len(mean) != channels or len(deviation) != channels:
+        raise BadRequest(
+            f"{printable(path)}/config.json has no latents_mean and latents_std of {channels} "
+            f"numbers each: download it again"
+        )
+    if 0 in deviation:
         raise BadRequest(f"{printable(path)}/config.json has a latents_std of 0: download it again")
-    return tuple(map(float, rows[0])), tuple(map(float, rows[1]))
+    return mean, deviation
+
+
+def _numbers(row: object) -> tuple[float, ...]:
+    """The finite numbers of a list; none of what is no list of them."""
+    is_list = isinstance(row, list) and all(type(v) in (int, float) and isfinite(v) for v in row)
+    return tuple(map(float, row)) if is_list and isinstance(row, list) else ()
 
 
 class VaeWeights:

@@ -79,7 +79,7 @@ def engine_names(manifest: Manifest) -> list[str]:
 
 def unread_unfamiliar(data: Mapping[str, Any]) -> str:
     """What kind an engine whose record cannot be read is of, in words; empty for a known one."""
-    known = {"role": ROLES, "backend": KINDS, "dtype": PRECISIONS}
+    known = {"role": tuple(ROLES), "backend": tuple(KINDS), "dtype": PRECISIONS}
     for field, values in known.items():
         stated = data.get(field)
         if isinstance(stated, str) and stated not in values:

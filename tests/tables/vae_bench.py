@@ -217,7 +217,8 @@ class Bench:
         if last:
             for module in model.modules():
                 if isinstance(module, torch.nn.Conv3d):
-                    module.to(memory_format=torch.channels_last_3d)
+                    form = torch.channels_last_3d
+                    module.weight.data = module.weight.data.contiguous(memory_format=form)
         if compiled:
             model.decoder = torch.compile(model.decoder)
         channels = video.sizes().channels
