@@ -25,11 +25,10 @@ from wanexport.exporter.key import engine_key
 from wanexport.exporter.model_source import ModelSource, resolve
 from wanexport.exporter.sets.convert import add_weights
 from wanexport.exporter.sets.loras import LoraOptions, merged, opened
+from wanexport.exporter.sets.vae import add_vae_weights, order_vae
 from wanexport.graphs.config import sampling_defaults
-from wanexport.graphs.signature import forward_flops
 from wanexport.runtime.bundle.manifest import (
     BASE,
-    DENOISER,
     EngineRecord,
     Manifest,
 )
@@ -59,6 +58,10 @@ def build(model: str | Path | None = None, **options: Unpack[BuildKeywords]) -> 
     one operator (`native`, or ONNX Runtime's own `mha`, onnx's default on a GPU) or for TensorRT in
     several (`decomposed`). tensorrt has TensorRT's own options. expert_alone builds one expert of
     an A14B as a model by itself, which is refused without.
+    parts builds an engine of the VAE too, which the checkpoint has beside the model, or which is
+    the file or folder vae: vae_dtype is the precision that it decodes in (bf16, by default on a
+    GPU, or fp32; it encodes in fp32), vae_chunk the latent frames of a call, by default as memory
+    allows, and vae_tf32 lets its fp32 convolutions take TF32.
     Raises WanExportError for whatever the caller can put right.
     """
     asked, started = BuildOptions(**options), time.monotonic()
@@ -66,6 +69,7 @@ def build(model: str | Path | None = None, **options: Unpack[BuildKeywords]) -> 
     order = _order(model, asked)
     source = _find_model(model, asked)
     requests = _requests(source, order, asked)
+    vae = order_vae(requests[0], source.record, asked)
     path = Path(source.name) if asked.output is None else Path(asked.output)
     reused: list[str] = []
     with open_bundle(path, _empty_manifest(source)) as writer:
@@ -73,6 +77,10 @@ def build(model: str | Path | None = None, **options: Unpack[BuildKeywords]) -> 
             reused += add_weights(writer, source, expert, order.dtype, asked.progress)
         for request in requests:
             reused += add_engine(writer, request, asked.proof, asked.progress)
+        if vae is not None:
+            reused += add_vae_weights(writer, vae, asked.progress)
+            reused += add_engine(writer, vae.request, asked.proof, asked.progress)
+            requests.append(vae.request)
         writer.commit()
     return {
         **_summary(writer, requests),
@@ -151,7 +159,8 @@ def _summary(writer: BundleWriter, requests: Sequence[Request]) -> dict[str, Any
     """The part of the record that says what the bundle holds of what was asked: these engines."""
     manifest, (first, *_) = writer.manifest, requests
     names = {f"{request.geometry.name}/{request.label}" for request in requests}
-    sets = {label: w for label, w in manifest.weights.items() if w.dtype == first.dtype}
+    layouts = {request.layout for request in requests}
+    sets = {label: w for label, w in manifest.weights.items() if w.layout in layouts}
     engines = [engine for engine in manifest.engines if engine.name in names]
     return {
         "bundle": str(writer.path),
@@ -167,7 +176,7 @@ def add_engine(
     writer: BundleWriter, request: Request, verify: str, progress: Progress
 ) -> list[str]:
     """Compile and prove one engine, or return what is reused because the bundle holds it."""
-    weights = writer.manifest.weights_of(request.layout)
+    weights = writer.manifest.weights_of(request.layout, role=request.role)
     if request.bakes:
         request = replace(request, baked={w.expert: w.file.sha256 for w in weights})
     engine = writer.find_engine(engine_key(request))
@@ -190,12 +199,12 @@ def compile_engine(writer: BundleWriter, request: Request, progress: Progress) -
     started = time.monotonic()
     geometry, backend = request.geometry, find_backend(request.backend)
     folder = writer.free_folder(Path("engines") / geometry.name / request.label)
-    sets = writer.manifest.weights_of(request.layout)
+    sets = writer.manifest.weights_of(request.layout, role=request.role)
     weights = {w.expert: writer.path / w.file.path for w in sets}
     compiled = backend.compile_engine(folder, request, weights, progress)
     return EngineRecord(
         backend=request.backend,
-        role=DENOISER,
+        role=request.role,
         family=request.config.family,
         dtype=request.dtype,
         geometry=geometry,
@@ -208,7 +217,7 @@ def compile_engine(writer: BundleWriter, request: Request, progress: Progress) -
         target=request.target,
         build={
             "seconds": round(time.monotonic() - started, 2),
-            "flops_per_forward": forward_flops(request.config, geometry),
+            "flops_per_forward": request.flops,
             **compiled.build,
             **backend.libraries(request),
         },

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.runtime.bundle.check import check_content, check_weights
-from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, WeightsRecord, read_manifest
+from wanexport.runtime.bundle.manifest import (
+    DENOISER,
+    EngineRecord,
+    Manifest,
+    WeightsRecord,
+    read_manifest,
+)
 from wanexport.runtime.bundle.tensorfile import read_header
 from wanexport.runtime.bundle.usable import (
     unread_name,
@@ -55,9 +61,9 @@ def list_bundle(bundle: str | Path) -> dict[str, Any]:
     """
     bundle = Path(bundle)
     manifest = read_manifest(bundle)
-    sets: dict[str, list[WeightsRecord]] = {}
+    sets: dict[tuple[str, str], list[WeightsRecord]] = {}
     for record in manifest.weights.values():
-        sets.setdefault(record.name, []).append(record)
+        sets.setdefault((record.name, record.role), []).append(record)
     engines = [
         {
             "name": engine.name,
@@ -74,7 +80,7 @@ def list_bundle(bundle: str | Path) -> dict[str, Any]:
         "bundle": str(bundle),
         "model": manifest.model,
         "bytes": sum(file.size for file in manifest.files()),
-        "sets": [_listed_set(name, records) for name, records in sets.items()],
+        "sets": [_listed_set(name, records) for (name, _), records in sets.items()],
         "engines": engines,
     }
 
@@ -124,7 +130,7 @@ def _describe(bundle: Path, manifest: Manifest, engine: EngineRecord) -> dict[st
 
 def _parameters(bundle: Path, manifest: Manifest) -> int:
     """How many parameters one expert has."""
-    weights = next(iter(manifest.weights.values()), None)
+    weights = next((w for w in manifest.weights.values() if w.role == DENOISER), None)
     if weights is None:
         return 0
     return sum(prod(entry.shape) for entry in read_header(bundle / weights.file.path).values())

@@ -23,7 +23,7 @@ from wanexport.graphs.stored_file import open_stored
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.dtypes import STORED
 from wanexport.runtime.errors import BadRequest, WanExportWarning, printable
-from wanexport.runtime.parts.key_tables import required
+from wanexport.runtime.key_tables import required
 from wanexport.runtime.plain_wan import family_name
 from wanexport.runtime.wan_config import EXPERTS, WanConfig
 from wanexport.runtime.wan_keys import official_name

@@ -42,26 +42,33 @@ class Graph(nn.Module):
     That of a repeated call takes the layer's index first, and its state without the index:
     `memory.{i}` is `memory`. State is written in place. A submodule may stand for a method. A
     module's parameters are read by its own forward and by no other, its tables are on `cpu`.
+    `sizes` is the class of the config, which says what the model's sizes are.
     """
 
+    sizes: type = WanConfig
     program: Program
 
     def __init__(
-        self, config: WanConfig, geometry: Geometry, dtype: torch.dtype, fused: bool = False
+        self, config: Any, geometry: Geometry, dtype: torch.dtype, fused: bool = False
     ) -> None:
         super().__init__()
         self.config, self.geometry, self.dtype = config, geometry, dtype
         self.program = self.describe(config, geometry)
 
     @staticmethod
-    def describe(config: WanConfig, geometry: Geometry) -> Program:
+    def describe(config: Any, geometry: Geometry) -> Program:
         """The Program of these calls."""
         raise NotImplementedError
+
+    @staticmethod
+    def dtype_of(parameter: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a parameter in a graph of this dtype."""
+        return parameter_dtype(parameter, dtype)
 
     def freeze(self) -> None:
         """Round every parameter to its precision, and compute no gradients; last in `__init__`."""
         for name, parameter in self.named_parameters():
-            parameter.data = parameter.data.to(parameter_dtype(name, self.dtype))
+            parameter.data = parameter.data.to(self.dtype_of(name, self.dtype))
         self.eval().requires_grad_(False)
 
     def run(
@@ -124,7 +131,7 @@ def load_graph(reference: str) -> type[Graph]:
 
 def empty_graph(
     reference: str,
-    config: WanConfig,
+    config: Any,
     geometry: Geometry,
     dtype: torch.dtype,
     *,

@@ -20,7 +20,7 @@ from wanexport.graphs.source_tensor import SourceTensor, read_chunks, read_value
 from wanexport.runtime import dtypes
 from wanexport.runtime.bundle.durable import durable_file
 from wanexport.runtime.bundle.signature import parameter_shapes, weights_layout
-from wanexport.runtime.bundle.tensorfile import read_header
+from wanexport.runtime.bundle.tensorfile import TensorEntry, read_header
 from wanexport.runtime.errors import BadRequest, printable
 from wanexport.runtime.wan_config import WanConfig
 
@@ -114,11 +114,24 @@ def write_weights(
 ) -> str:
     """Stream a source into a weights file, casting each tensor once; return the file's SHA-256.
 
+    Raises as write_tensors does.
+    """
+    return write_tensors(path, weights_layout(config, dtype), source, progress)
+
+
+def write_tensors(
+    path: Path,
+    layout: tuple[bytes, Mapping[str, TensorEntry]],
+    source: WeightSource,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+    """Stream a source into a file of this header and these entries; return the file's SHA-256.
+
     The file appears under its name only when it is whole and on disk. progress is called with bytes
     done and in all. Raises BadRequest, naming the tensor, when values are NaN or infinite, or
     do not fit the dtype.
     """
-    header, entries = weights_layout(config, dtype)
+    header, entries = layout
     total = sum(entry.size for entry in entries.values())
     digest, done = hashlib.sha256(header), 0
     with durable_file(path) as file:

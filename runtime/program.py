@@ -11,9 +11,11 @@ from typing import Annotated
 from wanexport.runtime.decode import Line, Name, Range, Size, Text
 
 ENGINE_DTYPE = "engine"  # of a value: whatever precision the engine has
-MOMENTS = ("prompt", "step")  # when a call runs: once for a prompt, or at every step
+# When a call runs: once for a prompt, or at every step; of a VAE, for its first frame or the next.
+MOMENTS = ("prompt", "step", "first", "next")
 DRAWS = ("normal", "rows", "masked")  # how a seeded input is made
-ATTENTION_KINDS = ("self", "text", "image")  # of the video to itself, to text, to image tokens
+# Of the video to itself, to text, to image tokens; in a VAE of the pixels of a frame.
+ATTENTION_KINDS = ("self", "text", "image", "frame")
 LAYER = "{i}"
 WHOLE = "denoiser"  # the call that an engine of one graph is
 _MOST_LAYERS = 1024

@@ -1,6 +1,6 @@
 """The names of a Wan transformer's parameters: diffusers' and the official ones, by one table."""
 
-from wanexport.runtime.parts.key_tables import key_table
+from wanexport.runtime.key_tables import key_table
 
 _ROWS = {  # diffusers name -> official name
     "patch_embedding.*": "patch_embedding.*",

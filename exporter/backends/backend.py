@@ -5,13 +5,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from wanexport.runtime.bundle.details import AotiDetails, OnnxDetails, TensorRtDetails
-from wanexport.runtime.bundle.manifest import EngineRecord, engine_label
+from wanexport.graphs.signature import forward_flops
+from wanexport.runtime.bundle.details import AotiDetails, OnnxDetails, TensorRtDetails, VaeDetails
+from wanexport.runtime.bundle.manifest import DENOISER, VAE, EngineRecord, engine_label
 from wanexport.runtime.bundle.signature import layout_sha256, program_of
+from wanexport.runtime.bundle.vae_signature import vae_layout_sha256
 from wanexport.runtime.family import SamplingDefaults, family_of
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.program import Program
+from wanexport.runtime.vae_config import VaeConfig
+from wanexport.runtime.vae_memory import decoding_flops
 from wanexport.runtime.wan_config import WanConfig
+from wanexport.runtime.wan_vae import GRAPH as VAE_GRAPH
+from wanexport.runtime.wan_vae import vae_program
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (0 when the length is unknown)
 
@@ -58,9 +64,19 @@ class Request:
     baked: dict[str, str] = field(default_factory=dict)  # and then the hash of each expert's
 
     @property
+    def role(self) -> str:
+        """What the engine does."""
+        return DENOISER
+
+    @property
     def label(self) -> str:
         """Folder name, and prefix of progress messages."""
-        return engine_label(self.backend, self.dtype, self.target)
+        return engine_label(self.backend, self.dtype, self.target, self.role)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one forward; of a VAE, of decoding one video."""
+        return forward_flops(self.config, self.geometry)
 
     @property
     def layout(self) -> str:
@@ -78,6 +94,38 @@ class Request:
         return family_of(self.config).graph
 
 
+@dataclass(frozen=True, kw_only=True)
+class VaeRequest(Request):
+    """The engine of a model's VAE, of these sizes and chunks; dtype is that of decoding."""
+
+    vae: VaeConfig
+
+    @property
+    def role(self) -> str:
+        """What the engine does."""
+        return VAE
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of decoding one video."""
+        return decoding_flops(self.vae, self.geometry)
+
+    @property
+    def layout(self) -> str:
+        """The layout of the weights file that the engine reads."""
+        return vae_layout_sha256(self.vae, self.dtype)
+
+    @property
+    def program(self) -> Program:
+        """The calls of the VAE at this geometry."""
+        return vae_program(self.vae, self.geometry)
+
+    @property
+    def graph(self) -> str:
+        """The module and class of the VAE's graph."""
+        return VAE_GRAPH
+
+
 @dataclass(frozen=True)
 class Compiled:
     """An engine's files by role, and what its record says of them.
@@ -87,7 +135,7 @@ class Compiled:
 
     files: dict[str, Path]
     program: Program
-    details: OnnxDetails | AotiDetails | TensorRtDetails
+    details: OnnxDetails | AotiDetails | VaeDetails | TensorRtDetails
     lint: dict[str, int]
     build: dict[str, Any] = field(default_factory=dict)
     is_whole: bool = True

@@ -41,6 +41,11 @@ class BuildKeywords(TypedDict, total=False):
     lora_high: Sequence[Given]
     lora_low: Sequence[Given]
     lora_partial: bool
+    parts: bool
+    vae: str | Path | None
+    vae_dtype: str | None
+    vae_chunk: int | None
+    vae_tf32: bool
     proof: str
     progress: Progress
 
@@ -65,6 +70,11 @@ class BuildOptions:
     lora_high: Sequence[Given] = ()
     lora_low: Sequence[Given] = ()
     lora_partial: bool = False
+    parts: bool = False
+    vae: str | Path | None = None
+    vae_dtype: str | None = None
+    vae_chunk: int | None = None
+    vae_tf32: bool = False
     proof: str = "ends"
     progress: Progress = _untold
 

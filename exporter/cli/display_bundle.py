@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from wanexport.exporter.cli.terminal import in_bytes, in_short, out, short, write
+from wanexport.runtime.bundle.manifest import DENOISER
+
+_SHOWN = 8  # of a Program's states
 
 
 def show_build(record: dict[str, Any]) -> None:
@@ -77,7 +80,8 @@ def show_ls(record: dict[str, Any]) -> None:
     )
     for own in record["sets"]:
         recipe = f", recipe {short(own['recipe'])}" if own["recipe"] else ""
-        write(out, f"  set {short(own['name'])}: {in_bytes(own['bytes'])}{recipe}")
+        role = "" if own["role"] == DENOISER else f" of the {short(own['role'])}"
+        write(out, f"  set {short(own['name'])}{role}: {in_bytes(own['bytes'])}{recipe}")
         for file in own["files"]:
             expert = f"{short(file['expert'])} " if file["expert"] else ""
             write(out, f"    {expert}{file['dtype']}: {in_bytes(file['bytes'])}, {_from(file)}")
@@ -198,7 +202,8 @@ def _engine_lines(engine: dict[str, Any]) -> Iterator[str]:
         yield f"    {_proof(engine['proof'])}"
     yield f"    parity: {_parity(engine['parity'])}"
     yield f"    lint: {sum(engine['lint'].values())} findings"
-    yield f"    sampling: {_sampling(engine['sampling'])}"
+    if engine["role"] == DENOISER:
+        yield f"    sampling: {_sampling(engine['sampling'])}"
 
 
 def _program_lines(program: dict[str, Any]) -> Iterator[str]:
@@ -210,6 +215,8 @@ def _program_lines(program: dict[str, Any]) -> Iterator[str]:
         for call in program["calls"]
     ]
     state = f"; state: {', '.join(program['state'])}" if program["state"] else ""
+    if len(program["state"]) > _SHOWN:
+        state = f"; state: {len(program['state'])} tensors"
     yield f"    calls: {', '.join(calls)}{state}"
 
 
@@ -217,6 +224,8 @@ def _detail_lines(engine: dict[str, Any]) -> Iterator[str]:
     if attention := _attention(engine):
         yield f"    attention: {attention}"
     others = {name: v for name, v in _details(engine).items() if name != "attention" and v}
+    if isinstance(sizes := others.pop("sizes", None), dict):
+        others |= sizes
     if others:
         yield f"    {', '.join(f'{short(name)} {short(value)}' for name, value in others.items())}"
 

@@ -56,6 +56,7 @@ from wanexport.exporter.cli.options import (
     sampling_options,
     take,
     tensorrt_options,
+    vae_options,
 )
 from wanexport.exporter.cli.streams import minding_the_reader, prepare_streams, printing
 from wanexport.exporter.cli.terminal import err, progress_display, write
@@ -107,6 +108,7 @@ def cli() -> None:
     "-o", "--output", type=click.Path(path_type=Path), metavar="FOLDER",
     help="The bundle's folder. Default: ./MODEL.",
 )  # fmt: skip
+@vae_options
 @click.option(
     "--proof", type=click.Choice(["ends", "full"]), default="ends", show_default=True,
     help="The blocks that the proof runs: the first and the last, or all.",

@@ -205,6 +205,31 @@ lora_options = _adding(
         help="Leave out what of a LoRA has no place in the model, with a warning that lists it.",
     ),
 )  # fmt: skip
+vae_options = _adding(
+    click.option(
+        "--parts", is_flag=True,
+        help="Build an engine of the checkpoint's VAE too, which decodes and encodes in the "
+        "bundle's own code.",
+    ),
+    click.option(
+        "--vae", type=_FILE, metavar="FILE|FOLDER",
+        help="The VAE of such an engine: the official file, or a folder of diffusers. Default: "
+        "what the checkpoint has.",
+    ),
+    click.option(
+        "--vae-dtype", type=click.Choice(["bf16", "fp32"]),
+        help="The precision in which the VAE decodes. It encodes in fp32. Default: bf16 on a GPU, "
+        "else fp32.",
+    ),
+    click.option(
+        "--vae-chunk", type=COUNT, metavar="NUMBER",
+        help="The latent frames that a call of the VAE takes, 1 to 5. Default: as memory allows.",
+    ),
+    click.option(
+        "--vae-tf32", is_flag=True,
+        help="Let the VAE's fp32 convolutions round their factors to TF32 on a GPU.",
+    ),
+)  # fmt: skip
 
 resolution_option = partial(
     click.option, "--resolution", metavar="HEIGHTxWIDTH",

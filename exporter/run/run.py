@@ -6,6 +6,7 @@ What needs PyTorch is imported where it is needed: text embeddings to a latent w
 import itertools
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from wanexport.runtime.errors import WanExportError, explain, needing_extra
 from wanexport.runtime.load import load
 from wanexport.runtime.parts.find import PARTS, find_components, origin_note
 from wanexport.runtime.parts.pictures import fit_images
+from wanexport.runtime.parts.vae_choice import choose_vae_engine
 from wanexport.runtime.sample import Plan, Step, plan_of, run_plan, seeded_noise
 from wanexport.runtime.serving.generator import check_step
 
@@ -160,7 +162,7 @@ def _open_vae(
     """What decodes a latent, and where it was found."""
     from wanexport.runtime.parts.open import Parts
 
-    facts = _component_facts(request, ("vae",), tell)
+    facts = _component_facts(request, denoiser, ("vae",), tell)
     parts = Parts(request.bundle, request.model, denoiser.record, denoiser.device, {})
     return parts.vae().decode, facts
 
@@ -229,7 +231,7 @@ def _prepare(
     for note in told:
         tell(note)
     show("finding the encoders and the VAE", 0, 0)
-    components = _component_facts(request, _needs(request), tell)
+    components = _component_facts(request, denoiser, _needs(request), tell)
     encoded = "the prompt and image" if request.image else "the prompt"
     show(f"encoding {encoded}, then the first step", 0, 0)
     return told, {**images, **components}
@@ -252,9 +254,13 @@ def _needs(request: RunRequest) -> tuple[str, ...]:
 
 
 def _component_facts(
-    request: RunRequest, needs: Sequence[str], tell: Callable[[str], None]
+    request: RunRequest, denoiser: Denoiser, needs: Sequence[str], tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Where the parts come from. Raises WanExportError when one is missing."""
+    own = _own_parts(request, denoiser, needs)
+    needs = [part for part in needs if part not in own]
+    if not needs:
+        return {"components": own}
     if note := origin_note(request.bundle, request.model, needs=needs):
         tell(note)  # before anything is downloaded
     files = find_components(request.bundle, request.model, needs=needs)
@@ -264,8 +270,18 @@ def _component_facts(
             "origin": files.origin,
             "layout": files.layout,
             **{part: str(path) for part, path in paths.items() if path is not None},
+            **own,
         }
     }
+
+
+def _own_parts(request: RunRequest, denoiser: Denoiser, needs: Sequence[str]) -> dict[str, str]:
+    """The parts that engines of the bundle stand for, by their names."""
+    if "vae" not in needs:
+        return {}
+    with warnings.catch_warnings(action="ignore"):  # who opens the parts says it
+        engine = choose_vae_engine(request.bundle, denoiser.record, denoiser.device)
+    return {} if engine is None else {"vae": engine.name}
 
 
 def _file_facts(path: Path | None) -> dict[str, str] | None:

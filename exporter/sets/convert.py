@@ -63,7 +63,8 @@ def _check_source(
     """Raise BadRequest when the set of this name holds other weights of the expert."""
     record = source.record_of(expert)
     for known_label, known in writer.known_weights().items():
-        if (known.name, known.expert) != (name, expert) or known.source == record:
+        own = (known.role, known.name, known.expert)
+        if own != (DENOISER, name, expert) or known.source == record:
             continue
         progress(f"weights {label}: reading the checkpoint to compare", 0, 0)
         if known.content == source.weights[expert].digest():

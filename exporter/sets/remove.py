@@ -6,7 +6,7 @@ from typing import Any
 
 from wanexport.exporter.bundle.place import check_place
 from wanexport.exporter.bundle.writer import open_bundle
-from wanexport.runtime.bundle.manifest import BASE, Manifest, read_manifest
+from wanexport.runtime.bundle.manifest import BASE, VAE, Manifest, read_manifest
 from wanexport.runtime.bundle.usable import engine_names, unread_name
 from wanexport.runtime.errors import BadRequest, printable, refuse_empty
 
@@ -56,9 +56,16 @@ def _without(manifest: Manifest, name: str) -> Manifest:
 
 
 def _without_if_there(manifest: Manifest, name: str) -> Manifest:
+    """The manifest without what has the name, and without weights of a VAE that has no engine."""
+    engines = tuple(engine for engine in manifest.engines if engine.name != name)
+    gone = {e.layout for e in manifest.engines if e.role == VAE} - {e.layout for e in engines}
     return replace(
         manifest,
-        weights={k: record for k, record in manifest.weights.items() if record.name != name},
-        engines=tuple(engine for engine in manifest.engines if engine.name != name),
+        weights={
+            label: record
+            for label, record in manifest.weights.items()
+            if record.name != name and not (record.role == VAE and record.layout in gone)
+        },
+        engines=engines,
         unread=tuple(data for data in manifest.unread if unread_name(data) != name),
     )

@@ -9,6 +9,7 @@ from packaging.version import InvalidVersion, Version
 
 from wanexport.runtime.decode import Count, Name
 from wanexport.runtime.program import WHOLE, Program
+from wanexport.runtime.vae_config import VaeConfig
 from wanexport.runtime.wan_config import EXPERTS
 
 
@@ -52,6 +53,20 @@ class AotiDetails:
 
 
 @dataclass(frozen=True)
+class VaeDetails:
+    """AOTInductor packages of a VAE: its sizes, and the kernel of each kind of attention."""
+
+    sizes: VaeConfig
+    attention: dict[Name, Name] = field(default_factory=dict)
+
+    def fault(
+        self, backend: str, target: Mapping[str, str], calls: Sequence[str], files: Collection[str]
+    ) -> str:
+        """See Details."""
+        return _missing(calls, files)
+
+
+@dataclass(frozen=True)
 class TensorRtDetails:
     """A TensorRT plan: whether it serves newer GPUs and versions than those it was built with."""
 
@@ -78,7 +93,7 @@ class Kind(NamedTuple):
     The Program of one that `is_whole` is one call.
     """
 
-    details: type[OnnxDetails] | type[AotiDetails] | type[TensorRtDetails]
+    details: type[OnnxDetails] | type[AotiDetails] | type[VaeDetails] | type[TensorRtDetails]
     is_whole: bool
     files: frozenset[str] = frozenset()
 
@@ -90,11 +105,12 @@ KINDS = {
     "tensorrt": Kind(TensorRtDetails, True, _OWN_PLANS | {"layers"}),
     "tensorrt-rtx": Kind(TensorRtDetails, True, _OWN_PLANS | {"layers"}),
 }
+VAE_KINDS = {"aoti": Kind(VaeDetails, False)}
 
 
-def unknown_file(backend: str, program: Program, files: Collection[str]) -> str:
-    """The role of a file that the backend's engines do not have; empty when there is none."""
-    known = {call.name for call in program.calls} | KINDS[backend].files
+def unknown_file(kind: Kind, program: Program, files: Collection[str]) -> str:
+    """The role of a file that engines of a kind do not have; empty when there is none."""
+    known = {call.name for call in program.calls} | kind.files
     return next((role for role in files if role not in known), "")
 
 

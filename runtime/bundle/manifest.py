@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from wanexport.runtime.bundle.details import KINDS, Details, unknown_file
+from wanexport.runtime.bundle.details import KINDS, VAE_KINDS, Details, Kind, unknown_file
 from wanexport.runtime.bundle.path import check_path
 from wanexport.runtime.bundle.regular_file import read_regular
 from wanexport.runtime.bundle.schema1 import upgrade
@@ -45,7 +45,8 @@ MANIFEST = "manifest.json"
 # An engine takes up to 7 kB. A thousand of them fit, and parsing so much takes under 0.5 GB.
 MAX_BYTES = 8_000_000
 DEVICES = ("cpu", "cuda")
-DENOISER = "denoiser"  # the role of weights and engines
+DENOISER, VAE = "denoiser", "vae"  # the roles of weights and engines
+ROLES = {DENOISER: KINDS, VAE: VAE_KINDS}
 BASE = "base"  # the weights set that a build makes
 _MOST = 1000  # engines: ten times what any bundle has
 _REMEDY = "restore it, or build again into another folder with -o; the weights stay good"
@@ -84,12 +85,14 @@ class WeightsRecord:
     unknown: dict[str, Any] = field(default_factory=dict)  # what a later version wrote
 
 
-def weights_label(name: str, expert: str, dtype: str) -> str:
+def weights_label(name: str, expert: str, dtype: str, role: str = DENOISER) -> str:
     """How the manifest, messages and folders call one file of a weights set.
 
-    That of the base set is called by expert and dtype alone: `high_noise-bf16`.
+    That of the base set is called by expert and dtype alone: `high_noise-bf16`; that of the VAE
+    `vae-bf16`.
     """
-    return "-".join(part for part in ("" if name == BASE else name, expert, dtype) if part)
+    parts = ("" if role == DENOISER else role, "" if name == BASE else name, expert, dtype)
+    return "-".join(part for part in parts if part)
 
 
 # What is read of an engine's free fields.
@@ -143,7 +146,8 @@ class EngineRecord:
     @property
     def name(self) -> str:
         """How messages and folders call this engine: 480x832x81/aoti-bf16-sm90."""
-        return f"{self.geometry.name}/{engine_label(self.backend, self.dtype, self.target)}"
+        label = engine_label(self.backend, self.dtype, self.target, self.role)
+        return f"{self.geometry.name}/{label}"
 
     @property
     def inputs(self) -> dict[str, Input]:
@@ -156,21 +160,26 @@ class EngineRecord:
         return self.program.output
 
     @property
+    def kind(self) -> Kind | None:
+        """What the manifest holds of engines of this role and backend; None of unknown ones."""
+        return ROLES.get(self.role, {}).get(self.backend)
+
+    @property
     def unfamiliar(self) -> str:
         """What of the engine this version does not know, in words; empty when it knows all."""
-        if self.role != DENOISER:
+        if self.role not in ROLES:
             return f"role {self.role}"
-        if self.backend not in KINDS:
+        if self.kind is None:
             return f"backend {self.backend}"
         if self.dtype not in PRECISIONS:
             return f"dtype {self.dtype}"
         if self.target.get("device", "cpu") not in DEVICES:
             return f"device {self.target['device']}"
-        if not isinstance(self.details, KINDS[self.backend].details):
+        if not isinstance(self.details, self.kind.details):
             return "details of another form"
         if self.program.unfamiliar:
             return self.program.unfamiliar
-        role = unknown_file(self.backend, self.program, self.files)
+        role = unknown_file(self.kind, self.program, self.files)
         return f"file {role}" if role else ""
 
     @property
@@ -183,9 +192,13 @@ class EngineRecord:
         return details.fault(self.backend, self.target, calls, self.files) or self.program.fault()
 
 
-def engine_label(backend: str, dtype: str, target: Mapping[str, str]) -> str:
-    """Backend and precision, and for compiled code the processor that it is for."""
-    return f"{backend}-{dtype}" + (f"-{target['arch']}" if "arch" in target else "")
+def engine_label(backend: str, dtype: str, target: Mapping[str, str], role: str = DENOISER) -> str:
+    """Backend and precision, and for compiled code the processor that it is for.
+
+    That of another role than the denoiser's begins with it: `vae-aoti-bf16-sm90`.
+    """
+    prefix = "" if role == DENOISER else f"{role}-"
+    return f"{prefix}{backend}-{dtype}" + (f"-{target['arch']}" if "arch" in target else "")
 
 
 @dataclass(frozen=True)
@@ -205,18 +218,21 @@ class Manifest:
     unread: tuple[dict[str, Any], ...] = ()
     unknown: dict[str, Any] = field(default_factory=dict)  # what a later version wrote
 
-    def sets(self, layout: str) -> dict[str, dict[str, WeightsRecord]]:
-        """The weights sets of a layout by name, each with its records by expert."""
+    def sets(self, layout: str, role: str = DENOISER) -> dict[str, dict[str, WeightsRecord]]:
+        """The weights sets of a role and layout by name, each with its records by expert."""
         found: dict[str, dict[str, WeightsRecord]] = {}
         for record in self.weights.values():
-            if record.role == DENOISER and record.layout == layout:
+            if record.role == role and record.layout == layout:
                 found.setdefault(record.name, {})[record.expert] = record
         return found
 
-    def weights_of(self, layout: str, name: str = BASE) -> list[WeightsRecord]:
+    def weights_of(
+        self, layout: str, name: str = BASE, role: str = DENOISER
+    ) -> list[WeightsRecord]:
         """The weights set of a name in the layout that an engine reads, in the experts' order."""
-        found = self.sets(layout).get(name, {})
-        return [found[expert] for expert in self.experts or ("",) if expert in found]
+        found = self.sets(layout, role).get(name, {})
+        experts = self.experts if role == DENOISER else ()
+        return [found[expert] for expert in experts or ("",) if expert in found]
 
     def sets_named(self, name: str) -> list[WeightsRecord]:
         """The records of a weights set of the denoiser, in every layout."""
@@ -279,7 +295,7 @@ def decode_engine(data: Any, where: str) -> EngineRecord:
     Raises TypeError or ValueError when it is none.
     """
     engine: EngineRecord = decode(EngineRecord, data, where)
-    kind = KINDS.get(engine.backend)
+    kind = engine.kind
     if kind is None:
         return engine
     try:

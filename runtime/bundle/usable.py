@@ -11,13 +11,17 @@ from typing import Any
 
 from wanexport.runtime.bundle.details import KINDS
 from wanexport.runtime.bundle.manifest import (
+    BASE,
     DENOISER,
+    ROLES,
+    VAE,
     EngineRecord,
     Manifest,
     decode_engine,
     engine_label,
 )
 from wanexport.runtime.bundle.signature import layout_sha256, program_of
+from wanexport.runtime.bundle.vae_signature import vae_layout_sha256
 from wanexport.runtime.decode import decode
 from wanexport.runtime.dtypes import PRECISIONS
 from wanexport.runtime.errors import BundleError, printable
@@ -25,6 +29,7 @@ from wanexport.runtime.family import FAMILIES, family_of
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.program import Program, TensorSpec
 from wanexport.runtime.wan_config import EXPERTS, WanConfig
+from wanexport.runtime.wan_vae import vae_program
 
 
 def check_usable(bundle: Path, manifest: Manifest, engine: EngineRecord) -> None:
@@ -45,9 +50,12 @@ def why_unusable(bundle: Path, manifest: Manifest, engine: EngineRecord) -> str:
     if reason := mismatch(manifest.config, engine) or _lacks(manifest, engine):
         geometry = engine.geometry
         size = f"--resolution {geometry.height}x{geometry.width} --frames {geometry.frames}"
+        kind = f"--backend {engine.backend} --dtype {engine.dtype}"
+        if engine.role == VAE:
+            kind = f"--parts --vae-dtype {engine.dtype}"
         return (
             f"engine {engine.name} cannot be used: {reason}; build it again with wanexport build "
-            f"--backend {engine.backend} --dtype {engine.dtype} {size} -o {bundle}"
+            f"{kind} {size} -o {bundle}"
         )
     return ""
 
@@ -56,7 +64,8 @@ def unread_name(data: Mapping[str, Any]) -> str:
     """How messages call an engine whose record cannot be read, by what it says of itself."""
     backend, dtype = (printable(data.get(name, "?"), 30) for name in ("backend", "dtype"))
     target = data.get("target")
-    label = engine_label(backend, dtype, target if isinstance(target, dict) else {})
+    role = VAE if data.get("role") == VAE else DENOISER
+    label = engine_label(backend, dtype, target if isinstance(target, dict) else {}, role)
     with suppress(KeyError, TypeError, ValueError):
         geometry: Geometry = decode(Geometry, data["geometry"], "")
         label = f"{geometry.name}/{label}"
@@ -70,7 +79,7 @@ def engine_names(manifest: Manifest) -> list[str]:
 
 def unread_unfamiliar(data: Mapping[str, Any]) -> str:
     """What kind an engine whose record cannot be read is of, in words; empty for a known one."""
-    known = {"role": (DENOISER,), "backend": KINDS, "dtype": PRECISIONS}
+    known = {"role": tuple(ROLES), "backend": tuple(KINDS), "dtype": PRECISIONS}
     for field, values in known.items():
         stated = data.get(field)
         if isinstance(stated, str) and stated not in values:
@@ -103,6 +112,9 @@ def _of_later(manifest: Manifest, name: str, what: str) -> str:
 
 def _lacks(manifest: Manifest, engine: EngineRecord) -> str:
     """What a model with or without experts must have beside an engine of it."""
+    if engine.role == VAE:
+        found = manifest.weights_of(engine.layout, BASE, VAE)
+        return "" if found else "the bundle lacks weights of its VAE"
     boundary, experts = engine.sampling.boundary, manifest.experts
     if (boundary is not None) != bool(experts) or (boundary is not None and not 0 < boundary < 1):
         return f"boundary {boundary} does not fit {len(experts)} experts"
@@ -118,6 +130,8 @@ def mismatch(config: WanConfig, engine: EngineRecord) -> str:
         return engine.fault
     if engine.family != config.family:
         return f"it is of family {engine.family}, the model of {config.family}"
+    if engine.role == VAE:
+        return _vae_mismatch(config, engine)
     stride, expected = engine.geometry.spatial_stride, family_of(config).vae.spatial_stride
     if stride != expected:
         return f"it is for a VAE of stride {stride}, the model's has {expected}"
@@ -132,6 +146,27 @@ def mismatch(config: WanConfig, engine: EngineRecord) -> str:
     if isinstance(kernels, dict) and kernels.keys() != program.attention.keys():
         found, needed = ", ".join(kernels) or "none", ", ".join(program.attention)
         return f"it has kernels for attention of kind {found:.60}, the model needs {needed}"
+    return ""
+
+
+def _vae_mismatch(config: WanConfig, engine: EngineRecord) -> str:
+    """The same of an engine of the model's VAE."""
+    sizes, expected = engine.details.sizes, family_of(config).vae
+    found = (sizes.channels, sizes.spatial_stride)
+    if found != (expected.channels, expected.spatial_stride):
+        return (
+            f"it is of a VAE with {found[0]} latent channels and stride {found[1]}, the model's "
+            f"has {expected.channels} and {expected.spatial_stride}"
+        )
+    if engine.geometry.spatial_stride != sizes.spatial_stride:
+        return f"its geometry is of stride {engine.geometry.spatial_stride}"
+    program = vae_program(sizes, engine.geometry)
+    if differing := _difference(engine.program, program):
+        return differing
+    if engine.layout != vae_layout_sha256(sizes, engine.dtype):
+        return "it is for weights of another layout than this wanexport gives the VAE"
+    if engine.details.attention.keys() != program.attention.keys():
+        return f"it has kernels for attention of kind {', '.join(engine.details.attention):.60}"
     return ""
 
 

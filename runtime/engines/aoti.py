@@ -108,16 +108,23 @@ class BoundRegions:
             for name, tensor in inputs.items():
                 values[self.slots[name]] = tensor
             if memory.values is None:
-                memory.values = self._prompt(values, memory)
+                memory.values = self._written("prompt", values, memory)
             for name, tensor in memory.values.items():
                 values[self.slots[name]] = tensor
             _run(self.calls.get("step", ()), values, memory)
         velocity: Tensor = values[self.output]
         return velocity
 
-    def _prompt(self, values: list[Any], memory: Memory) -> dict[str, Tensor]:
-        """What the calls that run once for a prompt write, by name."""
-        calls = self.calls.get("prompt", ())
+    def at(self, moment: str, inputs: Mapping[str, Tensor], memory: Memory) -> dict[str, Tensor]:
+        """What the calls of one moment write, by name; nothing is kept but the state."""
+        values: list[Any] = [None] * len(self.slots)
+        with attention_kernels(self.regions.kernels), torch.no_grad():
+            for name, tensor in inputs.items():
+                values[self.slots[name]] = tensor
+            return self._written(moment, values, memory)
+
+    def _written(self, moment: str, values: list[Any], memory: Memory) -> dict[str, Tensor]:
+        calls = self.calls.get(moment, ())
         _run(calls, values, memory)
         written = {slot for call in calls for slot in call.writes}
         return {name: values[slot] for name, slot in self.slots.items() if slot in written}

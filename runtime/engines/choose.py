@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from wanexport.runtime.bundle.manifest import DENOISER, DEVICES, EngineRecord, Manifest
+from wanexport.runtime.bundle.manifest import DENOISER, DEVICES, VAE, EngineRecord, Manifest
 from wanexport.runtime.bundle.usable import unread_name, why_unread, why_unusable
 from wanexport.runtime.engines.device_name import check_device, device_kind
 from wanexport.runtime.engines.engine import EngineOptions
@@ -23,6 +23,8 @@ from wanexport.runtime.errors import (
     needing_package,
 )
 from wanexport.runtime.geometry import parse_resolution
+
+_FREE = EngineOptions()
 
 
 class Choice(NamedTuple):
@@ -68,15 +70,16 @@ def choose_engine(bundle: Path, manifest: Manifest, options: EngineOptions) -> C
 
 
 def _held(manifest: Manifest) -> list[str]:
-    """What a bundle's engines are called, those that cannot be read too."""
-    return [*(engine.name for engine in manifest.engines), *map(unread_name, manifest.unread)]
+    """What a bundle's engines are called, those that cannot be read too; not those of its VAE."""
+    own = [engine.name for engine in manifest.engines if engine.role != VAE]
+    return [*own, *map(unread_name, manifest.unread)]
 
 
 def _of_others(bundle: Path, manifest: Manifest) -> Iterator[str]:
     """Why the engines that no options choose cannot be used."""
     yield from (why_unread(bundle, manifest, data) for data in manifest.unread)
     for engine in manifest.engines:
-        if not _is_known(engine):
+        if not _is_known(engine) and engine.role != VAE:
             yield why_unusable(bundle, manifest, engine)
 
 
@@ -215,17 +218,27 @@ def _order() -> list[tuple[str, str, str]]:
 _PREFERENCE = _order()
 
 
-def _refusal(bundle: Path, choice: Choice, options: EngineOptions) -> str:
-    """Why this machine cannot execute the engine; empty when it can."""
-    record, kind = choice.record, ENGINES[choice.record.backend]
+def machine_refusal(
+    record: EngineRecord, device: str, rebuild: str, options: EngineOptions = _FREE
+) -> str:
+    """Why this machine cannot execute an engine on a device; empty when it can.
+
+    rebuild is the command that makes an engine for it.
+    """
+    kind = ENGINES[record.backend]
     if kind.needs_torch and (reason := _torch_obstacle(record)):
         return reason
+    return kind.backend().refusal(record, device, options, rebuild)
+
+
+def _refusal(bundle: Path, choice: Choice, options: EngineOptions) -> str:
+    record = choice.record
     size = f"{record.geometry.height}x{record.geometry.width}"
     rebuild = (
         f"wanexport build --backend {record.backend} --resolution {size} "
         f"--frames {record.geometry.frames} -o {bundle}"
     )
-    return kind.backend().refusal(record, choice.device, options, rebuild)
+    return machine_refusal(record, choice.device, rebuild, options)
 
 
 def _torch_obstacle(record: EngineRecord) -> str:

@@ -133,7 +133,21 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2).contiguous()
 
 
-_OF_PYTORCH: Mapping[str, Kernel] = {"cudnn": cudnn, "sdpa": sdpa}
+def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two products and a softmax, one batch entry at a time.
+
+    For heads of more than 256 channels, of which PyTorch's fused kernels on CUDA are slow.
+    """
+    out = torch.empty_like(q)
+    scale = q.shape[-1] ** -0.5
+    for i in range(q.shape[0]):
+        a, b, c = (x[i].transpose(0, 1) for x in (q, k, v))  # [H, S or T, D]
+        scores = torch.baddbmm(a.new_zeros(()), a, b.transpose(1, 2), beta=0, alpha=scale)
+        out[i] = (scores.softmax(-1) @ c).transpose(0, 1)
+    return out
+
+
+_OF_PYTORCH: Mapping[str, Kernel] = {"cudnn": cudnn, "sdpa": sdpa, "products": products}
 
 
 def open_kernel(name: str, flash_library: Path | PinnedFile | None) -> Kernel:

@@ -19,6 +19,7 @@ from wanexport.runtime.bundle.manifest import Manifest, read_manifest
 from wanexport.runtime.errors import BundleError, printable
 from wanexport.runtime.family import family_of
 from wanexport.runtime.parts.hub import HUB_ID, download, is_offline
+from wanexport.runtime.wan_config import WanConfig
 
 PARTS = ("text_encoder", "vae", "image_encoder")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -70,22 +71,42 @@ def find_components(
     weights, the checkpoint has moved, or it lacks a part, and when the bundle names what no build
     would have written; BadRequest when `model` is neither a folder nor a hub id.
     """
-    bundle, model = Path(bundle), None if model is None else str(model)
+    bundle = Path(bundle)
     manifest = read_manifest(bundle)
-    names = _names_of(manifest)
-    wanted = [part for part in ("text_encoder", "tokenizer", "vae", "image_encoder")
-              if part in names["official"] and _owner(part) in needs]  # fmt: skip
-    if model is None:
-        origin, folders = _recorded(bundle, manifest, wanted)
-    elif os.path.exists(model):  # unlike Path's, it is False for a name that is too long
-        origin, folders = str(Path(model).resolve()), _folders(Path(model))
-    else:
-        origin, folders = model, [download(model, _patterns(names, wanted))]
+    if model is not None:
+        return find_in(manifest.config, model, needs=needs)
+    wanted = _wanted(manifest.config, needs)
+    origin, folders = _recorded(bundle, manifest, wanted)
+    return _found(manifest.config, wanted, origin, folders)
+
+
+def find_in(
+    config: WanConfig, model: str | Path, *, needs: Collection[str] = PARTS
+) -> ComponentFiles:
+    """The same in `model`, a folder, a file or a hub id, for a model of this config."""
+    model, wanted = str(model), _wanted(config, needs)
+    if os.path.exists(model):  # unlike Path's, it is False for a name that is too long
+        return _found(config, wanted, str(Path(model).resolve()), _folders(Path(model)))
+    return _found(config, wanted, model, [download(model, _patterns(_names_of(config), wanted))])
+
+
+def _wanted(config: WanConfig, needs: Collection[str]) -> list[str]:
+    """What must be found for the parts in needs, of those that the model has."""
+    names = _names_of(config)["official"]
+    parts = ("text_encoder", "tokenizer", "vae", "image_encoder")
+    return [part for part in parts if part in names and _owner(part) in needs]
+
+
+def _found(
+    config: WanConfig, wanted: Sequence[str], origin: str, folders: Sequence[Path]
+) -> ComponentFiles:
+    """What is wanted, in the folder that has the most. Raises BundleError when it lacks a part."""
+    names = _names_of(config)
     layout, folder = _best(names, folders, wanted)
     paths = {part: folder / name for part, name in names[layout].items()}
     if missing := [part for part in wanted if not paths[part].exists()]:
         lacks = " and ".join(f"{_TITLES[part]} ({names[layout][part]})" for part in missing)
-        get = f"get it from {_hub_id(manifest, layout)}"
+        get = f"get it from {_hub_id(config, layout)}"
         if is_offline() and not os.path.exists(origin):
             get = "it is not in the hub's cache, and HF_HUB_OFFLINE forbids downloads: unset that"
         raise BundleError(f"{origin} lacks {lacks}: {get}, or name another checkpoint (-m, model=)")
@@ -111,7 +132,7 @@ def origin_note(
     source = _followed(bundle, manifest) if model is None else None
     if source is None:
         return ""
-    names = _names_of(manifest)["official"]
+    names = _names_of(manifest.config)["official"]
     titles = " and ".join(_TITLES[part] for part in PARTS if part in needs and part in names)
     origin = printable(source.get("hub") or source["path"], 300)
     return f"taking {titles} from {origin}, which the bundle names; -m names another checkpoint"
@@ -122,10 +143,10 @@ def _owner(part: str) -> str:
     return "text_encoder" if part == "tokenizer" else part
 
 
-def _names_of(manifest: Manifest) -> dict[str, dict[str, str]]:
-    """The names of the parts that this bundle's model has, in each layout."""
+def _names_of(config: WanConfig) -> dict[str, dict[str, str]]:
+    """The names of the parts that a model has, in each layout."""
     names = {layout: dict(parts) for layout, parts in _NAMES.items()}
-    family = family_of(manifest.config)
+    family = family_of(config)
     names["official"]["vae"] = family.vae.file
     if not family.clip_tokens:
         for parts in names.values():
@@ -133,9 +154,9 @@ def _names_of(manifest: Manifest) -> dict[str, dict[str, str]]:
     return names
 
 
-def _hub_id(manifest: Manifest, layout: str = "official") -> str:
-    """The published checkpoint that has the parts of this bundle's model."""
-    name = family_of(manifest.config).hub
+def _hub_id(config: WanConfig, layout: str = "official") -> str:
+    """The published checkpoint that has the parts of a model."""
+    name = family_of(config).hub
     return f"{name}-Diffusers" if layout == "diffusers" else name
 
 
@@ -145,14 +166,14 @@ def _recorded(
     """The checkpoint that the bundle's weights came from, and the folders that may hold parts."""
     source = _followed(bundle, manifest)
     if source is not None and "hub" in source:
-        patterns = _patterns(_names_of(manifest), wanted)
+        patterns = _patterns(_names_of(manifest.config), wanted)
         folder = download(source["hub"], patterns, revision=source.get("revision"))
         return source["hub"], [folder]
     if source is not None:
         return source["path"], _folders(Path(source["path"]))
     sources = [record.source for record in manifest.weights.values()]
     titles = " and ".join(_TITLES[part] for part in wanted)
-    hint = f"name a checkpoint that has {titles} (-m, model=), as {_hub_id(manifest)}"
+    hint = f"name a checkpoint that has {titles} (-m, model=), as {_hub_id(manifest.config)}"
     moved = [source["path"] for source in sources if "path" in source]
     if moved:
         raise BundleError(f"{moved[0]}, the checkpoint that {bundle} came from, is gone: {hint}")

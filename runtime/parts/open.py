@@ -14,11 +14,13 @@ from wanexport.runtime.parts.protocols import (
     check_text_encoder,
     check_vae,
 )
+from wanexport.runtime.parts.vae_choice import choose_vae_engine
 
 
 class Parts:
     """The parts that `given` holds, and the others of the bundle's checkpoint or of `model`'s.
 
+    A VAE of which the bundle has an engine is that engine, unless tiles are asked for.
     `device` is PyTorch's name of where they are opened; `vae_tiling` is as in `open_vae`. What was
     given belongs to its giver, and is never closed here.
     """
@@ -38,13 +40,17 @@ class Parts:
         self._given = {part: value for part, value in given.items() if value is not None}
         self._files: dict[str, ComponentFiles] = {}
         self._opened: dict[str, Any] = {}
+        self._engine: tuple[EngineRecord | None] | None = None  # of the VAE, once looked for
 
     def find(self, parts: Sequence[str]) -> None:
         """Find the files of these parts, without opening them.
 
         Raises BundleError, as `find_components` does, when one is missing.
         """
-        missing = [part for part in parts if part not in self._given and part not in self._files]
+        known = self._given.keys() | self._files.keys()
+        missing = [part for part in parts if part not in known]
+        if "vae" in missing and self._vae_engine() is not None:
+            missing.remove("vae")
         if missing:
             files = find_components(self.bundle, self.model, needs=missing)
             self._files.update(dict.fromkeys(missing, files))
@@ -74,6 +80,8 @@ class Parts:
     def _part(self, part: str) -> Any:
         if part in self._given:
             return self._given[part]
+        if part not in self._opened and part == "vae" and (engine := self._vae_engine()):
+            self._opened[part] = self._open_engine(engine)
         if part not in self._opened:
             self.find([part])
             self._opened[part] = _OPENERS[part](
@@ -82,10 +90,33 @@ class Parts:
             self._check(part)
         return self._opened[part]
 
+    def _vae_engine(self) -> EngineRecord | None:
+        """The bundle's engine of the VAE, where it has one that runs here, and no tiles are asked
+        for: it takes the picture whole."""
+        if self._options["vae"]["tiling"] is True:
+            return None
+        if self._engine is None:
+            self._engine = (choose_vae_engine(self.bundle, self.record, self.device),)
+        return self._engine[0]
+
+    def _open_engine(self, engine: EngineRecord) -> VideoCodec:
+        from wanexport.runtime.parts.vae_engine import open_vae_engine
+
+        is_whole = self._options["vae"]["tiling"] is False
+        tiles = None if is_whole else self._open_tiles
+        return open_vae_engine(self.bundle, engine, self.device, tiles=tiles)
+
+    def _open_tiles(self) -> VideoCodec:
+        """The checkpoint's VAE over tiles, for where the engine's memory does not suffice."""
+        files = find_components(self.bundle, self.model, needs=("vae",))
+        codec: VideoCodec = _OPENERS["vae"](files, self.device, tiling=True)
+        check_vae(codec, self.record, files.origin)
+        return codec
+
     def _check(self, part: str) -> None:
         """Refuse, and close, a part that was opened and does not fit the engine."""
         try:
-            if part in _CHECKS:
+            if part in _CHECKS and part in self._files:
                 _CHECKS[part](self._opened[part], self.record, self._files[part].origin)
         except WanExportError:
             self.release(part)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from wanexport.runtime.errors import BundleError, printable
+from wanexport.runtime.key_tables import key_table, required
 from wanexport.runtime.parts.fill_model import Place, parameters_in
-from wanexport.runtime.parts.key_tables import key_table, required
 from wanexport.runtime.parts.model_folder import config_sizes, read_config, read_folder
 from wanexport.runtime.parts.stored import StoredTensor
 from wanexport.runtime.parts.torch_checkpoint import read_stored

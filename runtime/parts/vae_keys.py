@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wanexport.runtime.errors import BundleError, printable
-from wanexport.runtime.parts.key_tables import key_table, required
+from wanexport.runtime.errors import BundleError, WanExportError, printable
+from wanexport.runtime.key_tables import key_table, required
 
 _UP_BLOCK_LAYERS = 4  # three residual blocks and an upsampler; Wan2.1 numbers all in one row
 _UP_LAYERS = {f"decoder.upsamples.{i}": divmod(i, _UP_BLOCK_LAYERS) for i in range(16)}
@@ -100,11 +100,7 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, An
     base_dim, in_channels = shape("encoder.conv1.weight", 5)[:2]
     out_channels, decoder_base_dim = shape("decoder.head.2.weight", 5)[:2]
     channels = shape("conv2.weight", 5)[0]
-    if channels not in _LATENTS_MEAN:
-        raise BundleError(
-            f"{printable(path)} has latents of {channels} channels: expected 16 "
-            f"(Wan2.1_VAE.pth) or 48 (Wan2.2_VAE.pth)"
-        )
+    mean, deviation = latent_statistics(channels, path, BundleError)
     is_wan22 = _WAN22_ONLY in shapes
     return {
         "base_dim": base_dim,
@@ -112,9 +108,24 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, An
         "z_dim": channels,
         "in_channels": in_channels,
         "out_channels": out_channels,
-        "latents_mean": list(_LATENTS_MEAN[channels]),
-        "latents_std": list(_LATENTS_STD[channels]),
+        "latents_mean": list(mean),
+        "latents_std": list(deviation),
         "is_residual": is_wan22,
         "patch_size": 2 if is_wan22 else None,
         "scale_factor_spatial": 16 if is_wan22 else 8,
     }
+
+
+def latent_statistics(
+    channels: int, path: Path, error: type[WanExportError]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of the VAE whose latents have so many.
+
+    Raises the error, naming path, where there is none.
+    """
+    if channels not in _LATENTS_MEAN:
+        raise error(
+            f"{printable(path)} has latents of {channels} channels: expected 16 "
+            f"(Wan2.1_VAE.pth) or 48 (Wan2.2_VAE.pth)"
+        )
+    return _LATENTS_MEAN[channels], _LATENTS_STD[channels]

@@ -72,7 +72,9 @@ def compile_all(folder: Path) -> Path | None:
     def compile_size(size: Size) -> None:
         own = folder / size.folder
         own.mkdir(parents=True)
-        compile_regions(PRESETS[size.preset].config, size.geometry, "bf16", "cuda", own)
+        config = PRESETS[size.preset].config
+        graph = family_of(config).graph
+        compile_regions(graph, config, size.geometry, "bf16", "cuda", own)
 
     def compile_flash() -> Path | None:
         try:

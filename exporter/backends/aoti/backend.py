@@ -18,7 +18,8 @@ from wanexport.exporter.backends.aoti.flash_attention import (
     flash_attention_versions,
 )
 from wanexport.exporter.backends.aoti.prove import prove_regions
-from wanexport.exporter.backends.backend import Compiled, Options, Progress, Request
+from wanexport.exporter.backends.aoti.vae import compile_vae, prove_vae
+from wanexport.exporter.backends.backend import Compiled, Options, Progress, Request, VaeRequest
 from wanexport.exporter.child.process import Lifeline
 from wanexport.runtime.bundle.details import AotiDetails
 from wanexport.runtime.bundle.manifest import EngineRecord
@@ -94,12 +95,14 @@ def compile_engine(
     def show(stage: str, done: int, total: int) -> None:
         progress(f"{request.label}: {stage}", done, total)
 
+    if isinstance(request, VaeRequest):
+        return compile_vae(folder, request, show)
     config, geometry = request.config, request.geometry
     # FlashAttention's compiler runs beside Inductor's, and stops when that fails.
     with ThreadPoolExecutor(1) as pool, Lifeline() as line:
         flash = pool.submit(_flash_attention, folder, request, line)
         files, lint, seconds = to_aoti.compile_regions(
-            config, geometry, request.dtype, request.device, folder, show
+            request.graph, config, geometry, request.dtype, request.device, folder, show
         )
         show("compiling FlashAttention-4", 0, 0)
         library, notes = flash.result()
@@ -151,4 +154,6 @@ def prove(
     request: Request, engine: EngineRecord, bundle: Path, weights: Sequence[Path], verify: str
 ) -> dict[str, Any]:
     """The figures of the proof. Raises WanExportError when it fails."""
+    if isinstance(request, VaeRequest):
+        return prove_vae(request, engine, bundle, weights, verify)
     return prove_regions(request, engine, bundle, weights, verify)

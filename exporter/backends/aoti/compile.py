@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.export import ExportedProgram
@@ -25,19 +25,19 @@ from wanexport.exporter.child.child import known, main, run_process, temporary_f
 from wanexport.exporter.child.process import Lifeline
 from wanexport.exporter.child.quiet import quiet
 from wanexport.exporter.lint.program import attention_operators, count, lint_program
-from wanexport.graphs.graph import empty_graph, torch_dtype
+from wanexport.graphs.graph import empty_graph, load_graph, torch_dtype
 from wanexport.graphs.regions import trace_calls, written_inputs
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.bundle.durable import write_durably
-from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.engines.device import gpu_or_cpu
 from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.processor import level_for
 from wanexport.runtime.errors import BadRequest, WanExportError, needing_package
-from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.program import Program
-from wanexport.runtime.wan_config import WanConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _ADVICE = "try another C++ compiler with CXX, else report this"
 _CONFIGS = {
@@ -75,27 +75,26 @@ class Regions(NamedTuple):
 
 
 def compile_regions(
-    config: WanConfig,
+    graph: str,
+    config: "DataclassInstance",
     geometry: Geometry,
     dtype: str,
     device: str,
     folder: Path,
     progress: Progress = lambda stage, done, total: None,
 ) -> Regions:
-    """Write a package for each call of the model's Program, as `embed.pt2`.
+    """Write a package for each call of a graph's Program, as `embed.pt2`; graph names its class.
 
     They are compiled at once, each in a process of its own. Raises WanExportError when the compiler
     is missing, fails, or makes what cannot be loaded.
     """
     check_compiler(device)
-    program = program_of(config, geometry)
+    program = load_graph(graph).describe(config, geometry)
     files = {call.name: folder / f"{call.name}.pt2" for call in program.calls}
     progress("compiling", 0, len(files))
     results: dict[str, dict[str, Any]] = {}
     with temporary_folder() as scratch, ThreadPoolExecutor(len(files)) as pool, Lifeline() as line:
-        job = RegionJob(
-            "", family_of(config).graph, asdict(config), asdict(geometry), dtype, device, ""
-        )
+        job = RegionJob("", graph, asdict(config), asdict(geometry), dtype, device, "")
 
         def compile_in_child(name: str) -> dict[str, Any]:
             own = replace(job, call=name, path=str(scratch / f"{name}.pt2"))
@@ -153,8 +152,9 @@ def _trace(job: RegionJob) -> tuple[ExportedProgram, tuple[str, ...]]:
     on_gpu = job.device != "cpu"
     if on_gpu:  # whose kernels are compiled for the current GPU
         torch.cuda.set_device(gpu_or_cpu(job.device))
+    config = load_graph(job.graph).sizes(**job.config)
     graph = empty_graph(
-        job.graph, WanConfig(**job.config), Geometry(**job.geometry), torch_dtype(job.dtype),
+        job.graph, config, Geometry(**job.geometry), torch_dtype(job.dtype),
         device=job.device, fused=on_gpu,
     )  # fmt: skip
     exported = trace_calls(graph, job.device, [job.call])[job.call]

@@ -41,7 +41,10 @@ def prove_regions(
             small = geometry.reduced(MAX_TOKENS)
             differing = compare_programs(request.graph, config, dtype, geometry, small)
             geometry = small
-            compared, kernels = compile_regions(config, geometry, dtype, device, scratch).files, {}
+            compared = compile_regions(
+                request.graph, config, geometry, dtype, device, scratch
+            ).files
+            kernels = {}
         tensors = tensors_of_cut(program_of(cut, geometry), program_of(config, geometry))
         case = make_case(cut, geometry, dtype, device=device, tensors=tensors, folder=scratch)
         for file in weights:

@@ -5,7 +5,7 @@ but the token grid differs.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from wanexport.exporter.backends.grid import Grid, check_same
 from wanexport.graphs.graph import empty_graph, torch_dtype
 from wanexport.graphs.regions import trace_calls
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.wan_config import WanConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def compare_programs(
-    graph: str, config: WanConfig, dtype: str, full: Geometry, small: Geometry
+    graph: str, config: "DataclassInstance", dtype: str, full: Geometry, small: Geometry
 ) -> dict[str, int]:
     """How many integers differ between a CPU's programs of two sizes, by `CALL OPERATOR`.
 

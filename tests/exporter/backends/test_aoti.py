@@ -538,7 +538,9 @@ def test_a_numbered_gpu_compiles_and_proves(
     request = Request(
         manifest.config, engine.geometry, engine.sampling, "aoti", "fp32", "cuda:1", target
     )
-    compile_regions(request.config, request.geometry, "fp32", request.device, tmp_path)
+    compile_regions(
+        request.graph, request.config, request.geometry, "fp32", request.device, tmp_path
+    )
     weights = [small / record.file.path for record in manifest.weights.values()]
     prove_module.prove_regions(request, engine, small, weights, "ends")
     assert {job.device for job in jobs} == {"cuda:1"} and len(jobs) == 4

@@ -169,7 +169,7 @@ def test_a_cpus_proof_refuses_a_fault_of_large_videos_before_it_compiles(
     with pytest.raises(RuntimeError, match="nothing is compiled here"):
         prove.prove_regions(request, engine, tmp_path, [], "ends")
     (asked,) = compiled
-    assert asked[1].num_tokens <= 1000 < FULL.num_tokens
+    assert asked[2].num_tokens <= 1000 < FULL.num_tokens
     monkeypatch.setattr(WanModel, "block", wrong)
     with pytest.raises(WanExportError, match="what the proof runs is not this engine"):
         prove.prove_regions(request, engine, tmp_path, [], "ends")

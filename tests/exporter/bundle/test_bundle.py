@@ -224,7 +224,7 @@ def test_an_engine_that_cannot_be_read_is_replaced_by_one_of_its_name(tmp_path: 
     """What a later version made of another kind stays, whatever its name."""
     bundle = small_bundle(tmp_path / "bundle", "onnx", "aoti")
     whole, data = read_manifest(bundle), manifest_of(bundle)
-    later = {**data["engines"][0], "role": "vae", "program": None}
+    later = {**data["engines"][0], "role": "upscaler", "program": None}
     del data["engines"][0]["program"]
     put(bundle, {**data, "engines": [*data["engines"], later]})
     assert len(read_manifest(bundle).unread) == 2

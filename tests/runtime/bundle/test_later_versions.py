@@ -130,7 +130,7 @@ def without(name: str, **stated: Any) -> Change:
 
 UNKNOWN: dict[str, tuple[int, Change, str]] = {  # of which engine, what, and what is said
     "dtype": (0, sets("dtype", "fp8"), "has dtype fp8, which this wanexport does not know"),
-    "role": (1, sets("role", "vae"), "has role vae, which"),
+    "role": (1, sets("role", "upscaler"), "has role upscaler, which"),
     "backend": (0, sets("backend", "quantum"), "has backend quantum, which"),
     "device": (0, sets("target", "device", "npu"), "has device npu, which"),
     "family": (1, sets("family", "helios"), "it is of family helios, the model of t2v"),
@@ -204,12 +204,12 @@ def test_an_engine_that_cannot_be_read_is_no_reason_to_change_device_silently(bu
 def test_a_bundle_of_later_engines_alone_says_why_each_cannot_be_used(bundle: Path) -> None:
     data = manifest_of(bundle)
     data["engines"][0]["backend"] = "quantum"
-    data["engines"][1]["role"] = "vae"
+    data["engines"][1]["role"] = "upscaler"
     del data["engines"][2]["program"]
     manifest = read_manifest(put(bundle, data))
     with pytest.raises(BadRequest) as refused:
         choose_engine(bundle, manifest, EngineOptions())
-    for said in ("has backend quantum", "has role vae", "tensorrt-fp32-sm89 cannot be used: "):
+    for said in ("has backend quantum", "has role upscaler", "tensorrt-fp32-sm89 cannot be used: "):
         assert said in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -227,7 +227,7 @@ def test_an_engine_of_another_role_neither_competes_nor_adds_a_shape(bundle: Pat
 @pytest.mark.parametrize(
     "weights",
     [
-        {"vae": {"role": "vae", "name": "base"}},
+        {"upscaler": {"role": "upscaler", "name": "base"}},
         {"fp8": {"dtype": "fp8", "layout": "1" * 64}},
         {"style": {"name": "style", "layout": "1" * 64}},
         {"middle": {"expert": "middle_noise"}},

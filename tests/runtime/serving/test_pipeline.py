@@ -228,6 +228,7 @@ class Opened:
         here = Path("model")
         files = ComponentFiles("model", "diffusers", here, here, here, None)
         monkeypatch.setattr(parts_module, "find_components", lambda *_, needs: files)
+        monkeypatch.setattr(parts_module, "choose_vae_engine", lambda *_: None)
         monkeypatch.setitem(parts_module._OPENERS, "text_encoder", self.open)
 
     def open(self, files: ComponentFiles, device: str) -> Encoder:
@@ -311,6 +312,7 @@ def test_a_missing_part_is_told_before_any_work(
     def missing(*_: object, needs: Sequence[str]) -> ComponentFiles:
         raise WanExportError(f"no {' and '.join(needs)}")
 
+    monkeypatch.setattr(parts_module, "choose_vae_engine", lambda *_: None)
     monkeypatch.setattr(parts_module, "find_components", missing)
     encoder = Encoder()
     pipeline = open_pipeline(engine := Engine(), text_encoder=encoder, vae=None)

@@ -3,7 +3,7 @@
 import pytest
 
 from wanexport.runtime.errors import BundleError
-from wanexport.runtime.parts.key_tables import key_table, required
+from wanexport.runtime.key_tables import key_table, required
 
 ROWS = {
     "head.*": "out.*",
