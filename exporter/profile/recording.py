@@ -12,7 +12,7 @@ from wanexport.exporter.backends.backend import Progress
 from wanexport.exporter.profile.lines import Lines
 from wanexport.exporter.profile.nodes import add_nodes
 from wanexport.exporter.profile.subject import Profiled
-from wanexport.exporter.trace.capture import capture
+from wanexport.exporter.trace.capture import capture, run
 from wanexport.exporter.trace.chrome import Trace, events_of, write_lines
 from wanexport.exporter.trace.steps import steps_of
 from wanexport.exporter.trace.waits import Wait, waits_of, with_lines
@@ -43,7 +43,7 @@ def record(subject: Profiled, steps: int, warmup: int, progress: Progress) -> Re
     with _running(subject), subject.within():
         for number in range(warmup):
             progress("warming up", number, warmup)
-            subject.step()
+            run(subject.step)
         if on_gpu:
             torch.cuda.synchronize()
         progress("recording", 0, 0)
@@ -79,7 +79,7 @@ def _running(subject: Profiled) -> Iterator[None]:
             yield
     except WanExportError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadRequest(
             f"a step of {subject.target} raised {type(error).__name__}: {first_line(error)}"
         ) from error

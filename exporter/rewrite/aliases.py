@@ -50,7 +50,10 @@ def is_plain_view(node: Node) -> bool:
         isinstance(target, torch._ops.OpOverload)
         and not target._schema.is_mutable
         and any(r.alias_info for r in target._schema.returns)
-        and (not _is_composite(target) or target._schema.name.endswith(("::unflatten", "::chunk")))
+        and (
+            not _is_composite(target)
+            or target._schema.name.endswith(("::unflatten", "::chunk", "::narrow"))
+        )
     )
 
 

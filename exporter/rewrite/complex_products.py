@@ -18,6 +18,7 @@ from wanexport.exporter.rewrite.trial import product_is_exact
 from wanexport.exporter.rewrite.writer import Writer, value_of
 
 aten = torch.ops.aten
+_CONJUGATES = (aten.conj.default, aten._conj.default, aten.conj_physical.default)
 _Parts = tuple[Node, Node]
 
 
@@ -68,8 +69,12 @@ def _why_not(product: Node, constants: Constants) -> str | None:
         return "nothing reads it"
     if constants.is_changed(product):
         return "it is changed in place"
-    first, second = (value_of(node) for node in product.args if isinstance(node, Node))
+    factors = [node for node in product.args if isinstance(node, Node)]
+    first, second = map(value_of, factors)
     assert first is not None and second is not None
+    for node, value in zip(factors, (first, second)):
+        if value.is_conj() and constants.is_changed(node):
+            return f"{node.name}, a conjugate, is changed in place"
     return product_is_exact(first, second)
 
 
@@ -102,15 +107,28 @@ def _parts_of(
     """The real and imaginary parts of a complex tensor: constants where it is one."""
     if node in parts:
         return parts[node]
-    select, last = aten.select.int, -1
     if (value := constants.value(node)) is not None:
         found = (constants.add(value.real, writer), constants.add(value.imag, writer))
-    elif node.target is aten.complex.default and not constants.is_changed(*node.all_input_nodes):
+    elif constants.is_changed(node, *node.all_input_nodes):
+        found = _views(node, writer)
+    elif node.target is aten.complex.default:
         found = (node.args[0], node.args[1])  # type: ignore[assignment]
+    elif node.target in _CONJUGATES:
+        real, imaginary = _parts_of(node.all_input_nodes[0], writer, parts, constants)
+        found = (real, writer.call(aten.neg.default, imaginary))
     else:
-        pairs = node.args[0] if node.target is aten.view_as_complex.default else None
-        if pairs is None:
-            pairs = writer.call(aten.view_as_real.default, node)
-        found = (writer.call(select, pairs, last, 0), writer.call(select, pairs, last, 1))
+        found = _views(node, writer)
     parts[node] = found
     return found
+
+
+def _views(node: Node, writer: Writer) -> _Parts:
+    """The parts as they lie in the memory of the complex tensor; of a conjugate, a copy's."""
+    value = value_of(node)
+    assert value is not None
+    if value.is_conj():
+        node = writer.call(aten.resolve_conj.default, node)
+    is_view = node.target is aten.view_as_complex.default
+    pairs = node.args[0] if is_view else writer.call(aten.view_as_real.default, node)
+    select, last = aten.select.int, -1
+    return writer.call(select, pairs, last, 0), writer.call(select, pairs, last, 1)

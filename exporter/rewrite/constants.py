@@ -13,7 +13,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from wanexport.exporter.rewrite.aliases import changed_roots, roots, written
-from wanexport.exporter.rewrite.writer import Writer, specs_of
+from wanexport.exporter.rewrite.writer import Writer, is_random, specs_of
 
 _MOST = 1 << 30  # bytes of a constant that is added
 _KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -139,14 +139,14 @@ def erase_dead(last: Node, constants: Constants) -> None:
     while pending:
         node = pending.pop()
         for user in list(node.users):  # what nobody uses, and what only checks a type
-            if user.op == "call_function" and not user.users and not written(user):
+            if user.op == "call_function" and not (user.users or written(user) or is_random(user)):
                 user.graph.erase_node(user)
         if node.users or node._erased:
             continue
         sources = node.all_input_nodes
         if node.op == "placeholder":
             constants.forget(node)
-        elif not written(node):
+        elif not written(node) and not is_random(node):
             node.graph.erase_node(node)
             pending += sources
 

@@ -64,14 +64,15 @@ def _noise(value: Tensor, generator: torch.Generator) -> Tensor:
     dtype = value.dtype.to_real() if is_complex else torch.float32
     parts = torch.randn(*value.shape, 1 + is_complex, generator=generator, dtype=dtype)
     noise = torch.view_as_complex(parts) if is_complex else parts[..., 0]
-    spread = value.abs().double().nan_to_num(1, 1, 1).square().mean().sqrt() if value.numel() else 0
+    wide = value if is_complex else value.double()
+    spread = wide.abs().double().nan_to_num(1, 1, 1).square().mean().sqrt() if value.numel() else 0
     return (noise * (float(spread) or 1.0)).to(value)
 
 
 def _run(program: ExportedProgram, inputs: _Inputs) -> Any:
     """Results, with what the run made of its inputs and buffers; the program's own stay."""
     args, kwargs = pytree.tree_map_only(Tensor, _copied, inputs)
-    stored = {name: value.clone() for name, value in program.named_buffers()}
+    stored = {name: value.clone() for name, value in _state(program)}
     torch.manual_seed(0)
     with torch.no_grad():
         module = program.module()
@@ -81,9 +82,17 @@ def _run(program: ExportedProgram, inputs: _Inputs) -> Any:
             for name, value in module.named_buffers()
             if name in stored and differing(stored[name], value)
         }
-        for name, value in program.named_buffers():
+        for name, value in _state(program):
             value.copy_(stored[name])
     return result, args, kwargs, written
+
+
+def _state(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
+    """What a run may change: buffers, and tensors that are attributes of the model."""
+    yield from program.named_buffers()
+    for name, value in program.constants.items():
+        if isinstance(value, Tensor) and value.numel():
+            yield f"constant {name}", value
 
 
 def _copied(value: Tensor) -> Tensor:

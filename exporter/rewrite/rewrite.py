@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from wanexport.exporter.lint.program import kinds_of_operator, operator_name, place
 from wanexport.exporter.rewrite.complex_products import rewrite_complex_products
+from wanexport.exporter.rewrite.cut import CUTS, SCATTERS
 from wanexport.exporter.rewrite.equal_rows import rewrite_equal_rows
 from wanexport.exporter.rewrite.record import (
     COMPLEX_PRODUCTS,
@@ -21,7 +22,6 @@ from wanexport.exporter.rewrite.scatters import rewrite_scatters
 from wanexport.exporter.rewrite.strided_writes import rewrite_strided_writes
 from wanexport.exporter.rewrite.writer import finish
 
-_KNOWN = ("aten.copy_", "aten.copy", "aten.slice_scatter", "aten.select_scatter")
 _Rule = Callable[[ExportedProgram], Rewriting]
 _PASSES: dict[str, tuple[_Rule, ...]] = {
     STRIDED_WRITES: (rewrite_strided_writes, rewrite_scatters),
@@ -62,7 +62,16 @@ def unknown_writes(program: ExportedProgram) -> Rewriting:
             if name:
                 reason = f"it is inside control flow ({name}), which is left alone"
                 left.append(Left(STRIDED_WRITES, node.name, reason, origin))
-            elif operator not in _KNOWN:
+            elif not _is_known(node, operator):
                 reason = f"{operator} writes it: slices and indices of one axis are rewritten"
                 left.append(Left(STRIDED_WRITES, node.name, reason, origin))
     return Rewriting({}, tuple(left))
+
+
+def _is_known(node: Node, operator: str) -> bool:
+    """Whether a rule saw the write: a scatter, or a copy to a slice."""
+    if operator == "aten.copy_":
+        return node.all_input_nodes[0].target in CUTS
+    if operator == "aten.copy":
+        return any(user.target in SCATTERS for user in node.users)
+    return node.target in SCATTERS

@@ -11,20 +11,19 @@ from torch.fx import Node
 
 from wanexport.exporter.lint.program import place
 from wanexport.exporter.rewrite.assemble import Write, arrange_writes, assemble
-from wanexport.exporter.rewrite.cut import SELECTS, argument, cut_axis, cut_part
+from wanexport.exporter.rewrite.cut import SCATTERS, SELECTS, argument, cut_axis, cut_part
 from wanexport.exporter.rewrite.partition import Arrangement
 from wanexport.exporter.rewrite.record import STRIDED_WRITES, Left, Rewriting
 from wanexport.exporter.rewrite.strided_writes import changed_between
 from wanexport.exporter.rewrite.writer import Writer, erase_unused, value_of
 
 aten = torch.ops.aten
-_SCATTERS = (aten.slice_scatter.default, aten.select_scatter.default)
 
 
 def rewrite_scatters(program: ExportedProgram) -> Rewriting:
     """Rewrite every chain of scatters that make up all of a tensor."""
     fired, left, seen = 0, [], set[Node]()
-    scatters = [node for node in program.graph.nodes if node.target in _SCATTERS]
+    scatters = [node for node in program.graph.nodes if node.target in SCATTERS]
     for last in reversed(scatters):
         if last in seen or last._erased:
             continue
@@ -42,7 +41,7 @@ def rewrite_scatters(program: ExportedProgram) -> Rewriting:
 def _chain(last: Node) -> list[Node]:
     """The scatters that end in this one, in order, back to where its writes cover the tensor."""
     found, covered = [last], _indices(last)
-    while (base := found[0].args[0]) and isinstance(base, Node) and base.target in _SCATTERS:
+    while (base := found[0].args[0]) and isinstance(base, Node) and base.target in SCATTERS:
         size = value_of(last)
         if size is not None and len(covered) >= size.shape[cut_axis(last, size.dim())]:
             break

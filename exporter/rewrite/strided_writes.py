@@ -19,7 +19,7 @@ from wanexport.exporter.rewrite.aliases import (
     written,
 )
 from wanexport.exporter.rewrite.assemble import Write, arrange_writes, assemble
-from wanexport.exporter.rewrite.cut import SELECTS, cut_axis, cut_part
+from wanexport.exporter.rewrite.cut import CUTS, SELECTS, cut_axis, cut_part
 from wanexport.exporter.rewrite.partition import Arrangement, part_of
 from wanexport.exporter.rewrite.record import STRIDED_WRITES, Left, Rewriting
 from wanexport.exporter.rewrite.writer import Writer, erase_unused, specs_of, value_of
@@ -47,14 +47,14 @@ def _buffers(graph: Graph) -> list[Node]:
     found: dict[Node, None] = {}
     for node in graph.nodes:
         for target in written(node):
-            if target.target in (aten.slice.Tensor, aten.select.int):
+            if target.target in CUTS:
                 found[_sliced(target)] = None
     return list(found)
 
 
 def _sliced(view: Node) -> Node:
     """What a slice of a slice is of."""
-    while view.target in (aten.slice.Tensor, aten.select.int):
+    while view.target in CUTS:
         view = view.all_input_nodes[0]
     return view
 
@@ -140,9 +140,11 @@ def _cuts(view: Node, buffer: Node) -> list[Node]:
 
 def _write(node: Node, buffer: Node) -> Write | None:
     """The write of a slice or an index of one axis; None for any other."""
-    value, cuts = value_of(buffer), _cuts(node.all_input_nodes[0], buffer)
-    source = node.args[1]
-    if node.target not in _COPIES or value is None or not isinstance(source, Node):
+    value = value_of(buffer)
+    if node.target not in _COPIES or value is None:
+        return None
+    cuts, source = _cuts(node.all_input_nodes[0], buffer), node.args[1]
+    if not isinstance(source, Node):
         return None
     if len(cuts) != 1:
         is_whole = not cuts and value.dim() and isinstance(value.shape[0], int)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
@@ -46,10 +47,18 @@ def _mode_of(args: Any) -> Any:
     return next(value.fake_mode for value in found if isinstance(value, FakeTensor))
 
 
+def is_random(node: Node) -> bool:
+    """Whether the node draws random numbers: without it the next one would draw others."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.nondeterministic_seeded in target.tags
+
+
 def erase_unused(nodes: list[Node]) -> None:
     """Erase those of the nodes that nothing uses, later ones first."""
     for node in nodes:
-        if not node.users:
+        if not node.users and not is_random(node):
             node.graph.erase_node(node)
 
 

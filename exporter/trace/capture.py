@@ -1,6 +1,6 @@
 """Record steps with PyTorch's profiler, as a Chrome trace in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,10 +33,18 @@ def capture(
     ) as profiler:
         for _ in range(steps):
             with record_function(STEP), within():
-                step()
+                run(step)
         if on_gpu:
             torch.cuda.synchronize()
     with marked_folder() as folder:
         path = folder / "trace.json"
         profiler.export_chrome_trace(str(path))
         return read_trace(path)
+
+
+def run(step: Callable[[], Any]) -> None:
+    """Run a step; of a generator all that it yields, for what it does is done only then."""
+    result = step()
+    if isinstance(result, Generator):
+        for _ in result:
+            pass

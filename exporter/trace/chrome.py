@@ -4,6 +4,8 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Mapping
+from math import isfinite
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +89,14 @@ def write_lines(trace: Trace, waits: Iterable[Wait]) -> None:
 
 def _event(raw: Mapping[str, Any], kind: str) -> Event:
     args = raw.get("args") or {}
-    start, duration = float(raw["ts"]), float(raw.get("dur", 0))
+    start, duration = float(raw["ts"]), max(0.0, float(raw.get("dur", 0)))
+    if not isfinite(start + duration):
+        raise ValueError("a time that is no number")
     return Event(
         name=str(raw["name"]),
         kind=kind,
         start=start,
-        end=start + max(0.0, duration),
+        end=start + duration,
         place=_place(raw, args, kind),
         link=_number(args.get("correlation")),
         operator=_number(args.get("External id")),
@@ -126,7 +130,7 @@ def _given(args: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
         elif dtype == "TensorList":
             given += _listed(own)
         else:
-            given.append(Tensor(dtype, tuple(own), None if step is None else tuple(step)))
+            given.append(Tensor(str(dtype), _whole(own), None if step is None else _whole(step)))
     return tuple(given)
 
 
@@ -135,7 +139,15 @@ _NO_TENSORS = ("", "Scalar", "ScalarList", "GenericList", "Dict", "None")
 
 def _listed(sizes: Any) -> list[Tensor | None]:
     """A list of tensors, whose dtypes the profiler does not write."""
-    return [Tensor("", tuple(own)) for own in sizes if isinstance(own, list)]
+    return [Tensor("", _whole(own)) for own in sizes if isinstance(own, list)]
+
+
+def _whole(numbers: Any) -> tuple[int, ...]:
+    """Sizes or strides. Raises TypeError or ValueError when one is no number of memory."""
+    found = tuple(map(index, numbers))
+    if any(abs(number) >= 1 << 63 for number in found):
+        raise ValueError("a size beyond any memory")
+    return found
 
 
 def _shapes(shapes: Any) -> list[Tensor]:

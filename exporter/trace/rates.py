@@ -35,4 +35,4 @@ def rates_from(stated: Any) -> Rates | None:
 
 
 def _is_rate(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and 0 < value < float("inf")
+    return isinstance(value, int | float) and 1 <= value < float("inf")

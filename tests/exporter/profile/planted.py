@@ -67,6 +67,17 @@ def compiled():
         return torch.relu(y) + 1
     return torch.compile(step, backend="eager"), (torch.ones(2, 2),)
 
+def leaving():
+    def step():
+        raise SystemExit(3)
+    return step, ()
+
+def yielding():
+    def steps(x):
+        for _ in range(2):
+            yield x.sum().item()
+    return steps, (torch.ones(2, 2),)
+
 def idle():
     return (lambda: 1 + 1), ()
 

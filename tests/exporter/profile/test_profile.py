@@ -140,6 +140,12 @@ def test_what_another_thread_waits_for_counts_without_a_line() -> None:
     assert result["notes"] == [] and adds_up(result)
 
 
+def test_a_generator_is_run_to_its_end() -> None:
+    result = profile("planted_model:yielding", steps=2)
+    assert [cause for _, cause in counted(result)] == ["aten::item"]
+    assert result["waits"]["reads"] == 2
+
+
 def test_a_compiled_model_is_not_compiled_again_for_its_lines() -> None:
     before = torch._dynamo.utils.counters["frames"]["total"]
     model, args, _ = load_function("planted_model:compiled")
@@ -236,6 +242,7 @@ def test_figures_stand_when_they_cannot_be_saved(place: Path) -> None:
         ("absent:make", {}, r"module absent does not import \(ModuleNotFoundError"),
         ("planted_model:nobody", {}, "module planted_model has no function nobody"),
         ("planted_model:failing", {}, "a step of planted_model:failing raised RuntimeError: mat1"),
+        ("planted_model:leaving", {}, "a step of planted_model:leaving raised SystemExit: 3"),
         ("planted_model:idle", {}, "the profile of planted_model:idle is an empty trace"),
         ("planted_model:clean", {"arm": "onnx"}, "a function takes no arm: leave it out"),
         ("planted_model:clean", {"device": "cpu", "frames": 9}, "takes no device and frames"),

@@ -64,6 +64,36 @@ def test_turns_that_depend_on_an_input_are_read_as_real() -> None:
     assert not [name for name in operators(program) if "view_as_complex" in name]
 
 
+def test_conjugates_are_real_too() -> None:
+    def turned_back(_: Any, x: Tensor, t: Tensor) -> list[Tensor]:
+        return [rotated(x, t.conj()), rotated(x, t.conj()[:, :1])]
+
+    x, turns = torch.randn(1, 8, 2, HEAD), numbers(1, 8, 1, HEAD // 2)
+    assert rewritten(turned_back, x, turns)[0].counts[COMPLEX_PRODUCTS] == 2
+
+
+def test_a_conjugate_that_changes_is_left() -> None:
+    def function(_: Any, x: Tensor, t: Tensor) -> Tensor:
+        own = t.clone()
+        back = own.conj()
+        torch.view_as_real(own).mul_(2)
+        return rotated(x, back)
+
+    x, turns = torch.randn(1, 8, 2, HEAD), numbers(1, 8, 1, HEAD // 2)
+    found, _ = rewritten(function, x, turns)
+    assert "a conjugate, is changed in place" in reasons(found)
+
+
+def test_a_table_that_changes_after_it_is_made_is_read_as_it_is_then() -> None:
+    def function(_: Any, x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        turns = torch.complex(c, s)
+        torch.view_as_real(turns).mul_(2)
+        return rotated(x, turns)
+
+    x, cos, sin = torch.randn(1, 8, 2, HEAD), *torch.randn(2, 1, 8, 1, HEAD // 2)
+    assert rewritten(function, x, cos, sin)[0].counts[COMPLEX_PRODUCTS] == 1
+
+
 def test_a_product_that_rounds_once_less_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "PyTorch's product rounds otherwise"
     monkeypatch.setattr(complex_products, "product_is_exact", lambda *_: said)

@@ -213,6 +213,26 @@ def test_a_run_leaves_the_program_and_its_inputs_as_they_were() -> None:
     assert not any(value.any() for value in state.values())
 
 
+def test_a_tensor_of_the_model_that_a_run_changes_stays_as_it_was() -> None:
+    def counting(module: Any, x: Tensor) -> Tensor:
+        module.table.add_(1)
+        return x + module.table
+
+    program = exported(counting, torch.randn(2, 4, 6), table=torch.zeros(2, 4, 6))
+    before = [value.clone() for value in program.constants.values() if isinstance(value, Tensor)]
+    Proof(program).check(program, STRIDED_WRITES)
+    after = [value for value in program.constants.values() if isinstance(value, Tensor)]
+    assert before and all(map(torch.equal, before, after))
+
+
+def test_inputs_in_fp8_are_compared_too() -> None:
+    def widened(_: Any, x: Tensor) -> Tensor:
+        return x.float() * 2
+
+    program = exported(widened, torch.randn(2, 4, 6).to(torch.float8_e4m3fn))
+    Proof(program).check(program, STRIDED_WRITES)
+
+
 @pytest.mark.parametrize(
     ("a", "b", "differs"),
     [

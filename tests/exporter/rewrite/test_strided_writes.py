@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.exporter.rewrite.programs import FORMS, exported, operators, reasons, rewritten
 from tests.graphs.test_rope import strided
 from wanexport.exporter.lint.program import count, lint_program
+from wanexport.exporter.rewrite.proof import Proof
 from wanexport.exporter.rewrite.record import STRIDED_WRITES
 from wanexport.exporter.rewrite.rewrite import rewrite
 
@@ -95,6 +96,13 @@ def channels_last(_: Any, x: Tensor) -> Tensor:
     return out
 
 
+def narrowed(_: Any, x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    out.narrow(-1, 0, 3).copy_(first(x))
+    out.narrow(-1, -3, 3).copy_(second(x))
+    return out
+
+
 FITTING: dict[str, Callable[..., Tensor]] = {
     "empty_like": assigned(fresh, (EVEN, first), (ODD, second)),
     "zeros_like": assigned(lambda _, x: torch.zeros_like(x), (ODD, first), (EVEN, second)),
@@ -127,6 +135,7 @@ FITTING: dict[str, Callable[..., Tensor]] = {
     "views and writes after": views_after,
     "heads before tokens": heads_first,
     "channels last": channels_last,
+    "narrowed": narrowed,
 }  # fmt: skip
 
 
@@ -328,6 +337,36 @@ def test_other_ways_to_write_are_named() -> None:
         return out
 
     assert "aten.index_put_ writes it" in reasons(rewrite(exported(by_index, X)))
+
+
+def test_writes_through_other_views_and_by_out_are_named() -> None:
+    def chunks(_: Any, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        for half, value in zip(out.chunk(2, -1), (first(x), second(x))):
+            half.copy_(value)
+        return out
+
+    def by_out(_: Any, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        torch.mul(x[..., :3], 2, out=out[..., :3])
+        out[..., 3:] = second(x)
+        return out
+
+    assert "aten.copy_ writes it" in reasons(rewritten(chunks, X)[0])
+    assert "aten.mul.out changes a slice" in reasons(rewritten(by_out, X)[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_buffer_of_random_numbers_is_still_drawn(form: str) -> None:
+    def function(_: Any, x: Tensor) -> list[Tensor]:
+        out = torch.rand_like(x)
+        out[EVEN], out[ODD] = first(x), second(x)
+        return [out, torch.rand_like(x)]
+
+    program = exported(function, X, form=form)
+    proof = Proof(program)
+    assert rewrite(program).counts[STRIDED_WRITES] == 1
+    proof.check(program, STRIDED_WRITES)
 
 
 def test_control_flow_is_left_alone_and_named() -> None:

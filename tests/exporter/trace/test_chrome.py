@@ -107,7 +107,10 @@ def test_a_trace_without_operators_and_kernels_is_empty(trace: list[Any]) -> Non
     [
         {"ts": "early"}, {"ts": None}, {"dur": []}, {"args": {"correlation": "x"}}, {"args": 3},
         {"args": {"Input type": ["float"], "Input Dims": [3]}}, {"args": {"Input type": 3}},
-        {"args": {"Input shapes": [3]}},
+        {"args": {"Input shapes": [3]}}, {"ts": float("nan")}, {"dur": float("inf")},
+        {"ts": 1e308, "dur": 1e308}, {"args": {"Input type": ["float"], "Input Dims": [[1, "a"]]}},
+        {"args": {"Input type": ["float"], "Input Dims": [[1e308]]}},
+        {"args": {"Input type": ["TensorList"], "Input Dims": [[[10**30]]]}},
     ],
 )  # fmt: skip
 def test_a_damaged_event_is_refused_by_its_name(changed: dict[str, Any]) -> None:

@@ -150,6 +150,7 @@ def test_rates_are_read_back_or_not_at_all() -> None:
     assert rates_from({"flops": 2.0, "bytes": 3, "dtype": "fp32"}) == Rates(2.0, 3, "fp32")
     assert rates_from({"flops": None, "bytes": 3, "dtype": None}) == Rates(None, 3, None)
     others: list[Any] = [None, [], {}, {"flops": "2", "bytes": 3}, {"flops": 2, "bytes": 0}]
+    others += [{"flops": 1e-320, "bytes": 3}]  # floors of it would be infinite
     assert not any(map(rates_from, others))
     assert Rates(None, 4, None).floor(8, None) is None
     assert Rates(2, 4, "fp32").floor(None, 8) == 2
