@@ -1,6 +1,7 @@
 """Bars and the roofline of a report, as SVGs that follow the page's colours and width."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, log10
 from typing import Any
@@ -41,41 +42,61 @@ def roofline(rows: Sequence[Row]) -> str:
     A kernel on the line runs at the roof, one above it takes longer: the Roofline model of
     Williams, Waterman and Patterson (2009), with time in place of FLOP/s. Empty without a floor.
     """
-    known = [row for row in rows if row["floor_seconds"] and row["seconds"]]
+    known = {n: row for n, row in enumerate(rows, 1) if row["floor_seconds"] and row["seconds"]}
     if not known:
         return ""
-    times = [t for row in known for t in (row["seconds"], row["floor_seconds"])]
-    low, high = floor(log10(min(times))), ceil(log10(max(times)))
-    high = max(high, low + 1)
+    times = [t for row in known.values() for t in (row["seconds"], row["floor_seconds"])]
+    low = floor(log10(min(times)))
+    axes = _Axes(low, max(ceil(log10(max(times))), low + 1))
+    dots = "".join(_dot(axes, number, row) for number, row in known.items())
+    middle = _WIDTH / 2
+    names = (
+        f'<text x="{middle}" y="{_HEIGHT - 10}" text-anchor="middle">floor</text>'
+        f'<text x="{_MARGIN}" y="20">time in a step</text>'
+    )
+    return _svg("Time of each kernel against its floor", _HEIGHT, _grid(axes) + dots + names)
 
-    def across(seconds: float) -> float:
-        return _MARGIN + (log10(seconds) - low) / (high - low) * (_WIDTH - 2 * _MARGIN)
 
-    def up(seconds: float) -> float:
-        return _HEIGHT - _MARGIN - (log10(seconds) - low) / (high - low) * (_HEIGHT - 2 * _MARGIN)
+@dataclass(frozen=True)
+class _Axes:
+    """The same powers of ten of a second, low to high, across and up."""
 
+    low: int
+    high: int
+
+    def across(self, seconds: float) -> float:
+        return _MARGIN + self._part(seconds) * (_WIDTH - 2 * _MARGIN)
+
+    def up(self, seconds: float) -> float:
+        return _HEIGHT - _MARGIN - self._part(seconds) * (_HEIGHT - 2 * _MARGIN)
+
+    def _part(self, seconds: float) -> float:
+        return (log10(seconds) - self.low) / (self.high - self.low)
+
+
+def _grid(axes: _Axes) -> str:
+    """A name for each power of ten on both axes, and the roof: where time and floor are equal."""
+    least, most = 10.0**axes.low, 10.0**axes.high
     parts = [
-        f'<path class="mark" d="M{across(10**low):.1f} {up(10**low):.1f}'
-        f'L{across(10**high):.1f} {up(10**high):.1f}"/>'
+        f'<path class="mark" d="M{axes.across(least):.1f} {axes.up(least):.1f}'
+        f'L{axes.across(most):.1f} {axes.up(most):.1f}"/>'
     ]
-    for power in range(low, high + 1):
-        x, y, name = across(10**power), up(10**power), _named(10.0**power)
+    for power in range(axes.low, axes.high + 1):
+        x, y, name = axes.across(10.0**power), axes.up(10.0**power), _named(10.0**power)
         parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 34}" text-anchor="middle">{name}</text>')
         parts.append(f'<text x="{_MARGIN - 8}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
         parts.append(f'<path class="grid" d="M{_MARGIN} {y:.1f}H{_WIDTH - _MARGIN}"/>')
-    for number, row in enumerate(rows, 1):
-        if row in known:
-            x, y = across(row["floor_seconds"]), up(row["seconds"])
-            kind = "flops" if row["flops"] is not None else "bytes"
-            parts.append(
-                f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
-                f"<title>{escape(str(row['name']))}</title></circle>"
-                f'<text x="{x + 8:.1f}" y="{y - 6:.1f}">{number}</text>'
-            )
-    middle = _WIDTH / 2
-    parts.append(f'<text x="{middle}" y="{_HEIGHT - 10}" text-anchor="middle">floor</text>')
-    parts.append(f'<text x="{_MARGIN}" y="20">time in a step</text>')
-    return _svg("Time of each kernel against its floor", _HEIGHT, "".join(parts))
+    return "".join(parts)
+
+
+def _dot(axes: _Axes, number: int, row: Row) -> str:
+    x, y = axes.across(row["floor_seconds"]), axes.up(row["seconds"])
+    kind = "flops" if row["flops"] is not None else "bytes"
+    return (
+        f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
+        f"<title>{escape(str(row['name']))}</title></circle>"
+        f'<text x="{x + 8:.1f}" y="{y - 6:.1f}">{number}</text>'
+    )
 
 
 def _named(seconds: float) -> str:
