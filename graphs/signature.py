@@ -15,11 +15,21 @@ def forward_flops(config: WanConfig, geometry: Geometry) -> int:
 
     Of another family it tells those that it shares with plain Wan.
     """
+    return product_flops(config, geometry) + attention_flops(config, geometry)
+
+
+def product_flops(config: WanConfig, geometry: Geometry) -> int:
+    """Those of `forward_flops` that are in matrix products of the parameters."""
     tokens, dim = geometry.num_tokens, config.dim
     context = config.text_len + config.image_tokens
     linear = 12 * tokens * dim**2 + 4 * context * dim**2 + 4 * tokens * dim * config.ffn_dim
-    attention_flops = 4 * tokens**2 * dim + 4 * tokens * context * dim
-    return config.num_layers * (linear + attention_flops)
+    return config.num_layers * linear
+
+
+def attention_flops(config: WanConfig, geometry: Geometry) -> int:
+    """Those of `forward_flops` that are in attention."""
+    tokens, context = geometry.num_tokens, config.text_len + config.image_tokens
+    return config.num_layers * 4 * tokens * (tokens + context) * config.dim
 
 
 def attention_score_bytes(config: WanConfig, program: Program) -> int:

@@ -153,7 +153,8 @@ class Denoiser:
         Raises BadRequest, a ValueError, for a missing, unexpected or wrongly shaped input, for one
         with NaN or Inf, for a timestep outside 0 to 1000, and for a model that keeps a state
         between steps, which needs a session; EngineFailure when the device cannot. Tensors on a GPU
-        are not searched for NaN, and nothing waits for them; a timestep there is waited for.
+        are not searched for NaN, and nothing waits for them, but for a timestep by which an expert
+        is chosen; a timestep there is not compared with 0 and 1000.
         """
         if self.record.program.state:
             raise BadRequest(
@@ -213,9 +214,13 @@ class Denoiser:
                 f"engine {self.record.name} takes {', '.join(self.inputs)}: {'; '.join(wrong)}"
             )
 
-    def _times(self, timestep: Array) -> np.ndarray:
-        """The timestep in the input's shape, which one number fills."""
-        times, shape = to_numpy(timestep), self.inputs["timestep"].shape
+    def _times(self, timestep: Array) -> Array:
+        """The timestep in the input's shape, which one number fills; on a GPU if it is there."""
+        shape = self.inputs["timestep"].shape
+        if is_on_gpu(timestep):
+            times = timestep.detach().float()
+            return times.reshape(1).expand(shape) if times.numel() == 1 else times
+        times = to_numpy(timestep)
         return np.full(shape, times.item(), np.float32) if times.size == 1 else times
 
     def _check_array(self, name: str, array: Array) -> None:
@@ -230,7 +235,9 @@ class Denoiser:
                 f"{name} has {bad} values that are NaN or Inf: expected finite ones; "
                 f"look at what made it"
             )
-        if name == "timestep" and not ((array >= 0) & (array <= NUM_TRAIN_TIMESTEPS)).all():
+        if name != "timestep" or is_on_gpu(array):
+            return
+        if not ((array >= 0) & (array <= NUM_TRAIN_TIMESTEPS)).all():
             raise BadRequest(
                 f"timestep is from {array.min():g} to {array.max():g}: expected from 0 to "
                 f"{NUM_TRAIN_TIMESTEPS}, a sigma times {NUM_TRAIN_TIMESTEPS}"
@@ -286,7 +293,10 @@ class Session:
         arrays = {**self._constant, **{n: denoiser.array(value) for n, value in checked.items()}}
         if self._of_prompt.intersection(checked):
             self._forget_prompt()
-        velocity = self._run(denoiser.expert(float(times.max())), arrays)
+        # Where there are no two experts, the host need not wait for a timestep on a GPU.
+        chooses = denoiser.record.sampling.boundary is not None
+        expert = denoiser.expert(float(times.max()) if chooses else 0.0)
+        velocity = self._run(expert, arrays)
         return like(velocity, {**self._given, **given}["latent"])
 
     def _forget_prompt(self) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.forked import Forks, locked
+from tests.forked import Forks
+from tests.locked import locked
 from tests.onnx_library import read_once
 from tests.oracles.wan_reference import diffusers_model, official_state, small_config
 from tests.translated import translate_once
@@ -74,7 +75,7 @@ def nothing_twice(shared_folder: Path, forks: Forks) -> None:
     read_once()
     translate_once(shared_folder)
     if not torch.cuda.is_available():
-        child.run_command = forks.run_command
+        child.run_command = forks.run_command  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -165,10 +165,10 @@ def _module(name: str, job: str) -> None:
 
 def _program(command: list[str], folder: Path) -> None:
     """Run a program whose children are forks of the same server."""
-    server = forkserver._forkserver  # type: ignore[attr-defined]
-    server.ensure_running = lambda: None
+    # It is the server's child, which knows the server's address and would start another.
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
     forks = Forks(folder)
-    product.run_command = forks.run_command
+    product.run_command = forks.run_command  # type: ignore[attr-defined]
     translate_once(folder)
     if command[0] == "wanexport":
         sys.argv = command

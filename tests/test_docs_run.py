@@ -18,8 +18,9 @@ PAGES = [p for p in documents() if p.name.startswith("docs/") and p.blocks("bash
 MADE = {  # what a page's commands leave, by its name
     "docs/build.md": ("tiny/engines/128x192x17/onnx-fp32/denoiser.onnx",),
     "docs/run.md": ("latents.safetensors", "distilled.safetensors.json"),
-    "docs/compare.md": ("in.json", "out.json", "bundle/reports"),
+    "docs/compare.md": ("in.json", "out.json", "bundle/reports", "curves.svg"),
     "docs/bench.md": ("tiny/reports/bench-64x96x9-onnx-fp32.json",),
+    "docs/profile.md": ("tiny/reports/profile-64x96x9-diffusers-fp32.json",),
 }
 
 

@@ -12,6 +12,7 @@ from wanexport.exporter.bench.arms import Job, options_of, peer_kernel
 from wanexport.exporter.bench.expert import with_measured_expert
 from wanexport.runtime.bundle.manifest import Manifest, read_manifest
 from wanexport.runtime.bundle.tensorfile import load_arrays
+from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.engines.choose import choose_engine
 from wanexport.runtime.engines.table import ENGINES
 from wanexport.runtime.geometry import Geometry
@@ -42,14 +43,18 @@ def open_arm(job: Job) -> Forward:
 
     Raises WanExportError when its engine cannot be opened.
     """
-    arm, bundle = job.arm, Path(job.bundle)
-    manifest = with_measured_expert(read_manifest(bundle))
-    if arm.backend is None:
+    if job.arm.backend is None:
+        manifest = with_measured_expert(read_manifest(Path(job.bundle)))
         return _with_kernel(job, _open_peer(job, manifest))
-    options = options_of(arm, job.engine)
-    choice = choose_engine(bundle, manifest, options)
-    session = open_engine(bundle, manifest, choice, options).session()
+    session = open_denoiser(job).session()
     return lambda inputs: session(**inputs)
+
+
+def open_denoiser(job: Job) -> Denoiser:
+    """The engine of an arm that has one. Raises WanExportError when it cannot be opened."""
+    bundle, options = Path(job.bundle), options_of(job.arm, job.engine)
+    manifest = with_measured_expert(read_manifest(bundle))
+    return open_engine(bundle, manifest, choose_engine(bundle, manifest, options), options)
 
 
 def read_inputs(job: Job) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from wanexport.exporter.bench.arms import MACHINE, Arm, Job
 from wanexport.exporter.bench.opening import import_libraries, open_arm, read_inputs
@@ -32,19 +32,6 @@ _PRODUCTS = {  # device -> m, k, n of the matrix products whose best rate is the
     "cpu": ((2048, 2048, 2048),),
 }
 _PRODUCT_ROUNDS = 9
-_STEP = "wanexport guided step"
-_SYNCS = {
-    *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"),
-    *("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize"),
-}
-
-
-class Span(NamedTuple):
-    """A profiled event, in microseconds."""
-
-    name: str
-    start: float
-    end: float
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +49,7 @@ def measure_arm(job: Job) -> dict[str, Any]:
     """
     laps = [job.spawned, time.time()]
     import_libraries(job)
-    _take_gpu(job.device)
+    take_gpu(job.device)
     laps.append(time.time())
     before = _device_bytes() if job.on_gpu else 0
     forward = open_arm(job)
@@ -82,7 +69,7 @@ def measure_arm(job: Job) -> dict[str, Any]:
         "device_bytes": _device_bytes() if job.on_gpu else None,
     }
     if job.profile and job.on_gpu:
-        result |= _profile(run)
+        result |= profile_step(run)
     array = to_numpy(velocity)
     save_arrays(Path(job.velocity), {"velocity": array})
     return result | {"md5": hashlib.md5(array.tobytes(), usedforsecurity=False).hexdigest()}
@@ -102,7 +89,7 @@ def peak_bytes(job: Job, before: int) -> int:
     return peak_gpu_bytes()
 
 
-def _take_gpu(device: str) -> None:
+def take_gpu(device: str) -> None:
     """Make a GPU that is named by its number the one that all calls are timed on."""
     if ":" in device:
         import torch
@@ -166,72 +153,73 @@ def _device_bytes() -> int:
     return total - free
 
 
-def _profile(run: Callable[[], Any]) -> dict[str, Any]:
+def profile_step(run: Callable[[], Any]) -> dict[str, Any]:
     """Host waits in one forward, and the share of a guided step in which the GPU computes."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile, record_function
+    from wanexport.exporter.trace.capture import capture
+    from wanexport.exporter.trace.chrome import events_of
+    from wanexport.exporter.trace.spans import busy_share
+    from wanexport.exporter.trace.steps import steps_of
+    from wanexport.exporter.trace.waits import waits_of
 
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with profile(activities=activities) as profiler:
-        with record_function(_STEP):
-            run()
-            run()
-        torch.cuda.synchronize()
-    host: list[Span] = []
-    device: list[Span] = []
-    for event in profiler.events() or ():
-        spans = host if event.device_type.name == "CPU" else device
-        spans.append(Span(event.name, event.time_range.start, event.time_range.end))
+    trace = capture(lambda: (run(), run()), 1, on_gpu=True, shapes=False)
+    steps = steps_of(events_of(trace))
     return {
-        "host_syncs": count_syncs(host) / 2,
-        "gpu_busy": busy_share(span for span in device if span.name != _STEP),
+        "host_syncs": sum(wait.for_gpu for wait in waits_of(steps)) / 2,
+        "gpu_busy": busy_share((event.start, event.end) for event in steps.device),
     }
-
-
-def count_syncs(host: Sequence[Span]) -> int:
-    """Calls within the guided step in which the host waited; the profiler's own come after it."""
-    (step,) = (span for span in host if span.name == _STEP)
-    inside = (span for span in host if step.start <= span.start <= step.end)
-    return sum(span.name in _SYNCS for span in inside)
-
-
-def busy_share(device: Iterable[Span]) -> float | None:
-    """Time in which anything runs, over that from the first start to the last end."""
-    spans = sorted(device, key=lambda span: span.start)
-    if not spans:
-        return None
-    busy, end = 0.0, spans[0].start
-    for span in spans:
-        busy += max(0.0, span.end - max(span.start, end))
-        end = max(end, span.end)
-    return busy / (end - spans[0].start)
 
 
 def measure_machine(device: str, dtype: str) -> dict[str, Any]:
     """The best median rate of matrix products, in FLOP/s, and what was multiplied on what."""
     import torch
 
-    from wanexport.graphs.weights import DTYPES
-
-    _take_gpu(device)
-    kind = torch.float32 if device == "cpu" else DTYPES[dtype]
-    rates = {}
-    for m, k, n in _PRODUCTS[device_kind(device)]:
-        a, b = (torch.randn(rows, k, device=device).to(kind) for rows in (m, n))
-        run = partial(torch.nn.functional.linear, a, b)
-        _warm_up(run, _wait_for(device))
-        seconds = statistics.median(time_calls(run, device, _PRODUCT_ROUNDS))
-        rates[f"{m} x {k} x {n}"] = 2 * m * k * n / seconds
+    take_gpu(device)
+    rates = product_rates(device, dtype)
     _read_libraries(device)
-    gpu = None if device == "cpu" else torch.cuda.get_device_name()
-    cores = len(os.sched_getaffinity(0))
     return {
         "peak": max(rates.values()),
         "products": rates,
-        "product_dtype": str(kind).removeprefix("torch."),
-        "machine": gpu or f"{platform.machine()} CPU, {cores} cores",
+        "product_dtype": str(product_kind(device, dtype)).removeprefix("torch."),
+        "machine": machine_name(device),
         "torch": torch.__version__,
     }
+
+
+def machine_name(device: str) -> str:
+    """The GPU, or the processor and how many of its cores this process may use."""
+    if device == "cpu":
+        return f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"
+    import torch
+
+    name: str = torch.cuda.get_device_name(device)
+    return name
+
+
+def product_rates(device: str, dtype: str) -> dict[str, float]:
+    """The median rate of each matrix product that the machine is measured with, in FLOP/s."""
+    import torch
+
+    rates, kind = {}, product_kind(device, dtype)
+    for m, k, n in _PRODUCTS[device_kind(device)]:
+        a, b = (torch.randn(rows, k, device=device).to(kind) for rows in (m, n))
+        seconds = steady_seconds(partial(torch.nn.functional.linear, a, b), device)
+        rates[f"{m} x {k} x {n}"] = 2 * m * k * n / seconds
+    return rates
+
+
+def product_kind(device: str, dtype: str) -> Any:
+    """PyTorch's dtype of the products that a machine is measured with: on a CPU always fp32."""
+    import torch
+
+    from wanexport.graphs.weights import DTYPES
+
+    return torch.float32 if device == "cpu" else DTYPES[dtype]
+
+
+def steady_seconds(run: Callable[[], Any], device: str) -> float:
+    """The median of a few calls, once clocks and threads have settled."""
+    _warm_up(run, _wait_for(device))
+    return statistics.median(time_calls(run, device, _PRODUCT_ROUNDS))
 
 
 def _read_libraries(device: str) -> None:

@@ -8,6 +8,7 @@ from rich.text import Text
 from wanexport.exporter.cli.terminal import in_bytes, in_short, new_table, out, short, write
 from wanexport.runtime.errors import printable
 
+_MOST_LEFT = 20  # places that `lint --fix` names
 _MOST_FINDINGS = 5  # of one kind that `lint` names
 
 
@@ -38,45 +39,6 @@ def show_run(record: dict[str, Any]) -> None:
     if record["expert_switch_seconds"]:
         shown = [f"{seconds:.2f} s" for seconds in record["expert_switch_seconds"]]
         write(out, f"  expert switches: {', '.join(shown)}")
-
-
-def show_compare(result: dict[str, Any]) -> None:
-    """A row for each step, the times, and the verdict; what no step has is left out."""
-    _show_steps(result)
-    seconds = result["seconds"]
-    reference = seconds["reference_call"]
-    write(
-        out,
-        f"{seconds['open']} s to open the engine, {seconds['engine_call']} s a call"
-        + (f" ({reference} s in eager fp32)" if reference else "")
-        + f", peak memory {in_bytes(result['peak_rss_bytes'])}",
-    )
-    if polygraphy := result["polygraphy"]:
-        write(out, f"saved {', '.join(polygraphy['files'])}")
-        if polygraphy["note"]:
-            write(out, f"no polygraphy command: {polygraphy['note']}")
-        for command in polygraphy["commands"]:
-            write(out, command)
-    verdict = ("passed", "green") if result["passed"] else ("failed", "red")
-    write(out, f"{result['engine']}: ", verdict)
-
-
-def _show_steps(result: dict[str, Any]) -> None:
-    title = str(result["engine"])
-    title += f" with weights {result['weights']}" if result["weights"] else ""
-    title += f" against {result['reference']}"
-    title += f" with the tensors of {result['model']}" if result["model"] else ""
-    table = new_table(title)
-    names = ("error", "floor", "recorded", "rounding", "gate", "eager", "max", "p99", "drift")
-    shown = [name for name in names if any(row[name] is not None for row in result["steps"])]
-    for name in ("step", *shown, "1 - cosine", "NaN", "Inf", "passed"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in result["steps"]:
-        distance = None if row["cosine"] is None else max(0.0, 1 - row["cosine"])
-        figures = [in_short(row[name]) for name in shown] + [in_short(distance)]
-        counts = [str(row["nan"]), str(row["inf"])]
-        table.add_row(str(row["step"]), *figures, *counts, "yes" if row["passed"] else "no")
-    out.print(table)
 
 
 def show_bench(result: dict[str, Any]) -> None:
@@ -136,6 +98,23 @@ def show_lint(result: dict[str, Any]) -> None:
             places = "; ".join(f"{short(f['node'])} ({short(f['detail'])})" for f in found)
             more = "; ..." if number > len(found) else ""
             write(out, f"  {kind} {number}: {places}{more}")
+    if "fix" in result:
+        _show_fix(result["fix"])
+
+
+def _show_fix(fixed: dict[str, Any]) -> None:
+    """What was rewritten, what was left and why, and how the two were compared."""
+    counts = ", ".join(f"{rule} {number}" for rule, number in fixed["counts"].items())
+    write(out, "rewrote ", (counts, "bold"), f"; compared {fixed['compared']}")
+    for left in fixed["left"][:_MOST_LEFT]:
+        place = f" at {short(left['place'])}" if left["place"] else ""
+        write(out, f"  left {short(left['node'])}{place}, {left['rule']}: {short(left['reason'])}")
+    if (more := len(fixed["left"]) - _MOST_LEFT) > 0:
+        write(out, f"  {more} more are in --json")
+    before = {kind: number for kind, number in fixed["before"].items() if number}
+    shown = ", ".join(f"{kind} {number}" for kind, number in before.items()) or "nothing"
+    write(out, f"  found before: {shown}")
+    write(out, "wrote ", (fixed["output"], "bold"))
 
 
 def show_doctor(record: dict[str, Any]) -> None:

@@ -246,3 +246,12 @@ def _sampling(sampling: dict[str, Any]) -> str:
         f"{sampling['solver']}, {sampling['steps']} steps, shift {sampling['shift']:g}, "
         f"guidance {guidance}{boundary}, {sampling['fps']} fps"
     )
+
+
+def show_report(record: dict[str, Any]) -> None:
+    """What the page shows, where it is, and which saved figures are of no engine that is there."""
+    found = ", ".join(f"{number} of {kind}" for kind, number in record["shown"].items())
+    write(out, (record["bundle"], "bold"), f": {len(record['engines'])} engines; figures: {found}")
+    for path in record["left_out"]:
+        write(out, ("note: ", "yellow"), f"{path} is of an engine that is not there: left out")
+    write(out, f"saved {record['page']}, {in_bytes(record['bytes'])}")

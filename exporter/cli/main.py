@@ -19,7 +19,6 @@ from wanexport.exporter.bench.arms import ARMS, LEAST_ROUNDS
 from wanexport.exporter.child.process import missing_name
 from wanexport.exporter.cli.display import (
     show_bench,
-    show_compare,
     show_doctor,
     show_lint,
     show_run,
@@ -30,7 +29,10 @@ from wanexport.exporter.cli.display_bundle import (
     show_inspect,
     show_ls,
     show_remove,
+    show_report,
 )
+from wanexport.exporter.cli.display_compare import show_compare
+from wanexport.exporter.cli.display_profile import show_profile
 from wanexport.exporter.cli.options import (
     COUNT,
     DTYPES,
@@ -243,7 +245,21 @@ def _tell(note: str) -> None:
     "--seed", type=SEED, default=0, show_default=True, metavar="NUMBER",
     help="The seed of all inputs that no file gives.",
 )  # fmt: skip
-@report_option
+@click.option(
+    "--against", type=click.Choice(BACKENDS),
+    help="The backend of another engine of the bundle and size, which is the reference in place of "
+    "a model.",
+)  # fmt: skip
+@click.option(
+    "--bisect", is_flag=True,
+    help="Name the first call, a block say, whose error exceeds its floor, and for onnx the first "
+    "node in it.",
+)  # fmt: skip
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE",
+    help="Save the curves of error, floor, gate and drift: an .svg file.",
+)  # fmt: skip
+@report_option()
 @click.option(
     "--save-inputs", type=click.Path(path_type=Path), metavar="FILE",
     help="Save what engine and reference are given, as polygraphy's JSON.",
@@ -286,7 +302,7 @@ def compare(bundle: Path, as_json: bool, **options: Any) -> None:
 @click.option(
     "--profile", is_flag=True, help="Count the host's waits, and measure how busy the GPU is."
 )
-@report_option
+@report_option()
 @bench_options
 @as_json
 def bench(bundle: Path, as_json: bool, **options: Any) -> None:
@@ -308,20 +324,69 @@ def bench(bundle: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("target")
+@click.option(
+    "--arm", type=click.Choice(list(ARMS)),
+    help="What runs the model of a bundle. Default: the engine that runs best here.",
+)  # fmt: skip
+@click.option(
+    "--steps", type=COUNT, metavar="NUMBER", help="How many steps are recorded. Default: 3."
+)
+@click.option(
+    "--warmup", type=SEED, metavar="NUMBER", help="How many steps run before them. Default: 2."
+)
+@report_option("BUNDLE/reports, or the working directory")
+@bench_options
+@as_json
+def profile(target: str, as_json: bool, **options: Any) -> None:
+    """Say where the time of a step goes, and which lines of Python the host waits at.
+
+    TARGET is a bundle, a MODULE:FUNCTION of the working directory that returns (model, args), or a
+    Chrome trace of PyTorch's profiler. The trace is saved beside the digest.
+    """
+    with needing_extra("build,cpu", "this command"):
+        from wanexport.exporter.profile.profile import profile as run_profile
+
+    with progress_display() as show:
+        result = run_profile(target, progress=show, **options)
+    _report(result, as_json, show_profile)
+    if result["warning"]:
+        write(err, ("warning: ", "yellow"), result["warning"])
+
+
+@cli.command()
+@click.argument("target")
 @click.option(
     "--parser", type=click.Choice(["tensorrt"]), help="A parser that must take the graph too."
 )
+@click.option(
+    "--fix", is_flag=True,
+    help="Rewrite the graph of an .onnx file or of MODULE:FUNCTION, and write it to -o.",
+)  # fmt: skip
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
+    help="The file to write with --fix: X.onnx of an .onnx file, X.pt2 of MODULE:FUNCTION.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the output if it is there.")
 @as_json
-def lint(path: Path, parser: str | None, as_json: bool) -> None:
+def lint(
+    target: str,
+    parser: str | None,
+    fix: bool,
+    output: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """List what a graph must not contain. The exit code is 1 when there is any.
 
-    PATH is a bundle, an .onnx file, or a .pt2 of torch.export.save, which is loaded whole.
+    TARGET is a bundle, an .onnx file, a .pt2 of torch.export.save, or MODULE:FUNCTION. FUNCTION
+    takes no arguments and returns (model, args) or (model, args, kwargs), model a torch.nn.Module;
+    or returns a torch.export.ExportedProgram. Files are read, never run; MODULE is imported.
     """
     with needing_extra("build,cpu", "this command"):
-        from wanexport.exporter.lint.onnx import lint as run_lint
+        from wanexport.exporter.rewrite.fix import lint_or_fix
 
-    result = run_lint(path, parser)
+    result = lint_or_fix(target, parser=parser, fix=fix, output=output, overwrite=overwrite)
     _report(result, as_json, show_lint)
     if not result["clean"]:
         sys.exit(1)
@@ -341,6 +406,26 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
         _say_error(problem)
     if record["problems"]:
         sys.exit(1)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
+    help="The page. Default: BUNDLE/reports/report.html, which is replaced.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the output if it is there.")
+@report_option()
+@as_json
+def report(bundle: Path, as_json: bool, **options: Any) -> None:
+    """Show what is known of a bundle in one HTML file, which needs no network.
+
+    It has what build, compare, bench and profile have found. Nothing is run.
+    """
+    with needing_extra("build,cpu", "this command"):
+        from wanexport.exporter.report.report import report as write_report
+
+    _report(write_report(bundle, **options), as_json, show_report)
 
 
 @cli.command()

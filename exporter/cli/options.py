@@ -259,10 +259,12 @@ def attention_option(default: str) -> Callable[[_Command], _Command]:
     return click.option("--attention", type=click.Choice(KERNELS), help=said)
 
 
-report_option = click.option(
-    "--report", type=_FILE, metavar="FOLDER",
-    help="Where figures are saved. Default: BUNDLE/reports.",
-)  # fmt: skip
+def report_option(default: str = "BUNDLE/reports") -> Callable[[_Command], _Command]:
+    """--report, with what is its default in words."""
+    said = f"Where figures are saved. Default: {default}."
+    return click.option("--report", type=_FILE, metavar="FOLDER", help=said)
+
+
 tensorrt_options = _adding(  # the fields of TensorRtOptions
     click.option(
         "--target", "targets", metavar="SM,...", callback=parsed(parse_names),
@@ -391,6 +393,6 @@ _ENGINE = {  # the fields of EngineOptions
     ),
 }  # fmt: skip
 engine_options = _adding(*_ENGINE.values())
-# bench names backends as arms, and measures one expert.
+# bench and profile name backends as arms, and measure one expert.
 bench_options = _adding(*(o for name, o in _ENGINE.items() if name not in ("backend", "offload")))
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -9,21 +9,24 @@ where the engine follows its own latents.
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from wanexport.exporter.backends.backend import Progress
+from wanexport.exporter.compare.against import note_on, open_against
+from wanexport.exporter.compare.locate import Sides, check_sides, locate
 from wanexport.exporter.compare.peers import (
+    EXACT,
     Peers,
     Placed,
-    check_implementation,
     needed_peers,
     open_peers,
     refuse_merged,
     tensors_of_bundle,
     tensors_of_checkpoint,
 )
+from wanexport.exporter.compare.plot import check_plot, save_plot
 from wanexport.exporter.compare.polygraphy import SavedFiles, check_files, save_calls
 from wanexport.exporter.compare.recorded import (
     Calls,
@@ -33,40 +36,17 @@ from wanexport.exporter.compare.recorded import (
     read_velocities,
 )
 from wanexport.exporter.compare.report import Outcome, keep
+from wanexport.exporter.compare.request import CompareRequest, check_request
 from wanexport.exporter.compare.rows import ComparedCall, Comparison
 from wanexport.exporter.compare.sessions import Recorder
-from wanexport.exporter.model_source import check_low_noise
 from wanexport.exporter.reference.inputs import seeded_inputs
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
-from wanexport.runtime.dtypes import PRECISIONS
+from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.engines.choose import Choice, choose_engine
 from wanexport.runtime.engines.engine import EngineKeywords, EngineOptions
-from wanexport.runtime.errors import BadRequest, refuse_empty
+from wanexport.runtime.errors import refuse_empty
 from wanexport.runtime.load import find_weights, open_engine
 from wanexport.runtime.machine.memory import peak_rss
-
-
-@dataclass(frozen=True)
-class CompareRequest:
-    """What an engine is held against, and on which inputs.
-
-    reference is `graph` or `diffusers`: whose fp32 forward with the engine's weights is right;
-    model names the checkpoint to take its tensors from instead, or with low_noise the high-noise
-    one of two. The loop has `steps` steps with the engine's solver and guidance; inputs is a
-    safetensors file for it, as `run` takes it. In its place calls is such a file of single calls
-    (see `recorded`), and outputs the velocities recorded for them, computed in outputs_dtype with
-    the precision policy of reference.
-    """
-
-    model: str | Path | None = None
-    low_noise: str | Path | None = None
-    reference: str = "graph"
-    inputs: Path | None = None
-    calls: Path | None = None
-    outputs: Path | None = None
-    outputs_dtype: str = "fp32"
-    steps: int = 4
-    seed: int = 0
 
 
 def compare(
@@ -81,6 +61,9 @@ def compare(
     outputs_dtype: str = "fp32",
     steps: int = 4,
     seed: int = 0,
+    against: str | None = None,
+    bisect: bool = False,
+    plot: str | Path | None = None,
     report: str | Path | None = None,
     save_inputs: str | Path | None = None,
     save_outputs: str | Path | None = None,
@@ -89,13 +72,14 @@ def compare(
 ) -> dict[str, Any]:
     """Compare one engine of a bundle with a reference; the result says whether it passed.
 
-    model to seed are those of CompareRequest, options of `load`. The result is saved in report, by
-    default the bundle's `reports/`. save_inputs and save_outputs are JSON files for polygraphy, of
-    the calls that are compared; `polygraphy` in the result has the commands that read them.
+    model to bisect are those of CompareRequest, options of `load`. The result is saved in report,
+    by default the bundle's `reports/`, and its curves in the SVG file plot. save_inputs and
+    save_outputs are JSON files for polygraphy, of the calls that are compared; `polygraphy` in the
+    result has the commands that read them.
     Raises WanExportError when no engine fits or cannot run here, or a file does not fit.
     """
     refuse_empty(bundle=bundle, model=model, inputs=inputs, calls=calls, outputs=outputs)
-    refuse_empty(low_noise=low_noise, report=report)
+    refuse_empty(low_noise=low_noise, report=report, plot=plot)
     request = CompareRequest(
         model=model,
         low_noise=low_noise,
@@ -106,34 +90,22 @@ def compare(
         outputs_dtype=outputs_dtype,
         steps=steps,
         seed=seed,
+        against=against,
+        bisect=bisect,
     )
-    _check_request(request)
-    saved = SavedFiles(_path(save_inputs), _path(save_outputs))
+    check_request(request)
+    saved, drawing = SavedFiles(_path(save_inputs), _path(save_outputs)), _path(plot)
     check_files(saved)
+    check_plot(drawing)
     outcome = _compare(Path(bundle), request, saved, EngineOptions(**options), progress)
+    if drawing is not None:
+        save_plot(drawing, outcome.result)
     outcome.result["warning"] = keep(Path(bundle), outcome, _path(report))
     return outcome.result
 
 
 def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
-
-
-def _check_request(request: CompareRequest) -> None:
-    """Raise BadRequest for what needs no bundle to be seen as wrong."""
-    check_low_noise(request.model, request.low_noise)
-    check_implementation(request.reference)
-    if request.inputs is not None and request.calls is not None:
-        raise BadRequest("inputs are of a loop, calls are single ones: pass one of the two")
-    if request.outputs is not None and request.calls is None:
-        raise BadRequest(
-            "outputs are of recorded calls: pass the file of these calls too (--calls)"
-        )
-    if request.outputs_dtype not in PRECISIONS:
-        raise BadRequest(
-            f"unknown outputs dtype {request.outputs_dtype!r}: expected one of "
-            f"{', '.join(PRECISIONS)}"
-        )
 
 
 def _compare(
@@ -151,39 +123,50 @@ def _compare(
     started = time.perf_counter()
     engine = Recorder(open_engine(bundle, manifest, choice, options))
     opened = time.perf_counter() - started
+    files = find_weights(bundle, choice.record, options.weights, manifest).files
+    program = program_of(manifest.config, choice.record.geometry)
+    sides = Sides(engine.denoiser, program, files, peers, request.reference)
+    if request.bisect:
+        check_sides(sides)
     kept: list[ComparedCall] | None = [] if saved.paths() else None
-    comparison = Comparison(engine, peers, request.reference, progress, kept)
-    rows, eager_seconds = comparison.rows(given)
-    result = _described(request, options, choice.record, given) | {
-        "passed": all(row["passed"] for row in rows),
-        "steps": rows,
+    compared = Comparison(engine, peers, request.reference, progress, kept).rows(given)
+    found = locate(sides, compared, progress=progress) if request.bisect else None
+    result = _described(request, options, choice.record, given, peers) | {
+        "passed": compared.passed,
+        "steps": compared.rows,
+        "bisect": found,
         "seconds": {
             "open": round(opened, 3),
             "engine_call": _median(engine.seconds),
-            "reference_call": _median(eager_seconds),
+            "reference_call": _median(compared.reference_seconds),
         },
         "peak_rss_bytes": peak_rss(),
         "polygraphy": None,
         "warning": None,
     }
     if kept is not None:
-        files = find_weights(bundle, choice.record, options.weights, manifest).files
-        result["polygraphy"] = save_calls(
-            saved, kept, bundle, engine.denoiser, files, result["reference"]
-        )
+        told = save_calls(saved, kept, bundle, engine.denoiser, files, result["reference"])
+        result["polygraphy"] = told
     return Outcome(choice.record, given, result)
 
 
 def _described(
-    request: CompareRequest, options: EngineOptions, record: EngineRecord, given: Loop | Calls
+    request: CompareRequest,
+    options: EngineOptions,
+    record: EngineRecord,
+    given: Loop | Calls,
+    peers: Peers,
 ) -> dict[str, Any]:
     """What the result says of both sides and their inputs."""
     dtype, reference = given.recorded_dtype, request.reference
     file = request.inputs or request.calls
+    if peers.other is not None:
+        reference = peers.other.denoiser.record.name
     return {
         "engine": record.name,
         "weights": None if options.weights is None else str(options.weights),
         "reference": f"recorded ({reference}, {dtype})" if dtype else reference,
+        "note": None if peers.other is None else note_on(record, peers.other.denoiser.record),
         "model": None if request.model is None else str(request.model),
         "inputs": f"seed {request.seed}" if file is None else str(file),
         "outputs": None if request.outputs is None else str(request.outputs),
@@ -220,7 +203,12 @@ def _open_peers(
 ) -> Peers:
     """The eager denoisers that this comparison takes, with tensors that were checked."""
     record = choice.record
+    if request.against is not None:
+        return open_against(
+            bundle, manifest, choice, request.against, options, exact=request.bisect
+        )
     keys = needed_peers(request.reference, record.dtype, given.recorded_dtype)
+    keys |= {EXACT} if request.bisect else set()
     tensors = tensors_of_bundle(bundle, manifest, record, options.weights)
     unrounded = None
     if request.model is not None:

@@ -14,6 +14,7 @@ from wanexport.graphs.source_tensor import SourceTensor
 from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
 from wanexport.runtime.bundle.check import check_content
 from wanexport.runtime.bundle.manifest import BASE, EngineRecord, Manifest
+from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import BadRequest, needing_extra
@@ -24,18 +25,36 @@ from wanexport.runtime.wan_config import WanConfig
 IMPLEMENTATIONS = ("graph", "diffusers")
 
 Key = tuple[str, str]  # implementation and dtype
+EXACT: Key = ("graph", "fp32")
 Tensors = Mapping[str, Mapping[str, SourceTensor]]  # of each expert, by official name
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another engine as the reference, and our graph in eager PyTorch with that engine's weights,
+    where these are rounded otherwise: in its precision and in fp32. weights are its files."""
+
+    denoiser: Denoiser
+    weights: Mapping[str, PinnedFile]
+    eager: dict[Key, Denoiser]
 
 
 @dataclass(frozen=True)
 class Peers:
     """Eager denoisers with the tensors that the engine's weights were rounded from, rounded alike.
 
-    `unrounded` is the reference in fp32 with these tensors as they are, where that differs.
+    `unrounded` is the reference in fp32 with these tensors as they are, where that differs, and
+    `other` an engine that is the reference.
     """
 
     eager: dict[Key, Denoiser]
     unrounded: Denoiser | None
+    other: Other | None = None
+
+    @property
+    def of_other(self) -> dict[Key, Denoiser]:
+        """The eager denoisers with the weights of the other engine."""
+        return self.eager if self.other is None or not self.other.eager else self.other.eager
 
 
 def needed_peers(implementation: str, dtype: str, recorded_dtype: str | None) -> set[Key]:

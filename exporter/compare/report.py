@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from wanexport.exporter.bundle.lock import bundle_lock
 from wanexport.exporter.bundle.place import REPORTS, check_place
 from wanexport.exporter.bundle.writer import write_manifest
 from wanexport.exporter.compare.recorded import Calls, Loop
-from wanexport.exporter.compare.rows import Row
+from wanexport.exporter.compare.rows import badness
 from wanexport.runtime.bundle.durable import own_folder, remove_partials, write_durably
 from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
 from wanexport.runtime.bundle.tensorfile import save_arrays
@@ -55,7 +54,7 @@ def _save(folder: Path, outcome: Outcome) -> None:
     if result["weights"]:
         name += f"-{Path(result['weights']).name}"
     if result["reference"] != "graph":
-        name += f"-{result['reference'].split()[0]}"
+        name += f"-{result['reference'].split()[0].replace('/', '-')}"
     if isinstance(outcome.given, Loop):
         save_arrays(folder / f"{name}-inputs.safetensors", outcome.given.inputs)
     write_durably(folder / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
@@ -63,7 +62,7 @@ def _save(folder: Path, outcome: Outcome) -> None:
 
 def _note_parity(bundle: Path, engine: EngineRecord, result: Mapping[str, Any]) -> None:
     """Keep the worst step in the manifest, unless the engine was rebuilt meanwhile."""
-    worst = max(result["steps"], key=_badness)
+    worst = max(result["steps"], key=badness)
     names = ("error", "floor", "gate", "drift", "passed")
     parity = {name: worst[name] for name in names}
     parity |= {name: result[name] for name in ("reference", "model", "weights", "inputs")}
@@ -74,9 +73,3 @@ def _note_parity(bundle: Path, engine: EngineRecord, result: Mapping[str, Any]) 
             for e in manifest.engines
         )
         write_manifest(bundle, replace(manifest, engines=engines))
-
-
-def _badness(row: Row) -> tuple[bool, float]:
-    """What makes one step worse than another: that it failed, and how far."""
-    ratio = inf if row["error"] is None else row["error"] / (row["gate"] or inf)
-    return not row["passed"], ratio

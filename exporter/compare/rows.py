@@ -1,10 +1,10 @@
 """The rows of `compare`: the engine's calls and loop against the reference's."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from math import isfinite, nan
-from typing import Any
+from math import inf, isfinite, nan
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,14 @@ from wanexport.exporter.backends.backend import Progress
 from wanexport.exporter.compare.peers import Key, Peers
 from wanexport.exporter.compare.recorded import Calls, Loop
 from wanexport.exporter.compare.sessions import Call, Inputs, Recorder, Replay
-from wanexport.exporter.reference.parity import Difference, Parity, difference, relative_l2
+from wanexport.exporter.reference.parity import (
+    FP32_NOISE,
+    Difference,
+    Parity,
+    difference,
+    relative_l2,
+)
+from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.sample import sample
 
 Row = dict[str, Any]
@@ -30,13 +37,16 @@ class Run:
 class Compared:
     """One call of the engine held against the reference's.
 
-    `recorded` is the rounding of a recorded reference, `rounding` that of the weights against the
-    checkpoint's, and `eager` the error of the reference's own model in fp32 against a recording.
+    `recorded` is the rounding of a recorded reference, `other` that of an engine as the reference,
+    `rounding` that of the weights against the checkpoint's, or that engine's, and `eager` the error
+    of the reference's own model in fp32 against a recording.
     """
 
+    call: Call
     difference: Difference
     parity: Parity
     recorded: float | None
+    other: float | None
     rounding: float | None
     eager: float | None
 
@@ -61,11 +71,35 @@ class _Sides:
         self.engine = Replay(engine)
         self.eager = {key: Replay(peer) for key, peer in peers.eager.items()}
         self.unrounded = None if peers.unrounded is None else Replay(peers.unrounded)
+        other = {} if peers.other is None else peers.other.eager
+        self.other = {key: Replay(peer) for key, peer in other.items()}
 
     def velocities(self, call: Call, known: Mapping[Key, np.ndarray]) -> dict[Key, np.ndarray]:
         """The eager velocities for what a call was given; what is known is not computed."""
         missing = {key: peer for key, peer in self.eager.items() if key not in known}
         return {**known, **{key: peer(call) for key, peer in missing.items()}}
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The worst call of a comparison, its step, and the session's calls before it."""
+
+    step: int
+    call: Call
+    before: Sequence[Call]
+
+
+class Rows(NamedTuple):
+    """A row for each step or call, how long the reference's calls took, and the worst of all."""
+
+    rows: list[Row]
+    reference_seconds: list[float]
+    worst: Worst
+
+    @property
+    def passed(self) -> bool:
+        """Whether every step did."""
+        return all(row["passed"] for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -81,56 +115,81 @@ class Comparison:
     progress: Progress
     kept: list[ComparedCall] | None = None
 
-    def rows(self, given: Loop | Calls) -> tuple[list[Row], list[float]]:
-        """A row for each step or call, and how long each call of an eager reference took."""
+    def rows(self, given: Loop | Calls) -> Rows:
+        """Compare every step of a loop, or every call."""
         return self._loop(given) if isinstance(given, Loop) else self._calls(given)
 
-    def _loop(self, given: Loop) -> tuple[list[Row], list[float]]:
-        reference = Recorder(self.peers.eager[self._exact], keep=True)
+    def _loop(self, given: Loop) -> Rows:
+        reference = Recorder(self._reference, keep=True)
         run = _sample(reference, given, self.progress, "reference")
-        rows = self._rows(run, None)
+        rows, calls = self._rows(run, None)
         own = _sample(self.engine, given, self.progress, "engine on its own")
         _add_drift(rows, run, own)
-        return rows, reference.seconds
+        return Rows(rows, reference.seconds, _worst(rows, calls, run))
 
-    def _calls(self, given: Calls) -> tuple[list[Row], list[float]]:
-        if given.recorded_dtype is not None:
-            pairs = zip(given.inputs, given.velocities, strict=True)
-            return self._rows(Run([[Call(*pair)] for pair in pairs]), given.recorded_dtype), []
-        reference = Recorder(self.peers.eager[self._exact])
-        run = Run([[Call(inputs, reference(**inputs))] for inputs in given.inputs])
-        return self._rows(run, None), reference.seconds
+    def _calls(self, given: Calls) -> Rows:
+        velocities, seconds = given.velocities, list[float]()
+        if given.recorded_dtype is None:
+            reference = Recorder(self._reference)
+            velocities, seconds = [reference(**i) for i in given.inputs], reference.seconds
+        pairs = zip(given.inputs, velocities, strict=True)
+        run = Run([[Call(*pair)] for pair in pairs])
+        rows, calls = self._rows(run, given.recorded_dtype)
+        return Rows(rows, seconds, _worst(rows, calls, run))
 
-    def _rows(self, run: Run, recorded_dtype: str | None) -> list[Row]:
-        rows, sides = [], _Sides(self.engine, self.peers)
+    def _rows(self, run: Run, recorded_dtype: str | None) -> tuple[list[Row], list[Call]]:
+        """A row for each step, and the call that it is of."""
+        rows, worst, sides = [], [], _Sides(self.engine, self.peers)
         for index, calls in enumerate(run.steps):
             self.progress("engine on the same inputs", index, len(run.steps))
             compared = [self._call(sides, call, recorded_dtype) for call in calls]
             rows.append({"step": index, **_row(compared)})
-        return rows
+            worst.append(max(compared, key=_over_gate).call)
+        return rows, worst
 
     def _call(self, sides: _Sides, call: Call, recorded_dtype: str | None) -> Compared:
-        expected = call.velocity
-        known = {} if recorded_dtype else {self._exact: expected}
-        velocities = sides.velocities(call, known)
-        rounding = None
-        if sides.unrounded is not None:
-            rounding = relative_l2(velocities[self._exact], sides.unrounded(call))
+        expected, is_eager = call.velocity, recorded_dtype is None and self.peers.other is None
+        velocities = sides.velocities(call, {self._exact: expected} if is_eager else {})
         recorded = _noise(velocities, self.implementation, recorded_dtype)
+        other, rounding = self._of_weights(sides, call, velocities)
         velocity = sides.engine(call)
         distance = difference(velocity, expected)
         floor = _noise(velocities, "graph", self.engine.denoiser.record.dtype)
-        others = (recorded, rounding) if recorded_dtype else ()
+        others = () if is_eager else (recorded, other, rounding)
         parity = Parity(distance.error, floor, tuple(e for e in others if e is not None))
+        if self.peers.other is not None:
+            parity = replace(parity, others=(*parity.others, FP32_NOISE))
         self._keep(call, velocity, parity)
         is_eager_known = recorded_dtype is not None and self._exact in velocities
         return Compared(
+            call=call,
             difference=distance,
             parity=parity,
             recorded=recorded,
+            other=other,
             rounding=rounding,
             eager=relative_l2(velocities[self._exact], expected) if is_eager_known else None,
         )
+
+    def _of_weights(
+        self, sides: _Sides, call: Call, velocities: Mapping[Key, np.ndarray]
+    ) -> tuple[float | None, float | None]:
+        """What the other engine's precision does, and what rounding weights otherwise does."""
+        other = self.peers.other
+        if other is not None:
+            there = {key: peer(call) for key, peer in sides.other.items()}
+            floor = _noise(there or velocities, "graph", other.denoiser.record.dtype)
+            exact = "graph", "fp32"
+            return floor, relative_l2(velocities[exact], there[exact]) if there else None
+        if sides.unrounded is not None:
+            return None, relative_l2(velocities[self._exact], sides.unrounded(call))
+        return None, None
+
+    @property
+    def _reference(self) -> Denoiser:
+        """What a loop follows, and calls are held against."""
+        other = self.peers.other
+        return self.peers.eager[self._exact] if other is None else other.denoiser
 
     @property
     def _exact(self) -> Key:
@@ -141,6 +200,26 @@ class Comparison:
         if self.kept is not None:
             gate = parity.gate * float(np.linalg.norm(call.velocity.astype(np.float64)))
             self.kept.append(ComparedCall(call.inputs, call.velocity, velocity, gate))
+
+
+def _worst(rows: Sequence[Row], calls: Sequence[Call], run: Run) -> Worst:
+    """The call of the worst row, and what its session was given before it."""
+    row = max(rows, key=badness)
+    call = calls[row["step"]]
+    in_order = [own for step in run.steps for own in step]
+    earlier = in_order[: next(i for i, own in enumerate(in_order) if own is call)]
+    before = [own for own in earlier if own.session is not None and own.session == call.session]
+    return Worst(row["step"], call, before)
+
+
+def badness(row: Row) -> tuple[bool, float]:
+    """What makes one step worse than another: that it failed, and how far."""
+    ratio = inf if row["error"] is None else row["error"] / (row["gate"] or inf)
+    return not row["passed"], ratio
+
+
+def _over_gate(compared: Compared) -> float:
+    return compared.parity.over_gate
 
 
 def _noise(
@@ -167,12 +246,13 @@ def _sample(denoiser: Recorder, given: Loop, progress: Progress, stage: str) -> 
 
 def _row(compared: Sequence[Compared]) -> Row:
     """The figures of a step as JSON has them, null for NaN; of its calls the worst one counts."""
-    worst = max(compared, key=lambda c: c.parity.over_gate)
+    worst = max(compared, key=_over_gate)
     figures = {
         **asdict(worst.difference),
         "floor": worst.parity.floor,
         "gate": worst.parity.gate,
         "recorded": worst.recorded,
+        "other": worst.other,
         "rounding": worst.rounding,
         "eager": worst.eager,
     }

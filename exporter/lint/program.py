@@ -101,7 +101,7 @@ def lint_program(
 
 def attention_operators(program: ExportedProgram) -> int:
     """How many attention operators the program has."""
-    return sum(bool(_ATTENTION.match(_name(node))) for node in _nodes(program))
+    return sum(bool(_ATTENTION.match(operator_name(node))) for node in _nodes(program))
 
 
 def _nodes(program: ExportedProgram) -> list[Node]:
@@ -128,14 +128,14 @@ def place(stack_trace: str) -> str:
     return f" at {frames[-1][0]}:{frames[-1][1]}" if frames else ""
 
 
-def _name(node: Node) -> str:
+def operator_name(node: Node) -> str:
     """The operator without its overload, as aten.copy_."""
     return str(node.target).removesuffix(f".{getattr(node.target, '_overloadname', '')}")
 
 
 def _kinds(node: Node) -> Iterator[str]:
     """The kinds of one node; a node may be of several."""
-    name, schema = _name(node), getattr(node.target, "_schema", None)
+    name, schema = operator_name(node), getattr(node.target, "_schema", None)
     yield from kinds_of_operator(name)
     if schema is not None and any(str(r.type) == "List[Tensor]" for r in schema.returns):
         yield "sequence"
@@ -171,7 +171,7 @@ def _is_of_caller(node: Node) -> bool:
 def _written(node: Node) -> Node:
     """What a write goes to: the tensor that its first operand is a view or a copy of."""
     root = node.all_input_nodes[0] if node.all_input_nodes else node
-    while root.op == "call_function" and (_is_view(root) or _name(root) == "aten.clone"):
+    while root.op == "call_function" and (_is_view(root) or operator_name(root) == "aten.clone"):
         root = root.all_input_nodes[0]
     return root
 

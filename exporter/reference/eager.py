@@ -68,10 +68,13 @@ class EagerEngine:
     def _read(self, prefix: str, module: nn.Module, *_hook_arguments: Any) -> None:
         """Give the module its own parameters, not those of its children."""
         for name, _ in module.named_parameters(recurse=False):
-            full = f"{prefix}.{name}" if prefix else name
-            rounded = parameter_dtype(full, self.rounded)
-            tensor = read_tensor(self.tensors[full], fits=rounded).to(self.device).to(rounded)
-            _set(module, name, tensor.to(parameter_dtype(full, self.dtype)))
+            _set(module, name, self.parameter(f"{prefix}.{name}" if prefix else name))
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter on the device, rounded and cast, read from its file."""
+        rounded = parameter_dtype(name, self.rounded)
+        tensor = read_tensor(self.tensors[name], fits=rounded).to(self.device).to(rounded)
+        return tensor.to(parameter_dtype(name, self.dtype))
 
     def array(self, value: Array) -> Tensor:
         """An fp32 tensor on the device."""

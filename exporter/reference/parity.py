@@ -7,6 +7,7 @@ import numpy as np
 
 FP32_GATE = 1e-5
 FLOOR_FACTOR = 1.25
+FP32_NOISE = FP32_GATE / FLOOR_FACTOR  # among `others`: a reference is off as far as fp32 may be
 
 
 @dataclass(frozen=True)

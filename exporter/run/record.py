@@ -22,7 +22,7 @@ from wanexport.runtime.settings import Settings
 
 _LIBRARIES = (  # whose versions a result depends on
     "wanexport", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13",
-    "tensorrt-rtx-cu13-bindings", "transformers", "diffusers", "ftfy", "av", "pillow",
+    "tensorrt-rtx-cu13-bindings", "tokenizers", "diffusers", "ftfy", "av", "pillow",
 )  # fmt: skip
 
 

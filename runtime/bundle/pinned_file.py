@@ -83,9 +83,14 @@ def pin(file: Path | PinnedFile) -> PinnedFile:
         return file
     descriptor = _open(file)
     try:
-        return PinnedFile(file, _identity(os.fstat(descriptor)))
+        return pin_opened(file, descriptor)
     finally:
         os.close(descriptor)
+
+
+def pin_opened(path: Path, descriptor: int) -> PinnedFile:
+    """The file that a path led to when it was opened, as it is now."""
+    return PinnedFile(path, _identity(os.fstat(descriptor)))
 
 
 def _identity(found: os.stat_result) -> Identity:

@@ -9,11 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.drop_in.experts import (
@@ -24,7 +22,6 @@ from wanexport.runtime.drop_in.experts import (
     images_by_video,
     one_for_each,
     open_experts,
-    velocities,
 )
 from wanexport.runtime.engines.engine import EngineKeywords
 from wanexport.runtime.errors import BadRequest, needing_extra, refuse_empty
@@ -81,14 +78,14 @@ class CompiledWanTransformer(EngineModule):
         inputs = self._split(hidden_states)
         self._check_rows(encoder_hidden_states)
         batch, image = hidden_states.shape[0], encoder_hidden_states_image
-        times = np.atleast_1d(to_numpy(timestep))
+        times = self.times(timestep)
         check_count("timestep", times.shape[0], batch)
         inputs["text"] = one_for_each("encoder_hidden_states", encoder_hidden_states, batch)
         if image is not None:
             inputs |= self._images(image, batch)
         self.check_times("timestep", times)
         by_video = {name: value.split(1) for name, value in inputs.items()}
-        velocity = torch.cat(velocities(self.denoiser, times, by_video))
+        velocity = torch.cat(self.velocities(times, by_video))
         if not return_dict:
             return (velocity,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput

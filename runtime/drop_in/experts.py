@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wanexport.runtime.arrays import Array, is_on_gpu, to_numpy
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.engines.engine import EngineKeywords
 from wanexport.runtime.errors import BadRequest
@@ -35,6 +36,7 @@ class EngineModule:
         self.dtype = torch.float32
         self.device = engine_device(denoiser)
         self._last_time = 0.0
+        self._looked_at: tuple[int, ...] = ()  # the shape of timesteps that were looked at
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -76,11 +78,28 @@ class EngineModule:
         for tensor in self.parameters():
             yield "engine", tensor
 
-    def check_times(self, name: str, times: np.ndarray) -> None:
+    def times(self, given: Array) -> Array:
+        """The pipeline's timesteps [N] or [N, L], in fp32.
+
+        Those on a GPU stay there, and the host does not wait for them, once a call with as many has
+        shown that they are timesteps and those of a frame equal: no pipeline changes that.
+        """
+        if is_on_gpu(given) and tuple(given.shape) == self._looked_at and self._takes(given):
+            return given.detach().float()
+        return np.atleast_1d(to_numpy(given))
+
+    def _takes(self, times: Tensor) -> bool:
+        """Whether these are one for each video, or the engine takes one for each frame."""
+        frames = self.denoiser.geometry.grid[0]
+        return times.ndim == 1 or self.denoiser.inputs["timestep"].shape == (frames,)
+
+    def check_times(self, name: str, times: Array) -> None:
         """Refuse sigmas, from 0 to 1, in the place of timesteps, from 0 to 1000.
 
         A run may end with one timestep below 1, to which it falls from a higher one.
         """
+        if is_on_gpu(times):
+            return
         time = times.max(initial=0)
         if 0 < time <= 1 and not (self._last_time > 1 or self._last_time == time):
             raise BadRequest(
@@ -88,6 +107,21 @@ class EngineModule:
                 f"{NUM_TRAIN_TIMESTEPS * time:g}"
             )
         self._last_time = time
+
+    def velocities(self, times: Array, inputs: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
+        """The velocity [1, C, F, h, w] in fp32 of each video, which run one after the other.
+
+        times [N] or [N, L], by token, and inputs have an entry for each video.
+        """
+        found = []
+        for index, time in enumerate(times):
+            own = {name: values[index] for name, values in inputs.items()}
+            # Pipelines may call under autocast, which would round what the engine keeps in fp32.
+            with torch.autocast(own["latent"].device.type, enabled=False):
+                time = per_frame(time, self.denoiser.geometry)
+                found.append(self.denoiser(timestep=time, **own))
+        self._looked_at = tuple(times.shape)
+        return found
 
 
 def open_experts(bundle: str | Path, **load_options: Unpack[EngineKeywords]) -> dict[str, Denoiser]:
@@ -105,33 +139,20 @@ def engine_device(denoiser: Denoiser) -> torch.device:
     return torch.device(denoiser.device)
 
 
-def velocities(
-    denoiser: Denoiser, times: np.ndarray, inputs: Mapping[str, Sequence[Tensor]]
-) -> list[Tensor]:
-    """The velocity [1, C, F, h, w] in fp32 of each video, which run one after the other.
-
-    times [N] or [N, L], by token, and inputs have an entry for each video.
-    """
-    found = []
-    for index, time in enumerate(times):
-        own = {name: values[index] for name, values in inputs.items()}
-        # Pipelines may call under autocast, which would round what the engine keeps in fp32.
-        with torch.autocast(own["latent"].device.type, enabled=False):
-            found.append(denoiser(timestep=per_frame(time, denoiser.geometry), **own))
-    return found
-
-
-def per_frame(timestep: np.ndarray, geometry: Geometry) -> np.ndarray:
+def per_frame(timestep: Array, geometry: Geometry) -> Array:
     """One timestep for each latent frame, [F], of one for each token, [L]; [1] where all are equal.
 
     Tokens are in the order of the patch embedding: by frame, row, column. What has another length
-    is returned as it is, for the denoiser to accept or refuse.
+    is returned as it is, for the denoiser to accept or refuse. On a GPU they are not compared: a
+    frame has that of its first token.
     Raises BadRequest when the tokens of one frame have different timesteps.
     """
     frames, rows, columns = geometry.grid
-    if timestep.shape != (frames * rows * columns,):
+    if tuple(timestep.shape) != (frames * rows * columns,):
         return timestep
     by_frame = timestep.reshape(frames, rows * columns)
+    if is_on_gpu(timestep):
+        return by_frame[:, 0]
     differing = (by_frame != by_frame[:, :1]).any(axis=1)
     if differing.any():
         raise BadRequest(

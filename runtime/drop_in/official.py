@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.drop_in.experts import (
     HIGH_NOISE,
     LOW_NOISE,
@@ -20,7 +18,6 @@ from wanexport.runtime.drop_in.experts import (
     check_count,
     images_by_video,
     open_experts,
-    velocities,
 )
 from wanexport.runtime.engines.engine import EngineKeywords
 from wanexport.runtime.errors import BadRequest
@@ -95,7 +92,7 @@ class CompiledWanModel(EngineModule):
         """
         if options:
             raise BadRequest(f"the engine takes no {', '.join(options)}: leave it out")
-        count, times = len(x), np.atleast_1d(to_numpy(t))
+        count, times = len(x), self.times(t)
         for name, given in (("t", times), ("context", context), ("y", x if y is None else y)):
             check_count(name, len(given), count)
         self._check_length(x[0], seq_len)
@@ -104,7 +101,7 @@ class CompiledWanModel(EngineModule):
         if y is not None:
             inputs["condition"] = [condition[None] for condition in y]
         inputs |= _embeddings(context, clip_fea, count)
-        return [velocity[0] for velocity in velocities(self.denoiser, times, inputs)]
+        return [velocity[0] for velocity in self.velocities(times, inputs)]
 
     def _check_length(self, latent: Tensor, seq_len: int) -> None:
         """Refuse padding; a latent of another shape is the denoiser's to refuse."""

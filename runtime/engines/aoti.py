@@ -73,7 +73,7 @@ class Regions:
         return BoundRegions(self, tensors)
 
 
-class _BoundCall(NamedTuple):
+class BoundCall(NamedTuple):
     """One layer of a call: its function, and where its arguments and results are."""
 
     run: Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -92,13 +92,13 @@ class BoundRegions:
     def __init__(self, regions: Regions, tensors: Mapping[str, Tensor]) -> None:
         self.regions, program = regions, regions.program
         self.slots = {name: i for i, name in enumerate(_names(program))}
-        self.calls: dict[str, list[_BoundCall]] = {}
+        self.calls: dict[str, list[BoundCall]] = {}
         for call in program.calls:
             bound = self.calls.setdefault(call.when, [])
             reads, writes = ([self.slots[n] for n in own] for own in (call.reads, call.writes))
             for names, state in call.layers():
                 run = regions.runners[call.name].run
-                bound.append(_BoundCall(run, _found(tensors, names), reads, writes, state))
+                bound.append(BoundCall(run, _found(tensors, names), reads, writes, state))
         self.output = self.slots[next(iter(program.outputs))]
 
     def __call__(self, inputs: Mapping[str, Tensor], memory: Memory) -> Tensor:
@@ -142,9 +142,9 @@ class BoundRegions:
         for name, tensor in inputs.items():
             values[self.slots[name]] = tensor
         with attention_kernels(self.regions.kernels), torch.no_grad():
-            for layers in self._layers():
+            for layers in self.layers():
                 _run(layers[:1] * (_WARM_UPS if len(layers) > 1 else 1), values, memory)
-            layer = max(self._layers(), key=len)[:1]
+            layer = max(self.layers(), key=len)[:1]
             torch.cuda.synchronize(self.regions.device)
             started = time.perf_counter()
             _run(layer * _TIMED, values, memory)
@@ -152,7 +152,7 @@ class BoundRegions:
             torch.cuda.synchronize(self.regions.device)
         return (launched - started) / _TIMED, (time.perf_counter() - started) / _TIMED
 
-    def _layers(self) -> list[list[_BoundCall]]:
+    def layers(self) -> list[list[BoundCall]]:
         """The layers of each call, in the Program's order."""
         remaining = {when: iter(calls) for when, calls in self.calls.items()}
         return [
@@ -178,7 +178,7 @@ def _found(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
         ) from error
 
 
-def _run(calls: Sequence[_BoundCall], values: list[Any], memory: Memory) -> None:
+def _run(calls: Sequence[BoundCall], values: list[Any], memory: Memory) -> None:
     """Run calls in order over the values' slots; the state is written in place."""
     for run, parameters, reads, writes, state in calls:
         kept = [memory.state[name] for name in state]

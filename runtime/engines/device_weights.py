@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from wanexport.runtime.bundle.piece_reading import THREADS, Piece, pieces_of, read_pieces
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
-from wanexport.runtime.bundle.regular_file import read_into
 from wanexport.runtime.bundle.tensorfile import TensorEntry, header_sha256, read_header
 from wanexport.runtime.dtypes import STORED
 from wanexport.runtime.errors import BundleError, EngineFailure
@@ -25,22 +25,11 @@ if TYPE_CHECKING:
     from wanexport.runtime.lora.merge import LoraStack
 
 _ALIGNMENT = 256  # bytes: what compiled kernels expect, and the caching allocator gives
-_PIECE = 16 << 20  # bytes read at a time, by each thread
 _MERGING = 24  # bytes that a value takes while a LoRA is merged into it
 _TIMED = 1000  # of the last switches
-_THREADS = 8
 
 _resident: WeakValueDictionary[tuple[object, ...], "DeviceWeights"] = WeakValueDictionary()
 _lock = threading.Lock()
-
-
-class _Piece(NamedTuple):
-    """Bytes of a tensor in the file, and where in the buffer they go."""
-
-    tensor: str
-    source: int
-    target: int
-    size: int
 
 
 class DeviceWeights:
@@ -73,11 +62,13 @@ class DeviceWeights:
             self.tensors = {
                 name: self._view(entry, offsets[name]) for name, entry in self._entries.items()
             }
-        self._pieces = [
-            _Piece(name, entry.offset + done, offsets[name] + done, min(_PIECE, entry.size - done))
-            for name, entry in self._entries.items()
-            for done in range(0, entry.size, _PIECE)
-        ]
+            self._pieces = [
+                piece
+                for name, entry in self._entries.items()
+                for piece in pieces_of(
+                    name, entry.offset, self._raw(entry, offsets[name]), torch.uint8
+                )
+            ]
         self._replace(file)
         self.switches.clear()
 
@@ -113,8 +104,11 @@ class DeviceWeights:
         self.switches.append(time.perf_counter() - started)
 
     def _view(self, entry: TensorEntry, offset: int) -> Tensor:
-        raw = self.buffer[offset : offset + entry.size]
+        raw = self._raw(entry, offset)
         return raw.view(getattr(torch, STORED[entry.dtype].torch)).view(entry.shape)
+
+    def _raw(self, entry: TensorEntry, offset: int) -> Tensor:
+        return self.buffer[offset : offset + entry.size]
 
     def _fill(self, file: PinnedFile) -> None:
         """Read with several threads, through pinned memory where the buffer is on a GPU; merge.
@@ -136,8 +130,8 @@ class DeviceWeights:
                 old = stack_of(held)
                 pieces = [p for p in pieces if old is not None and old.changes(p.tensor)]
             missing = _Missing(pieces)
-            with ThreadPoolExecutor(_THREADS) as pool:
-                shares = [pieces[i::_THREADS] for i in range(_THREADS)]
+            with ThreadPoolExecutor(THREADS) as pool:
+                shares = [pieces[i::THREADS] for i in range(THREADS)]
                 read = partial(self._read, handle, file.path, missing)
                 reading = [pool.submit(read, share) for share in shares]
                 if stack is not None:
@@ -161,45 +155,19 @@ class DeviceWeights:
         if self.device.type == "cuda":  # forwards run on streams of their own
             torch.cuda.synchronize(self.device)
 
-    def _read(self, handle: int, file: Path, missing: "_Missing", pieces: list[_Piece]) -> None:
+    def _read(self, handle: int, file: Path, missing: "_Missing", pieces: list[Piece]) -> None:
         with missing.failing():
-            if self.device.type == "cuda":
-                self._read_to_gpu(handle, file, missing, pieces)
-                return
-            for piece in pieces:
-                target = self.buffer[piece.target : piece.target + piece.size]
-                _read_piece(handle, file, piece, target)
-                missing.arrived([piece])
-
-    def _read_to_gpu(
-        self, handle: int, file: Path, missing: "_Missing", pieces: list[_Piece]
-    ) -> None:
-        # Two pinned buffers: one is read into while the other is copied.
-        staging = torch.empty(2, _PIECE, dtype=torch.uint8, pin_memory=True)
-        copied = [torch.cuda.Event() for _ in staging]
-        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream()):
-            for number, piece in enumerate(pieces):
-                half = number % 2
-                copied[half].synchronize()
-                missing.arrived(pieces[number - 2 : number - 1] if number > 1 else ())
-                pinned = staging[half, : piece.size]
-                _read_piece(handle, file, piece, pinned)
-                target = self.buffer[piece.target : piece.target + piece.size]
-                target.copy_(pinned, non_blocking=True)
-                copied[half].record()
-            for event in copied:
-                event.synchronize()
-            missing.arrived(pieces[-2:])
+            read_pieces(handle, file, pieces, missing.arrived)
 
 
 class _Missing:
     """How many pieces of each tensor are not there yet."""
 
-    def __init__(self, pieces: Iterable[_Piece]) -> None:
+    def __init__(self, pieces: Iterable[Piece]) -> None:
         self._left = Counter(piece.tensor for piece in pieces)
         self._changed, self._failed = threading.Condition(), False
 
-    def arrived(self, pieces: Iterable[_Piece]) -> None:
+    def arrived(self, pieces: Iterable[Piece]) -> None:
         """Count pieces as there."""
         with self._changed:
             self._left.subtract(piece.tensor for piece in pieces)
@@ -258,13 +226,3 @@ def check_room(size: int, device: torch.device, what: str, advice: str) -> None:
             f"{what} takes {size / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} of "
             f"{total / 1e9:.1f} GB free: close what else uses it, or {advice}"
         )
-
-
-def _read_piece(handle: int, file: Path, piece: _Piece, target: Tensor) -> None:
-    view = memoryview(target.numpy().data)
-    done = 0
-    while done < piece.size:
-        count = read_into(handle, view[done:], piece.source + done)
-        if not count:
-            raise BundleError(f"{file} ended while it was read: write it again")
-        done += count

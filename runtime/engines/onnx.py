@@ -39,19 +39,27 @@ class OnnxSession:
     Prepacking is off so that fp32 weights stay a mapping of the file: no copy, shared by processes.
     fp16 weights ONNX Runtime widens to fp32 in memory, having few fp16 kernels for a CPU.
     `keep_casts` is for a graph that widens its own weights: it does so at every call, in the memory
-    of one weight, instead of once for all when the session is created.
+    of one weight, instead of once for all when the session is created. `profile` has ONNX Runtime
+    record its nodes in a file whose name begins with it.
     Raises BundleError when ONNX Runtime is missing or refuses the graph, and when a file is not
     what was pinned.
     """
 
     def __init__(
-        self, graph: Path | PinnedFile, weights: Path | PinnedFile, *, keep_casts: bool = False
+        self,
+        graph: Path | PinnedFile,
+        weights: Path | PinnedFile,
+        *,
+        keep_casts: bool = False,
+        profile: Path | None = None,
     ) -> None:
         graph, self.weights = pin(graph), pin(weights)
         onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised; it need not be printed too
         options.add_session_config_entry("session.disable_prepacking", "1")
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         skipped = ["ConstantFolding"] if keep_casts else []
         options.enable_cpu_mem_arena = not keep_casts  # it keeps what the largest weight took
         # Not `add_initializer`, whose values folding does not see. ONNX Runtime holds their
@@ -119,6 +127,18 @@ class OnnxEngine:
     def use(self, weights: PinnedFile) -> None:
         """Open a session with the weights of a file; calls that run keep theirs."""
         self._session_of(weights)
+
+    def record_nodes(self, prefix: Path) -> None:
+        """Open the session again, to record each node that runs in a file of this prefix."""
+        file = self._session_of(None).weights
+        with self._lock:
+            self._session = None  # two of them might not fit in memory
+            self._session = OnnxSession(self.graph, file, profile=prefix)
+
+    def recorded_nodes(self) -> tuple[Path, int]:
+        """End the record: its file, and the nanoseconds of the system's clock when it began."""
+        session = self._session_of(None).session
+        return Path(session.end_profiling()), session.get_profiling_start_time_ns()
 
     def __call__(
         self,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wanexport.runtime.arrays import Array, is_torch
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.errors import BadRequest, needing_extra
 from wanexport.runtime.family import family_named
@@ -263,11 +264,35 @@ def _condition(
     The mask's four channels are the pixel frames of a latent frame, the first pixel frame standing
     four times: it is 1 where a picture is given.
     """
-    video = np.zeros((3, geometry.frames, geometry.height, geometry.width), np.float32)
     mask = np.zeros((1, TEMPORAL_STRIDE, *geometry.latent), np.float32)
-    video[:, 0] = images[0].pixels
     mask[:, :, 0] = 1
     if len(images) > 1:
-        video[:, -1] = images[1].pixels
         mask[:, -1, -1] = 1
-    return np.concatenate([mask, vae.encode(video)], axis=1)
+    return np.concatenate([mask, vae.encode(_ends(geometry, images, vae))], axis=1)
+
+
+def _ends(geometry: Geometry, images: Sequence[FittedImage], vae: VideoCodec) -> Array:
+    """The video [3, F, H, W] of the pictures at its ends, where the VAE computes if it says so."""
+    shape = (3, geometry.frames, geometry.height, geometry.width)
+    pixels: list[Array] = [image.pixels for image in images]
+    video = _zeros(shape, getattr(vae, "device", None))
+    if is_torch(video):
+        import torch
+
+        pixels = [torch.from_numpy(each) for each in pixels]
+    video[:, 0] = pixels[0]
+    if len(pixels) > 1:
+        video[:, -1] = pixels[1]
+    return video
+
+
+def _zeros(shape: tuple[int, ...], device: str | None) -> Array:
+    """Zeros on a device of PyTorch's; in numpy without one, or where it has no room for them."""
+    if device is not None:
+        import torch
+
+        try:
+            return torch.zeros(shape, device=device)
+        except torch.OutOfMemoryError:
+            pass  # the VAE moves it, by tiles if need be
+    return np.zeros(shape, np.float32)

@@ -25,9 +25,12 @@ class ImageEncoder(Protocol):
 
 
 class VideoCodec(Protocol):
-    """Pixels to normalised latents and back."""
+    """Pixels to normalised latents and back.
 
-    def encode(self, video: np.ndarray) -> np.ndarray:
+    One with a `device`, PyTorch's name of where it computes, is given videos as tensors there.
+    """
+
+    def encode(self, video: Array) -> np.ndarray:
         """Posterior mean [1, C, f, h, w] in fp32 of a video [3, F, H, W] in [-1, 1]."""
 
     def decode(self, latent: Array) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wanexport.runtime.arrays import Array, count_not_finite, to_numpy
+from wanexport.runtime.arrays import Array, count_not_finite, is_on_gpu, to_numpy
 from wanexport.runtime.errors import (
     BadRequest,
     BundleError,
@@ -167,14 +167,16 @@ class Vae:
     def encode(self, video: Array) -> np.ndarray:
         """The normalised posterior mean, fp32 [1, C, f, h, w], of a video [3, F, H, W] in [-1, 1].
 
-        f is (F - 1) / 4 + 1; h and w are H and W by the spatial stride.
+        f is (F - 1) / 4 + 1; h and w are H and W by the spatial stride. A video on a GPU stays
+        there, and is not searched for NaN.
         Raises BadRequest when the video has another shape, NaN or Inf, and EngineFailure when
         memory does not suffice.
         """
-        pixels, stride = to_numpy(video), self.spatial_stride
+        pixels = video.detach().float() if is_on_gpu(video) else to_numpy(video)
+        stride = self.spatial_stride
         channels, frames, height, width = pixels.shape if pixels.ndim == 4 else (0, 0, 0, 0)
         fits = frames % TEMPORAL_STRIDE == 1 and height % stride == 0 == width % stride
-        if channels != 3 or not fits or not pixels.size:
+        if channels != 3 or not fits or 0 in pixels.shape:
             raise BadRequest(
                 f"a video of shape {list(pixels.shape)} cannot be encoded: expected [3, F, H, W], "
                 f"F of 4k+1, H and W multiples of {stride}"
@@ -205,7 +207,7 @@ class Vae:
         self._model = None
         free_unused_memory()
 
-    def _run(self, task: str, array: np.ndarray) -> "Tensor":
+    def _run(self, task: str, array: Array) -> "Tensor":
         """Encode or decode an array, whole or in tiles; tiles where a GPU refuses the whole."""
         if self._model is None:
             raise EngineFailure("the VAE is closed: open it again")
@@ -230,7 +232,7 @@ class Vae:
         self._decided.setdefault(shape, self.tiled)
         return result
 
-    def _is_short(self, task: str, array: np.ndarray, can_tile: bool) -> bool:
+    def _is_short(self, task: str, array: Array, can_tile: bool) -> bool:
         """Whether a CPU's memory does not suffice for the whole; a GPU is asked by trying.
 
         Warns when the whole is to be, and less is free. Raises EngineFailure when there can never
@@ -260,12 +262,12 @@ class Vae:
             )
         return is_short
 
-    def _sides(self, task: str, array: np.ndarray) -> tuple[int, int]:
+    def _sides(self, task: str, array: Array) -> tuple[int, int]:
         """Height and width in pixels of what is to be encoded or decoded."""
         stride = self.spatial_stride if task == "decode" else 1
         return array.shape[3] * stride, array.shape[4] * stride
 
-    def _attempt(self, task: str, array: np.ndarray) -> "Tensor | None":
+    def _attempt(self, task: str, array: Array) -> "Tensor | None":
         """The result, or None where a GPU's memory does not suffice."""
         import torch
 
@@ -273,7 +275,7 @@ class Vae:
 
         try:
             with torch.no_grad(), torch.autocast(torch.device(self.device).type, enabled=False):
-                return self._compute(task, torch.from_numpy(array))
+                return self._compute(task, torch.as_tensor(array))
         except torch.OutOfMemoryError:
             pass  # and the tensors of the failed call are free, once the exception is
         self._model.clear_cache()

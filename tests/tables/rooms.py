@@ -19,11 +19,14 @@ ROOT = Path(__file__).parents[2]
 FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     "exporter": (
         frozenset({"cli"}),
-        frozenset({"build", "run", "bench", "compare", "doctor", "inspection"}),
+        frozenset({"report"}),
+        frozenset({"build", "run", "bench", "profile", "compare", "doctor", "inspection"}),
         frozenset({"sets"}),
         frozenset({"bundle", "key"}),
         frozenset({"backends"}),
-        frozenset({"reference", "lint", "child", "model_source"}),
+        frozenset(
+            {"reference", "lint", "rewrite", "child", "model_source", "module_function", "trace"}
+        ),
     ),
     "runtime": (
         frozenset({"serving", "drop_in"}),

@@ -69,11 +69,16 @@ def _model(
     return ir.Model(graph, ir_version=_IR_VERSION, functions=functions)
 
 
-def _results(call: Call, index: int) -> list[ir.Value]:
-    """What one layer of a call gives: its writes, then what its state becomes."""
+def result_names(call: Call, index: int) -> list[str]:
+    """What the main graph calls the results of one layer of a call: its writes, then what its
+    state becomes. What leaves the graph has its name there instead."""
     layer = f".{index}" if call.repeat > 1 else ""
     names = (*call.writes, *(name + NEXT for name in of_layer(call.state, index)))
-    return [ir.Value(name=f"{call.name}{layer}.{name}") for name in names]
+    return [f"{call.name}{layer}.{name}" for name in names]
+
+
+def _results(call: Call, index: int) -> list[ir.Value]:
+    return [ir.Value(name=name) for name in result_names(call, index)]
 
 
 def _value(name: str, spec: TensorSpec) -> ir.Value:

@@ -137,7 +137,15 @@ def _missing_attention(
     ]
 
 
-def _translate(exported: ExportedProgram, call: Call, how: Lowering) -> ir.Model:
+def decomposed(exported: ExportedProgram, how: Lowering) -> ExportedProgram:
+    """A traced call as PyTorch decomposes it before it translates each node: its values have the
+    names that they have in ONNX, where a pass did not remove them."""
+    program = _export(exported, how).exported_program
+    assert program is not None
+    return program
+
+
+def _export(exported: ExportedProgram, how: Lowering) -> torch.onnx.ONNXProgram:
     linear, gelu = (wide_linear, wide_gelu) if how.wide_bias else (plain_linear, None)
     with quiet("torch.onnx"):
         translated = torch.onnx.export(
@@ -153,7 +161,11 @@ def _translate(exported: ExportedProgram, call: Call, how: Lowering) -> ir.Model
             },
         )
     assert translated is not None
-    model = translated.model
+    return translated
+
+
+def _translate(exported: ExportedProgram, call: Call, how: Lowering) -> ir.Model:
+    model = _export(exported, how).model
     _name_ends(model.graph, call)
     for cleanup in _CLEANUPS:
         cleanup(model)

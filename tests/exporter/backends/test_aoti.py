@@ -33,6 +33,7 @@ from tests.oracles.wan_reference import (
     write_official,
 )
 from tests.runtime.engines.hub_layout import as_snapshot
+from tests.tables.bisect import Fault, bisected
 from wanexport.exporter.backends.aoti import compile as to_aoti
 from wanexport.exporter.backends.aoti import prove as prove_module
 from wanexport.exporter.backends.aoti.compile import RegionJob, compile_region, compile_regions
@@ -40,13 +41,17 @@ from wanexport.exporter.backends.backend import Request
 from wanexport.exporter.build import build
 from wanexport.exporter.bundle.writer import file_record, open_bundle, write_manifest
 from wanexport.exporter.cli.main import cli
+from wanexport.exporter.compare.compare import compare
 from wanexport.exporter.inspection import inspect
 from wanexport.exporter.lint.onnx import lint
 from wanexport.exporter.model_source import resolve
+from wanexport.exporter.profile.profile import profile
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
 from wanexport.exporter.sets.convert import add_weights
+from wanexport.exporter.trace.rates import Rates
 from wanexport.graphs.config import PRESETS
+from wanexport.graphs.signature import attention_flops
 from wanexport.runtime import Geometry, WanExportError, load
 from wanexport.runtime.bundle.details import AotiDetails
 from wanexport.runtime.bundle.manifest import read_manifest
@@ -180,6 +185,29 @@ def test_each_expert_gives_its_own_velocity(
     assert len(denoiser.switch_seconds) == (2 if offload else 0)
     held = {engine.weights.buffer.data_ptr() for engine in denoiser.engines.values()}  # type: ignore[attr-defined]
     assert len(held) == (1 if offload else 2)
+
+
+def test_a_fault_in_one_layer_is_located_and_so_it_is_between_engines(
+    copy: Path, model: Path
+) -> None:
+    clean = compare(copy, steps=1, bisect=True)
+    assert clean["bisect"]["first"] is None
+    assert clean["bisect"]["calls"][-1]["carried"] == pytest.approx(clean["steps"][0]["error"])
+    faults = [Fault("aoti", "fp32", "gate", 1, "feed-forward")]
+    faults += [Fault("aoti", "fp32", "RoPE axis", 0, "rows")]
+    for fault in faults:
+        assert bisected(copy, fault)["bisect"]["first"] == f"block {fault.layer}"
+    size = read_manifest(copy).engines[0].geometry
+    build(
+        str(model), resolution=f"{size.height}x{size.width}", frames=size.frames,
+        backends=["onnx"], dtype="fp32", device="cpu", output=copy,
+    )  # fmt: skip
+    both = bisected(copy, faults[0], against="onnx")
+    assert both["reference"].endswith("onnx-fp32") and both["note"] is None
+    assert both["steps"][0]["gate"] == pytest.approx(2**0.5 * 1e-5)  # of each, in quadrature
+    assert both["bisect"]["first"] == "block 1"
+    other = compare(copy, backend="onnx", against="aoti", steps=1, bisect=True)
+    assert other["passed"] and other["bisect"]["first"] is None
 
 
 def test_numpy_and_torch_give_the_same(small: Path) -> None:
@@ -599,3 +627,17 @@ def test_a_swap_opens_no_package_and_a_failed_one_changes_nothing(
 
 def digest(velocity: np.ndarray) -> str:
     return hashlib.md5(velocity.tobytes()).hexdigest()
+
+
+def test_a_profile_of_the_engine_shows_no_wait(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = Rates(flops=1e11, bytes=1e10, dtype="fp32")
+    monkeypatch.setattr("wanexport.exporter.profile.rates.rates_here", lambda *_: rates)
+    result = profile(small, arm="aoti", steps=1, warmup=1, report=tmp_path)
+    assert result["waits"]["lines"] == [] and result["notes"] == []
+    kinds = {row["kind"]: row for row in result["kinds"]}
+    assert sum(row["seconds"] for row in kinds.values()) == pytest.approx(result["seconds"])
+    config = small_config(PRESET)
+    assert kinds["attention"]["flops"] == attention_flops(config, small_geometry(config))
+    assert kinds["outside operators"]["seconds"] > 0  # its own code

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 from tests.exporter.bundle.other_weights import add_style
 from tests.exporter.child.killed_parents import alive
+from tests.exporter.trace.traces import raw
 from tests.tables import bench_arms
 from wanexport.exporter.bench import bench as bench_module
 from wanexport.exporter.bench import opening as bench_opening
@@ -36,12 +37,10 @@ from wanexport.exporter.bench.arms import (
 from wanexport.exporter.bench.bench import bench, run_job
 from wanexport.exporter.bench.opening import import_libraries, open_arm, read_inputs
 from wanexport.exporter.bench.process import (
-    Span,
-    busy_share,
     cold_start,
-    count_syncs,
     measure_machine,
     peak_bytes,
+    profile_step,
 )
 from wanexport.exporter.bench.report import row, save
 from wanexport.exporter.bench.subject import (
@@ -193,21 +192,34 @@ def test_phases_of_the_cold_start() -> None:
     assert (phases["first_forward"], phases["first_step"]) == (15, 21)
 
 
-def test_waits_outside_the_step_and_gaps_are_told_apart() -> None:
-    step = Span("wanexport guided step", 10, 20)
-    waits = [Span("cudaStreamSynchronize", 12, 13), Span("cudaMemcpy", 20, 21)]
-    others = [Span("cudaLaunchKernel", 12, 13), Span("cudaDeviceSynchronize", 22, 23)]
-    assert count_syncs([*waits, *others, step]) == 2
-    assert busy_share([Span("a", 5, 6), Span("b", 0, 2), Span("c", 1, 3)]) == pytest.approx(4 / 6)
-    assert busy_share([Span("outer", 0, 8), Span("inner", 1, 2)]) == 1
-    assert busy_share([]) is None
+def test_profile_counts_waits_and_measures_how_busy_the_gpu_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the same code as `wanexport profile`, of a guided step: two forwards."""
+    events = [
+        raw("user_annotation", "wanexport step", 0, 100),
+        *(raw("cuda_runtime", "cudaStreamSynchronize", at, 2) for at in (10, 20, 30, 120)),
+        raw("cuda_runtime", "cudaLaunchKernel", 40, 2, correlation=1),
+        raw("kernel", "a", 50, 10, correlation=1),
+        raw("kernel", "b", 80, 20, correlation=1),
+    ]
+    ran: list[int] = []
+
+    def capture(step: Callable[[], Any], steps: int, **_: bool) -> dict[str, Any]:
+        step()
+        return {"traceEvents": events}
+
+    monkeypatch.setattr("wanexport.exporter.trace.capture.capture", capture)
+    result = profile_step(lambda: ran.append(1))
+    assert (len(ran), result["host_syncs"]) == (2, 1.5)
+    assert result["gpu_busy"] == pytest.approx(30 / 50)
 
 
 @pytest.mark.gpu
 def test_a_wait_of_the_host_is_seen_on_a_gpu() -> None:
     a = torch.randn(2048, 2048, device="cuda")
-    silent = bench_process._profile(lambda: a @ a)
-    waiting = bench_process._profile(lambda: (a @ a).sum().item())
+    silent = profile_step(lambda: a @ a)
+    waiting = profile_step(lambda: (a @ a).sum().item())
     assert silent["host_syncs"] == 0
     assert waiting["host_syncs"] >= 1
     assert 0 < silent["gpu_busy"] <= 1

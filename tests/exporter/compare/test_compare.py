@@ -1,7 +1,6 @@
 """`compare` passes a good engine and catches planted faults."""
 
 import json
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from wanexport.runtime.bundle.tensorfile import load_arrays, read_header, save_a
 from wanexport.runtime.errors import BadRequest, WanExportError
 from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.wan_config import EXPERTS
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -64,20 +64,6 @@ def test_the_verdict_stands_when_a_writer_holds_the_bundle(bundle: Path) -> None
         result = compare(bundle, steps=1)
     assert result["passed"]
     assert "another wanexport is writing" in result["warning"]
-
-
-@pytest.fixture(scope="session")
-def built_from_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint, `model`, and its bundle in fp32 and fp16, `bundle`."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    faults.make_bundle(folder)
-    return folder
-
-
-@pytest.fixture
-def converted(built_from_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of that bundle beside its checkpoint."""
-    return Path(shutil.copytree(built_from_checkpoint, tmp_path / "copy")) / "bundle"
 
 
 @pytest.mark.parametrize("plant", faults.FAULTS.values(), ids=faults.FAULTS)
@@ -233,8 +219,12 @@ def test_calls_of_every_kind_of_model_are_recorded(
     assert result["passed"]
     assert [row["error"] for row in result["steps"]] == [0, 0]
     assert compare(tmp_path / "b", calls=calls)["passed"]
-    loop = compare(tmp_path / "b", steps=3)  # t2v-a14b's guidance is a pair: 3 and 4
-    assert loop["passed"]
+    loop = compare(tmp_path / "b", steps=3, bisect=True)  # t2v-a14b's guidance is a pair: 3 and 4
+    assert loop["passed"] and loop["bisect"]["first"] is None
+    assert (loop["bisect"]["expert"] in EXPERTS) is (preset == "t2v-a14b")
+    theirs = compare(tmp_path / "b", steps=1, bisect=True, reference="diffusers")["bisect"]
+    assert [row["call"] for row in theirs["calls"]] == ["embed", "block", "head"]
+    assert theirs["first"] is None
 
 
 def test_a_large_model_is_streamed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from wanexport.exporter.compare.peers import Peers
 from wanexport.exporter.compare.recorded import Loop
 from wanexport.exporter.compare.rows import Comparison
 from wanexport.exporter.compare.sessions import Recorder, Replay
+from wanexport.exporter.compare.steppers import OnnxStepper
 from wanexport.graphs.config import PRESETS, Preset
 from wanexport.runtime.engines.onnx import OnnxEngine
 from wanexport.runtime.family import FAMILIES, SamplingDefaults
@@ -68,8 +69,7 @@ def loop() -> Loop:
 def rows(engine: Summing) -> list[dict[str, Any]]:
     peers = Peers({("graph", "fp32"): Summing()}, None)  # type: ignore[dict-item]
     recorder = Recorder(engine)  # type: ignore[arg-type]
-    compared, _ = Comparison(recorder, peers, "graph", lambda *_: None).rows(loop())
-    return compared
+    return Comparison(recorder, peers, "graph", lambda *_: None).rows(loop()).rows
 
 
 def test_an_engine_that_keeps_the_same_passes() -> None:
@@ -132,7 +132,9 @@ def with_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_a_model_keeps_between_steps_is_compared(
     with_state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert compare(with_state, steps=3)["passed"]
+    clean = compare(with_state, steps=3, bisect=True)
+    assert clean["passed"] and clean["bisect"]["first"] is None
+    assert [row["call"] for row in clean["bisect"]["calls"]][:2] == ["read_text", "embed"]
     whole = OnnxEngine.__call__
 
     def forgetful(self: OnnxEngine, inputs: Any, weights: Any = None, memory: Any = None) -> Any:
@@ -141,3 +143,13 @@ def test_what_a_model_keeps_between_steps_is_compared(
     monkeypatch.setattr(OnnxEngine, "__call__", forgetful)
     result = compare(with_state, steps=3)
     assert [row["passed"] for row in result["steps"]] == [True, False, False]
+    run = OnnxStepper.run_call
+
+    def keeping_less(self: OnnxStepper, call: Any, index: int, given: Any) -> Any:
+        kept = {name: 0.9 * v if name == "memory.1" else v for name, v in given.items()}
+        return run(self, call, index, kept)
+
+    monkeypatch.setattr(OnnxStepper, "run_call", keeping_less)
+    found = compare(with_state, steps=3, bisect=True)["bisect"]
+    assert found["step"] > 0  # at first there is nothing to remember
+    assert found["first"] == "block 1"

@@ -27,6 +27,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 
 from tests.oracles import official_encoders, official_vae
 from tests.oracles.official_encoders import write_tokenizer
+from tests.oracles.transformers_encoders import clip_of, umt5_of
 from tests.oracles.wan_reference import diffusers_velocity
 from tests.runtime.drop_in.test_diffusers_pipeline import Family, make_family, picture
 from wanexport.exporter.bundle.writer import write_manifest
@@ -38,8 +39,7 @@ from wanexport.runtime.bundle.tensorfile import load_arrays, save_arrays
 from wanexport.runtime.denoiser import Session
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.family import FAMILIES, family_of
-from wanexport.runtime.parts.image_encoder import open_image_encoder
-from wanexport.runtime.parts.text_encoder import UMT5TextEncoder, open_text_encoder
+from wanexport.runtime.parts.text_encoder import UMT5TextEncoder
 from wanexport.runtime.parts.vae import Vae, open_vae
 from wanexport.runtime.serving import video as video_module
 from wanexport.runtime.settings import Settings
@@ -297,7 +297,8 @@ def official_parts(preset: str, folder: Path) -> tuple[Path, Path]:
     official, converted = folder / "official", folder / "converted"
     official.mkdir()
     text = official_encoders.state(official_encoders.text_shapes(TEXT_SIZES))
-    torch.save({name: t.bfloat16() for name, t in text.items()}, official / T5)
+    text = {name: tensor.bfloat16() for name, tensor in text.items()}
+    torch.save(text, official / T5)
     write_tokenizer(official / "google/umt5-xxl")
     write_tokenizer(converted / "tokenizer")
     version = "Wan2.2" if preset == "ti2v-5b" else "Wan2.1"
@@ -305,13 +306,9 @@ def official_parts(preset: str, folder: Path) -> tuple[Path, Path]:
     torch.save(official_vae.weights(shapes), official / f"{version}_VAE.pth")
     clip = official_encoders.state(official_encoders.image_shapes(IMAGE_SIZES))
     torch.save(clip, official / CLIP)
-    opened = {
-        "text_encoder": open_text_encoder(official / T5, official / "google/umt5-xxl"),
-        "vae": open_vae(official / f"{version}_VAE.pth"),
-        "image_encoder": open_image_encoder(official / CLIP),
-    }
-    for name, part in opened.items():
-        part._model.save_pretrained(converted / name)  # type: ignore[attr-defined]
+    umt5_of(text, TEXT_SIZES).save_pretrained(converted / "text_encoder")
+    clip_of(clip, IMAGE_SIZES).save_pretrained(converted / "image_encoder")
+    open_vae(official / f"{version}_VAE.pth")._model.save_pretrained(converted / "vae")
     return official, converted
 
 
@@ -357,7 +354,7 @@ def test_the_record_repeats_the_run(i2v: Family, tmp_path: Path) -> None:
     digest = hashlib.sha256(image.read_bytes()).hexdigest()
     assert record["image"] == {"path": str(image), "sha256": digest}
     assert record["components"]["vae"] == str(i2v.bundle.parent / "model" / "vae")
-    assert {"wanexport", "torch", "diffusers", "transformers", "av"} <= record["versions"].keys()
+    assert {"wanexport", "torch", "diffusers", "tokenizers", "av"} <= record["versions"].keys()
     assert record["seconds"].keys() == {"text", "image", "sampling", "decode"}
 
     first = output.read_bytes()
@@ -595,7 +592,7 @@ def test_a_bundle_without_its_encoders_says_where_to_get_them(t2v: Family, tmp_p
     assert "name a checkpoint that has the VAE (-m" in message
 
 
-@pytest.mark.parametrize("package", ["av", "PIL", "diffusers", "transformers", "ftfy"])
+@pytest.mark.parametrize("package", ["av", "PIL", "diffusers", "tokenizers", "ftfy"])
 def test_a_missing_package_is_named_in_one_line_before_the_sampling(
     package: str, i2v: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,18 @@ from torch import Tensor, nn
 from tests.oracles.wan_reference import small_config, small_geometry
 from tests.runtime.drop_in.test_diffusers_pipeline import Family, picture, run
 from tests.runtime.drop_in.test_official import open_denoiser
+from tests.runtime.test_denoiser import EchoEngine, inputs_of, record
+from wanexport.graphs.config import PRESETS
+from wanexport.runtime import arrays
+from wanexport.runtime import denoiser as denoiser_module
+from wanexport.runtime.arrays import Array
+from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.drop_in import diffusers as module
+from wanexport.runtime.drop_in import experts
 from wanexport.runtime.drop_in.diffusers import CompiledWanTransformer
 from wanexport.runtime.drop_in.official import CompiledWanModel
 from wanexport.runtime.errors import BadRequest
+from wanexport.runtime.wan_config import EXPERTS
 
 Open = Callable[[str], tuple[CompiledWanTransformer, Family]]
 Model = CompiledWanTransformer | CompiledWanModel
@@ -157,3 +166,93 @@ def test_sigmas_in_the_place_of_timesteps_are_refused(model: Model) -> None:
 
 def test_a_timestep_of_zero_is_one(model: Model) -> None:
     assert torch.isfinite(call(model, 0)).all()
+
+
+class Kept(EchoEngine):
+    """An engine on a device that keeps tensors as they are."""
+
+    def array(self, value: Array) -> Any:
+        return value
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU: what asks it for a value fails."""
+
+    def is_far(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.is_meta
+
+    for module_ in (arrays, denoiser_module, experts):
+        monkeypatch.setattr(module_, "is_on_gpu", is_far)
+
+
+def kept_model(kind: str, preset: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, Kept]:
+    """A drop-in around an engine that keeps its inputs."""
+    engine, config = Kept(), PRESETS[preset].config
+    opened = Denoiser(record(config), {"": engine})
+    if kind == "official":
+        return CompiledWanModel(opened), engine
+    names = module.diffusers_names(config)
+    monkeypatch.setattr(module, "transformer_config", lambda bundle: names)
+    return CompiledWanTransformer("bundle", denoiser=opened), engine
+
+
+def call_kept(model: Model, times: Tensor) -> None:
+    latent = torch.zeros(len(times), *model.denoiser.inputs["latent"].shape[1:])
+    text = torch.zeros(len(times), 512, 4096)
+    if isinstance(model, CompiledWanModel):
+        model(list(latent), times, list(text), model.denoiser.geometry.num_tokens)
+    else:
+        model(latent, times, text)
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "official"])
+@pytest.mark.parametrize(("preset", "by_token"), [("tiny", False), ("ti2v-5b", True)])
+@pytest.mark.usefixtures("far")
+def test_the_host_does_not_wait_for_timesteps_once_it_has_looked_at_some(
+    kind: str, preset: str, by_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, engine = kept_model(kind, preset, monkeypatch)
+    geometry, shape = model.denoiser.geometry, model.denoiser.inputs["timestep"].shape
+    tokens = (geometry.num_tokens,) if by_token else ()
+    for videos in (1, 2):
+        times = torch.full((videos, *tokens), 900, dtype=torch.int64)
+        with pytest.raises(BadRequest, match="Tensor is no array of numbers"):  # it looks
+            call_kept(model, times.to("meta"))
+        call_kept(model, times)
+        near = engine.inputs["timestep"]
+        assert np.array_equal(near, np.full(shape, 900, np.float32))
+        call_kept(model, times.to("meta"))
+        passed: Any = engine.inputs["timestep"]
+        assert passed.is_meta and passed.dtype == torch.float32 and passed.shape == shape
+
+
+@pytest.mark.usefixtures("far")
+def test_timesteps_by_token_of_an_engine_that_takes_one_are_always_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, _ = kept_model("diffusers", "tiny", monkeypatch)
+    times = torch.full((1, model.denoiser.geometry.num_tokens), 900.0)
+    call_kept(model, times)
+    with pytest.raises(BadRequest, match="Tensor is no array of numbers"):
+        call_kept(model, times.to("meta"))
+
+
+@pytest.mark.usefixtures("far")
+def test_what_was_refused_does_not_count_as_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = kept_model("diffusers", "ti2v-5b", monkeypatch)
+    times = torch.arange(model.denoiser.geometry.num_tokens)[None] + 100.0
+    for wrong, message in ((times * 0 + 0.5, "a sigma"), (times, "differs among the tokens")):
+        with pytest.raises(BadRequest, match=message):
+            call_kept(model, wrong)
+        with pytest.raises(BadRequest, match="Tensor is no array of numbers"):
+            call_kept(model, times.to("meta"))
+
+
+@pytest.mark.usefixtures("far")
+def test_of_two_experts_the_host_waits_for_the_timestep_that_chooses() -> None:
+    opened = Denoiser(record(PRESETS["t2v-a14b"].config, EXPERTS), dict.fromkeys(EXPERTS, Kept()))
+    given = {**inputs_of(opened), "timestep": torch.full((1,), 900.0, device="meta")}
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        opened(**given)
+    opened.only("high_noise")(**given)

@@ -8,9 +8,9 @@ import torch
 from tests.oracles.lora_files import write_lora
 from tests.oracles.wan_reference import small_config
 from wanexport.graphs.weights import RandomWeights, write_weights
+from wanexport.runtime.bundle import piece_reading
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.bundle.signature import parameter_shapes
-from wanexport.runtime.engines import device_weights
 from wanexport.runtime.engines.device_weights import DeviceWeights
 from wanexport.runtime.errors import BadRequest, BundleError, EngineFailure
 from wanexport.runtime.lora.merge import LoraStack
@@ -53,7 +53,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_each_stack_is_merged_into_the_file_alone(
     file: PinnedFile, stacks: list[LoraStack], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_weights, "_PIECE", 1 << 12)
+    monkeypatch.setattr(piece_reading, "PIECE", 1 << 12)
     weights = DeviceWeights(file, CPU)
     base = held(weights, file)
     expected = [
@@ -72,13 +72,13 @@ def test_of_a_file_that_is_held_only_what_a_lora_changed_is_read_again(
 ) -> None:
     weights = DeviceWeights(file, CPU)
     read: list[int] = []
-    real = device_weights._read_piece
+    real = piece_reading._read
 
     def counted(handle: int, path: Path, piece: object, target: torch.Tensor) -> None:
         read.append(piece.size)  # type: ignore[attr-defined]
         real(handle, path, piece, target)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(device_weights, "_read_piece", counted)
+    monkeypatch.setattr(piece_reading, "_read", counted)
     held(weights, merged(file, stacks[0]))
     assert read == []
     held(weights, merged(file, stacks[1]))
@@ -117,7 +117,7 @@ def test_a_failure_while_merging_or_reading_ends_at_once_and_mends_at_the_next_c
         raise BundleError("ended while it was read")
 
     with monkeypatch.context() as patch:
-        patch.setattr(device_weights, "_read_piece", broken)
+        patch.setattr(piece_reading, "_read", broken)
         with pytest.raises(BundleError, match="ended while it was read"):
             held(weights, merged(file, stacks[1]))
     assert same(held(weights, file), base)

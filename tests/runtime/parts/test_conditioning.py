@@ -104,6 +104,61 @@ def test_the_condition_is_the_originals(preset: str, known: list[int]) -> None:
     assert all(a is b.shown for a, b in zip(clip.images, images))
 
 
+class Pixels:
+    """A codec whose latents are pixels: those of each fourth frame, and of the last."""
+
+    def encode(self, video: Any) -> np.ndarray:
+        self.video = video
+        pixels = np.asarray(video)[:, :, ::8, ::8]
+        return np.concatenate([pixels[:, ::4]] * 5 + [pixels[:1, ::-4]])[None]
+
+    def decode(self, latent: Any) -> np.ndarray:
+        raise NotImplementedError
+
+
+class PlacedPixels(Pixels):
+    """The same, which says where it computes."""
+
+    device = "cpu"
+
+
+@pytest.mark.parametrize("preset", ["i2v-14b", "flf2v-14b"])
+def test_the_video_is_made_where_a_codec_says_that_it_computes(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [fitted(seed) for seed in range(2 if preset == "flf2v-14b" else 1)]
+    given = (record(PRESETS[preset].config), images)
+    plain, placed = Pixels(), PlacedPixels()
+    expected = image_inputs(*given, plain, Clip())["condition"]
+    np.testing.assert_array_equal(image_inputs(*given, placed, Clip())["condition"], expected)
+    assert isinstance(placed.video, torch.Tensor)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    np.testing.assert_array_equal(image_inputs(*given, placed, Clip())["condition"], expected)
+    assert isinstance(placed.video, np.ndarray)
+
+
+def test_the_video_never_lies_on_the_host_beside_a_codec_s_device() -> None:
+    """The meta device stands for a GPU: it has no values to copy."""
+    given: list[torch.Tensor] = []
+
+    class Far:
+        device = "meta"
+
+        def encode(self, video: Any) -> np.ndarray:
+            given.append(video)
+            return np.zeros((1, 16, 3, 8, 12), np.float32)
+
+        def decode(self, latent: Any) -> np.ndarray:
+            raise NotImplementedError
+
+    image_inputs(record(PRESETS["i2v-14b"].config), [fitted(0)], Far(), Clip())
+    assert given[0].is_meta and given[0].shape == (3, SMALL.frames, SMALL.height, SMALL.width)
+
+
 @pytest.mark.parametrize("preset", ["i2v-14b", "flf2v-14b", "i2v-a14b"])
 def test_the_condition_is_that_of_diffusers(preset: str) -> None:
     codec = DiffusersCodec(preset)

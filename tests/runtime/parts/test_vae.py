@@ -443,3 +443,28 @@ def test_the_estimate_of_memory_is_what_was_measured(
         config = AutoencoderKLWan(**config_of(shapes, GOLDEN)).config
     estimate = needed_bytes(config, task, frames, *size) / 1e9
     assert measured < estimate < 1.25 * measured
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_video_on_the_gpu_gives_the_same_bits(files: dict[str, Path], version: str) -> None:
+    vae = open_vae(files[version], device="cuda")
+    near = vae.encode(video(5).numpy())
+    np.testing.assert_array_equal(vae.encode(video(5).cuda()), near)
+
+
+def test_a_video_that_is_not_on_the_host_is_taken_where_it_is(
+    vae: Vae, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU tensor stands for a GPU's, as long as nobody asks for it as an array."""
+    expected = vae.encode(video(5).numpy())
+
+    def refuse(value: object) -> None:
+        raise AssertionError("the host copies it")
+
+    monkeypatch.setattr(vae_module, "is_on_gpu", lambda value: isinstance(value, torch.Tensor))
+    monkeypatch.setattr(vae_module, "count_not_finite", lambda value: 0)
+    monkeypatch.setattr(vae_module, "to_numpy", refuse)
+    np.testing.assert_array_equal(vae.encode(video(5)), expected)
+    with pytest.raises(BadRequest, match=r"shape \[3, 5, 17, 16\] cannot be encoded"):
+        vae.encode(torch.zeros(3, 5, 17, 16))

@@ -1,0 +1,1 @@
+"""Rewrites of programs that are not ours: the same values, without what makes a graph slow."""
