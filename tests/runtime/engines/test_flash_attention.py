@@ -149,7 +149,7 @@ def test_an_engine_whose_kernel_did_not_compile_is_no_later_builds(
     monkeypatch.setattr(aoti_backend, "compile_engine", lambda *_: compiled)
     monkeypatch.setattr("wanexport.exporter.build.engine_key", lambda request: "f" * 64)
     writer: Any = SimpleNamespace(
-        free_folder=lambda _: tmp_path, manifest=SimpleNamespace(weights_of=lambda _: ())
+        free_folder=lambda _: tmp_path, manifest=SimpleNamespace(weights_of=lambda *_, **__: ())
     )
     assert compile_engine(writer, request, lambda *_: None).key != "f" * 64
     whole = replace(compiled, is_whole=True)
