@@ -25,6 +25,7 @@ from wanexport.runtime.machine.memory import available_bytes, limit_bytes
 
 _TIMEOUT = 120  # seconds for one import
 _IMPORTS = {  # where the package's name is not what is used of it
+    "Jinja2": "import jinja2",
     "apache-tvm-ffi": "import tvm_ffi",
     "onnx-ir": "import onnx_ir",
     "onnxruntime-ep-nv-tensorrt-rtx-cu13": "import onnxruntime_ep_nv_tensorrt_rtx",

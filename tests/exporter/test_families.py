@@ -46,9 +46,14 @@ def rows() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(
-    scope="module", params=[(f, b) for f in OWN for b in ("onnx", "aoti")], ids="-".join
-)
+def _case(family: str, backend: str) -> Any:
+    """What is slow compiles; of the two families that with state stays among the quick tests."""
+    is_slow = (family, backend) == ("camera", "aoti")
+    marks = pytest.mark.slow if is_slow else ()
+    return pytest.param((family, backend), marks=marks, id=f"{family}-{backend}")
+
+
+@pytest.fixture(scope="module", params=[_case(f, b) for f in OWN for b in ("onnx", "aoti")])
 def built(
     request: pytest.FixtureRequest, rows: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:

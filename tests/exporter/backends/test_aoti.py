@@ -470,6 +470,7 @@ def region_job(path: Path) -> RegionJob:
     return RegionJob("head", graph, asdict(config), asdict(geometry), "fp32", "cpu", str(path))
 
 
+@pytest.mark.slow
 def test_a_compiler_that_links_statically_is_named(tmp_path: Path) -> None:
     compiler = tmp_path / "static-g++"
     compiler.write_text('#!/bin/sh\nexec g++ "$@" -static-libstdc++\n')

@@ -306,9 +306,15 @@ def test_a_plan_is_refused_in_one_line_where_tensorrt_does_not_start(
     assert len(child.stdout.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [VERSIONS[0], *(pytest.param(v, marks=pytest.mark.slow) for v in VERSIONS[1:-1]), VERSIONS[-1]],
+    indirect=True,
+)
 def test_the_runtime_works_on_doubles_of_these_classes(
     environment: tuple[str, dict[str, str]],
 ) -> None:
+    """The oldest and the newest of the quick tests; those between differ from both by less."""
     version, variables = environment
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
     child = subprocess.run(
