@@ -189,6 +189,12 @@ def _report(record: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any
             show(record)
 
 
+def _warn(warning: str | None) -> None:
+    """Show what became of a result's files, where they were not saved."""
+    if warning:
+        write(err, ("warning: ", "yellow"), warning)
+
+
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @prompt_options
@@ -282,8 +288,7 @@ def compare(bundle: Path, as_json: bool, **options: Any) -> None:
     with progress_display() as show:
         result = run_compare(bundle, progress=show, **options)
     _report(result, as_json, show_compare)
-    if result["warning"]:
-        write(err, ("warning: ", "yellow"), result["warning"])
+    _warn(result["warning"])
     if not result["passed"]:
         sys.exit(1)
 
@@ -317,8 +322,7 @@ def bench(bundle: Path, as_json: bool, **options: Any) -> None:
     with progress_display() as show:
         result = run_bench(bundle, progress=show, **options)
     _report(result, as_json, show_bench)
-    if result["warning"]:
-        write(err, ("warning: ", "yellow"), result["warning"])
+    _warn(result["warning"])
     if result["failed"]:
         sys.exit(1)
 
@@ -350,8 +354,7 @@ def profile(target: str, as_json: bool, **options: Any) -> None:
     with progress_display() as show:
         result = run_profile(target, progress=show, **options)
     _report(result, as_json, show_profile)
-    if result["warning"]:
-        write(err, ("warning: ", "yellow"), result["warning"])
+    _warn(result["warning"])
 
 
 @cli.command()

@@ -1,13 +1,12 @@
 """The curves of a comparison, saved as an SVG."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from wanexport.exporter.compare.curves import Chart, Curve, curves
+from wanexport.exporter.compare.output import check_output
 from wanexport.runtime.bundle.durable import write_durably
-from wanexport.runtime.errors import BadRequest
 
 _OF_STEPS = ("error", "floor", "gate", "drift")
 _OF_CALLS = {
@@ -21,12 +20,8 @@ _OF_CALLS = {
 
 def check_plot(path: Path | None) -> None:
     """Refuse before the work what could not be saved after it. Raises BadRequest."""
-    if path is None:
-        return
-    if path.suffix != ".svg" or path.is_dir():
-        raise BadRequest(f"{path}: curves are saved as SVG, name a .svg file")
-    if not os.access(path.parent, os.W_OK):
-        raise BadRequest(f"cannot write in {path.parent}: name an existing folder")
+    if path is not None:
+        check_output(path, ".svg", "curves are saved as SVG")
 
 
 def save_plot(path: Path, result: Mapping[str, Any]) -> None:

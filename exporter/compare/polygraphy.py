@@ -3,7 +3,6 @@
 The formats are polygraphy's own and written by itself, imported where it is needed.
 """
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from wanexport.exporter.backends.polygraphy import RUNNERS
+from wanexport.exporter.compare.output import check_output
 from wanexport.exporter.compare.rows import ComparedCall
 from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.bundle.durable import write_durably
@@ -22,7 +22,7 @@ from wanexport.runtime.bundle.path import WEIGHTS_FILE
 from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.denoiser import Denoiser, pad_rows
 from wanexport.runtime.engines.tensorrt import plan_role
-from wanexport.runtime.errors import BadRequest, needing_package
+from wanexport.runtime.errors import needing_package
 from wanexport.runtime.program import Input
 
 
@@ -53,10 +53,7 @@ def _of_expert(path: Path | None, expert: str) -> Path | None:
 def check_files(files: SavedFiles) -> None:
     """Refuse before the work what could not be saved after it. Raises BadRequest."""
     for path in files.paths():
-        if path.suffix != ".json" or path.is_dir():
-            raise BadRequest(f"{path}: polygraphy reads JSON, name a .json file")
-        if not os.access(path.parent, os.W_OK):
-            raise BadRequest(f"cannot write in {path.parent}: name an existing folder")
+        check_output(path, ".json", "polygraphy reads JSON")
     if files.paths():
         with needing_package("polygraphy", "saving for polygraphy"):
             import polygraphy.comparator

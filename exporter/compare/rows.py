@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wanexport.exporter.backends.backend import Progress
+from wanexport.exporter.compare.bisect import number
 from wanexport.exporter.compare.peers import Key, Peers
 from wanexport.exporter.compare.recorded import Calls, Loop
 from wanexport.exporter.compare.sessions import Call, Inputs, Recorder, Replay
@@ -257,7 +258,7 @@ def _row(compared: Sequence[Compared]) -> Row:
         "eager": worst.eager,
     }
     counts = {kind: sum(getattr(c.difference, kind) for c in compared) for kind in ("nan", "inf")}
-    return {name: _number(value) for name, value in figures.items()} | {
+    return {name: number(value) for name, value in figures.items()} | {
         **counts,
         "passed": worst.parity.passed,
         "drift": None,
@@ -269,9 +270,5 @@ def _add_drift(rows: Sequence[Row], run: Run, own: Run) -> None:
     drift = [relative_l2(a, b) for a, b in zip(own.latents, run.latents)]
     missing = [nan] * len(rows)  # of a run that ended early
     for row, moved in zip(rows, [*drift, *missing]):
-        row["drift"] = _number(moved)
+        row["drift"] = number(moved)
         row["passed"] = bool(row["passed"] and isfinite(moved))
-
-
-def _number(value: float | None) -> float | None:
-    return value if value is not None and isfinite(value) else None

@@ -4,7 +4,7 @@ The runtime holds a manifest against it before any compiled code is called.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from hashlib import sha256
 
@@ -40,12 +40,15 @@ def stays_fp32(parameter: str) -> bool:
 
 def weights_layout(config: WanConfig, dtype: str) -> tuple[bytes, dict[str, TensorEntry]]:
     """Header and entries of the weights file of this config in fp32, bf16 or fp16."""
-    return make_header(
-        {
-            name: ("F32" if stays_fp32(name) else DTYPES[dtype].stored, shape)
-            for name, shape in parameter_shapes(config).items()
-        }
-    )
+    return stored_layout(parameter_shapes(config), stays_fp32, dtype)
+
+
+def stored_layout(
+    shapes: Mapping[str, tuple[int, ...]], is_fp32: Callable[[str], bool], dtype: str
+) -> tuple[bytes, dict[str, TensorEntry]]:
+    """Header and entries of a file of these parameters, each in the dtype but what is in fp32."""
+    stored = DTYPES[dtype].stored
+    return make_header({n: ("F32" if is_fp32(n) else stored, shape) for n, shape in shapes.items()})
 
 
 @lru_cache(maxsize=16)

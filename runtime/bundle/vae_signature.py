@@ -3,20 +3,15 @@
 from functools import lru_cache
 from hashlib import sha256
 
-from wanexport.runtime.bundle.tensorfile import TensorEntry, make_header
-from wanexport.runtime.dtypes import DTYPES
+from wanexport.runtime.bundle.signature import stored_layout
+from wanexport.runtime.bundle.tensorfile import TensorEntry
 from wanexport.runtime.vae_config import VaeConfig
 from wanexport.runtime.wan_vae import computes_fp32, parameter_shapes
 
 
 def vae_weights_layout(config: VaeConfig, dtype: str) -> tuple[bytes, dict[str, TensorEntry]]:
     """Header and entries of the weights file of an engine that decodes in fp32, bf16 or fp16."""
-    return make_header(
-        {
-            name: ("F32" if computes_fp32(name) else DTYPES[dtype].stored, shape)
-            for name, shape in parameter_shapes(config).items()
-        }
-    )
+    return stored_layout(parameter_shapes(config), computes_fp32, dtype)
 
 
 @lru_cache(maxsize=16)

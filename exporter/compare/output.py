@@ -1,0 +1,17 @@
+"""Whether a file that a comparison is to save can be written."""
+
+import os
+from pathlib import Path
+
+from wanexport.runtime.errors import BadRequest
+
+
+def check_output(path: Path, suffix: str, reason: str) -> None:
+    """Refuse before the work what could not be saved after it; reason says why the suffix.
+
+    Raises BadRequest.
+    """
+    if path.suffix != suffix or path.is_dir():
+        raise BadRequest(f"{path}: {reason}, name a {suffix} file")
+    if not os.access(path.parent, os.W_OK):
+        raise BadRequest(f"cannot write in {path.parent}: name an existing folder")
