@@ -1,12 +1,13 @@
 """What `rewrite` does to models that are not ours: counts, bits, ScatterND and time of both.
 
-    python -m tests.tables.rewrites [FRAMESxROWSxCOLUMNS [ROUNDS]]
+    python -m tests.tables.rewrites [FRAMESxROWSxCOLUMNS [ROUNDS [FOLDER]]]
 
-of the grid of tokens, 3x4x6 by default. Models are those of `tests.oracles.foreign_models`: two
-blocks of two heads. Times are medians in ms of rounds that alternate between the two: ONNX Runtime
-on a CPU in fp32, and AOTInductor in fp32 on a CPU, and in bf16 on a GPU where there is one.
-ScatterND are counted in what torch.onnx.export makes of the program, and once more after
-`lint --fix` of that ONNX file.
+of the grid of tokens, 3x4x6 by default. FOLDER keeps the GPU's packages, and only their times are
+measured: a second run finds them and compiles nothing. Models are those of
+`tests.oracles.foreign_models`: two blocks of two heads. Times are medians in ms of rounds that
+alternate between the two: ONNX Runtime on a CPU in fp32, and AOTInductor in fp32 on a CPU, and in
+bf16 on a GPU where there is one. ScatterND are counted in what torch.onnx.export makes of the
+program, and once more after `lint --fix` of that ONNX file.
 """
 
 import re
@@ -113,28 +114,35 @@ def time_onnx(paths: list[Path | str], given: list[Tensor], rounds: int) -> str:
     return f"{before:.1f} -> {after:.1f}"
 
 
-def time_aoti(make: Callable[..., Exported], grid: Grid, device: str, rounds: int) -> str:
-    """Both as AOTInductor packages; the program is rewritten on the CPU and moved."""
+def time_aoti(
+    make: Callable[..., Exported], grid: Grid, device: str, rounds: int, folder: Path
+) -> str:
+    """Both as AOTInductor packages of a folder; the program is rewritten on the CPU and moved."""
     if device == "cuda" and not torch.cuda.is_available():
         return "-"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    made = make(dtype, grid)
+    made = make(torch.bfloat16 if device == "cuda" else torch.float32, grid)
+    given = pytree.tree_map_only(Tensor, lambda t: t.to(device), made[1:])
     calls = []
-    for is_rewritten in (False, True):
-        program = export(made)
-        if is_rewritten:
-            rewrite(program)
-        given = made[1:]
-        if device == "cuda":
-            program = move_to_device_pass(program, device)
-            given = pytree.tree_map_only(Tensor, lambda t: t.to(device), given)
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet("torch"):
-            package = str(Path(folder) / "model.pt2")
-            torch._inductor.aoti_compile_and_package(program, package_path=package)
-            loaded = torch._inductor.aoti_load_package(package)
+    for name in ("before", "after"):
+        package = folder / f"{name}.pt2"
+        if not package.exists():
+            compile_package(made, device, package, is_rewritten=name == "after")
+        loaded = torch._inductor.aoti_load_package(str(package))
         calls.append(partial(_call, loaded, given, device))
     before, after = medians(calls, rounds)
     return f"{before:.2f} -> {after:.2f}"
+
+
+def compile_package(made: Exported, device: str, package: Path, *, is_rewritten: bool) -> None:
+    """Compile a model's program, rewritten or not, for a device."""
+    program = export(made)
+    if is_rewritten:
+        rewrite(program)
+    if device == "cuda":
+        program = move_to_device_pass(program, device)
+    package.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad(), quiet("torch"):
+        torch._inductor.aoti_compile_and_package(program, package_path=str(package))
 
 
 def _call(loaded: Any, given: Any, device: str) -> None:
@@ -144,7 +152,7 @@ def _call(loaded: Any, given: Any, device: str) -> None:
         torch.cuda.synchronize()
 
 
-def row(name: str, grid: Grid, rounds: int) -> tuple[str, ...]:
+def row(name: str, grid: Grid, rounds: int) -> Sequence[str]:
     """All of one model."""
     make = MODELS[name]
     counts, exact = exactness(make, grid)
@@ -161,8 +169,11 @@ def row(name: str, grid: Grid, rounds: int) -> tuple[str, ...]:
             fixed += f", {uncompared or 'bit for bit'})"
         onnx_time = time_onnx(paths, given, rounds)
         shown = f"{scatters(paths[0])} -> {scatters(paths[1])}"
+        aoti = [
+            _or_reason(time_aoti, make, grid, device, rounds, Path(folder) / device)
+            for device in ("cpu", "cuda")
+        ]
     fired = ", ".join(f"{rule} {counts.counts[rule]}" for rule in RULES if counts.counts[rule])
-    aoti = [_or_reason(time_aoti, make, grid, device, rounds) for device in ("cpu", "cuda")]
     return (name, fired, ", ".join(exact), shown, fixed, onnx_time, *aoti)
 
 
@@ -173,14 +184,20 @@ def _or_reason(measure: Callable[..., str], *arguments: Any) -> str:
         return f"no: {type(error).__name__}: {first_line(error)[:80]}"
 
 
-def main(sizes: str = "x".join(map(str, GRID)), rounds: str = "20") -> None:
-    """Print the table."""
+def main(sizes: str = "x".join(map(str, GRID)), rounds: str = "20", folder: str = "") -> None:
+    """Print the table, or with a folder its last column."""
     frames, rows, columns = map(int, sizes.split("x"))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {gpu}, grid {sizes}")
-    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
-    for name in MODELS:
-        print(f"| {' | '.join(row(name, (frames, rows, columns), int(rounds)))} |", flush=True)
+    grid, head = (frames, rows, columns), (HEAD[0], HEAD[-1]) if folder else HEAD
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for name, make in MODELS.items():
+        if folder:
+            kept = Path(folder) / sizes / name
+            cells = (name, _or_reason(time_aoti, make, grid, "cuda", int(rounds), kept))
+        else:
+            cells = row(name, grid, int(rounds))
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
