@@ -139,7 +139,7 @@ def compile_package(made: Exported, device: str, package: Path, *, is_rewritten:
     if is_rewritten:
         rewrite(program)
     if device == "cuda":
-        program = move_to_device_pass(program, device)
+        program = move_to_device_pass(program, f"{device}:0")
     package.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), quiet("torch"):
         torch._inductor.aoti_compile_and_package(program, package_path=str(package))
@@ -190,6 +190,7 @@ def main(sizes: str = "x".join(map(str, GRID)), rounds: str = "20", folder: str 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {gpu}, grid {sizes}")
     grid, head = (frames, rows, columns), (HEAD[0], HEAD[-1]) if folder else HEAD
+    cells: Sequence[str]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name, make in MODELS.items():
         if folder:
