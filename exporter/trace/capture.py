@@ -1,11 +1,13 @@
 """Record steps with PyTorch's profiler, as a Chrome trace in memory."""
 
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NoReturn
+from unittest.mock import patch
 
 from wanexport.exporter.trace.chrome import Trace, read_trace
 from wanexport.exporter.trace.event import STEP
+from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.machine.temporary import marked_folder
 
 
@@ -21,6 +23,7 @@ def capture(
 
     shapes records the sizes of operators' tensors. within is entered around each step. The wait for
     the GPU after the last one is in no step.
+    Raises BadRequest when a step opens a profiler itself.
     """
     import torch
     from torch._C._profiler import _ExperimentalConfig
@@ -31,15 +34,34 @@ def capture(
     with profile(
         activities=activities, record_shapes=shapes, experimental_config=config
     ) as profiler:
-        for _ in range(steps):
-            with record_function(STEP), within():
-                run(step)
+        with _no_other_profiler():
+            for _ in range(steps):
+                with record_function(STEP), within():
+                    run(step)
         if on_gpu:
             torch.cuda.synchronize()
     with marked_folder() as folder:
         path = folder / "trace.json"
         profiler.export_chrome_trace(str(path))
         return read_trace(path)
+
+
+@contextmanager
+def _no_other_profiler() -> Iterator[None]:
+    """Refuse a profiler within this one, of which PyTorch ends the process with a segmentation
+    fault."""
+    from torch import autograd, profiler
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise BadRequest(
+            "a step opens PyTorch's profiler, which runs already: expected a model without one; "
+            "take torch.profiler out of it"
+        )
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(profiler.profile, "start", refuse))
+        stack.enter_context(patch.object(autograd.profiler.profile, "__enter__", refuse))
+        yield
 
 
 def run(step: Callable[[], Any]) -> None:

@@ -297,6 +297,18 @@ def test_a_profiling_hook_of_the_user_is_there_again() -> None:
         sys.setprofile(None)
 
 
+@pytest.mark.parametrize("kind", ["profiler", "autograd.profiler"])
+def test_a_model_that_opens_a_profiler_is_refused(kind: str, place: Path) -> None:
+    place.joinpath("planted_inner.py").write_text(
+        f"import torch\nfrom torch.{kind} import profile\n"
+        "def make():\n    def step(x):\n        with profile():\n            return x.exp()\n"
+        "    return step, (torch.ones(2),)\n"
+    )
+    with pytest.raises(BadRequest, match=r"take torch\.profiler out"):
+        profile("planted_inner:make", steps=1, warmup=0)
+    profile("planted_model:clean", steps=1, warmup=0)  # and the next is recorded
+
+
 def test_a_mistake_of_the_model_is_its_own(place: Path) -> None:
     with pytest.raises(BadRequest, match="raised RuntimeError") as refused:
         profile("planted_model:failing")
