@@ -6,7 +6,7 @@ Its convolutions are not of diffusers' model: nothing here imports that.
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, pairwise
@@ -114,7 +114,7 @@ class VaeEngine:
         frames: np.ndarray = self._run("decode", latent, self._decode)
         return frames
 
-    def decode_chunks(self, latent: Array) -> Iterator[np.ndarray]:
+    def decode_chunks(self, latent: Array) -> Generator[np.ndarray, None, None]:
         """The frames of `decode`, chunk by chunk, uint8 [n, H, W, 3].
 
         On a GPU they are copied beside the work of the next chunk, which goes on while the caller

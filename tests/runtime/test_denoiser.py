@@ -9,7 +9,7 @@ import torch
 
 from wanexport.graphs.config import PRESETS, sampling_defaults
 from wanexport.runtime import denoiser as denoiser_module
-from wanexport.runtime.arrays import Array, is_torch, to_numpy
+from wanexport.runtime.arrays import Array, count_not_finite, is_torch, to_numpy
 from wanexport.runtime.bundle.details import OnnxDetails
 from wanexport.runtime.bundle.manifest import DENOISER, EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile
@@ -226,11 +226,10 @@ def test_weights_that_lie_inside_an_engine_cannot_be_changed() -> None:
 def watched_scans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of what is searched for NaN from here on."""
     seen: list[tuple[int, ...]] = []
-    count = denoiser_module.count_not_finite
 
     def watch(value: Any) -> int:
         seen.append(tuple(value.shape))
-        return count(value)
+        return count_not_finite(value)
 
     monkeypatch.setattr(denoiser_module, "count_not_finite", watch)
     return seen
@@ -243,9 +242,12 @@ def test_what_stays_the_same_is_searched_for_nan_and_moved_once(
     """Known by its content: a prompt and its negative in turn, in new arrays each time."""
     model, engine = denoiser("i2v-14b")
     moved: list[tuple[int, ...]] = []
-    monkeypatch.setattr(
-        engine, "array", lambda value: (moved.append(np.shape(value)), to_numpy(value))[1]
-    )
+
+    def move(value: Array) -> np.ndarray:
+        moved.append(np.shape(value))
+        return to_numpy(value)
+
+    monkeypatch.setattr(engine, "array", move)
     scanned = watched_scans(monkeypatch)
     inputs = inputs_of(model)
     stays = {tuple(model.inputs[name].shape) for name in ("text", "condition", "image")}

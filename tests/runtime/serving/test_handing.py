@@ -73,7 +73,8 @@ def test_an_error_of_the_block_ends_the_user_of_things_first() -> None:
 
 
 def test_an_interrupt_of_the_last_wait_gives_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted, used_up, outcome = threading.Event(), threading.Event(), []
+    interrupted, used_up = threading.Event(), threading.Event()
+    outcome: list[str] = []
 
     def use(things: Iterator[int]) -> None:
         list(things)
@@ -89,9 +90,13 @@ def test_an_interrupt_of_the_last_wait_gives_up_too(monkeypatch: pytest.MonkeyPa
     handing = Handing(use, "test")
     join = handing._thread.join
 
+    def end() -> None:
+        interrupted.set()
+        join()
+
     def interrupt() -> None:
         assert used_up.wait(SECONDS)
-        monkeypatch.setattr(handing._thread, "join", lambda: (interrupted.set(), join()))
+        monkeypatch.setattr(handing._thread, "join", end)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(handing._thread, "join", interrupt)

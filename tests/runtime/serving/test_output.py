@@ -180,7 +180,7 @@ _LEAVING = {"cpu", "numpy", "tolist", "item", "__array__", "__bool__", "__float_
 class OnGpu(torch.Tensor):
     """A tensor that says it is on a GPU, and notes what would take it to the host."""
 
-    is_cuda = True  # type: ignore[assignment]
+    is_cuda = True
 
     @classmethod
     def __torch_function__(
@@ -189,7 +189,7 @@ class OnGpu(torch.Tensor):
         name = getattr(func, "__name__", "")
         if name in _LEAVING and args[0].numel() > _FINDINGS:
             _SEEN.append(name)
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 class GpuEngine(Engine):
