@@ -121,9 +121,7 @@ def _compare(
 ) -> Outcome:
     """Open both sides and compare them; nothing is written but what polygraphy reads."""
     manifest = read_manifest(bundle)
-    choice = choose_engine(bundle, manifest, options)
-    if choice.record.sampling.boundary is not None:
-        check_files(saved, EXPERTS)
+    choice = _choose(bundle, manifest, options, saved)
     given = _inputs(request, manifest, choice.record)
     peers = _open_peers(bundle, manifest, choice, options, request, given)
     started = time.perf_counter()
@@ -154,6 +152,14 @@ def _compare(
         told = save_calls(saved, kept, bundle, engine.denoiser, files, result["reference"])
         result["polygraphy"] = told
     return Outcome(choice.record, given, result)
+
+
+def _choose(bundle: Path, manifest: Manifest, options: EngineOptions, saved: SavedFiles) -> Choice:
+    """The engine, whose experts' files can be written too."""
+    choice = choose_engine(bundle, manifest, options)
+    if choice.record.sampling.boundary is not None:
+        check_files(saved, EXPERTS)
+    return choice
 
 
 def _described(
