@@ -44,7 +44,12 @@ def is_finite(value: Array) -> bool:
 
 def count_not_finite(value: Array) -> int:
     """How many elements are NaN or Inf; 0 for a tensor on a GPU, which would have to be awaited."""
-    return 0 if is_on_gpu(value) else int((~np.isfinite(value)).sum())
+    if is_on_gpu(value):
+        return 0
+    with np.errstate(all="ignore"):
+        if np.isfinite(np.sum(value)):  # one pass, which tells that there is none
+            return 0
+    return int((~np.isfinite(value)).sum())
 
 
 def like(array: Array, model: Array) -> Array:
@@ -54,11 +59,12 @@ def like(array: Array, model: Array) -> Array:
     import torch
 
     tensor = array if is_torch(array) else torch.from_numpy(array)
-    return tensor.to(model.device)
+    # What comes from a GPU to the host must be there when it is returned.
+    return tensor.to(model.device, non_blocking=is_on_gpu(model))
 
 
 def to_fp32_like(value: Array, model: Array) -> Array:
     """value in fp32, as the kind that model is: numpy, or torch on model's device."""
     if is_torch(value) and is_torch(model):
-        return value.to(model.device).float()
+        return value.to(model.device, non_blocking=is_on_gpu(model)).float()
     return like(to_numpy(value), model)

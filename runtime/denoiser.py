@@ -15,10 +15,13 @@ from wanexport.runtime.engines.engine import Engine, Memory
 from wanexport.runtime.errors import BadRequest, BundleError
 from wanexport.runtime.family import SamplingDefaults
 from wanexport.runtime.geometry import PATCH, TEMPORAL_STRIDE, Geometry
+from wanexport.runtime.kept_inputs import KeptInputs
 from wanexport.runtime.lora.given import Loras
 from wanexport.runtime.program import Input
 from wanexport.runtime.recipes import recipe_named
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
+
+_OF_A_STEP = ("latent", "timestep")  # inputs that every call has anew
 
 
 class WeightsSet(NamedTuple):
@@ -57,6 +60,7 @@ class Denoiser:
         self.record = record
         self.engines = dict(engines)
         self._weights, self._find = weights, find
+        self._kept = KeptInputs()
 
     @property
     def inputs(self) -> dict[str, Input]:
@@ -141,6 +145,7 @@ class Denoiser:
 
     def close(self) -> None:
         """Free the memory that the engine has on its device. A call then raises EngineFailure."""
+        self._kept.clear()
         for engine in self.engines.values():
             engine.close()
 
@@ -154,7 +159,8 @@ class Denoiser:
         with NaN or Inf, for a timestep outside 0 to 1000, and for a model that keeps a state
         between steps, which needs a session; EngineFailure when the device cannot. Tensors on a GPU
         are not searched for NaN, and nothing waits for them, but for a timestep by which an expert
-        is chosen; a timestep there is not compared with 0 and 1000.
+        is chosen; a timestep there is not compared with 0 and 1000. What is given on the host again
+        and again, as text, is searched and moved to the engine once; its last few are kept.
         """
         if self.record.program.state:
             raise BadRequest(
@@ -202,6 +208,29 @@ class Denoiser:
         for name, array in arrays.items():
             self._check_array(name, array)
         return arrays
+
+    def take(
+        self, inputs: Mapping[str, Array], known: Collection[str]
+    ) -> tuple[dict[str, Array], Array | None]:
+        """Inputs of one call as the engine takes them, and the timestep, where it is given.
+
+        Those that stay the same from step to step are checked, and moved to the device, when one of
+        their content comes first. Raises BadRequest as `check` does.
+        """
+        own = {name: _fp32(value) for name, value in inputs.items() if self._may_stay(name, value)}
+        kept = {name: self._kept.find(name, value) for name, value in own.items()}
+        taken = {name: value for name, value in kept.items() if value is not None}
+        new = {name: np.array(value) for name, value in own.items() if name not in taken}
+        others = {name: value for name, value in inputs.items() if name not in taken}
+        checked = self.check({**others, **new}, known=[*known, *taken])
+        taken |= {name: self.array(value) for name, value in checked.items()}
+        for name, value in new.items():
+            self._kept.keep(name, value, taken[name])
+        return taken, checked.get("timestep")
+
+    def _may_stay(self, name: str, value: Array) -> bool:
+        """Whether an input may be that of the last call, and its content can be looked at."""
+        return name in self.inputs and name not in _OF_A_STEP and not is_on_gpu(value)
 
     def _check_names(self, there: Collection[str], given: Collection[str]) -> None:
         faults = {
@@ -287,11 +316,11 @@ class Session:
         """The velocity, shaped and placed like latent, in fp32; raises as the denoiser does."""
         denoiser = self.denoiser
         given = {name: value for name, value in inputs.items() if value is not None}
-        checked = denoiser.check(given, known=self._constant)
-        times = checked["timestep"] if "timestep" in checked else self._times
+        taken, times = denoiser.take(given, known=self._constant)
+        times = self._times if times is None else times
         assert times is not None  # or its name would have been missed
-        arrays = {**self._constant, **{n: denoiser.array(value) for n, value in checked.items()}}
-        if self._of_prompt.intersection(checked):
+        arrays = {**self._constant, **taken}
+        if self._of_prompt.intersection(taken):
             self._forget_prompt()
         # Where there are no two experts, the host need not wait for a timestep on a GPU.
         chooses = denoiser.record.sampling.boundary is not None

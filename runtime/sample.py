@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from wanexport.runtime.arrays import Array, is_finite, is_torch, to_fp32_like, to_numpy
+from wanexport.runtime.arrays import Array, is_torch, to_fp32_like, to_numpy
 from wanexport.runtime.denoiser import check_rows, open_session
 from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.family import MAX_GUIDANCE, SamplingDefaults
+from wanexport.runtime.host_copy import finite
 from wanexport.runtime.recipes import recipe_named
 from wanexport.runtime.settings import Settings
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS, SOLVERS, Schedule, make_schedule
@@ -248,6 +249,7 @@ def _run(
     """The loop over sessions of the prompt, and where it is guided of the negative one."""
     solver = SOLVERS[plan.solver](plan.schedule.sigmas)
     latent = set_first_frame(latent, first_frame)
+    solver.begin(latent)
     for index, (timestep, scale) in enumerate(
         zip(plan.schedule.timesteps, plan.guidance, strict=True)
     ):
@@ -261,9 +263,14 @@ def _run(
 
 
 def _check_finite(**inputs: Array | None) -> None:
-    """Name an input by what the caller called it, before it becomes part of something else."""
-    for name, value in inputs.items():
-        if value is not None and not is_finite(value if is_torch(value) else to_numpy(value)):
+    """Name an input by what the caller called it, before it becomes part of something else.
+
+    Waits once for a GPU, however many of them are there.
+    """
+    given = {name: value for name, value in inputs.items() if value is not None}
+    arrays = [value if is_torch(value) else to_numpy(value) for value in given.values()]
+    for name, is_finite in zip(given, finite(arrays).array(), strict=True):
+        if not is_finite:
             raise BadRequest(f"{name} has NaN or Inf: expected finite values")
 
 

@@ -19,8 +19,9 @@ from typing import Protocol
 
 import numpy as np
 
-from wanexport.runtime.arrays import Array, to_fp32_like, to_numpy
+from wanexport.runtime.arrays import Array, to_fp32_like
 from wanexport.runtime.errors import BadRequest, WanExportWarning
+from wanexport.runtime.host_copy import HostCopy
 
 NUM_TRAIN_TIMESTEPS = 1000
 MAX_STEPS = 10_000
@@ -41,6 +42,9 @@ class Schedule:
 
 class Solver(Protocol):
     """Turns the velocity at step i into the latent of step i + 1; one object serves one run."""
+
+    def begin(self, latent: Array) -> None:
+        """Take what it needs of the first latent, before the model's work is launched."""
 
     def step(self, latent: Array, velocity: Array) -> Array:
         """Return the next latent."""
@@ -131,11 +135,18 @@ def combine(*terms: tuple[float, Array]) -> Array:
     return reduce(add, (weight * array for weight, array in terms if weight != 0))
 
 
-class Euler:
-    """First-order flow matching: x <- x + (sigma_next - sigma) * v."""
+class _Steps:
+    """Where a solver stands; most need nothing of the first latent."""
 
     def __init__(self, sigmas: Sequence[float]) -> None:
         self.sigmas, self.index = sigmas, 0
+
+    def begin(self, latent: Array) -> None:
+        """Take nothing of it."""
+
+
+class Euler(_Steps):
+    """First-order flow matching: x <- x + (sigma_next - sigma) * v."""
 
     def step(self, latent: Array, velocity: Array) -> Array:
         """Return the next latent."""
@@ -144,11 +155,11 @@ class Euler:
         return combine((1.0, latent), (change, velocity))
 
 
-class DPMSolverPP:
+class DPMSolverPP(_Steps):
     """DPM-Solver++(2M), midpoint; first order on the first and the last step."""
 
     def __init__(self, sigmas: Sequence[float]) -> None:
-        self.sigmas, self.index = sigmas, 0
+        super().__init__(sigmas)
         self.last_x0: Array = None
 
     def step(self, latent: Array, velocity: Array) -> Array:
@@ -168,11 +179,11 @@ class DPMSolverPP:
         return result
 
 
-class UniPC:
+class UniPC(_Steps):
     """UniPC of order 2 (bh2): every step but the first corrects its latent before predicting."""
 
     def __init__(self, sigmas: Sequence[float]) -> None:
-        self.sigmas, self.index = sigmas, 0
+        super().__init__(sigmas)
         self.x0: list[Array] = []  # of the last two steps, the newest last
         self.corrected: Array = None
 
@@ -231,7 +242,7 @@ class UniPC:
         )
 
 
-class Renoise:
+class Renoise(_Steps):
     """The sampler of DMD: x0 = x - sigma * v, x <- (1 - sigma_next) * x0 + sigma_next * noise.
 
     (FastVideo, `pipelines/stages/denoising.py`, DmdDenoisingStage; CausVid,
@@ -240,13 +251,19 @@ class Renoise:
     """
 
     def __init__(self, sigmas: Sequence[float]) -> None:
-        self.sigmas, self.index = sigmas, 0
+        super().__init__(sigmas)
+        self.seeding: HostCopy | None = None
         self.generator: np.random.Generator | None = None
+
+    def begin(self, latent: Array) -> None:
+        """Have the values that make the seed on the host before a GPU has other work."""
+        self.seeding = _seeding(latent)
 
     def step(self, latent: Array, velocity: Array) -> Array:
         """Return the next latent."""
         if self.generator is None:
-            self.generator = np.random.default_rng(_seed_of(latent))
+            seeding = self.seeding or _seeding(latent)
+            self.generator = np.random.default_rng(_seed_of(seeding))
         now, after = self.sigmas[self.index], self.sigmas[self.index + 1]
         self.index += 1
         x0 = combine((1.0, latent), (-now, velocity))
@@ -256,9 +273,14 @@ class Renoise:
         return combine((1 - after, x0), (after, to_fp32_like(noise, latent)))
 
 
-def _seed_of(latent: Array) -> list[int]:
-    """A seed that the last values of a latent make, as whole numbers."""
-    values = to_numpy(latent.reshape(-1)[-_SEEDING:])
+def _seeding(latent: Array) -> HostCopy:
+    """The last values of a latent, on their way to the host."""
+    return HostCopy(latent.reshape(-1)[-_SEEDING:])
+
+
+def _seed_of(seeding: HostCopy) -> list[int]:
+    """A seed that these values make, as whole numbers."""
+    values = seeding.array()
     return [int(bits) for bits in values.astype(np.float32).view(np.uint32)]
 
 

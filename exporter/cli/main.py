@@ -274,6 +274,10 @@ def _tell(note: str) -> None:
     "--save-outputs", type=click.Path(path_type=Path), metavar="FILE",
     help="Save the velocities of both, as polygraphy's JSON.",
 )  # fmt: skip
+@click.option(
+    "--overwrite", is_flag=True,
+    help="Replace the files of --plot, --save-inputs and --save-outputs if they are there.",
+)  # fmt: skip
 @engine_options
 @as_json
 def compare(bundle: Path, as_json: bool, **options: Any) -> None:

@@ -47,6 +47,7 @@ from wanexport.runtime.engines.engine import EngineKeywords, EngineOptions
 from wanexport.runtime.errors import refuse_empty
 from wanexport.runtime.load import find_weights, open_engine
 from wanexport.runtime.machine.memory import peak_rss
+from wanexport.runtime.wan_config import EXPERTS
 
 
 def compare(
@@ -67,6 +68,7 @@ def compare(
     report: str | Path | None = None,
     save_inputs: str | Path | None = None,
     save_outputs: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress = lambda stage, done, total: None,
     **options: Unpack[EngineKeywords],
 ) -> dict[str, Any]:
@@ -75,7 +77,8 @@ def compare(
     model to bisect are those of CompareRequest, options of `load`. The result is saved in report,
     by default the bundle's `reports/`, and its curves in the SVG file plot. save_inputs and
     save_outputs are JSON files for polygraphy, of the calls that are compared; `polygraphy` in the
-    result has the commands that read them.
+    result has the commands that read them. These three replace a file that is there only with
+    overwrite.
     Raises WanExportError when no engine fits or cannot run here, or a file does not fit.
     """
     refuse_empty(bundle=bundle, model=model, inputs=inputs, calls=calls, outputs=outputs)
@@ -94,9 +97,10 @@ def compare(
         bisect=bisect,
     )
     check_request(request)
-    saved, drawing = SavedFiles(_path(save_inputs), _path(save_outputs)), _path(plot)
+    saved = SavedFiles(_path(save_inputs), _path(save_outputs), overwrite)
+    drawing = _path(plot)
     check_files(saved)
-    check_plot(drawing)
+    check_plot(drawing, overwrite=overwrite)
     outcome = _compare(Path(bundle), request, saved, EngineOptions(**options), progress)
     if drawing is not None:
         save_plot(drawing, outcome.result)
@@ -117,7 +121,7 @@ def _compare(
 ) -> Outcome:
     """Open both sides and compare them; nothing is written but what polygraphy reads."""
     manifest = read_manifest(bundle)
-    choice = choose_engine(bundle, manifest, options)
+    choice = _choose(bundle, manifest, options, saved)
     given = _inputs(request, manifest, choice.record)
     peers = _open_peers(bundle, manifest, choice, options, request, given)
     started = time.perf_counter()
@@ -148,6 +152,14 @@ def _compare(
         told = save_calls(saved, kept, bundle, engine.denoiser, files, result["reference"])
         result["polygraphy"] = told
     return Outcome(choice.record, given, result)
+
+
+def _choose(bundle: Path, manifest: Manifest, options: EngineOptions, saved: SavedFiles) -> Choice:
+    """The engine, whose experts' files can be written too."""
+    choice = choose_engine(bundle, manifest, options)
+    if choice.record.sampling.boundary is not None:
+        check_files(saved, EXPERTS)
+    return choice
 
 
 def _described(

@@ -18,10 +18,10 @@ _OF_CALLS = {
 }
 
 
-def check_plot(path: Path | None) -> None:
+def check_plot(path: Path | None, *, overwrite: bool) -> None:
     """Refuse before the work what could not be saved after it. Raises BadRequest."""
     if path is not None:
-        check_output(path, ".svg", "curves are saved as SVG")
+        check_output(path, "--plot", ".svg", "curves are saved as SVG", overwrite=overwrite)
 
 
 def save_plot(path: Path, result: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ The formats are polygraphy's own and written by itself, imported where it is nee
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -31,15 +31,18 @@ class SavedFiles:
     """Where inputs and outputs go, None for what is not saved.
 
     A model of two experts has files for each, as its calls are those of two sets of weights: the
-    expert's name is added to the file's.
+    expert's name is added to the file's. overwrite: whether what is there may be replaced.
     """
 
     inputs: Path | None
     outputs: Path | None
+    overwrite: bool = False
 
     def of(self, expert: str) -> "SavedFiles":
         """The files of one expert, "" for a model without any."""
-        return SavedFiles(_of_expert(self.inputs, expert), _of_expert(self.outputs, expert))
+        return SavedFiles(
+            _of_expert(self.inputs, expert), _of_expert(self.outputs, expert), self.overwrite
+        )
 
     def paths(self) -> list[Path]:
         """The files that there are to be."""
@@ -50,10 +53,16 @@ def _of_expert(path: Path | None, expert: str) -> Path | None:
     return path.with_stem(f"{path.stem}-{expert}") if path and expert else path
 
 
-def check_files(files: SavedFiles) -> None:
-    """Refuse before the work what could not be saved after it. Raises BadRequest."""
-    for path in files.paths():
-        check_output(path, ".json", "polygraphy reads JSON")
+def check_files(files: SavedFiles, experts: Collection[str] = ("",)) -> None:
+    """Refuse before the work what could not be saved after it, of these experts.
+
+    Raises BadRequest.
+    """
+    reads = "polygraphy reads JSON"
+    for own in map(files.of, experts):
+        for path, option in ((own.inputs, "--save-inputs"), (own.outputs, "--save-outputs")):
+            if path is not None:
+                check_output(path, option, ".json", reads, overwrite=files.overwrite)
     if files.paths():
         with needing_package("polygraphy", "saving for polygraphy"):
             import polygraphy.comparator

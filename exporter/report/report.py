@@ -4,6 +4,7 @@ The page needs no network and no other file. It shows what `build`, `compare`, `
 have found, and runs nothing.
 """
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def report(
     """
     refuse_empty(bundle=bundle, output=output, report=report)
     bundle, path = Path(bundle), None if output is None else Path(output)
-    if path is not None and path.exists() and not overwrite:
+    if path is not None and os.path.lexists(path) and not overwrite:
         raise BadRequest(f"{path} exists: name another -o, or add --overwrite")
     manifest = read_manifest(bundle)
     engines = {engine.name: engine for engine in manifest.engines}

@@ -32,7 +32,6 @@ class RunResult:
 
     denoiser: Denoiser
     latent: np.ndarray
-    video: np.ndarray | None
     load_seconds: float
     seconds_per_step: float
     facts: dict[str, Any]

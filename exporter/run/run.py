@@ -24,12 +24,15 @@ from wanexport.runtime.bundle.durable import write_durably
 from wanexport.runtime.bundle.tensorfile import save_arrays
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError, explain, needing_extra
+from wanexport.runtime.host_copy import HostCopy
 from wanexport.runtime.load import load
 from wanexport.runtime.parts.find import PARTS, find_components, origin_note
 from wanexport.runtime.parts.pictures import fit_images
+from wanexport.runtime.parts.protocols import VideoCodec, decoded_chunks
 from wanexport.runtime.parts.vae_choice import choose_vae_engine
 from wanexport.runtime.sample import Plan, Step, plan_of, run_plan, seeded_noise
-from wanexport.runtime.serving.generator import check_step
+from wanexport.runtime.serving.finished import finished_steps
+from wanexport.runtime.serving.video import write_chunks
 
 if TYPE_CHECKING:
     from wanexport.runtime.serving.request import Generation
@@ -41,8 +44,8 @@ def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict
     """Sample and write the output, and beside it the record that is returned.
 
     show is given the progress; tell what became of an image, before the sampling, and after it
-    whether the VAE cut it into tiles. When decoding or writing the video fails, the latent is
-    saved, and the error or tell says where.
+    whether the VAE cut it into tiles. A video is written while the rest of it is decoded. When one
+    of both fails, the latent is saved, and the error or tell says where.
     Raises WanExportError for what does not fit together, and as `load` and `sample` do.
     """
     check_request(request)
@@ -54,12 +57,7 @@ def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict
     make = _from_text if request.prompt is None else _from_prompt
     with _saving_the_latent(request.output, steps, tell):
         result = make(request, show, tell, steps)
-        if result.video is not None:
-            from wanexport.runtime.serving.video import write_video
-
-            show("writing the video", 0, 0)
-            write_video(request.output, result.video, result.denoiser.sampling.fps)
-    if result.video is None:
+    if not request.makes_video:
         save_arrays(request.output, {"latent": result.latent})
     return _write_record(request, result)
 
@@ -96,8 +94,9 @@ class _Steps:
         pace = f", {(now - self._began) / step.index:.2f} s/step" if step.index else ""
         self._show(f"sampling{pace}", done, steps)
         if done == steps and self._decodes:
-            self.latent = np.array(to_numpy(step.latent))  # a copy, which the VAE cannot change
-            self._show("decoding", 0, 0)
+            # On the host, where a GPU's failure cannot take it; nothing runs there at this moment.
+            self.latent = HostCopy(step.latent).array()
+            self._show("decoding and writing the video", 0, 0)
 
 
 @contextmanager
@@ -136,14 +135,15 @@ def _from_text(
     inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, request.seed))
     inputs = {name: denoiser.array(value) for name, value in inputs.items()}
     plan = plan_of(denoiser, request.settings)
-    decode, facts = _open_vae(request, denoiser, tell) if request.makes_video else (None, {})
+    vae, facts = _open_vae(request, denoiser, tell) if request.makes_video else (None, {})
     load_seconds = time.monotonic() - started
     show("sampling", 0, len(plan))
     latent, pace = _sample(denoiser, plan, inputs, steps)
+    if vae is not None:
+        write_chunks(request.output, decoded_chunks(vae, latent), denoiser.sampling.fps)
     return RunResult(
         denoiser=denoiser,
         latent=to_numpy(latent),
-        video=decode(latent) if decode else None,
         load_seconds=load_seconds,
         seconds_per_step=pace,
         facts={
@@ -158,13 +158,13 @@ def _from_text(
 
 def _open_vae(
     request: RunRequest, denoiser: Denoiser, tell: Callable[[str], None]
-) -> tuple[Callable[[Any], np.ndarray], dict[str, Any]]:
+) -> tuple[VideoCodec, dict[str, Any]]:
     """What decodes a latent, and where it was found."""
     from wanexport.runtime.parts.open import Parts
 
     facts = _component_facts(request, denoiser, ("vae",), tell)
     parts = Parts(request.bundle, request.model, denoiser.record, denoiser.device, {})
-    return parts.vae().decode, facts
+    return parts.vae(), facts
 
 
 def _sample(
@@ -175,8 +175,7 @@ def _sample(
 ) -> tuple[Any, float]:
     """Return the final latent and the seconds per step."""
     started = time.monotonic()
-    for step in run_plan(denoiser, plan, **inputs):
-        check_step(step, denoiser.record.name)
+    for step in finished_steps(run_plan(denoiser, plan, **inputs), denoiser.record.name):
         on_step(step, len(plan))
     return step.latent, (time.monotonic() - started) / len(plan)
 
@@ -201,6 +200,7 @@ def _from_prompt(
             last_image=request.last_image,
             seed=request.seed,
             decode=request.makes_video,
+            output=request.output if request.makes_video else None,
             on_step=steps,
             **asdict(request.settings),
         )
@@ -210,7 +210,6 @@ def _from_prompt(
     return RunResult(
         denoiser=denoiser,
         latent=made.latent,
-        video=made.video,
         load_seconds=load_seconds,
         seconds_per_step=made.seconds["sampling"] / len(made.timesteps),
         facts={"prompt": made.prompt, "negative": made.negative, **facts, **_facts_of(made)},

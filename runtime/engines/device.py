@@ -43,9 +43,11 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def to_device(value: Any, device: torch.device) -> Tensor:
-    """An fp32 tensor on the device, contiguous; the host does not wait for the copy."""
+    """An fp32 tensor on the device, contiguous; the host does not wait for a copy to a GPU."""
     tensor = value if isinstance(value, Tensor) else torch.from_numpy(value)
-    return tensor.detach().to(device, torch.float32, non_blocking=True).contiguous()
+    # A copy to the host that nobody waits for would be read before it is there.
+    non_blocking = device.type == "cuda"
+    return tensor.detach().to(device, torch.float32, non_blocking=non_blocking).contiguous()
 
 
 @contextmanager

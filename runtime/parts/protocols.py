@@ -1,6 +1,6 @@
 """What the parts around the denoiser are, and whether they fit an engine."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +28,9 @@ class VideoCodec(Protocol):
     """Pixels to normalised latents and back.
 
     One with a `device`, PyTorch's name of where it computes, is given videos as tensors there.
+    Latents come as tensors from where the engine left them. One with `decode_chunks` gives the
+    frames of `decode` a part at a time, [n, H, W, 3], and computes the next while its caller has
+    one.
     """
 
     def encode(self, video: Array) -> np.ndarray:
@@ -35,6 +38,15 @@ class VideoCodec(Protocol):
 
     def decode(self, latent: Array) -> np.ndarray:
         """Frames [F, H, W, 3] in uint8 of a latent [1, C, f, h, w]."""
+
+
+def decoded_chunks(vae: VideoCodec, latent: Array) -> Iterator[np.ndarray]:
+    """The frames of a latent, in the order of time, in as many parts as the VAE gives."""
+    in_chunks = getattr(vae, "decode_chunks", None)
+    if in_chunks is None:
+        yield vae.decode(latent)
+    else:
+        yield from in_chunks(latent)
 
 
 def check_text_encoder(encoder: TextEncoder, record: EngineRecord, origin: str) -> None:

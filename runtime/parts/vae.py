@@ -187,11 +187,12 @@ class Vae:
         """The frames, uint8 [F, H, W, 3], of a normalised latent [1, C, f, h, w].
 
         A value v, which the model clamps to [-1, 1], becomes (v + 1) / 2 * 255 without its
-        fraction, as in the official cache_video (Wan2.1) and save_video (Wan2.2).
+        fraction, as in the official cache_video (Wan2.1) and save_video (Wan2.2). A latent on a GPU
+        stays there, and is not searched for NaN.
         Raises BadRequest when the latent has another shape, NaN or Inf, and EngineFailure when
         memory does not suffice.
         """
-        array = to_numpy(latent)
+        array = latent.detach().float() if is_on_gpu(latent) else to_numpy(latent)
         if array.ndim != 5 or array.shape[:2] != (1, self.channels) or not array.size:
             raise BadRequest(
                 f"a latent of shape {list(array.shape)} cannot be decoded: this VAE takes "

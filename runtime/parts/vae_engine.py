@@ -5,7 +5,8 @@ Its convolutions are not of diffusers' model: nothing here imports that.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, pairwise
@@ -27,6 +28,7 @@ from wanexport.runtime.engines.vae_clip import Clip
 from wanexport.runtime.engines.vae_regions import BoundVae, VaeRegions
 from wanexport.runtime.errors import BadRequest, BundleError, EngineFailure, WanExportWarning
 from wanexport.runtime.geometry import TEMPORAL_STRIDE
+from wanexport.runtime.host_copy import HostCopy
 from wanexport.runtime.parts.protocols import VideoCodec
 
 CLOSED = "the VAE is closed: open it again"
@@ -112,6 +114,23 @@ class VaeEngine:
         frames: np.ndarray = self._run("decode", latent, self._decode)
         return frames
 
+    def decode_chunks(self, latent: Array) -> Generator[np.ndarray, None, None]:
+        """The frames of `decode`, chunk by chunk, uint8 [n, H, W, 3].
+
+        On a GPU they are copied beside the work of the next chunk, which goes on while the caller
+        has them. Raises as `decode` does; where memory did not suffice, before the first frame, one
+        chunk is the whole, made of tiles.
+        """
+        self.check_latent(latent)
+        self.check("decode", latent)
+        if not self._takes_tiles("decode"):
+            try:
+                yield from self._streamed(latent)
+                return
+            except EngineFailure as error:
+                self._take_tiles("decode", error)
+        yield self._in_tiles("decode", latent)
+
     def session(self) -> "VaeSession":
         """Decoding from a first frame on, latents in order; its state is its own.
 
@@ -153,7 +172,8 @@ class VaeEngine:
     def on_device(self, value: Array) -> Tensor:
         """An fp32 tensor on the device, without a copy of what is there."""
         tensor = value.detach() if is_torch(value) else torch.from_numpy(to_numpy(value))
-        return tensor.to(self.device_of, torch.float32, non_blocking=True)
+        is_gpu = self.device_of.type == "cuda"
+        return tensor.to(self.device_of, torch.float32, non_blocking=is_gpu)
 
     def _shape(self, value: Array, rank: int) -> tuple[int, ...]:
         """The shape of a caller's array, of so many numbers; raises BadRequest for no array."""
@@ -174,19 +194,29 @@ class VaeEngine:
     def _run(self, task: str, given: Array, work: Callable[[Array], Any]) -> Any:
         """Encode or decode; in tiles where memory did not suffice the first time."""
         self.check(task, given)
-        self.tiled = self._decided.get(task, False)
-        if not self.tiled:
+        if not self._takes_tiles(task):
             try:
                 with self.computing(task):
                     result = work(given)
                 self._decided[task] = False
                 return result
             except EngineFailure as error:
-                if self._tiles is None or task in self._decided:
-                    raise
-                warnings.warn(f"{error}: tiles are taken", WanExportWarning, stacklevel=3)
-            torch.cuda.empty_cache()
-            self.tiled = self._decided[task] = True
+                self._take_tiles(task, error)
+        return self._in_tiles(task, given)
+
+    def _takes_tiles(self, task: str) -> bool:
+        self.tiled = self._decided.get(task, False)
+        return self.tiled
+
+    def _take_tiles(self, task: str, error: EngineFailure) -> None:
+        """Decide for tiles after a first failure; raises it where that cannot be."""
+        if self._tiles is None or task in self._decided:
+            raise error
+        warnings.warn(f"{error}: tiles are taken", WanExportWarning, stacklevel=4)
+        torch.cuda.empty_cache()
+        self.tiled = self._decided[task] = True
+
+    def _in_tiles(self, task: str, given: Array) -> Any:
         assert self._tiles is not None
         self._cutting = self._cutting or self._tiles()
         return getattr(self._cutting, task)(given)
@@ -219,22 +249,50 @@ class VaeEngine:
         return found
 
     def _decode(self, latent: Array) -> np.ndarray:
-        clip, given = self.clip("decode"), self.on_device(latent)[0].permute(1, 2, 3, 0)
         size = self.record.geometry
-        count = (len(given) - 1) * TEMPORAL_STRIDE + 1
+        count = (latent.shape[2] - 1) * TEMPORAL_STRIDE + 1
         is_gpu = self.device_of.type == "cuda"
         frames = torch.empty(
             count, size.height, size.width, 3, dtype=torch.uint8, pin_memory=is_gpu
         )
         done = 0
-        for written in chain(clip.feed(given), clip.finish()):
-            own = written["frames"]
+        for own in self._computed(latent):
             frames[done : done + len(own)].copy_(own, non_blocking=True)
             done += len(own)
         if is_gpu:
-            torch.cuda.current_stream(self.device_of).synchronize()
+            copied = torch.cuda.Event(blocking=True)
+            copied.record(torch.cuda.current_stream(self.device_of))
+            copied.synchronize()
         array: np.ndarray = frames.numpy()
         return array
+
+    def _computed(self, latent: Array) -> Iterator[Tensor]:
+        """The frames of each call, on the device; nothing is computed before it is asked for."""
+        clip, given = self.clip("decode"), self.on_device(latent)[0].permute(1, 2, 3, 0)
+        for written in chain(clip.feed(given), clip.finish()):
+            yield written["frames"]
+
+    def _streamed(self, latent: Array) -> Iterator[np.ndarray]:
+        """The frames of each call, on the host. A GPU has a call to go on with meanwhile; that
+        memory suffices is known when two calls, or all, were launched."""
+        computed, copies = self._computed(latent), deque[HostCopy]()
+        on_the_side = torch.cuda.Stream(self.device_of) if self.device_of.type == "cuda" else None
+        is_last = False
+        while not is_last:
+            with self.computing("decode"):
+                frames = next(computed, None)
+                if frames is not None:
+                    copies.append(HostCopy(frames, on_the_side))
+            is_last = frames is None
+            if is_last or len(copies) > 1:
+                self._decided["decode"] = False
+            while copies and (is_last or len(copies) > 1 or self._may_go(copies[0])):
+                with self.computing("decode"):
+                    found = copies.popleft().array()
+                yield found
+
+    def _may_go(self, copy: HostCopy) -> bool:
+        return "decode" in self._decided and copy.is_there()
 
 
 class VaeSession:

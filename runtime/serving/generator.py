@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from wanexport.runtime.arrays import Array, is_finite, to_numpy
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import BadRequest, EngineFailure
 from wanexport.runtime.family import family_named
+from wanexport.runtime.host_copy import HostCopy
 from wanexport.runtime.parts.open import Parts
 from wanexport.runtime.parts.pictures import (
     FittedImage,
@@ -24,13 +26,15 @@ from wanexport.runtime.parts.pictures import (
     takes_image,
     takes_last_image,
 )
-from wanexport.runtime.parts.protocols import VideoCodec
+from wanexport.runtime.parts.protocols import VideoCodec, decoded_chunks
 from wanexport.runtime.parts.text_encoder import clean_prompt
 from wanexport.runtime.program import TensorSpec
-from wanexport.runtime.sample import Plan, Step, plan_of, run_plan, seeded_noise
+from wanexport.runtime.sample import Plan, plan_of, run_plan, seeded_noise
+from wanexport.runtime.serving.finished import finished_steps
 from wanexport.runtime.serving.jobs import Check
 from wanexport.runtime.serving.prompt_cache import PromptCache
 from wanexport.runtime.serving.request import STAGES, Generation, Request, check_request
+from wanexport.runtime.serving.video import write_chunks
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
 
 
@@ -187,17 +191,20 @@ class Generator:
         seconds = {**dict.fromkeys(STAGES, 0.0), **conditioning.seconds}
         with _timed(seconds, "sampling"):
             latent = self._sample(request, plan, conditioning.inputs, seed, check)
-        kept = np.array(to_numpy(latent))  # before the VAE, or who keeps the step, can write to it
+        kept = HostCopy(latent)  # before the VAE, or who keeps the step, can write to it
         video, notes = None, conditioning.notes
         if request.decode:
             with _timed(seconds, "decode"):
-                video = self._decode(latent)
+                if request.output is None:
+                    video = self._decode(latent)
+                else:
+                    self._write(latent, request.output, check)
             notes += _tiling_note(self.parts.vae(), "decoded")
         return Generation(
             prompt=request.prompt,
             negative=conditioning.negative,
             seed=seed,
-            latent=kept,
+            latent=np.array(kept.array(), np.float32),  # in memory that is not pinned
             video=video,
             fps=self.denoiser.sampling.fps,
             solver=plan.solver,
@@ -214,8 +221,8 @@ class Generator:
         """The final latent, where the engine keeps it."""
         noise = self.denoiser.array(seeded_noise(self.denoiser.inputs["latent"].shape, seed))
         with _computing(self.gpu):
-            for step in run_plan(self.denoiser, plan, noise=noise, **inputs):
-                check_step(step, self.denoiser.record.name)
+            steps = run_plan(self.denoiser, plan, noise=noise, **inputs)
+            for step in finished_steps(steps, self.denoiser.record.name):
                 if request.on_step is not None:
                     request.on_step(step, len(plan))
                 check()
@@ -225,6 +232,11 @@ class Generator:
         vae = self.parts.vae()
         with _computing(self.gpu):
             return vae.decode(latent)
+
+    def _write(self, latent: Array, output: str | Path, check: Check) -> None:
+        vae = self.parts.vae()
+        with _computing(self.gpu):
+            write_chunks(output, decoded_chunks(vae, latent), self.denoiser.sampling.fps, check)
 
     def prewarm(self, decode: bool, check: Check) -> float:
         """Do what a first request would pay for; see `Pipeline.prewarm`."""
@@ -264,15 +276,6 @@ class Generator:
         with _computing(self.gpu):
             for timestep in (0, NUM_TRAIN_TIMESTEPS)[-len(self.denoiser.engines) :]:
                 is_finite(self.denoiser(**zeros, timestep=timestep))  # which waits for the GPU
-
-
-def check_step(step: Step, engine: str) -> None:
-    """Raise EngineFailure when a step's latent has NaN or Inf; waits for the device."""
-    if not is_finite(step.latent):
-        raise EngineFailure(
-            f"engine {engine} gave NaN or Inf in step {step.index}: "
-            f"check the inputs, or use an engine in fp32 (--dtype fp32)"
-        )
 
 
 def _checked_embedding(given: Any, text: str, spec: TensorSpec) -> np.ndarray:

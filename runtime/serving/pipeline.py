@@ -102,13 +102,16 @@ class Pipeline:
         recipe: str | None = None,
         weights: str | None = None,
         decode: bool = True,
+        output: str | Path | None = None,
         on_step: OnStep | None = None,
     ) -> Generation:
         """Serve one request after those that wait, and return what it gave.
 
         negative None is the family's official negative prompt. steps to recipe are as in `sample`;
         weights names a set of the bundle that serves this request alone, with its recipe if it has
-        one, None the set that the pipeline was opened with. decode=False leaves the VAE out.
+        one, None the set that the pipeline was opened with. decode=False leaves the VAE out. output
+        is an .mp4 file for the video, which is written while the rest is decoded and appears whole
+        or not, in the place of a file that is there; the generation then holds no frames.
         on_step is called after every step, in the pipeline's thread, with the step and the number
         of steps; what it raises ends this request.
 
@@ -119,7 +122,8 @@ class Pipeline:
         nothing is used.
 
         Raises BadRequest for a request that does not fit, BundleError when a part is missing, and
-        EngineFailure for NaN or Inf in a step, and when the pipeline is closed or full.
+        EngineFailure for NaN or Inf in a step, and when the pipeline is closed or full;
+        WanExportError when output cannot be written.
         KeyboardInterrupt cancels the request.
         """
         request = make_request(
@@ -136,6 +140,7 @@ class Pipeline:
             recipe=recipe,
             weights=weights,
             decode=decode,
+            output=output,
             on_step=on_step,
         )
         return self._wait_for(partial(self._generator, request))[0]

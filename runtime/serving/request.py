@@ -8,9 +8,11 @@ from typing import TypedDict, Unpack
 
 import numpy as np
 
+from wanexport.runtime.bundle.durable import check_writable
 from wanexport.runtime.errors import BadRequest, refuse_empty
 from wanexport.runtime.parts.picture_reading import Picture, own_picture
 from wanexport.runtime.sample import Step
+from wanexport.runtime.serving.video import check_video
 from wanexport.runtime.settings import Settings, SettingsKeywords
 
 STAGES = ("text", "image", "sampling", "decode")
@@ -22,8 +24,9 @@ class Generation:
     """What one request and seed gave.
 
     latent [1, C, f, h, w] is fp32, before the VAE; video [F, H, W, 3] is uint8, None where it was
-    not decoded, for fps frames a second, the model's own rate. negative is None where no step was
-    guided. seconds are of each stage; those that several seeds share are the first one's.
+    not decoded or went to a file, for fps frames a second, the model's own rate. negative is None
+    where no step was guided. seconds are of each stage; those that several seeds share are the
+    first one's, and writing a file is part of decoding.
     prompt_cached: whether the text encoder was spared the prompt. notes are for the user: what was
     done to an image.
     """
@@ -48,6 +51,7 @@ class _OtherKeywords(TypedDict, total=False):
     negative: str | None
     weights: str | None
     decode: bool
+    output: str | Path | None
     on_step: OnStep | None
 
 
@@ -70,6 +74,7 @@ class Request:
     last_image: str | Path | bytes | np.ndarray | None = None
     weights: str | None = None
     decode: bool = True
+    output: str | Path | None = None
     on_step: OnStep | None = None
 
 
@@ -102,7 +107,8 @@ def make_request(
 
 
 def check_request(request: Request) -> None:
-    """Raise BadRequest for a prompt, path, name of weights, or seed that is none."""
+    """Raise BadRequest for a prompt, path, name of weights, or seed that is none, and for an output
+    that cannot be written."""
     for name in ("prompt", "negative", "weights"):
         value, kind = getattr(request, name), str if name == "prompt" else str | None
         if not isinstance(value, kind):
@@ -112,3 +118,22 @@ def check_request(request: Request) -> None:
     for seed in request.seeds:
         if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
             raise BadRequest(f"seed is {seed!r:.40}: expected a whole number of 0 or more")
+    if request.output is not None:
+        _check_output(request.output, request)
+
+
+def _check_output(output: str | Path, request: Request) -> None:
+    path = check_video(output)
+    if not request.decode:
+        raise BadRequest(f"{path} takes the decoded video: leave decode=False out, or output")
+    if len(request.seeds) != 1:
+        raise BadRequest(
+            f"{path} takes one video, not those of {len(request.seeds)} seeds: make a request of "
+            f"each, or leave output out"
+        )
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise BadRequest(
+            f"cannot write {path} ({error.strerror}): name a file in an existing folder"
+        ) from error

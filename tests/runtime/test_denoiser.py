@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from wanexport.graphs.config import PRESETS, sampling_defaults
-from wanexport.runtime.arrays import Array, is_torch, to_numpy
+from wanexport.runtime import denoiser as denoiser_module
+from wanexport.runtime.arrays import Array, count_not_finite, is_torch, to_numpy
 from wanexport.runtime.bundle.details import OnnxDetails
 from wanexport.runtime.bundle.manifest import DENOISER, EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile
@@ -220,3 +221,65 @@ def test_weights_that_lie_inside_an_engine_cannot_be_changed() -> None:
     assert model.weights == ""
     with pytest.raises(BadRequest, match="holds its weights inside and cannot change them"):
         model.use("style")
+
+
+def watched_scans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of what is searched for NaN from here on."""
+    seen: list[tuple[int, ...]] = []
+
+    def watch(value: Any) -> int:
+        seen.append(tuple(value.shape))
+        return count_not_finite(value)
+
+    monkeypatch.setattr(denoiser_module, "count_not_finite", watch)
+    return seen
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_what_stays_the_same_is_searched_for_nan_and_moved_once(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known by its content: a prompt and its negative in turn, in new arrays each time."""
+    model, engine = denoiser("i2v-14b")
+    moved: list[tuple[int, ...]] = []
+
+    def move(value: Array) -> np.ndarray:
+        moved.append(np.shape(value))
+        return to_numpy(value)
+
+    monkeypatch.setattr(engine, "array", move)
+    scanned = watched_scans(monkeypatch)
+    inputs = inputs_of(model)
+    stays = {tuple(model.inputs[name].shape) for name in ("text", "condition", "image")}
+    for call in range(6):
+        texts = {"text": kind(inputs["text"] * (1 + call % 2))}
+        given = {**{n: kind(v.copy()) for n, v in inputs.items() if n != "timestep"}, **texts}
+        model(**given, timestep=500.0)
+        assert (engine.inputs["text"] == 1 + call % 2).all()
+        assert bool(stays & set(scanned)) == (call < 2) == bool(stays & set(moved))
+        scanned.clear()
+        moved.clear()
+
+
+def test_an_array_that_was_written_to_is_another_one() -> None:
+    model, engine = denoiser()
+    inputs = inputs_of(model)
+    for change in (2.0, -0.0, 0.0):
+        inputs["text"][0, -1, -1] = change
+        model(**inputs)
+        seen = engine.inputs["text"][0, -1, -1]
+        assert seen == change and np.signbit(seen) == np.signbit(change)
+    inputs["text"][0, 0, 0] = np.nan
+    for _ in range(2):
+        with pytest.raises(BadRequest, match="text has 1 values that are NaN or Inf"):
+            model(**inputs)
+
+
+def test_few_inputs_are_kept_and_none_of_a_closed_engine() -> None:
+    model, _ = denoiser()
+    inputs = inputs_of(model)
+    for scale in range(10):
+        model(**{**inputs, "text": inputs["text"] * scale})
+    assert {name: len(kept) for name, kept in model._kept._kept.items()} == {"text": 4}
+    model.close()
+    assert not model._kept._kept

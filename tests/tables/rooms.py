@@ -35,7 +35,17 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"engines", "parts", "wan_keys", "lora", "recipes"}),
         frozenset({"bundle"}),
         frozenset({"family", "plain_wan", "wan_vae", "vae_memory"}),
-        frozenset({"arrays", "solvers", "wan_config", "program", "vae_config"}),
+        frozenset(
+            {
+                "arrays",
+                "host_copy",
+                "kept_inputs",
+                "solvers",
+                "wan_config",
+                "program",
+                "vae_config",
+            }
+        ),
         frozenset({"geometry", "decode", "key_tables"}),
         frozenset({"machine"}),
         frozenset({"errors", "dtypes"}),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,13 +19,14 @@ from polygraphy.json import load_json
 from tests.exporter.bench.test_bench import with_low_noise_expert
 from wanexport.exporter.cli.main import cli
 from wanexport.exporter.compare.compare import compare
-from wanexport.exporter.compare.polygraphy import SavedFiles, feed, save_calls
+from wanexport.exporter.compare.polygraphy import SavedFiles, check_files, feed, save_calls
 from wanexport.exporter.compare.rows import ComparedCall
 from wanexport.runtime import load
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.errors import BadRequest, WanExportError
 from wanexport.runtime.program import Input, TensorSpec
+from wanexport.runtime.wan_config import EXPERTS
 
 
 def run(command: str) -> subprocess.CompletedProcess[str]:
@@ -203,6 +205,37 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(
         compare(tiny_bundle / "none", save_outputs=tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [("save_inputs", "in.json"), ("save_outputs", "out.json"), ("plot", "curves.svg")],
+)
+def test_a_file_that_is_there_is_replaced_only_when_that_is_asked_for(
+    option: str, name: str, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Said before the bundle is looked at; a link to nothing is there too."""
+    for path in (tmp_path / name, tmp_path / f"link-{name}"):
+        asked: dict[str, Any] = {option: path}
+        if path.name == name:
+            path.write_text("the user's")
+        else:
+            path.symlink_to(tmp_path / "nothing")
+        said = f"{re.escape(str(path))} exists: name another --{option.replace('_', '-')}, or add"
+        with pytest.raises(BadRequest, match=f"{said} --overwrite$"):
+            compare(tiny_bundle / "none", **asked)
+        with pytest.raises(WanExportError, match=r"none"):  # which is no bundle
+            compare(tiny_bundle / "none", **asked, overwrite=True)
+    assert (tmp_path / name).read_text() == "the user's"
+
+
+def test_the_files_of_each_expert_are_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "in-low_noise.json").write_text("the user's")
+    files = SavedFiles(tmp_path / "in.json", None)
+    check_files(files)
+    with pytest.raises(BadRequest, match=r"in-low_noise\.json exists: name another --save-inputs"):
+        check_files(files, EXPERTS)
+    check_files(replace(files, overwrite=True), EXPERTS)
+
+
 def test_without_polygraphy_one_line_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,8 +251,8 @@ def test_the_command_line_prints_it_in_text_and_json(bundle: Path, tmp_path: Pat
     inputs, outputs = tmp_path / "in.json", tmp_path / "out.json"
     save = {"in": ["--save-inputs", str(inputs)], "out": ["--save-outputs", str(outputs)]}
     both = CliRunner().invoke(cli, [*arguments, *save["in"], *save["out"], "--json"])
-    first = CliRunner().invoke(cli, [*arguments, *save["in"]])
-    second = CliRunner().invoke(cli, [*arguments, *save["out"]])
+    first = CliRunner().invoke(cli, [*arguments, *save["in"], "--overwrite"])
+    second = CliRunner().invoke(cli, [*arguments, *save["out"], "--overwrite"])
     assert both.exit_code == first.exit_code == second.exit_code == 0
     (command,) = json.loads(both.stdout)["polygraphy"]["commands"]
     assert f" --load-inputs {inputs} --load-outputs {outputs} --compare l2 " in command

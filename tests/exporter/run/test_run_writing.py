@@ -21,7 +21,7 @@ LATENT = np.arange(64, dtype=np.float32)
 @pytest.fixture
 def request_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRequest:
     """A run whose sampling is done."""
-    result = SimpleNamespace(video=None, latent=LATENT)
+    result = SimpleNamespace(latent=LATENT)
     monkeypatch.setattr(generate, "_from_text", lambda *_: result)
     monkeypatch.setattr(generate, "run_record", lambda *_: {"command": "wanexport run"})
     (tmp_path / "out").mkdir()

@@ -12,7 +12,9 @@ from tests.runtime.bundle.small_bundle import change, manifest_of, put
 from tests.runtime.parts import vae_bundle as doubles
 from tests.runtime.parts.vae_bundle import EagerRegions, vae_bundle
 from wanexport.runtime.bundle.manifest import VAE, read_manifest
+from wanexport.runtime.engines.vae_clip import Clip
 from wanexport.runtime.errors import BadRequest, BundleError, EngineFailure, WanExportWarning
+from wanexport.runtime.host_copy import HostCopy
 from wanexport.runtime.parts import open as open_module
 from wanexport.runtime.parts import vae_choice as choice_module
 from wanexport.runtime.parts import vae_engine as engine_module
@@ -93,6 +95,69 @@ def test_a_session_gives_the_frames_of_the_whole_as_latents_come(
     assert not len(own.finish())
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_chunks_are_the_frames_of_the_whole(vae: VaeEngine, count: int) -> None:
+    latent = LATENT[:, :, :count]
+    chunks = list(vae.decode_chunks(torch.from_numpy(latent)))
+    assert [len(chunk) for chunk in chunks] == {1: [1], 2: [1, 4], 3: [1, 8], 6: [1, 8, 8, 4]}[
+        count
+    ]
+    joined = np.concatenate(chunks)
+    whole = vae.decode(latent)
+    assert hashlib.md5(joined.tobytes()).digest() == hashlib.md5(whole.tobytes()).digest()
+
+
+def watched_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Each call of the graph from here on, and what else the test adds."""
+    events: list[str] = []
+    call = Clip._call
+
+    def watch(clip: Clip, when: str, frames: Any) -> Any:
+        events.append("computed")
+        return call(clip, when, frames)
+
+    monkeypatch.setattr(Clip, "_call", watch)
+    return events
+
+
+def test_a_chunk_is_handed_on_before_the_next_is_computed(
+    vae: VaeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But the very first, until a second shows that memory suffices."""
+    events = watched_calls(monkeypatch)
+    for _ in range(2):
+        for chunk in vae.decode_chunks(LATENT):
+            events.append(f"given {len(chunk)}")
+    first = ["computed", "computed", "given 1", "given 8", "computed", "given 8", "computed"]
+    later = ["computed", "given 1", "computed", "given 8", "computed", "given 8", "computed"]
+    assert events == [*first, "given 4", *later, "given 4"]
+
+
+def test_a_gpu_has_a_chunk_to_go_on_with_while_another_is_copied(
+    vae: VaeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae.decode(LATENT[:, :, :2])
+    events = watched_calls(monkeypatch)
+    monkeypatch.setattr(HostCopy, "is_there", lambda _: False)
+    for chunk in vae.decode_chunks(LATENT):
+        events.append(f"given {len(chunk)}")
+    assert events == [
+        "computed", "computed", "given 1", "computed", "given 8", "computed", "given 8", "given 4",
+    ]  # fmt: skip
+
+
+def test_chunks_nobody_takes_are_not_computed(
+    vae: VaeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = watched_calls(monkeypatch)
+    chunks = vae.decode_chunks(LATENT)
+    next(chunks)
+    chunks.close()
+    assert events == ["computed", "computed"]
+    with pytest.raises(BadRequest, match="NaN or Inf"):
+        next(vae.decode_chunks(LATENT * np.float32("nan")))
+
+
 def test_tensors_stay_on_the_device(vae: VaeEngine) -> None:
     session = vae.session()
     frames = session.decode(torch.from_numpy(LATENT))
@@ -161,6 +226,8 @@ def test_where_memory_is_short_the_checkpoints_vae_cuts_the_picture(
     refusing.clear()
     codec.decode(LATENT)
     assert codec.tiled and opened == [True]
+    (chunk,) = codec.decode_chunks(LATENT)
+    np.testing.assert_array_equal(chunk, eager.decode(LATENT))
     codec.encode(VIDEO)
     assert not codec.tiled
 
@@ -182,6 +249,27 @@ def _refuse_memory(monkeypatch: pytest.MonkeyPatch, codec: VaeEngine) -> list[st
     return refusing
 
 
+def test_memory_that_is_short_for_the_second_call_gives_no_frame_of_the_first(
+    bundle: Path, eager: Vae, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames of one video are all of the engine, or all of tiles."""
+    monkeypatch.setitem(open_module._OPENERS, "vae", lambda *_, tiling: eager)
+    monkeypatch.setattr(open_module, "find_components", lambda *_, **__: _Found())
+    codec, call = parts_of(bundle).vae(), Clip._call
+    assert isinstance(codec, VaeEngine)
+
+    def short(clip: Clip, when: str, frames: Any) -> Any:
+        if when == "next":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(clip, when, frames)
+
+    monkeypatch.setattr(Clip, "_call", short)
+    with pytest.warns(WanExportWarning, match=r"failed to decode on cpu .*: tiles are taken"):
+        (chunk,) = codec.decode_chunks(LATENT)
+    np.testing.assert_array_equal(chunk, eager.decode(LATENT))
+    assert codec.tiled
+
+
 def test_without_tiles_short_memory_is_one_line(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +279,8 @@ def test_without_tiles_short_memory_is_one_line(
     with pytest.raises(EngineFailure, match=r"failed to decode on cpu .*smaller --vae-chunk") as e:
         codec.decode(LATENT)
     assert "\n" not in str(e.value)
+    with pytest.raises(EngineFailure, match=r"failed to decode on cpu"):
+        next(codec.decode_chunks(LATENT))
 
 
 def test_tiles_that_are_asked_for_are_the_checkpoints_vae(bundle: Path) -> None:

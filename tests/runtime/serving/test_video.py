@@ -1,6 +1,8 @@
 """An mp4 file read back: frames, rate, colours; and nothing left of one that failed."""
 
 import sys
+import threading
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 from wanexport.runtime.errors import BadRequest, WanExportError
 from wanexport.runtime.serving import video
-from wanexport.runtime.serving.video import write_video
+from wanexport.runtime.serving.video import write_chunks, write_video
 
 
 def smooth_clip(frames: int = 17, height: int = 48, width: int = 80) -> np.ndarray:
@@ -131,3 +133,97 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(WanExportError, match=r"needs av; from a clone .*'.\[pipeline\]'$"):
         write_video(tmp_path / "clip.mp4", smooth_clip(1), 16)
+
+
+def test_chunks_are_one_video(tmp_path: Path) -> None:
+    clip = smooth_clip(17, 64, 128)
+    write_video(tmp_path / "whole.mp4", clip, 16)
+    write_chunks(tmp_path / "chunks.mp4", iter([clip[:1], clip[1:9], clip[9:]]), 16)
+    assert (tmp_path / "chunks.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_a_chunk_is_encoded_while_the_next_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each chunk is made only once a frame of the one before has reached the encoder."""
+    clip, encoding = smooth_clip(12), [threading.Event() for _ in range(12)]
+    real = video._packets
+
+    def watched(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        for event, frame in zip(encoding, frames, strict=False):
+            event.set()
+            yield frame
+
+    def packets(container: Any, size: Any, frames: Any, fps: int) -> Any:
+        return real(container, size, watched(frames), fps)
+
+    def chunks() -> Iterator[np.ndarray]:
+        for begin in range(0, 12, 4):
+            if begin:
+                assert encoding[begin - 4].wait(10)
+            yield clip[begin : begin + 4]
+
+    monkeypatch.setattr(video, "_packets", packets)
+    write_chunks(tmp_path / "clip.mp4", chunks(), 16)
+    assert len(read(tmp_path / "clip.mp4")[1]) == 12
+
+
+class Ended(Exception):
+    pass
+
+
+@pytest.mark.parametrize("chunks_before", [0, 1, 3])
+def test_chunks_that_fail_leave_what_was_there(chunks_before: int, tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"the last one")
+
+    def chunks() -> Iterator[np.ndarray]:
+        yield from [smooth_clip(4)] * chunks_before
+        raise Ended
+
+    with pytest.raises(Ended):
+        write_chunks(path, chunks(), 16)
+    assert path.read_bytes() == b"the last one" and list(tmp_path.iterdir()) == [path]
+    assert "wanexport video" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_a_check_ends_the_writing_even_when_all_is_encoded(last: int, tmp_path: Path) -> None:
+    """Of two chunks: after each, and before the file has its name."""
+    checks: list[int] = []
+
+    def check() -> None:
+        checks.append(len(checks))
+        if len(checks) == last:
+            raise Ended
+
+    with pytest.raises(Ended):
+        write_chunks(tmp_path / "clip.mp4", [smooth_clip(4)] * 2, 16, check)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_that_fails_is_one_line_and_stops_the_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    made: list[int] = []
+
+    def chunks() -> Iterator[np.ndarray]:
+        for index in range(50):
+            made.append(index)
+            yield smooth_clip(1)
+
+    monkeypatch.setattr(video, "_packets", refuse)
+    with pytest.raises(WanExportError, match=r"cannot write .*clip\.mp4: No space left on device"):
+        write_chunks(tmp_path / "clip.mp4", chunks(), 16)
+    assert not list(tmp_path.iterdir()) and len(made) < 10
+
+
+def test_no_chunks_are_no_video(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="there are no frames"):
+        write_chunks(tmp_path / "clip.mp4", [], 16)
+    with pytest.raises(BadRequest, match="expected even sides"):
+        write_chunks(tmp_path / "clip.mp4", [np.zeros((1, 33, 32, 3), np.uint8)], 16)
+    assert not list(tmp_path.iterdir())
