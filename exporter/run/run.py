@@ -188,14 +188,11 @@ def _from_prompt(
 
     assert request.prompt is not None
     started = time.monotonic()
+    beside, prompts = _opened_beside(request), _prompts(request)
     with Pipeline(
-        request.bundle,
-        model=request.model,
-        keep_text_encoder=False,
-        open_parts=_opened_beside(request),
-        prompts=_prompts(request),
-        **request.engine.given(),
-    ) as pipeline:
+        request.bundle, model=request.model, keep_text_encoder=False, open_parts=beside,
+        prompts=prompts, **request.engine.given(),
+    ) as pipeline:  # fmt: skip
         denoiser = pipeline.denoiser
         load_seconds = time.monotonic() - started
         told, facts = _prepare(request, denoiser, show, tell)
@@ -218,13 +215,7 @@ def _from_prompt(
         video=made.video,
         load_seconds=load_seconds,
         seconds_per_step=made.seconds["sampling"] / len(made.timesteps),
-        facts={
-            "prompt": made.prompt,
-            "negative": made.negative,
-            **facts,
-            "placement": pipeline.placement,
-            **_facts_of(made),
-        },
+        facts={**facts, "placement": pipeline.placement, **_facts_of(made)},
     )
 
 
@@ -267,8 +258,10 @@ def _prepare(
 
 
 def _facts_of(made: "Generation") -> dict[str, Any]:
-    """What the pipeline says of its sampling."""
+    """What the pipeline says of its prompts and its sampling."""
     return {
+        "prompt": made.prompt,
+        "negative": made.negative,
         "notes": made.notes,
         "solver": made.solver,
         "timesteps": made.timesteps,

@@ -107,7 +107,7 @@ class Parts:
         vae = None if "vae" in self._given else self._vae_engine()
         needs = needs_of(manifest, self.record, vae, one_expert=one_expert)
         needs = needs if precedes else replace(needs, engine=0)
-        free = free_bytes(self.device)
+        free = free_bytes(self.device) + _cached_bytes(self.device)
         self.placement = place_encoders(
             needs, sizes, free, keeps_text=keeps_text, may_precede=precedes and first
         )
@@ -226,6 +226,14 @@ class Parts:
         codec: VideoCodec = _OPENERS["vae"](files, self.device, tiling=True)
         check_vae(codec, self.record, files.origin)
         return codec
+
+
+def _cached_bytes(device: str) -> int:
+    """What PyTorch holds of a GPU's memory, and has no tensor in."""
+    import torch
+
+    held: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return held
 
 
 def _open_text_encoder(files: ComponentFiles, device: str) -> Any:

@@ -83,7 +83,8 @@ def needs_of(
     sizes = [weights.file.size for weights in manifest.weights_of(engine.layout)]
     sizes = sizes or [file.size for file in engine.files.values()]
     stated = engine.build.get("activation_bytes")
-    call = stated or call_bytes(manifest.config, engine.geometry.num_tokens)
+    wide = 2 if engine.dtype == "fp32" else 1
+    call = stated or wide * call_bytes(manifest.config, engine.geometry.num_tokens)
     weights = max(sizes) if one_expert else sum(sizes)
     if vae is None:
         return Needs(weights, call)
@@ -102,9 +103,9 @@ def encoder_bytes(manifest: Manifest, part: str) -> int:
 
 
 def call_bytes(config: WanConfig, tokens: int) -> int:
-    """Memory of a forward beside the weights.
+    """Memory of a forward in bf16 or fp16 beside the weights.
 
     A fit of what bf16 engines took on an H200 (docs/measurements.md), from the 1.3B at 7800 tokens
-    to the 14B at 75600: within 0.3 GB of each.
+    to the 14B at 75600: within 0.7 GB of each.
     """
     return tokens * (11 * config.dim + 2 * config.ffn_dim)

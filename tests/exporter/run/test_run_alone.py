@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.exporter.run.test_run import PROMPT, SAMPLING, Family, run, saved_pictures, whole_family
+from tests.exporter.run.test_run import PROMPT, SAMPLING, run, saved_pictures, whole_family
+from tests.runtime.drop_in.test_diffusers_pipeline import Family
 from tests.runtime.parts.vae_bundle import EagerRegions, stub_compiler
 from wanexport.exporter.backends.onnx import backend as onnx_backend
 from wanexport.exporter.build import build

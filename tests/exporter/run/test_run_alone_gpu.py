@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.exporter.run.test_run import PROMPT, Family, whole_family
+from tests.exporter.run.test_run import PROMPT, whole_family
 from tests.exporter.run.test_run_alone import BLOCKED, FRAMES, REFUSE, in_a_child
+from tests.runtime.drop_in.test_diffusers_pipeline import Family
 from wanexport.exporter.build import build
+from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.parts import open as parts_module
 from wanexport.runtime.parts.placement import encoder_bytes, needs_of
 from wanexport.runtime.serving.pipeline import Pipeline
@@ -83,7 +85,7 @@ def test_a_prompt_that_is_encoded_elsewhere_gives_the_same_frames(family: Family
     one, _ = md5(family.bundle)
     with Pipeline(family.bundle, backend="aoti") as pipeline:
         parts = pipeline._parts
-        manifest = parts_module.read_manifest(family.bundle)
+        manifest = read_manifest(family.bundle)
         needs = needs_of(manifest, parts.record, parts._vae_engine(), one_expert=False)
     text, margin = encoder_bytes(manifest, "text_encoder"), 1 << 30
     resident = needs.engine + needs.vae + margin

@@ -93,7 +93,7 @@ def test_needs_follow_from_the_manifest(tmp_path: Path) -> None:
     onnx, plan = manifest.engines
     (weights,) = manifest.weights.values()
     needs = needs_of(manifest, onnx, None, one_expert=False)
-    assert needs == Needs(weights.file.size, call_bytes(manifest.config, 72))
+    assert needs == Needs(weights.file.size, 2 * call_bytes(manifest.config, 72))  # in fp32
     stated = replace(plan, build={"activation_bytes": 1234})
     assert needs_of(manifest, stated, None, one_expert=False).engine_call == 1234
     pair = replace(
