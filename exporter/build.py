@@ -24,6 +24,7 @@ from wanexport.exporter.child.process import missing_name
 from wanexport.exporter.key import engine_key
 from wanexport.exporter.model_source import ModelSource, resolve
 from wanexport.exporter.sets.convert import add_weights
+from wanexport.exporter.sets.encoders import add_encoders, order_encoders
 from wanexport.exporter.sets.loras import LoraOptions, merged, opened
 from wanexport.exporter.sets.vae import add_vae_weights, order_vae
 from wanexport.graphs.config import sampling_defaults
@@ -58,10 +59,11 @@ def build(model: str | Path | None = None, **options: Unpack[BuildKeywords]) -> 
     one operator (`native`, or ONNX Runtime's own `mha`, onnx's default on a GPU) or for TensorRT in
     several (`decomposed`). tensorrt has TensorRT's own options. expert_alone builds one expert of
     an A14B as a model by itself, which is refused without.
-    parts builds an engine of the VAE too, which the checkpoint has beside the model, or which is
-    the file or folder vae: vae_dtype is the precision that it decodes in (bf16, by default on a
-    GPU, or fp32; it encodes in fp32), vae_chunk the latent frames of a call, by default as memory
-    allows, and vae_tf32 lets its fp32 convolutions take TF32.
+    parts builds an engine of the VAE too, which the checkpoint has beside the model, and copies the
+    encoders that it has there: such a bundle serves prompts by itself. vae, a file or folder, is
+    the VAE of such an engine, with parts or without: vae_dtype is the precision that it decodes in
+    (bf16, by default on a GPU, or fp32; it encodes in fp32), vae_chunk the latent frames of a call,
+    by default as memory allows, and vae_tf32 lets its fp32 convolutions take TF32.
     Raises WanExportError for whatever the caller can put right.
     """
     asked, started = BuildOptions(**options), time.monotonic()
@@ -69,12 +71,14 @@ def build(model: str | Path | None = None, **options: Unpack[BuildKeywords]) -> 
     order = _order(model, asked)
     source = _find_model(model, asked)
     requests = _requests(source, order, asked)
+    encoders = order_encoders(requests[0], source.record, asked)
     vae = order_vae(requests[0], source.record, asked)
     path = Path(source.name) if asked.output is None else Path(asked.output)
     reused: list[str] = []
     with open_bundle(path, _empty_manifest(source)) as writer:
         for expert in source.weights:
             reused += add_weights(writer, source, expert, order.dtype, asked.progress)
+        reused += add_encoders(writer, encoders, asked.progress)
         for request in requests:
             reused += add_engine(writer, request, asked.proof, asked.progress)
         if vae is not None:
@@ -83,7 +87,7 @@ def build(model: str | Path | None = None, **options: Unpack[BuildKeywords]) -> 
             requests.append(vae.request)
         writer.commit()
     return {
-        **_summary(writer, requests),
+        **_summary(writer, requests, [encoder.label for encoder in encoders]),
         "reused": reused,
         "seconds": round(time.monotonic() - started, 2),
         "peak_rss_bytes": peak_rss(),
@@ -155,12 +159,16 @@ def _empty_manifest(source: ModelSource) -> Manifest:
     )
 
 
-def _summary(writer: BundleWriter, requests: Sequence[Request]) -> dict[str, Any]:
-    """The part of the record that says what the bundle holds of what was asked: these engines."""
+def _summary(
+    writer: BundleWriter, requests: Sequence[Request], encoders: Sequence[str]
+) -> dict[str, Any]:
+    """The part of the record that says what the bundle holds of what was asked: these engines,
+    their weights, and the encoders of these labels."""
     manifest, (first, *_) = writer.manifest, requests
     names = {f"{request.geometry.name}/{request.label}" for request in requests}
     layouts = {request.layout for request in requests}
-    sets = {label: w for label, w in manifest.weights.items() if w.layout in layouts}
+    weights = manifest.weights.items()
+    sets = {label: w for label, w in weights if w.layout in layouts or label in encoders}
     engines = [engine for engine in manifest.engines if engine.name in names]
     return {
         "bundle": str(writer.path),

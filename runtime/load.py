@@ -77,6 +77,15 @@ def load(bundle: str | Path, **options: Unpack[EngineKeywords]) -> Denoiser:
             # A build replaced the bundle between the two: what it removed is not missing.
 
 
+def chosen(bundle: str | Path, **options: Unpack[EngineKeywords]) -> Choice:
+    """The engine that `load` would open with these options, and its device; nothing is opened.
+
+    Raises what `load` raises for what does not fit.
+    """
+    refuse_empty(bundle=bundle)
+    return choose_engine(Path(bundle), read_manifest(Path(bundle)), EngineOptions(**options))
+
+
 def open_engine(
     bundle: Path, manifest: Manifest, choice: Choice, options: EngineOptions
 ) -> Denoiser:

@@ -80,7 +80,8 @@ def show_ls(record: dict[str, Any]) -> None:
     )
     for own in record["sets"]:
         recipe = f", recipe {short(own['recipe'])}" if own["recipe"] else ""
-        role = "" if own["role"] == DENOISER else f" of the {short(own['role'])}"
+        role = own["role"].replace("_", " ")
+        role = "" if own["role"] == DENOISER else f" of the {short(role)}"
         write(out, f"  set {short(own['name'])}{role}: {in_bytes(own['bytes'])}{recipe}")
         for file in own["files"]:
             expert = f"{short(file['expert'])} " if file["expert"] else ""

@@ -208,8 +208,8 @@ lora_options = _adding(
 vae_options = _adding(
     click.option(
         "--parts", is_flag=True,
-        help="Build an engine of the checkpoint's VAE too, which decodes and encodes in the "
-        "bundle's own code.",
+        help="Build an engine of the checkpoint's VAE too, and copy its text encoder, tokenizer "
+        "and CLIP into the bundle, which then serves by itself.",
     ),
     click.option(
         "--vae", type=_FILE, metavar="FILE|FOLDER",

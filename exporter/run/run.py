@@ -21,15 +21,17 @@ from wanexport.exporter.run.request import LATENT, RunRequest, check_request, si
 from wanexport.runtime.arrays import to_numpy
 from wanexport.runtime.bundle.check import file_sha256
 from wanexport.runtime.bundle.durable import write_durably
+from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
 from wanexport.runtime.bundle.tensorfile import save_arrays
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import WanExportError, explain, needing_extra
+from wanexport.runtime.family import family_named
 from wanexport.runtime.host_copy import HostCopy
-from wanexport.runtime.load import load
+from wanexport.runtime.load import chosen, load
 from wanexport.runtime.parts.find import PARTS, find_components, origin_note
+from wanexport.runtime.parts.open import Parts
 from wanexport.runtime.parts.pictures import fit_images
 from wanexport.runtime.parts.protocols import VideoCodec, decoded_chunks
-from wanexport.runtime.parts.vae_choice import choose_vae_engine
 from wanexport.runtime.sample import Plan, Step, plan_of, run_plan, seeded_noise
 from wanexport.runtime.serving.finished import finished_steps
 from wanexport.runtime.serving.video import write_chunks
@@ -160,8 +162,6 @@ def _open_vae(
     request: RunRequest, denoiser: Denoiser, tell: Callable[[str], None]
 ) -> tuple[VideoCodec, dict[str, Any]]:
     """What decodes a latent, and where it was found."""
-    from wanexport.runtime.parts.open import Parts
-
     facts = _component_facts(request, denoiser, ("vae",), tell)
     parts = Parts(request.bundle, request.model, denoiser.record, denoiser.device, {})
     return parts.vae(), facts
@@ -187,9 +187,11 @@ def _from_prompt(
 
     assert request.prompt is not None
     started = time.monotonic()
+    beside, prompts = _opened_beside(request), _prompts(request)
     with Pipeline(
-        request.bundle, model=request.model, keep_text_encoder=False, **request.engine.given()
-    ) as pipeline:
+        request.bundle, model=request.model, keep_text_encoder=False, open_parts=beside,
+        prompts=prompts, **request.engine.given(),
+    ) as pipeline:  # fmt: skip
         denoiser = pipeline.denoiser
         load_seconds = time.monotonic() - started
         told, facts = _prepare(request, denoiser, show, tell)
@@ -212,8 +214,26 @@ def _from_prompt(
         latent=made.latent,
         load_seconds=load_seconds,
         seconds_per_step=made.seconds["sampling"] / len(made.timesteps),
-        facts={"prompt": made.prompt, "negative": made.negative, **facts, **_facts_of(made)},
+        facts={**facts, "placement": pipeline.placement, **_facts_of(made)},
     )
+
+
+def _opened_beside(request: RunRequest) -> tuple[str, ...]:
+    """The parts that open while the engine does: all that the run takes, where the bundle itself
+    has all of them, and none is followed to a checkpoint."""
+    with warnings.catch_warnings(action="ignore"):  # who opens the engine says it
+        record, device = chosen(request.bundle, **request.engine.given())
+    needs = _needs(request, record)
+    own = _own_parts(request, record, device, needs)
+    return needs if own.keys() >= set(needs) else ()
+
+
+def _prompts(request: RunRequest) -> tuple[str, ...]:
+    """What the run encodes; the official negative prompt too where no other is given."""
+    family = read_manifest(request.bundle).config.family
+    official = family_named(family).negative
+    prompt, negative = request.prompt, request.negative
+    return (prompt or "", official if negative is None else negative)
 
 
 def _prepare(
@@ -230,15 +250,17 @@ def _prepare(
     for note in told:
         tell(note)
     show("finding the encoders and the VAE", 0, 0)
-    components = _component_facts(request, denoiser, _needs(request), tell)
+    components = _component_facts(request, denoiser, _needs(request, denoiser.record), tell)
     encoded = "the prompt and image" if request.image else "the prompt"
     show(f"encoding {encoded}, then the first step", 0, 0)
     return told, {**images, **components}
 
 
 def _facts_of(made: "Generation") -> dict[str, Any]:
-    """What the pipeline says of its sampling."""
+    """What the pipeline says of its prompts and its sampling."""
     return {
+        "prompt": made.prompt,
+        "negative": made.negative,
         "notes": made.notes,
         "solver": made.solver,
         "timesteps": made.timesteps,
@@ -247,16 +269,18 @@ def _facts_of(made: "Generation") -> dict[str, Any]:
     }
 
 
-def _needs(request: RunRequest) -> tuple[str, ...]:
-    """The parts that a prompt takes: no VAE from text to a latent."""
-    return PARTS if request.makes_video or request.image else ("text_encoder",)
+def _needs(request: RunRequest, engine: EngineRecord) -> tuple[str, ...]:
+    """The parts that a prompt takes: no VAE from text to a latent, CLIP where the engine has it."""
+    if not request.makes_video and not request.image:
+        return ("text_encoder",)
+    return tuple(part for part in PARTS if part != "image_encoder" or "image" in engine.inputs)
 
 
 def _component_facts(
     request: RunRequest, denoiser: Denoiser, needs: Sequence[str], tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Where the parts come from. Raises WanExportError when one is missing."""
-    own = _own_parts(request, denoiser, needs)
+    own = _own_parts(request, denoiser.record, denoiser.device, needs)
     needs = [part for part in needs if part not in own]
     if not needs:
         return {"components": own}
@@ -274,13 +298,19 @@ def _component_facts(
     }
 
 
-def _own_parts(request: RunRequest, denoiser: Denoiser, needs: Sequence[str]) -> dict[str, str]:
-    """The parts that engines of the bundle stand for, by their names."""
-    if "vae" not in needs:
-        return {}
+def _own_parts(
+    request: RunRequest, record: EngineRecord, device: str, needs: Sequence[str]
+) -> dict[str, str]:
+    """What the bundle itself has of the parts: an engine of the VAE by its name, encoders by their
+    files."""
+    parts = Parts(request.bundle, request.model, record, device, {})
     with warnings.catch_warnings(action="ignore"):  # who opens the parts says it
-        engine = choose_vae_engine(request.bundle, denoiser.record, denoiser.device)
-    return {} if engine is None else {"vae": engine.name}
+        found = {part: parts.own(part) for part in needs}
+    return {
+        part: own.name if isinstance(own, EngineRecord) else own.file.path
+        for part, own in found.items()
+        if own is not None
+    }
 
 
 def _file_facts(path: Path | None) -> dict[str, str] | None:

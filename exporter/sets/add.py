@@ -14,7 +14,14 @@ from wanexport.exporter.sets.loras import LoraOptions, merged, opened
 from wanexport.graphs.merged import BundleWeights
 from wanexport.graphs.weights import bundle_tensors
 from wanexport.runtime.bundle.check import check_content
-from wanexport.runtime.bundle.manifest import BASE, Manifest, read_manifest, weights_label
+from wanexport.runtime.bundle.manifest import (
+    BASE,
+    ENCODERS,
+    VAE,
+    Manifest,
+    read_manifest,
+    weights_label,
+)
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.bundle.usable import engine_names
 from wanexport.runtime.decode import Name, decode
@@ -89,7 +96,7 @@ def _check_name(name: str, manifest: Manifest) -> None:
         ) from None
     if name in engine_names(manifest):
         raise BadRequest(f"{name} is an engine of the bundle: choose another name")
-    if name == BASE or name in EXPERTS:
+    if name in (BASE, VAE, *ENCODERS, *EXPERTS):
         raise BadRequest(f"{name} is what a build calls its own weights: choose another name")
     if not manifest.sets_named(BASE):
         raise BadRequest("the bundle has no base set, which says what its engines read: build it")

@@ -29,6 +29,7 @@ _MERGING = 24  # bytes that a value takes while a LoRA is merged into it
 _TIMED = 1000  # of the last switches
 
 _resident: WeakValueDictionary[tuple[object, ...], "DeviceWeights"] = WeakValueDictionary()
+_reading: WeakValueDictionary[tuple[object, ...], "threading.Lock"] = WeakValueDictionary()
 _lock = threading.Lock()
 
 
@@ -201,10 +202,15 @@ def device_weights(
     file = pin(file)
     key = (str(device), file.identity)
     with _lock:
-        weights = _resident.get(key)
+        reading = _reading.setdefault(key, threading.Lock())
+    with reading:  # another file may be read meanwhile
+        with _lock:
+            weights = _resident.get(key)
         # Whose engine uses another set keeps its buffer for that.
         if weights is None or not weights.holds(file):
-            weights = _resident[key] = DeviceWeights(file, device)
+            weights = DeviceWeights(file, device)
+            with _lock:
+                _resident[key] = weights
     return weights
 
 

@@ -6,12 +6,13 @@ bicubic to 224x224 without antialiasing and without a crop. diffusers' own image
 in both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.errors import BadRequest, EngineFailure, needing_extra
 from wanexport.runtime.machine.memory import free_bytes
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from wanexport.runtime.parts.stored import StoredTensor
     from wanexport.runtime.parts.vit import VisionTransformer
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green and blue in [0, 1]
@@ -33,12 +35,30 @@ def open_image_encoder(weights: str | Path, *, device: str = "cpu") -> "CLIPImag
     another model, and when it does not fit in the GPU's memory.
     """
     with needing_extra("pipeline", "the image encoder"):
-        import torch
+        import torch  # noqa: F401
 
-        from wanexport.runtime.parts.fill_model import fill_model
         from wanexport.runtime.parts.vit_files import find_vit
+    return _filled(*find_vit(Path(weights)), device)
+
+
+def open_carried_image_encoder(file: PinnedFile, *, device: str = "cpu") -> "CLIPImageEncoder":
+    """Open the image encoder of a bundle that carries one. Raises as open_image_encoder does."""
+    with needing_extra("pipeline", "the image encoder"):
+        import torch  # noqa: F401
+
+        from wanexport.runtime.parts.vit_files import find_carried_vit
+    return _filled(*find_carried_vit(file), device)
+
+
+def _filled(
+    model: "VisionTransformer", tensors: Mapping[str, "StoredTensor"], device: str
+) -> "CLIPImageEncoder":
+    """The encoder on its device. Raises EngineFailure when a GPU does not hold it."""
+    import torch
+
+    from wanexport.runtime.parts.fill_model import fill_model
+
     place = torch.device(device)
-    model, tensors = find_vit(Path(weights))
     dtype = torch.float32 if place.type == "cpu" else torch.float16
     try:
         return CLIPImageEncoder(fill_model(model, tensors, place, dtype))

@@ -20,7 +20,7 @@ from wanexport.runtime.parts.torch_checkpoint import read_stored
 _FILES = ("model.safetensors", "model.safetensors.index.json",
           "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
 _MOST_JSON = 16 << 20  # bytes
-_LARGEST = 1 << 19  # of a config's sizes: umT5-xxl's vocabulary has 256384 tokens
+LARGEST = 1 << 19  # of a config's sizes: umT5-xxl's vocabulary has 256384 tokens
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def config_sizes(
     """
     sizes = {name: config.get(name, default) for name, default in defaults.items()}
     for name, size in sizes.items():
-        largest = num_tensors if name == layers else _LARGEST
+        largest = num_tensors if name == layers else LARGEST
         if type(size) is not int or not 0 < size <= largest:
             raise BundleError(
                 f"cannot read {folder} (the {name} of config.json is {printable(size)}, expected 1 "
@@ -97,11 +97,24 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     descriptor = _open(path)
     with open(descriptor, "rb"):
-        entries, file = read_header(descriptor), pin_opened(path, descriptor)
-        # By the descriptor, where it has a name: another file may have the path meanwhile.
-        own = Path(f"/proc/self/fd/{descriptor}")
-        name = str(own if own.exists() else path)
-        content = torch.from_file(name, shared=False, size=file.identity.size, dtype=torch.uint8)
+        return _mapped(descriptor, pin_opened(path, descriptor))
+
+
+def read_pinned(file: PinnedFile) -> dict[str, StoredTensor]:
+    """All tensors of a safetensors file by name, mapped.
+
+    Raises BundleError when it is damaged, or another than was pinned.
+    """
+    with file.opened() as descriptor:
+        return _mapped(descriptor, file)
+
+
+def _mapped(descriptor: int, file: PinnedFile) -> dict[str, StoredTensor]:
+    entries = read_header(descriptor)
+    # By the descriptor, where it has a name: another file may have the path meanwhile.
+    own = Path(f"/proc/self/fd/{descriptor}")
+    name = str(own if own.exists() else file.path)
+    content = torch.from_file(name, shared=False, size=file.identity.size, dtype=torch.uint8)
     return {
         name: StoredTensor(_tensor(content, entry, name, file), file, entry.offset)
         for name, entry in entries.items()

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.errors import BundleError, printable
 from wanexport.runtime.key_tables import key_table, required
+from wanexport.runtime.parts.carried_file import read_carried
 from wanexport.runtime.parts.fill_model import Place, parameters_in
 from wanexport.runtime.parts.model_folder import config_sizes, read_config, read_folder
 from wanexport.runtime.parts.stored import StoredTensor
@@ -56,6 +58,16 @@ def find_umt5(weights: Path) -> Found:
     Raises BundleError when the checkpoint is missing or damaged, or holds another model.
     """
     return _find_in_folder(weights) if weights.is_dir() else _find_in_official(weights)
+
+
+def find_carried_umt5(file: PinnedFile) -> tuple[Found, bytes]:
+    """The encoder and its parameters in a file of a bundle, and its tokenizer.json.
+
+    Raises BundleError when the file is damaged, or holds another model.
+    """
+    own = read_carried(file, UMT5Config)
+    found = _find(own.config, own.tensors, str, file.path, others=False)
+    return found, own.tokenizer
 
 
 def _find_in_official(path: Path) -> Found:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.errors import BundleError, printable
 from wanexport.runtime.key_tables import key_table, required
+from wanexport.runtime.parts.carried_file import read_carried
 from wanexport.runtime.parts.fill_model import Place, parameters_in
 from wanexport.runtime.parts.model_folder import config_sizes, read_config, read_folder
 from wanexport.runtime.parts.stored import StoredTensor
@@ -58,6 +60,12 @@ def find_vit(weights: Path) -> Found:
     Raises BundleError when the checkpoint is missing or damaged, or holds another model.
     """
     return _find_in_folder(weights) if weights.is_dir() else _find_in_official(weights)
+
+
+def find_carried_vit(file: PinnedFile) -> Found:
+    """The same of a file of a bundle. Raises BundleError when it is damaged, or another model's."""
+    own = read_carried(file, ViTConfig)
+    return _find(own.config, own.tensors, Place, file.path, others=False)
 
 
 def _find_in_official(path: Path) -> Found:

@@ -114,7 +114,7 @@ class Generator:
         with _timed(seconds, "image"):
             images = fit_images(self.denoiser.record, request.image, request.last_image)
         cached = self.prompts.get(texts["text"]) is not None
-        self._find_parts(texts.values(), image=bool(images), decode=request.decode)
+        self._begin_parts(texts.values(), image=bool(images), decode=request.decode)
         with _timed(seconds, "text"):
             embeddings = self._embed(list(texts.values()))
         check()
@@ -135,8 +135,8 @@ class Generator:
             seconds=seconds,
         )
 
-    def _find_parts(self, texts: Iterable[str], *, image: bool, decode: bool) -> None:
-        """Refuse work whose parts are missing, before any of them is opened."""
+    def _begin_parts(self, texts: Iterable[str], *, image: bool, decode: bool) -> None:
+        """Refuse work whose parts are missing, before any of them is opened; open them at once."""
         needed = []
         if any(self.prompts.get(text) is None for text in texts):
             needed.append("text_encoder")
@@ -144,7 +144,7 @@ class Generator:
             needed.append("vae")
         if image and "image" in self.denoiser.inputs:
             needed.append("image_encoder")
-        self.parts.find(needed)
+        self.parts.begin(needed)
 
     def _embed(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Text embeddings [n, text_dim] of cleaned texts, of the cache where it has them.
@@ -153,21 +153,15 @@ class Generator:
         """
         known = {text: kept for text in texts if (kept := self.prompts.get(text)) is not None}
         missing = [text for text in dict.fromkeys(texts) if text not in known]
-        return {**known, **self._encode(missing)} if missing else known
+        if not missing:
+            return known
+        return {**known, **self._encode(missing)}
 
     def _encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        embeddings = {}
         try:
-            encoder = self.parts.text_encoder()
-            for text in texts:
-                with _computing(self.gpu):
-                    given = encoder([text])
-                embeddings[text] = _checked_embedding(given, text, self.denoiser.inputs["text"])
-                self.prompts.put(text, embeddings[text])
+            return encode_texts(self.parts, self.prompts, texts, gpu=self.gpu)
         finally:
-            if not self.keep_text_encoder:
-                self.parts.release("text_encoder")
-        return embeddings
+            self.parts.spare("text_encoder", keep=self.keep_text_encoder)
 
     def _image_inputs(self, images: Sequence[FittedImage]) -> dict[str, np.ndarray]:
         """The engine's inputs of the fitted images; no part is opened where there are none."""
@@ -176,8 +170,11 @@ class Generator:
         record = self.denoiser.record
         image_encoder = self.parts.image_encoder() if "image" in record.inputs else None
         vae = self.parts.vae()
-        with _computing(self.gpu):
-            return image_inputs(record, images, vae, image_encoder)
+        try:
+            with _computing(self.gpu):
+                return image_inputs(record, images, vae, image_encoder)
+        finally:
+            self.parts.spare("image_encoder", keep=True)
 
     def _generate(
         self,
@@ -243,7 +240,7 @@ class Generator:
         started = time.perf_counter()
         record = self.denoiser.record
         negative = clean_prompt(family_named(record.family).negative)
-        self._find_parts([negative], image=takes_image(record), decode=decode)
+        self._begin_parts([negative], image=takes_image(record), decode=decode)
         warm_ups: dict[str, Callable[[], object]] = {
             "text": lambda: self._embed([negative]),
             "image": self._warm_up_images,
@@ -276,6 +273,22 @@ class Generator:
         with _computing(self.gpu):
             for timestep in (0, NUM_TRAIN_TIMESTEPS)[-len(self.denoiser.engines) :]:
                 is_finite(self.denoiser(**zeros, timestep=timestep))  # which waits for the GPU
+
+
+def encode_texts(
+    parts: Parts, prompts: PromptCache, texts: Iterable[str], *, gpu: int | None
+) -> dict[str, np.ndarray]:
+    """Text embeddings [n, text_dim] of cleaned texts, each encoded by itself, and kept in prompts.
+
+    Raises as the text encoder does, and EngineFailure for what does not fit the parts' engine.
+    """
+    encoder, embeddings = parts.text_encoder(), {}
+    for text in texts:
+        with _computing(gpu):
+            given = encoder([text])
+        embeddings[text] = _checked_embedding(given, text, parts.record.inputs["text"])
+        prompts.put(text, embeddings[text])
+    return embeddings
 
 
 def _checked_embedding(given: Any, text: str, spec: TensorSpec) -> np.ndarray:

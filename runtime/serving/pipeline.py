@@ -13,11 +13,11 @@ from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.engines.engine import EngineKeywords
 from wanexport.runtime.errors import BadRequest, refuse_empty
 from wanexport.runtime.load import load
-from wanexport.runtime.parts.open import Parts
 from wanexport.runtime.parts.picture_reading import Picture
 from wanexport.runtime.parts.protocols import ImageEncoder, TextEncoder, VideoCodec
 from wanexport.runtime.serving.generator import Generator
 from wanexport.runtime.serving.jobs import MAX_WAITING, Check, Job, JobQueue
+from wanexport.runtime.serving.opening import Opening, gpu_number
 from wanexport.runtime.serving.prompt_cache import PromptCache
 from wanexport.runtime.serving.request import (
     Generation,
@@ -44,6 +44,12 @@ class Pipeline:
     never does, and None does where memory does not suffice for the whole. While max_waiting
     requests wait, another one is refused. load_options are those of `load`.
 
+    open_parts are those (`text_encoder`, `vae`, `image_encoder`) that open while the engine does;
+    prompts are those that are asked for first. On a GPU that does not hold the text encoder beside
+    the engine's weights, these are encoded before the engine is opened, and later ones on the CPU.
+    `placement` says of each encoder on a GPU whether it stays `beside` the engine, is there
+    `before` each sampling alone, came `first`, or runs on the `cpu`. It is decided here, once.
+
     A dropped pipeline closes itself once its jobs are done, and so does, after the step under way,
     one that is open when the interpreter exits; the engine's memory is then freed with the object.
     Raises WanExportError as `load` does, and BadRequest for a prompt_cache or max_waiting that is
@@ -62,29 +68,31 @@ class Pipeline:
         keep_text_encoder: bool = True,
         vae_tiling: bool | None = None,
         max_waiting: int = MAX_WAITING,
+        open_parts: Sequence[str] = (),
+        prompts: Sequence[str] = (),
         **load_options: Unpack[EngineKeywords],
     ) -> None:
         refuse_empty(model=model)
-        prompts = PromptCache(prompt_cache)
-        self.denoiser: Denoiser = load(bundle, **load_options)
-        gpu = _gpu_of(self.denoiser)
-        self._parts = Parts(
-            Path(bundle),
-            model,
-            self.denoiser.record,
-            device=self.denoiser.device,
-            given={"text_encoder": text_encoder, "vae": vae, "image_encoder": image_encoder},
-            vae_tiling=vae_tiling,
-        )
+        cache = PromptCache(prompt_cache)
+        given = {"text_encoder": text_encoder, "vae": vae, "image_encoder": image_encoder}
+        opening = Opening(Path(bundle), model, given, vae_tiling, keep_text_encoder, load_options)
+        with opening.beside(open_parts, prompts, cache):
+            self.denoiser: Denoiser = load(bundle, **load_options)
+        self._parts = opening.parts_of(self.denoiser)
         self._generator = Generator(
             self.denoiser,
             self._parts,
-            prompts,
-            gpu=gpu,
+            cache,
+            gpu=gpu_number(self.denoiser.device),
             keep_text_encoder=keep_text_encoder,
         )
         self._queue = JobQueue("wanexport pipeline", max_waiting)
         weakref.finalize(self, self._queue.close)
+
+    @property
+    def placement(self) -> dict[str, str]:
+        """Where each encoder runs on a GPU; empty on a CPU."""
+        return dict(self._parts.placement)
 
     def generate(
         self,
@@ -215,9 +223,3 @@ class Pipeline:
             raise
         finally:
             del job  # an error keeps this frame, and the job keeps the error
-
-
-def _gpu_of(denoiser: Denoiser) -> int | None:
-    """The number of the GPU that runs the engine; None for a CPU."""
-    kind, _, number = denoiser.device.partition(":")
-    return int(number) if kind == "cuda" else None

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.weights import RandomWeights, write_weights
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
+from wanexport.runtime.engines import device_weights as module
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
 from wanexport.runtime.errors import BundleError
 
@@ -262,3 +263,23 @@ def test_whose_engine_changed_its_weights_does_not_give_them_to_others(
     second = device_weights(small[0], CPU)
     assert second is not first and values(second) == {1.0} and values(first) == {2.0}
     assert device_weights(small[0], CPU) is second
+
+
+def test_two_files_are_read_at_the_same_time_and_one_file_once(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, read = threading.Barrier(2, timeout=10), []
+
+    class Waiting(DeviceWeights):
+        def __init__(self, file: Path | PinnedFile, device: torch.device) -> None:
+            read.append(file)
+            both.wait()
+            super().__init__(file, device)
+
+    monkeypatch.setattr(module, "DeviceWeights", Waiting)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [files[0], files[1], files[0], files[1]]
+        first, second, *again = pool.map(lambda file: device_weights(file, CPU), asked)
+    assert len(read) == 2 and again == [first, second]
+    assert_holds(first, files[0])
+    assert_holds(second, files[1])

@@ -229,6 +229,7 @@ class Opened:
         files = ComponentFiles("model", "diffusers", here, here, here, None)
         monkeypatch.setattr(parts_module, "find_components", lambda *_, needs: files)
         monkeypatch.setattr(parts_module, "choose_vae_engine", lambda *_: None)
+        monkeypatch.setattr(parts_module, "carried_encoder", lambda *_: None)
         monkeypatch.setitem(parts_module._OPENERS, "text_encoder", self.open)
 
     def open(self, files: ComponentFiles, device: str) -> Encoder:
@@ -313,6 +314,7 @@ def test_a_missing_part_is_told_before_any_work(
         raise WanExportError(f"no {' and '.join(needs)}")
 
     monkeypatch.setattr(parts_module, "choose_vae_engine", lambda *_: None)
+    monkeypatch.setattr(parts_module, "carried_encoder", lambda *_: None)
     monkeypatch.setattr(parts_module, "find_components", missing)
     encoder = Encoder()
     pipeline = open_pipeline(engine := Engine(), text_encoder=encoder, vae=None)

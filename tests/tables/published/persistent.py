@@ -93,7 +93,7 @@ def small_bundle(folder: Path) -> Path:
 
     bundle, model = folder / "pipeline", folder / "pipeline-model"
     if not bundle.exists():
-        size = replace(SIZES["small"], text_layers=2)
+        size = replace(SIZES["small"], text_layers=2, text_ffn=10240)
         write_model(model, size)
         build(
             model,

@@ -1,0 +1,132 @@
+"""Where encoders run on a GPU, by numbers alone."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.exporter.carried import carrying_bundle
+from tests.runtime.bundle.small_bundle import small_bundle
+from wanexport.graphs.config import PRESETS
+from wanexport.runtime.bundle.manifest import read_manifest
+from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.parts import open as open_module
+from wanexport.runtime.parts.open import Parts
+from wanexport.runtime.parts.placement import (
+    Needs,
+    call_bytes,
+    encoder_bytes,
+    needs_of,
+    place_encoders,
+    placement_note,
+)
+
+GB = 10**9
+SMALL = Needs(3 * GB, GB, GB // 4, 13 * GB)  # the 1.3B at 480x832x81 with a VAE engine
+LARGE = Needs(29 * GB, 3 * GB, GB // 4, 13 * GB)  # the 14B
+TEXT, BOTH = {"text_encoder": 11 * GB}, {"text_encoder": 11 * GB, "image_encoder": GB}
+
+
+@pytest.mark.parametrize(
+    ("needs", "encoders", "free", "keeps_text", "may_precede", "expected"),
+    [
+        (SMALL, TEXT, 80, True, False, ["beside"]),
+        (SMALL, TEXT, 80, False, False, ["before"]),
+        (SMALL, TEXT, 29, True, False, ["beside"]),
+        (SMALL, TEXT, 28, True, False, ["before"]),  # a decoding takes its place
+        (SMALL, TEXT, 16, True, True, ["before"]),
+        (SMALL, TEXT, 15, True, True, ["first"]),
+        (SMALL, TEXT, 15, True, False, ["cpu"]),
+        (SMALL, TEXT, 12, True, True, ["cpu"]),
+        (LARGE, BOTH, 80, True, False, ["beside", "beside"]),
+        (LARGE, BOTH, 55, True, False, ["beside", "before"]),
+        (LARGE, BOTH, 45, True, False, ["before", "beside"]),
+        (LARGE, BOTH, 32, True, False, ["cpu", "before"]),
+        (LARGE, BOTH, 32, False, True, ["first", "before"]),
+        (LARGE, BOTH, 24, False, True, ["first", "cpu"]),
+        (LARGE, {}, 10, True, True, []),
+    ],
+)
+def test_an_encoder_has_the_place_that_the_numbers_leave(
+    needs: Needs,
+    encoders: dict[str, int],
+    free: int,
+    keeps_text: bool,
+    may_precede: bool,
+    expected: list[str],
+) -> None:
+    placed = place_encoders(
+        needs, encoders, free * GB, keeps_text=keeps_text, may_precede=may_precede
+    )
+    assert list(placed.values()) == expected
+
+
+def test_what_does_not_stay_is_told_in_one_line() -> None:
+    assert placement_note("text_encoder", "beside", GB, SMALL, 80 * GB) == ""
+    told = placement_note("text_encoder", "cpu", 11 * GB, LARGE, 32 * GB)
+    assert told == (
+        "the text encoder (11.0 GB) runs on the CPU, which takes longer: the GPU has 32.0 GB free, "
+        "of which the engine takes 32.0 and the VAE 13.2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "weights", "measured"),
+    [  # GPU memory of bf16 engines in docs/measurements.md
+        ("t2v-1.3b", (480, 832, 17), 2.84, 3.7),
+        ("t2v-1.3b", (480, 832, 81), 2.84, 4.0),
+        ("t2v-1.3b", (720, 1280, 81), 2.84, 5.5),
+        ("t2v-14b", (480, 832, 81), 28.6, 31.8),
+        ("t2v-14b", (720, 1280, 81), 28.6, 35.3),
+    ],
+)
+def test_a_forward_takes_what_was_measured(
+    preset: str, size: tuple[int, int, int], weights: float, measured: float
+) -> None:
+    found = call_bytes(PRESETS[preset].config, Geometry(*size).num_tokens) / GB
+    assert found == pytest.approx(measured - weights, abs=0.7)
+
+
+def test_needs_follow_from_the_manifest(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "bundle", "onnx", "tensorrt")
+    manifest = read_manifest(bundle)
+    onnx, plan = manifest.engines
+    (weights,) = manifest.weights.values()
+    needs = needs_of(manifest, onnx, None, one_expert=False)
+    assert needs == Needs(weights.file.size, 2 * call_bytes(manifest.config, 72))  # in fp32
+    stated = replace(plan, build={"activation_bytes": 1234})
+    assert needs_of(manifest, stated, None, one_expert=False).engine_call == 1234
+    pair = replace(
+        manifest,
+        experts=("high_noise", "low_noise"),
+        weights={e: replace(weights, expert=e) for e in ("high_noise", "low_noise")},
+    )
+    assert needs_of(pair, onnx, None, one_expert=False).engine == 2 * weights.file.size
+    assert needs_of(pair, onnx, None, one_expert=True).engine == weights.file.size
+    assert encoder_bytes(manifest, "text_encoder") == 11_361_820_672  # 5.68 billion in bf16
+
+
+def test_parts_are_placed_once_by_what_the_gpu_has_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = carrying_bundle(tmp_path)
+    record = read_manifest(bundle).engines[0]
+    asked: list[str] = []
+
+    def free(device: str) -> int:
+        asked.append(device)
+        return 2 * GB
+
+    monkeypatch.setattr(open_module, "free_bytes", free)
+    monkeypatch.setattr(open_module, "choose_vae_engine", lambda *_: None)
+    parts = Parts(bundle, None, record, "cuda:0", {})
+    parts.place(keeps_text=True, one_expert=False, precedes=False, first=False)
+    assert parts.placement == {"text_encoder": "beside", "image_encoder": "beside"}
+    assert asked == ["cuda:0"]
+    monkeypatch.setattr(open_module, "free_bytes", lambda device: 10**6)
+    small = Parts(bundle, None, record, "cuda:0", {})
+    small.place(keeps_text=True, one_expert=False, precedes=False, first=False)
+    assert set(small.placement.values()) == {"cpu"}
+    with pytest.warns(match=r"the text encoder \(0\.0 GB\) runs on the CPU"):
+        small.text_encoder()  # on a machine without a GPU
+    small.close()
