@@ -41,7 +41,8 @@ def choose_kernels(
     seconds: Seconds = {}
     for kind, shape in program_of(config, geometry).attention.items():
         if kind == "cache":
-            chosen[kind], seconds[kind] = choose_cached_kernel(config, shape, dtype, device)
+            chosen[kind], times = choose_cached_kernel(config, shape, dtype, device)
+            seconds |= {kind: times} if times else {}
             continue
         own = [wanted] if wanted and kind == "self" else names
         if own == ["sdpa"]:  # which runs wherever PyTorch does
