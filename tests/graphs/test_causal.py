@@ -149,9 +149,7 @@ def keeps_the_sink_of_max_attention(weights: Any) -> float:
 
 def masks_the_padding_of_the_text(weights: Any) -> float:
     def masked(q: Any, k: Any, v: Any, kind: str) -> Any:
-        return causal.torch.ops.wanexport.attention.kind(
-            q, k[:, :TEXT_ROWS], v[:, :TEXT_ROWS], kind
-        )
+        return torch.ops.wanexport.attention.kind(q, k[:, :TEXT_ROWS], v[:, :TEXT_ROWS], kind)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(causal, "attention", masked)
