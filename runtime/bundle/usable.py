@@ -48,8 +48,7 @@ def why_unusable(bundle: Path, manifest: Manifest, engine: EngineRecord) -> str:
     if unfamiliar:
         return _of_later(manifest, engine.name, f"has {unfamiliar}")
     if reason := mismatch(manifest.config, engine) or _lacks(manifest, engine):
-        geometry = engine.geometry
-        size = f"--resolution {geometry.height}x{geometry.width} --frames {geometry.frames}"
+        size = engine.geometry.options
         kind = f"--backend {engine.backend} --dtype {engine.dtype}"
         if engine.role == VAE:
             kind = f"--parts --vae-dtype {engine.dtype}"
@@ -135,6 +134,8 @@ def mismatch(config: WanConfig, engine: EngineRecord) -> str:
     stride, expected = engine.geometry.spatial_stride, family_of(config).vae.spatial_stride
     if stride != expected:
         return f"it is for a VAE of stride {stride}, the model's has {expected}"
+    if bool(engine.geometry.chunk) != family_of(config).is_causal:
+        return f"its geometry {engine.geometry.name} is of another kind than family {config.family}"
     program = program_of(config, engine.geometry)
     if KINDS[engine.backend].is_whole:
         program = program.whole()

@@ -17,12 +17,15 @@ class Memory:
     """What a session keeps between calls of one engine.
 
     `state` is written in place, or replaced; `values` are what the calls of the prompt wrote with
-    the weights of the file `weights`, None before the first call.
+    the weights of the file `weights`, None before the first call. `attended` is the number that the
+    input `keys` has on the device, how many tokens of a cache the next calls attend to: with it an
+    engine on a GPU takes a faster kernel. None where the caller does not know.
     """
 
     state: dict[str, Array] = field(default_factory=dict)
     values: dict[str, Array] | None = None
     weights: PinnedFile | None = None
+    attended: int | None = None
 
 
 def new_memory(program: Program, zeros: Callable[[tuple[int, ...]], Array]) -> Memory:
@@ -48,10 +51,12 @@ class Engine(Protocol):
         inputs: Mapping[str, Array],
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
+        moment: str = "step",
     ) -> Array:
         """The velocity, with the weights of a file, None for those the engine has.
 
-        Without memory every call runs, and the state is zeros. Raises EngineFailure when the device
+        Without memory every call runs, and the state is zeros. The moment `commit`, which a causal
+        Program has, writes state and gives None. Raises EngineFailure when the device
         cannot, BundleError when the file is not what was pinned.
         """
 

@@ -34,7 +34,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"denoiser", "sample", "settings"}),
         frozenset({"engines", "parts", "wan_keys", "lora", "recipes"}),
         frozenset({"bundle"}),
-        frozenset({"family", "plain_wan", "wan_vae", "vae_memory"}),
+        frozenset({"family", "plain_wan", "causal_wan", "wan_vae", "vae_memory"}),
         frozenset(
             {
                 "arrays",
