@@ -16,6 +16,7 @@ from pathlib import Path
 
 from wanexport.exporter.backends.backend import Request
 from wanexport.exporter.backends.table import find_backend
+from wanexport.runtime.decode import encode
 
 _OF_PACKAGE = "__init__.py"
 # What says, keeps, runs or measures, and decides no byte of what is lowered or compiled. A family's
@@ -39,11 +40,11 @@ def engine_key(request: Request) -> str:
     """Hash of all that decides an engine's files; the weights are not among it."""
     backend = find_backend(request.backend)
     bound = {name: request.target[name] for name in backend.BINDING if name in request.target}
-    asked = asdict(replace(request, target=bound))
+    asked = {**asdict(replace(request, target=bound)), "geometry": encode(request.geometry)}
     files = sources((*backend.SOURCES, request.graph.partition(":")[0]))
     parts = [
         {name: value for name, value in asked.items() if name not in _LEFT_OUT},
-        asdict(request.program),
+        encode(request.program),
         request.layout,
         [hashlib.sha256(path.read_bytes()).hexdigest() for _, path in sorted(files.items())],
         backend.libraries(request),

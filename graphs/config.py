@@ -21,7 +21,9 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(WanConfig("t2v", 256, 1024, 2, 4, 16, 16, 0)),
+    "causal-tiny": Preset(WanConfig("self-forcing", 256, 1024, 2, 2, 16, 16, 0)),
     "t2v-1.3b": Preset(_1_3B),
+    "self-forcing-1.3b": Preset(replace(_1_3B, family="self-forcing")),
     "t2v-14b": Preset(_14B),
     "i2v-14b": Preset(replace(_14B, family="i2v", in_channels=36, image_tokens=257)),
     "flf2v-14b": Preset(replace(_14B, family="flf2v", in_channels=36, image_tokens=514)),

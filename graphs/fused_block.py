@@ -13,7 +13,7 @@ from wanexport.graphs.wan import Block, Conditioning, CrossAttention, SelfAttent
 from wanexport.runtime.engines.operators import attention, linear_gelu
 
 # Rows of the modulation table.
-_SHIFT, _SCALE, _GATE, _FFN_SHIFT, _FFN_SCALE, _FFN_GATE = range(6)
+SHIFT, SCALE, GATE, FFN_SHIFT, FFN_SCALE, FFN_GATE = range(6)
 
 
 class FusedBlock(Block):
@@ -23,28 +23,28 @@ class FusedBlock(Block):
         table = self.modulation + cond.modulation
         up, _, down = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(self.ffn))
         dtype = up.weight.dtype
-        h = kernels.modulated_norm(x, table, _SCALE, _SHIFT, self.norm1.eps, dtype)
+        h = kernels.modulated_norm(x, table, SCALE, SHIFT, self.norm1.eps, dtype)
         y = _self_attention(self.self_attn, h, cond)
         norm = self.norm3
-        x, h = kernels.add_gated_norm(x, y, table, _GATE, norm.weight, norm.bias, norm.eps)
+        x, h = kernels.add_gated_norm(x, y, table, GATE, norm.weight, norm.bias, norm.eps)
         y = _cross_attention(self.cross_attn, h, cond)
-        x, h = kernels.add_modulated_norm(x, y, table, _FFN_SCALE, _FFN_SHIFT, self.norm2.eps)
-        y = _linear(down, linear_gelu(h.flatten(0, 1), up.weight, up.bias)).view(x.shape)
-        return kernels.add_gated(x, y, table, _FFN_GATE)
+        x, h = kernels.add_modulated_norm(x, y, table, FFN_SCALE, FFN_SHIFT, self.norm2.eps)
+        y = flat_linear(down, linear_gelu(h.flatten(0, 1), up.weight, up.bias)).view(x.shape)
+        return kernels.add_gated(x, y, table, FFN_GATE)
 
 
 def _self_attention(layer: SelfAttention, h: Tensor, cond: Conditioning) -> Tensor:
     flat = h.flatten(0, 1)
-    q, k, v = (_linear(linear, flat)[None] for linear in (layer.q, layer.k, layer.v))
+    q, k, v = (flat_linear(linear, flat)[None] for linear in (layer.q, layer.k, layer.v))
     weights = layer.norm_q.weight, layer.norm_k.weight
     q, k = kernels.rms_norm_rope(q, k, *weights, cond.cos, cond.sin, layer.norm_q.eps)
     out = attention(layer.heads(q), layer.heads(k), layer.heads(v), "self")
-    return _linear(layer.o, out.view(flat.shape)).view(h.shape)
+    return flat_linear(layer.o, out.view(flat.shape)).view(h.shape)
 
 
 def _cross_attention(layer: CrossAttention, h: Tensor, cond: Conditioning) -> Tensor:
     flat = h.flatten(0, 1)
-    q = kernels.rms_norm(_linear(layer.q, flat), layer.norm_q.weight, layer.norm_q.eps)
+    q = kernels.rms_norm(flat_linear(layer.q, flat), layer.norm_q.weight, layer.norm_q.eps)
     q = layer.heads(q)
     k, v = layer.norm_k(layer.k(cond.context)), layer.v(cond.context)
     out = attention(q, layer.heads(k).to(v.dtype), layer.heads(v), "text")
@@ -53,9 +53,9 @@ def _cross_attention(layer: CrossAttention, h: Tensor, cond: Conditioning) -> Te
         k, v = layer.norm_k_img(layer.k_img(tokens)), layer.v_img(tokens)
         image = attention(q, layer.heads(k).to(v.dtype), layer.heads(v), "image")
         out = (out.float() + image.float()).to(v.dtype)
-    return _linear(layer.o, out.view(flat.shape)).view(h.shape)
+    return flat_linear(layer.o, out.view(flat.shape)).view(h.shape)
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+def flat_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """The product on [L, in]: in two dimensions cuBLASLt adds the bias in the same kernel."""
     return torch.addmm(layer.bias, x, layer.weight.t())

@@ -36,7 +36,8 @@ def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 class Graph(nn.Module):
-    """A model at one geometry and precision; every call of its Program is a method of that name.
+    """A model at one geometry and precision; every call of its Program is a method of that name,
+    or of that of the call whose code it runs.
 
     A method takes what the call reads and its state by name, and returns what it writes by name.
     That of a repeated call takes the layer's index first, and its state without the index:
@@ -84,7 +85,7 @@ class Graph(nn.Module):
         known = dict(values)
         for call in self.program.calls:
             if call.when in moments:
-                for index in range(call.repeat):
+                for index in call.numbers:
                     known |= self.run_call(call, index, known, state)
         return known
 
@@ -96,7 +97,7 @@ class Graph(nn.Module):
         for name, own in zip(call.state, of_layer(call.state, index), strict=True):
             given[_without_layer(name)] = state[own]
         layer = (index,) if _has_layers(call) else ()
-        written: dict[str, Tensor] = getattr(self, call.name)(*layer, **given)
+        written: dict[str, Tensor] = getattr(self, call.function)(*layer, **given)
         return written
 
     def forward(self, *, state: Sequence[Tensor] = (), **inputs: Tensor) -> Any:

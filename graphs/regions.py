@@ -56,11 +56,14 @@ class _ParametersAsInputs(nn.Module):
 def trace_calls(
     graph: Graph, device: str, names: Collection[str] | None = None, *, functional: bool = False
 ) -> dict[str, ExportedProgram]:
-    """Export calls of an empty graph whose tables are on the device; None stands for all."""
+    """Export calls of an empty graph whose tables are on the device; None stands for all.
+
+    A call that runs another's code is not exported.
+    """
     return {
         call.name: _trace(graph, call, device, functional)
         for call in graph.program.calls
-        if names is None or call.name in names
+        if not call.code and (names is None or call.name in names)
     }
 
 

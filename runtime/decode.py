@@ -8,7 +8,7 @@ import json
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from functools import cache
 from math import isfinite
 from types import UnionType
@@ -51,6 +51,9 @@ class Known:
 
     hints: Mapping[str, Any]
 
+
+# Of a field that is written only where it has another value than its default.
+SPARSE: Mapping[str, Any] = {"sparse": True}
 
 Size = Annotated[int, Range(0, 2**53 - 1)]  # what every reader of JSON holds exactly
 Count = Annotated[int, Range(0, 2**100)]
@@ -157,11 +160,19 @@ def keeping_unknown(record: Any, data: Any) -> Any:
 def encode(value: Any) -> Any:
     """What `decode` reads, of records; what a record keeps as unknown is in its place."""
     if is_dataclass(value) and not isinstance(value, type):
-        known = {f.name: encode(getattr(value, f.name)) for f in fields(value)}
+        known = {
+            f.name: encode(getattr(value, f.name)) for f in fields(value) if _is_said(f, value)
+        }
         return _merged(known, known.pop("unknown", {}))
     if isinstance(value, dict):
         return {key: encode(inner) for key, inner in value.items()}
     return [encode(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _is_said(own: Field[Any], record: Any) -> bool:
+    """Whether a record's field is written."""
+    is_sparse = own.metadata.get("sparse", False)
+    return not is_sparse or bool(getattr(record, own.name) != own.default)
 
 
 def _left_over(data: Any, kept: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
-from wanexport.runtime import plain_wan
+from wanexport.runtime import causal_wan, plain_wan
 from wanexport.runtime.decode import Name, Range
 from wanexport.runtime.errors import BundleError
 from wanexport.runtime.geometry import Geometry
@@ -55,7 +55,8 @@ class Family:
 
     `needs` are the pictures that a model cannot do without, of `first` and `last`, and `takes`
     those that it can be given. Where `blends_first_frame`, each latent frame has its timestep, and
-    the first picture is no input but replaces frame 0, whose timestep is 0. `shift_480p` is the
+    the first picture is no input but replaces frame 0, whose timestep is 0. A video of one that
+    `is_causal` is made chunk by chunk, and its geometry says of which. `shift_480p` is the
     shift of small videos, where it is another. `graph` is the module and class of the graph, which
     only a build imports.
     """
@@ -70,6 +71,7 @@ class Family:
     takes: tuple[str, ...] = ()
     clip_tokens: int = 0
     blends_first_frame: bool = False
+    is_causal: bool = False
     shift_480p: float | None = None
     graph: str = "wanexport.graphs.wan:WanModel"
 
@@ -146,6 +148,20 @@ FAMILIES = {
         parameters=plain_wan.parameter_shapes,
         takes=("first",),
         blends_first_frame=True,
+    ),
+    # configs/self_forcing_dmd.yaml: 1000, 750, 500 and 250 of 1000, moved by a shift of 5.
+    "self-forcing": Family(
+        vae=_VAE_21,
+        hub="Wan-AI/Wan2.1-T2V-1.3B",
+        negative=_negative(),
+        sampling=SamplingDefaults(
+            4, 5.0, (1.0, 1.0), None, fps=16, solver="renoise",
+            timesteps=(1000.0, 937.5, 2500 / 3, 625.0),
+        ),
+        program=causal_wan.program,
+        parameters=plain_wan.parameter_shapes,
+        is_causal=True,
+        graph="wanexport.graphs.causal:CausalWan",
     ),
 }  # fmt: skip
 

@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 
+from wanexport.runtime.decode import SPARSE
 from wanexport.runtime.errors import BadRequest
 
 PATCH = 2  # the patch embedding's stride along height and width
@@ -19,6 +20,8 @@ class Geometry:
     """A video of height x width pixels and `frames` frames, seen through a VAE.
 
     `spatial_stride` is the VAE's pixels per latent pixel: 8 for Wan2.1, 16 for Wan2.2's 5B.
+    With `chunk`, a call computes so many latent frames of the video, whose sizes `latent`, `grid`
+    and `num_tokens` then are, and `cache` is how many it may attend to, its own among them.
     Raises BadRequest, naming the nearest legal values, when Wan has no such geometry.
     """
 
@@ -26,9 +29,12 @@ class Geometry:
     width: int
     frames: int
     spatial_stride: int = 8
+    chunk: int = field(default=0, metadata=SPARSE)
+    cache: int = field(default=0, metadata=SPARSE)
 
     def __post_init__(self) -> None:
-        numbers = (self.height, self.width, self.frames, self.spatial_stride)
+        video = (self.height, self.width, self.frames, self.spatial_stride)
+        numbers = (*video, self.chunk, self.cache)
         if any(type(n) is not int for n in numbers) or self.spatial_stride < 1:
             raise BadRequest(f"{numbers} is no video: expected whole height, width and frames")
         if max(numbers) > MAX_PIXELS:
@@ -51,6 +57,11 @@ class Geometry:
             low = max(1, (self.frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1)
             near = " or ".join(str(n) for n in (low, low + TEMPORAL_STRIDE) if n >= 1)
             raise BadRequest(f"{self.frames} frames are not legal: expected 4k+1; nearest: {near}")
+        if (self.chunk or self.cache) and not 1 <= self.chunk <= self.cache:
+            raise BadRequest(
+                f"a chunk of {self.chunk} latent frames and a cache of {self.cache}: expected a "
+                f"chunk from 1, and a cache of at least as many"
+            )
 
     def _nearest_sides(self, side: int) -> list[tuple[int, int]]:
         lower = tuple(max(side, n // side * side) for n in (self.height, self.width))
@@ -59,13 +70,19 @@ class Geometry:
 
     @property
     def name(self) -> str:
-        """The folder name of this geometry: heightxwidthxframes."""
-        return f"{self.height}x{self.width}x{self.frames}"
+        """The folder name of this geometry: heightxwidthxframes, and chunk and cache if any."""
+        chunks = f"-chunk{self.chunk}-cache{self.cache}" if self.chunk else ""
+        return f"{self.height}x{self.width}x{self.frames}{chunks}"
+
+    @property
+    def clip_frames(self) -> int:
+        """Latent frames of the whole video."""
+        return (self.frames - 1) // TEMPORAL_STRIDE + 1
 
     @property
     def latent(self) -> tuple[int, int, int]:
-        """Latent frames, height and width."""
-        frames = (self.frames - 1) // TEMPORAL_STRIDE + 1
+        """Latent frames, height and width of a call."""
+        frames = self.chunk or self.clip_frames
         return frames, self.height // self.spatial_stride, self.width // self.spatial_stride
 
     @property
@@ -77,18 +94,37 @@ class Geometry:
     @property
     def num_tokens(self) -> int:
         """The DiT's sequence length L."""
-        frames, rows, columns = self.grid
-        return frames * rows * columns
+        return self.grid[0] * self.frame_tokens
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of one latent frame."""
+        _, rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def slots(self) -> int:
+        """Latent frames that the cache has room for; the last is for what fills a chunk up.
+
+        Without such room when a chunk is one frame, which is never filled up.
+        """
+        return self.cache + (self.chunk > 1)
 
     def reduced(self, max_tokens: int) -> "Geometry":
-        """A geometry of at most max_tokens: the longest token axis is halved until it fits."""
+        """A geometry of at most max_tokens: the longest token axis is halved until it fits.
+
+        That of chunks has a cache of few frames.
+        """
         grid = list(self.grid)
         while grid[0] * grid[1] * grid[2] > max_tokens:
             longest = grid.index(max(grid))
             grid[longest] //= 2
         side = PATCH * self.spatial_stride
-        frames = (grid[0] - 1) * TEMPORAL_STRIDE + 1
-        return Geometry(grid[1] * side, grid[2] * side, frames, self.spatial_stride)
+        sides = {"height": grid[1] * side, "width": grid[2] * side}
+        if self.chunk:
+            cache = min(self.cache, 2 * self.chunk + 1)
+            return replace(self, **sides, chunk=grid[0], cache=max(grid[0], cache))
+        return replace(self, **sides, frames=(grid[0] - 1) * TEMPORAL_STRIDE + 1)
 
 
 def parse_resolution(resolution: Resolution) -> tuple[int, int]:

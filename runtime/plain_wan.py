@@ -28,22 +28,22 @@ _Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 def program(config: WanConfig, geometry: Geometry, *, per_frame: bool) -> Program:
     """Embedding, a block for every layer, head; per_frame gives each latent frame a timestep."""
-    parameters = _call_parameters(config)
-    values = _values(config, geometry, per_frame)
-    conditioning = tuple(name for name in values if name not in ("x", "time"))
-    inputs = _inputs(config, geometry, per_frame)
+    parameters = call_parameters(config)
+    embedded = values(config, geometry, per_frame)
+    conditioning = tuple(name for name in embedded if name not in ("x", "time"))
+    taken = inputs(config, geometry, per_frame)
     return Program(
-        inputs=inputs,
-        outputs={"velocity": TensorSpec(inputs["latent"].shape)},
+        inputs=taken,
+        outputs={"velocity": TensorSpec(taken["latent"].shape)},
         calls=(
-            Call("embed", tuple(inputs), tuple(values), parameters["embed"]),
+            Call("embed", tuple(taken), tuple(embedded), parameters["embed"]),
             Call(
                 "block", ("x", *conditioning), ("x",), parameters["block"],
                 repeat=config.num_layers,
             ),
             Call("head", ("x", "time"), ("velocity",), parameters["head"]),
         ),
-        values=values,
+        values=embedded,
         attention=_attentions(config, geometry),
     )  # fmt: skip
 
@@ -58,7 +58,7 @@ def _attentions(config: WanConfig, geometry: Geometry) -> dict[str, Attention]:
     }
 
 
-def _inputs(config: WanConfig, geometry: Geometry, per_frame: bool) -> dict[str, Input]:
+def inputs(config: WanConfig, geometry: Geometry, per_frame: bool) -> dict[str, Input]:
     """Every graph input, in the order of `WanModel.embed`; all are fp32."""
     latent = geometry.latent
     inputs = {
@@ -74,7 +74,7 @@ def _inputs(config: WanConfig, geometry: Geometry, per_frame: bool) -> dict[str,
     return inputs
 
 
-def _values(config: WanConfig, geometry: Geometry, per_frame: bool) -> dict[str, TensorSpec]:
+def values(config: WanConfig, geometry: Geometry, per_frame: bool) -> dict[str, TensorSpec]:
     """What the embedding gives: the residual stream, the time for the head, and the conditioning.
 
     With a timestep for each latent frame, the rows of x are the frames.
@@ -95,7 +95,7 @@ def _values(config: WanConfig, geometry: Geometry, per_frame: bool) -> dict[str,
     return values
 
 
-def _call_parameters(config: WanConfig) -> dict[str, tuple[str, ...]]:
+def call_parameters(config: WanConfig) -> dict[str, tuple[str, ...]]:
     """The names of each call's parameters, in the order it takes them."""
     names: dict[str, list[str]] = {"embed": [], "block": [], "head": []}
     first = _BLOCK.replace(LAYER, "0")

@@ -8,18 +8,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-from wanexport.runtime.decode import Line, Name, Range, Size, Text
+from wanexport.runtime.decode import SPARSE, Line, Name, Range, Size, Text
 
 ENGINE_DTYPE = "engine"  # of a value: whatever precision the engine has
-# When a call runs: once for a prompt, or at every step; of a VAE, for its first frame or the next.
-MOMENTS = ("prompt", "step", "first", "next")
-DRAWS = ("normal", "rows", "masked")  # how a seeded input is made
-# Of the video to itself, to text, to image tokens; in a VAE of the pixels of a frame.
-ATTENTION_KINDS = ("self", "text", "image", "frame")
+# When a call runs: once for a prompt, at every step, or to keep a finished chunk of a causal video;
+# of a VAE, for its first frame or the next.
+MOMENTS = ("prompt", "step", "commit", "first", "next")
+DRAWS = ("normal", "rows", "masked", "place")  # how a seeded input is made
+# Of the video to itself, to text, to image tokens, of a chunk to the frames that are kept; in a VAE
+# of the pixels of a frame.
+ATTENTION_KINDS = ("self", "text", "image", "cache", "frame")
 LAYER = "{i}"
 WHOLE = "denoiser"  # the call that an engine of one graph is
 _MOST_LAYERS = 1024
 _Templated = Annotated[str, Text(r"[A-Za-z0-9][A-Za-z0-9._+{}-]*", 64)]
+_NameOrNone = Annotated[str, Text(r"([A-Za-z0-9][A-Za-z0-9._+-]*)?", 64)]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Input(TensorSpec):
     """An input of an engine; `draw` says how a seeded one is made, `normal` by default.
 
     `rows` are fewer rows than the shape has, zero-padded, as text embeddings are; `masked` begins
-    with 4 channels that are 1 in the first latent frame and 0 in the others.
+    with 4 channels that are 1 in the first latent frame and 0 in the others; `place` says where in
+    a causal video a chunk lies, which follows from the chunk's number.
     """
 
     draw: Name = "normal"
@@ -55,7 +59,8 @@ class Call:
     """One compiled function, called as `name(parameters, reads, state) -> writes`.
 
     parameters are names of the weights, in order; state is written in place. A call with `repeat`
-    runs for layer 0 to repeat - 1, each time reading what the one before wrote.
+    runs for that many layers from `first` on, each time reading what the one before wrote. `code`
+    names the call whose compiled function it is; empty where it has one of its own.
     """
 
     name: Name
@@ -65,10 +70,22 @@ class Call:
     state: tuple[_Templated, ...] = ()
     repeat: Annotated[int, Range(1, _MOST_LAYERS)] = 1
     when: Name = "step"
+    code: _NameOrNone = field(default="", metadata=SPARSE)
+    first: Annotated[int, Range(0, _MOST_LAYERS - 1)] = field(default=0, metadata=SPARSE)
+
+    @property
+    def function(self) -> str:
+        """The name of the call whose compiled function it runs."""
+        return self.code or self.name
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of its layers."""
+        return range(self.first, self.first + self.repeat)
 
     def layers(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
         """The names of the parameters and of the state of each layer."""
-        for index in range(self.repeat):
+        for index in self.numbers:
             yield of_layer(self.parameters, index), of_layer(self.state, index)
 
 
@@ -95,17 +112,25 @@ class Program:
         return spec
 
     @property
+    def functions(self) -> tuple[str, ...]:
+        """The names of the calls that have a compiled function of their own, in order."""
+        return tuple(call.name for call in self.calls if not call.code)
+
+    @property
     def is_plain(self) -> bool:
         """Whether every call runs at every step and nothing is kept between steps."""
         return not self.state and all(call.when == "step" for call in self.calls)
 
     def states(self) -> dict[str, TensorSpec]:
         """Every tensor of the state by its own name, that of a layer with the layer's number."""
-        repeats = {name: call.repeat for call in self.calls for name in call.state}
+        ends = {
+            name: max(call.numbers.stop for call in self.calls if name in call.state)
+            for name in {name for call in self.calls for name in call.state}
+        }
         return {
             name.replace(LAYER, str(index)): spec
             for name, spec in self.state.items()
-            for index in range(repeats.get(name, 1) if LAYER in name else 1)
+            for index in range(ends.get(name, 1) if LAYER in name else 1)
         }
 
     def whole(self) -> "Program":
@@ -127,18 +152,37 @@ class Program:
 
     def fault(self) -> str:
         """What is wrong with the order of calls and names, in words; empty when nothing is."""
-        known, of_steps = set(self.inputs), set[str]()
+        of_prompt, written = set(self.inputs), dict[str, set[str]]()
         for call in self.calls:
+            own = written.setdefault(call.when, set())
+            known = of_prompt | own
             if missing := [name for name in call.reads if name not in known]:
-                return f"call {call.name} reads {missing[0]}, which nothing before it writes"
+                others = [when for when, names in written.items() if missing[0] in names]
+                reason = (
+                    f"only calls of {others[0]} write" if others else "nothing before it writes"
+                )
+                return f"call {call.name} reads {missing[0]}, which {reason}"
             if missing := [name for name in call.state if name not in self.state]:
                 return f"call {call.name} keeps {missing[0]}, which is no state"
-            if call.when != "step" and (wrong := of_steps.intersection(call.reads)):
-                return f"call {call.name} runs once a prompt and reads {min(wrong)} of each step"
-            known |= set(call.writes)
-            of_steps |= set(call.writes) if call.when == "step" else set()
+            own |= set(call.writes)
+            of_prompt |= set(call.writes) if call.when == "prompt" else set()
+        known = set(self.inputs).union(*written.values())
         missing = [name for name in self.outputs if name not in known]
-        return f"no call writes {missing[0]}" if missing else ""
+        return f"no call writes {missing[0]}" if missing else self._unlike_its_function()
+
+    def _unlike_its_function(self) -> str:
+        """Which call does not fit the function that it runs, in words; empty when all do."""
+        own = {call.name: call for call in self.calls if not call.code}
+        for call in self.calls:
+            model = own.get(call.function)
+            if model is None or _form(call) != _form(model):
+                return f"call {call.name} cannot run the code of {call.function}"
+        return ""
+
+
+def _form(call: Call) -> tuple[object, ...]:
+    """How a compiled function is called: by how many parameters, reads and so on."""
+    return call.parameters, len(call.reads), len(call.writes), len(call.state)
 
 
 def of_layer(names: tuple[str, ...], index: int) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ _STRIDED_WRITE = re.compile(
     r"(slice|select|diagonal|as_strided)_scatter)"
 )
 _WRITES = ("mutation", "strided_write")  # what a program may do to its state
-_ATTENTION = re.compile(r"wanexport\.attention|aten\._?scaled_dot_product_\w+")
+_ATTENTION = re.compile(r"wanexport\.(cached_)?attention|aten\._?scaled_dot_product_\w+")
 _DTYPES = {
     torch.float64: "fp64",
     torch.complex32: "complex",

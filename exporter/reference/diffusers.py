@@ -83,6 +83,7 @@ class DiffusersEngine:
         inputs: Mapping[str, Any],
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
+        moment: str = "step",
     ) -> Any:
         """Run the model and return its velocity: numpy for numpy, a tensor for tensors.
 

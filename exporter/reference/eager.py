@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanexport.graphs.graph import empty_graph, parameter_dtype
+from wanexport.graphs.graph import empty_graph, parameter_dtype, torch_dtype
 from wanexport.graphs.source_tensor import SourceTensor
 from wanexport.graphs.weights import DTYPES, bundle_tensors, read_tensor
 from wanexport.runtime.arrays import Array
 from wanexport.runtime.bundle.pinned_file import PinnedFile
-from wanexport.runtime.engines.device import to_device
-from wanexport.runtime.engines.engine import CLOSED, Memory, new_memory
+from wanexport.runtime.engines.device import to_device, zero_state
+from wanexport.runtime.engines.engine import CLOSED, Memory
 from wanexport.runtime.errors import EngineFailure
 from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
@@ -82,7 +82,12 @@ class EagerEngine:
 
     def memory(self) -> Memory:
         """What a new session keeps: a state of zeros."""
-        return new_memory(self.model.program, lambda shape: torch.zeros(shape, device=self.device))
+        return Memory(zero_state(self.model.program, self.dtype, torch.device(self.device)))
+
+    def _input(self, name: str, value: Array) -> Tensor:
+        """An input on the device, in the dtype that the Program says."""
+        dtype = torch_dtype(self.model.program.inputs[name].dtype)
+        return to_device(value, torch.device(self.device), dtype)
 
     def use(self, weights: PinnedFile) -> None:
         """Read parameters from another file of a bundle, by their official names."""
@@ -102,8 +107,11 @@ class EagerEngine:
         inputs: Mapping[str, Any],
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
+        moment: str = "step",
     ) -> Any:
         """Run the Program's calls and return the velocity: numpy for numpy, a tensor for tensors.
+
+        A commit gives None.
 
         Raises EngineFailure after `close`.
         """
@@ -112,13 +120,15 @@ class EagerEngine:
         if weights is not None:
             self.use(weights)
         memory = self.memory() if memory is None else memory
-        given = {name: self.array(value) for name, value in inputs.items()}
+        given = {name: self._input(name, value) for name, value in inputs.items()}
         with torch.no_grad():
             if memory.values is None or memory.weights != weights:
                 known = self.model.run(given, memory.state, ("prompt",))
                 memory.values = {n: value for n, value in known.items() if n not in given}
                 memory.weights = weights
-            known = self.model.run({**given, **memory.values}, memory.state, ("step",))
+            known = self.model.run({**given, **memory.values}, memory.state, (moment,))
+        if moment == "commit":
+            return None
         (velocity,) = (known[name] for name in self.model.program.outputs)
         is_torch = any(isinstance(value, Tensor) for value in inputs.values())
         return velocity if is_torch else velocity.cpu().numpy()
@@ -147,9 +157,9 @@ def tensors_of_cut(cut: Program, full: Program) -> dict[str, str]:
     """The full model's name for each parameter of a cut, whose last layer is the last there."""
     names: dict[str, str] = {}
     for own, whole in zip(cut.calls, full.calls, strict=True):
-        for index in range(own.repeat):
-            is_last = index and index == own.repeat - 1
-            there = whole.repeat - 1 if is_last else index
+        for index in own.numbers:
+            is_last = index and index == own.numbers[-1]
+            there = whole.numbers[-1] if is_last else index
             own_names = of_layer(own.parameters, index)
             names |= dict(zip(own_names, of_layer(whole.parameters, there), strict=True))
     return names

@@ -110,7 +110,7 @@ VAE_KINDS = {"aoti": Kind(VaeDetails, False)}
 
 def unknown_file(kind: Kind, program: Program, files: Collection[str]) -> str:
     """The role of a file that engines of a kind do not have; empty when there is none."""
-    known = {call.name for call in program.calls} | kind.files
+    known = {*program.functions} | kind.files
     return next((role for role in files if role not in known), "")
 
 

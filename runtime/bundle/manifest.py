@@ -188,7 +188,7 @@ class EngineRecord:
         if "device" not in self.target:
             return "it is for no device"
         details: Details = self.details
-        calls = [call.name for call in self.program.calls]
+        calls = self.program.functions
         return details.fault(self.backend, self.target, calls, self.files) or self.program.fault()
 
 

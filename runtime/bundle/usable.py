@@ -135,6 +135,8 @@ def mismatch(config: WanConfig, engine: EngineRecord) -> str:
     stride, expected = engine.geometry.spatial_stride, family_of(config).vae.spatial_stride
     if stride != expected:
         return f"it is for a VAE of stride {stride}, the model's has {expected}"
+    if bool(engine.geometry.chunk) != family_of(config).is_causal:
+        return f"its geometry {engine.geometry.name} is of another kind than family {config.family}"
     program = program_of(config, engine.geometry)
     if KINDS[engine.backend].is_whole:
         program = program.whole()

@@ -18,15 +18,17 @@ from torch import Tensor
 
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
+from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.engines.device import (
     capture_stream,
     gpu_or_cpu,
     launch_bound,
     on_device,
     to_device,
+    zero_state,
 )
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
-from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory, new_memory
+from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory
 from wanexport.runtime.engines.kernels import check_kernel
 from wanexport.runtime.engines.operators import Kernel, attention_kernels, open_kernel
 from wanexport.runtime.engines.processor import level_for, level_here, runs_here
@@ -37,7 +39,7 @@ from wanexport.runtime.errors import (
     WanExportWarning,
 )
 from wanexport.runtime.machine.temporary import check_temporary_folder
-from wanexport.runtime.program import Program
+from wanexport.runtime.program import Input, Program
 
 # What compiled code depends on, of what `versions` says.
 BINDING = ("device", "arch", "march", "instructions", "torch", "cuda")
@@ -48,9 +50,9 @@ _WARM_UPS, _TIMED = 2, 5  # calls of the repeated function
 class Regions:
     """The opened packages of one engine: code, without weights.
 
-    `files` has the package of each call of the Program by the call's name; `kernels` are those of
-    the kinds of attention. Raises BundleError when a package cannot be opened, or is not what was
-    pinned.
+    `files` has the package of each of the Program's functions by its name; `kernels` are those of
+    the kinds of attention, dtype is the engine's precision. Raises BundleError when a package
+    cannot be opened, or is not what was pinned.
     """
 
     def __init__(
@@ -59,11 +61,17 @@ class Regions:
         program: Program,
         kernels: Mapping[str, Kernel],
         device: torch.device,
+        dtype: str = "fp32",
     ) -> None:
         self.program, self.kernels, self.device = program, kernels, device
+        self.dtype: torch.dtype = getattr(torch, DTYPES[dtype].torch)
         check_temporary_folder(runs_code=True)
-        self.runners = {call.name: _open(files[call.name], device) for call in program.calls}
+        self.runners = {name: _open(files[name], device) for name in program.functions}
         self.lock = threading.Lock()  # a runner serves one caller at a time
+
+    def memory(self) -> Memory:
+        """What a session keeps that has not begun: a state of zeros."""
+        return Memory(zero_state(self.program, self.dtype, self.device))
 
     def bind(self, tensors: Mapping[str, Tensor]) -> "BoundRegions":
         """The regions with the weights of one expert.
@@ -97,12 +105,15 @@ class BoundRegions:
             bound = self.calls.setdefault(call.when, [])
             reads, writes = ([self.slots[n] for n in own] for own in (call.reads, call.writes))
             for names, state in call.layers():
-                run = regions.runners[call.name].run
+                run = regions.runners[call.function].run
                 bound.append(BoundCall(run, _found(tensors, names), reads, writes, state))
         self.output = self.slots[next(iter(program.outputs))]
 
-    def __call__(self, inputs: Mapping[str, Tensor], memory: Memory) -> Tensor:
-        """The velocity; what the prompt's calls write is kept in memory."""
+    def __call__(
+        self, inputs: Mapping[str, Tensor], memory: Memory, moment: str = "step"
+    ) -> Tensor:
+        """The velocity, None of a moment that gives none; what the prompt's calls write is kept in
+        memory."""
         values: list[Any] = [None] * len(self.slots)
         with attention_kernels(self.regions.kernels), torch.no_grad():
             for name, tensor in inputs.items():
@@ -111,9 +122,8 @@ class BoundRegions:
                 memory.values = self._written("prompt", values, memory)
             for name, tensor in memory.values.items():
                 values[self.slots[name]] = tensor
-            _run(self.calls.get("step", ()), values, memory)
-        velocity: Tensor = values[self.output]
-        return velocity
+            _run(self.calls.get(moment, ()), values, memory)
+        return values[self.output]
 
     def at(self, moment: str, inputs: Mapping[str, Tensor], memory: Memory) -> dict[str, Tensor]:
         """What the calls of one moment write, by name; nothing is kept but the state."""
@@ -144,7 +154,9 @@ class BoundRegions:
         with attention_kernels(self.regions.kernels), torch.no_grad():
             for layers in self.layers():
                 _run(layers[:1] * (_WARM_UPS if len(layers) > 1 else 1), values, memory)
-            layer = max(self.layers(), key=len)[:1]
+            calls = self.regions.program.calls
+            of_steps = [own for call, own in zip(calls, self.layers()) if call.when == "step"]
+            layer = max(of_steps or self.layers(), key=len)[:1]
             torch.cuda.synchronize(self.regions.device)
             started = time.perf_counter()
             _run(layer * _TIMED, values, memory)
@@ -159,6 +171,13 @@ class BoundRegions:
             [next(remaining[call.when]) for _ in range(call.repeat)]
             for call in self.regions.program.calls
         ]
+
+
+def _zeros(spec: Input, device: torch.device) -> Tensor:
+    """An input of zeros; of whole numbers ones, for a forward attends to at least one token."""
+    whole = spec.dtype != "fp32"
+    dtype = getattr(torch, DTYPES[spec.dtype].torch)
+    return torch.full(spec.shape, int(whole), dtype=dtype, device=device)
 
 
 def _names(program: Program) -> dict[str, None]:
@@ -213,7 +232,7 @@ class AotiEngine:
         inputs = regions.program.inputs
         # Of a caller in inference mode, calls outside it could not write them.
         with torch.inference_mode(False), on_device(self.device_of):
-            zeros = {n: torch.zeros(i.shape, device=self.device_of) for n, i in inputs.items()}
+            zeros = {n: _zeros(spec, self.device_of) for n, spec in inputs.items()}
             self.launch_seconds, self.block_seconds = self.bound.warm_up(zeros, self.memory())
             if cuda_graph is None:
                 cuda_graph = launch_bound(self.launch_seconds, self.block_seconds)
@@ -231,10 +250,7 @@ class AotiEngine:
 
     def memory(self) -> Memory:
         """What a new session keeps: a state of zeros."""
-        with torch.inference_mode(False):
-            return new_memory(
-                self.regions.program, lambda shape: torch.zeros(shape, device=self.device_of)
-            )
+        return self.regions.memory()
 
     def use(self, weights: PinnedFile) -> None:
         """Read the weights of a file now, when calls that run have ended."""
@@ -246,9 +262,11 @@ class AotiEngine:
         inputs: Mapping[str, Tensor],
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
-    ) -> Tensor:
-        """Return the velocity; the caller's current CUDA stream does the work, the host waits not.
+        moment: str = "step",
+    ) -> Any:
+        """Return the velocity, of a commit None; the host waits for nothing.
 
+        The caller's current CUDA stream does the work.
         Raises EngineFailure when the device has too little memory, and after `close`.
         """
         file = weights or self.file
@@ -260,7 +278,7 @@ class AotiEngine:
                 return self._replay(self.graph, inputs)
             if memory.weights != file:  # what the prompt's calls wrote is of other weights
                 memory.values, memory.weights = None, file
-            return self.bound(inputs, memory)
+            return self.bound(inputs, memory, moment)
 
     def close(self) -> None:
         """Let go of weights and captured memory; a call then raises EngineFailure."""
@@ -315,7 +333,7 @@ def open_engines(
     check_kernel(options.attention, record.target, record.dtype)
     place = gpu_or_cpu(device)
     kernels = attention_of(record, files, options.attention)
-    regions = Regions(files, record.program, kernels, place)
+    regions = Regions(files, record.program, kernels, place, record.dtype)
     held: DeviceWeights | None = None
     engines = {}
     for expert, file in weights().items():
@@ -323,6 +341,11 @@ def open_engines(
             held = device_weights(file, place, private=options.offload)
         engines[expert] = AotiEngine(regions, held, file, cuda_graph=options.cuda_graph)
     return engines
+
+
+_FALLBACKS = {
+    (False, False): "sdpa", (False, True): "cudnn", (True, False): "prefix", (True, True): "mask",
+}  # fmt: skip
 
 
 def attention_of(
@@ -333,9 +356,10 @@ def attention_of(
     chosen is that of self-attention, in place of the recorded one.
     """
     library = files.get("flash_attention")
-    fallback = "cudnn" if record.target["device"] == "cuda" else "sdpa"
+    is_cuda = record.target["device"] == "cuda"
     kernels = {}
     for kind, recorded in record.details.attention.items():
+        fallback = _FALLBACKS[kind == "cache", is_cuda]
         if chosen and kind == "self":
             kernels[kind] = open_kernel(chosen, library)
             continue

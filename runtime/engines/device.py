@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.errors import EngineFailure
+from wanexport.runtime.program import ENGINE_DTYPE, Program
 
 _LAUNCH_BOUND = 0.7  # of the GPU's time: when a launch takes more, a CUDA graph pays
 
@@ -42,10 +43,23 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def to_device(value: Any, device: torch.device) -> Tensor:
-    """An fp32 tensor on the device, contiguous; the host does not wait for the copy."""
+def to_device(value: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor on the device, contiguous; the host does not wait for the copy."""
     tensor = value if isinstance(value, Tensor) else torch.from_numpy(value)
-    return tensor.detach().to(device, torch.float32, non_blocking=True).contiguous()
+    return tensor.detach().to(device, dtype, non_blocking=True).contiguous()
+
+
+def zero_state(program: Program, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The state of a session that has not begun, where the engine's precision is dtype."""
+    with torch.inference_mode(False):  # of a caller in it, calls outside it could not write them
+        return {
+            name: torch.zeros(
+                spec.shape,
+                dtype=dtype if spec.dtype == ENGINE_DTYPE else torch.float32,
+                device=device,
+            )
+            for name, spec in program.states().items()
+        }
 
 
 @contextmanager

@@ -48,10 +48,12 @@ class Engine(Protocol):
         inputs: Mapping[str, Array],
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
+        moment: str = "step",
     ) -> Array:
         """The velocity, with the weights of a file, None for those the engine has.
 
-        Without memory every call runs, and the state is zeros. Raises EngineFailure when the device
+        Without memory every call runs, and the state is zeros. The moment `commit`, which a causal
+        Program has, writes state and gives None. Raises EngineFailure when the device
         cannot, BundleError when the file is not what was pinned.
         """
 

@@ -145,6 +145,7 @@ class OnnxEngine:
         inputs: Mapping[str, np.ndarray],
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
+        moment: str = "step",
     ) -> np.ndarray:
         """Return the velocity. Raises EngineFailure for want of memory, and after `close`."""
         if self.needs > limit_bytes():

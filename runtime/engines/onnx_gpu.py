@@ -263,6 +263,7 @@ class OnnxGpuEngine:
         inputs: Mapping[str, Tensor],
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
+        moment: str = "step",
     ) -> Tensor:
         """Return the velocity; the caller's current stream does the work, the host waits not.
 

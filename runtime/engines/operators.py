@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile
+from wanexport.runtime.engines.cached_kernels import CACHED, cached_attention_anywhere
 from wanexport.runtime.engines.flash_attention import FlashAttention
 from wanexport.runtime.engines.kernels import KERNELS, check_kind
 from wanexport.runtime.errors import BadRequest, BundleError, installing
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k and v [B, T, H, D]
+# q [B, S, H, D], k and v [B, T, H, D]; of kind `cache` also how many of the keys count.
+Kernel = Callable[..., Tensor]
 
 # An operator has no other way to learn which engine calls it.
 _kernels: ContextVar[Mapping[str, Kernel]] = ContextVar("attention kernels")
@@ -31,6 +33,10 @@ _library.define(
 )
 _library.define(
     "attention.kind(Tensor q, Tensor k, Tensor v, str kind) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "cached_attention(Tensor q, Tensor k, Tensor v, Tensor keys, str kind) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
@@ -50,6 +56,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
     return out
 
 
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, kind: str) -> Tensor:
+    """Attention to the first `keys` [1] int64 of the T keys, from 1 on, as [1, S, H, D].
+
+    q is [1, S, H, D], k and v are [1, T, H, D]; what lies behind the first keys is not read, or
+    weighs nothing and must be finite. The kernel is chosen as that of `attention` is; raises alike.
+    """
+    out: Tensor = torch.ops.wanexport.cached_attention(q, k, v, keys, kind)
+    return out
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu_tanh(x [L, in] weight^T + bias) as [L, out], in one kernel on CUDA.
 
@@ -61,6 +77,14 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
+    return _chosen(kind, sdpa)(q, k, v)
+
+
+def _cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, kind: str) -> Tensor:
+    return _chosen(kind, cached_attention_anywhere)(q, k, v, keys)
+
+
+def _chosen(kind: str, default: Kernel) -> Kernel:
     check_kind(kind)
     kernels = _kernels.get({})
     if kernels and kind not in kernels:
@@ -68,7 +92,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
             f"no kernel is chosen for attention of kind {kind}, only for {', '.join(kernels)}: "
             f"run wanexport build again"
         )
-    return (kernels[kind] if kernels else sdpa)(q, k, v)
+    return kernels[kind] if kernels else default
 
 
 def _attention_of_schema_1(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -87,6 +111,7 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 for _device in ("CPU", "CUDA"):
     _library.impl("attention.kind", _attention, _device)
+    _library.impl("cached_attention", _cached_attention, _device)
     _library.impl("attention", _attention_of_schema_1, _device)
     _library.impl("linear_gelu", _linear_gelu, _device)
 
@@ -98,6 +123,12 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.library.register_fake("wanexport::attention.kind", lib=_library)  # type: ignore[untyped-decorator]
 def _(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
+    check_kind(kind)
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("wanexport::cached_attention", lib=_library)  # type: ignore[untyped-decorator]
+def _(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, kind: str) -> Tensor:
     check_kind(kind)
     return q.new_empty(q.shape)
 
@@ -153,10 +184,13 @@ _OF_PYTORCH: Mapping[str, Kernel] = {"cudnn": cudnn, "sdpa": sdpa, "products": p
 def open_kernel(name: str, flash_library: Path | PinnedFile | None) -> Kernel:
     """The kernel `fa4`, `cudnn` or `sdpa`; flash_library is the bundle's compiled FlashAttention-4.
 
-    Raises BadRequest for an unknown kernel, BundleError when it cannot be had.
+    Those of `CACHED` serve kind `cache`, and no other. Raises BadRequest for an unknown kernel,
+    BundleError when it cannot be had.
     """
     if name in _OF_PYTORCH:
         return _OF_PYTORCH[name]
+    if name in CACHED:
+        return CACHED[name]
     if name not in KERNELS:
         raise BadRequest(f"unknown attention kernel {name!r}: expected one of {', '.join(KERNELS)}")
     if flash_library is None:

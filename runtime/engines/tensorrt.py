@@ -155,6 +155,7 @@ class TensorRtEngine:
         inputs: Mapping[str, Tensor],
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
+        moment: str = "step",
     ) -> Tensor:
         """Return the velocity; the caller's current CUDA stream does the work, the host waits not.
 

@@ -10,11 +10,12 @@ from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.engines import convolution  # noqa: F401 - the operator of the packages
 from wanexport.runtime.engines.aoti import BoundRegions, Regions
+from wanexport.runtime.engines.device import zero_state
 from wanexport.runtime.engines.engine import Memory
 from wanexport.runtime.engines.operators import Kernel
 from wanexport.runtime.engines.vae_clip import Clip, part_of
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.program import ENGINE_DTYPE, Call, Program
+from wanexport.runtime.program import Call
 from wanexport.runtime.vae_config import VaeConfig
 from wanexport.runtime.wan_vae import vae_program
 
@@ -62,16 +63,3 @@ class BoundVae:
                 return self.bound.at(call.when, {call.reads[0]: frames}, memory)
 
         return Clip(opened.program, opened.sizes, opened.part, run)
-
-
-def zero_state(program: Program, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """The state of a clip that has not begun, where the engine's precision is dtype."""
-    with torch.inference_mode(False):  # of a caller in it, calls outside it could not write them
-        return {
-            name: torch.zeros(
-                spec.shape,
-                dtype=dtype if spec.dtype == ENGINE_DTYPE else torch.float32,
-                device=device,
-            )
-            for name, spec in program.states().items()
-        }

@@ -107,7 +107,7 @@ def test_a_sound_program_has_no_fault() -> None:
         (with_call(KEEPING, 3, state=("first",)), "head keeps first, which is no state"),
         (
             replace(KEEPING, calls=(*KEEPING.calls, Call("more", ("x",), ("y",), when="prompt"))),
-            "more runs once a prompt and reads x of each step",
+            "more reads x, which only calls of step write",
         ),
     ],
 )

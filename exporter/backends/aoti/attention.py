@@ -17,6 +17,7 @@ from wanexport.runtime.program import Attention
 from wanexport.runtime.wan_config import WanConfig
 
 _CANDIDATES = ("cudnn", "sdpa", "fa4")
+_OF_CACHE = ("cudnn_ragged", "flash_ragged", "mask")
 _ROUNDS, _WARM_UPS = 5, 2
 _MARGIN = 0.95  # of cuDNN's time: what must be beaten, so that noise does not choose
 

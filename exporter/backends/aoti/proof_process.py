@@ -15,10 +15,10 @@ import torch
 
 from wanexport.exporter.child.child import main
 from wanexport.exporter.reference.figures import Case, proof_figures
+from wanexport.graphs.graph import torch_dtype
 from wanexport.graphs.weights import bundle_tensors, read_tensor
 from wanexport.runtime.engines.aoti import Regions
 from wanexport.runtime.engines.device import gpu_or_cpu, on_device, to_device
-from wanexport.runtime.engines.engine import new_memory
 from wanexport.runtime.engines.operators import open_kernel
 
 
@@ -45,8 +45,12 @@ def prove_regions(job: RegionsJob) -> dict[str, Any]:
         method = f"engine opened; compiled anew for {job.size.num_tokens} tokens and run"
     sources = bundle_tensors(Path(job.weights), job.tensors)
     tensors = {name: read_tensor(source).to(device) for name, source in sources.items()}
-    given = {name: to_device(value, device) for name, value in job.arrays().items()}
-    memory = new_memory(regions.program, lambda shape: torch.zeros(shape, device=device))
+    specs = regions.program.inputs
+    given = {
+        name: to_device(value, device, torch_dtype(specs[name].dtype))
+        for name, value in job.arrays().items()
+    }
+    memory = regions.memory()
     with on_device(device):
         velocity = regions.bind(tensors)(given, memory)
     return proof_figures(job, method, velocity.cpu().numpy())
@@ -59,7 +63,7 @@ def _open(job: RegionsJob, files: Mapping[str, str], device: torch.device) -> Re
         for kind, name in job.attention.items()
     }
     paths = {role: Path(path) for role, path in files.items()}
-    return Regions(paths, job.program(), kernels, device)
+    return Regions(paths, job.program(), kernels, device, job.dtype)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from wanexport.exporter.reference.parity import Parity, measure
 from wanexport.graphs.graph import empty_graph, torch_dtype
 from wanexport.graphs.source_tensor import SourceTensor
 from wanexport.graphs.weights import bundle_tensors, read_tensor
-from wanexport.runtime.engines.device import gpu_or_cpu, on_device
+from wanexport.runtime.engines.device import gpu_or_cpu, on_device, zero_state
 from wanexport.runtime.engines.operators import open_kernel
 from wanexport.runtime.engines.vae_clip import Clip
-from wanexport.runtime.engines.vae_regions import VaeRegions, zero_state
+from wanexport.runtime.engines.vae_regions import VaeRegions
 from wanexport.runtime.errors import WanExportError
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.program import Call

@@ -19,8 +19,8 @@ from wanexport.exporter.sets.vae import OrderedVae, add_vae_weights, order_vae
 from wanexport.graphs.graph import empty_graph
 from wanexport.runtime.bundle.details import VaeDetails
 from wanexport.runtime.bundle.manifest import Manifest, read_manifest
+from wanexport.runtime.engines.device import zero_state
 from wanexport.runtime.engines.vae_clip import Clip
-from wanexport.runtime.engines.vae_regions import zero_state
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.program import Call
 from wanexport.runtime.vae_config import VaeConfig
