@@ -5,14 +5,14 @@ which keep a list of frames and move it in memory. Here a frame stays in its slo
 absolute place in the video, so the order of slots means nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 from numbers import Integral
 
+from wanexport.runtime.causal_wan import MAX_FRAMES
 from wanexport.runtime.errors import BadRequest, printable
-
-MOST_FRAMES = 1024  # latent frames of a video: the rows of the official table of angles
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,14 @@ class KeptFrames:
         self.position += self._begun
         self._begun = 0
 
+    def check_room(self, sizes: Iterable[int]) -> None:
+        """Raise BadRequest, as `begin` does, unless chunks of so many frames each can follow."""
+        trial = copy(self)
+        trial._sizes = list(self._sizes)
+        for count in sizes:
+            trial.begin(count)
+            trial.commit()
+
     def rewind(self, frames: int) -> None:
         """Go back by whole chunks, of so many frames together, and drop a chunk that was begun.
 
@@ -171,9 +179,9 @@ class KeptFrames:
     def _check_count(self, count: int) -> None:
         if not 1 <= count <= self.chunk:
             raise BadRequest(f"a chunk has {count} frames: this engine takes 1 to {self.chunk}")
-        if self.position + count > MOST_FRAMES:
+        if self.position + count > MAX_FRAMES:
             raise BadRequest(
-                f"the video ends after {MOST_FRAMES} latent frames, as the model's table of "
+                f"the video ends after {MAX_FRAMES} latent frames, as the model's table of "
                 f"positions does, and {self.position} are there: begin another one (reset)"
             )
 

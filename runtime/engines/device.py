@@ -45,8 +45,11 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 def to_device(value: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor on the device, contiguous; the host does not wait for the copy."""
-    tensor = value if isinstance(value, Tensor) else torch.from_numpy(value)
-    return tensor.detach().to(device, dtype, non_blocking=True).contiguous()
+    tensor = (value if isinstance(value, Tensor) else torch.from_numpy(value)).detach()
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # A copy of pageable memory, and of another dtype, begins when the GPU's work has ended.
+        tensor = tensor.to(dtype).pin_memory()
+    return tensor.to(device, dtype, non_blocking=True).contiguous()
 
 
 def zero_state(program: Program, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Which frames a chunk sees, against the official code's own bookkeeping run literally on a list."""
+"""Which frames a chunk sees, against the official code's bookkeeping run literally on a list."""
 
 import random
 from collections.abc import Iterator
@@ -6,8 +6,9 @@ from itertools import product
 
 import pytest
 
+from wanexport.runtime.causal_wan import MAX_FRAMES
 from wanexport.runtime.errors import BadRequest
-from wanexport.runtime.kept_frames import MOST_FRAMES, KeptFrames, Place, Window
+from wanexport.runtime.kept_frames import KeptFrames, Place, Window
 
 CHUNKS = 44
 
@@ -21,7 +22,7 @@ class OfficialCache:
 
     def __init__(self, size: int | None, sink: int, max_attention: int | None) -> None:
         self.size, self.sink = size, sink
-        capacity = MOST_FRAMES + 8 if size is None else size
+        capacity = MAX_FRAMES + 8 if size is None else size
         self.memory: list[int | None] = [None] * capacity
         self.max_attention = capacity if max_attention is None else max_attention
         self.global_end = self.local_end = 0
@@ -194,7 +195,7 @@ def test_a_rewind_ends_where_chunks_do_and_changes_nothing_when_refused() -> Non
     assert (kept.position, kept.frames) == (1, (0,))
     kept.rewind(1)
     assert (kept.position, kept.frames) == (0, ())
-    with pytest.raises(BadRequest, match="cannot rewind by 3 frames, .*: expected 0$"):
+    with pytest.raises(BadRequest, match=r"cannot rewind by 3 frames, .*: expected 0$"):
         kept.rewind(3)
 
 
@@ -216,8 +217,8 @@ def test_a_video_ends_where_the_table_of_positions_does() -> None:
     for count in [1] + [3] * 341:
         kept.begin(count)
         kept.commit()
-    assert kept.position == MOST_FRAMES == 1024
-    with pytest.raises(BadRequest, match="ends after 1024 latent frames, .* and 1024 are there"):
+    assert kept.position == MAX_FRAMES == 1024
+    with pytest.raises(BadRequest, match=r"ends after 1024 latent frames, .* and 1024 are there"):
         kept.begin(1)
 
 
