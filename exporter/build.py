@@ -14,6 +14,7 @@ from wanexport.exporter.backends.order import (
     BuildOptions,
     Order,
     attention_for,
+    geometry_for,
     make_order,
     options_for,
 )
@@ -33,7 +34,7 @@ from wanexport.runtime.bundle.manifest import (
     Manifest,
 )
 from wanexport.runtime.errors import BadRequest, refuse_empty
-from wanexport.runtime.family import SamplingDefaults, family_of
+from wanexport.runtime.family import SamplingDefaults
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.machine.memory import peak_rss
 
@@ -53,6 +54,9 @@ def build(model: str | Path | None = None, **options: Unpack[BuildKeywords]) -> 
     GPU the defaults are the aoti backend, device cuda and bf16, elsewhere onnx, cpu and fp32;
     TensorRT's engines are bf16 everywhere. device is `cpu`, `cuda` or `cuda:1`, where attention is
     measured and the engine proven; of onnx by default a GPU where ONNX Runtime can use one.
+    family is that of a checkpoint which does not say it, `self-forcing` of a causal Wan's: chunk
+    is then how many latent frames a call makes, 3 by default, and cache how many it can attend to,
+    its own among them, by default those of the video.
     attention names the kernel of self-attention in aoti engines (`fa4`, `cudnn` or `sdpa`), by
     default the fastest measured; attention_operator is how the graphs of the others write it, in
     one operator (`native`, or ONNX Runtime's own `mha`, onnx's default on a GPU) or for TensorRT in
@@ -106,7 +110,11 @@ def _find_model(model: str | Path | None, asked: BuildOptions) -> ModelSource:
     named = None if model is None else str(model)
     low_noise = None if asked.low_noise is None else str(asked.low_noise)
     source = resolve(
-        named, asked.random_weights, low_noise=low_noise, expert_alone=asked.expert_alone
+        named,
+        asked.random_weights,
+        low_noise=low_noise,
+        expert_alone=asked.expert_alone,
+        family=asked.family,
     )
     if asked.expert_alone and source.experts:
         raise BadRequest(
@@ -118,8 +126,7 @@ def _find_model(model: str | Path | None, asked: BuildOptions) -> ModelSource:
 
 def _requests(source: ModelSource, order: Order, asked: BuildOptions) -> list[Request]:
     """Every engine of the order for this model. Raises BadRequest when one cannot be made."""
-    stride = family_of(source.config).vae.spatial_stride
-    geometry = Geometry(order.height, order.width, order.frames, stride)
+    geometry = geometry_for(source.config, order, asked)
     requests = []
     for name, device, target in order.engines:
         backend = find_backend(name)

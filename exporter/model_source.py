@@ -3,7 +3,7 @@
 import glob
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,6 +13,7 @@ from wanexport.graphs.experts import FOLDERS, expert_of_name
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights, WeightSource
 from wanexport.runtime.bundle.manifest import Manifest
 from wanexport.runtime.errors import BadRequest, printable
+from wanexport.runtime.family import FAMILIES
 from wanexport.runtime.parts.hub import EXAMPLE, download
 from wanexport.runtime.wan_config import WanConfig
 
@@ -61,12 +62,36 @@ def resolve(
     *,
     low_noise: str | None = None,
     expert_alone: bool = False,
+    family: str | None = None,
 ) -> ModelSource:
     """Find the model; with low_noise, model and this are the two experts of an A14B.
 
-    expert_alone allows one expert of an A14B without the other. Raises BadRequest when a checkpoint
-    does not exist, is no Wan checkpoint, or is one expert alone.
+    expert_alone allows one expert of an A14B without the other. family is what the model is of,
+    where its tensors are those of two. Raises BadRequest when a checkpoint does not exist, is no
+    Wan checkpoint, is one expert alone, or of another family.
     """
+    found = _found(model, random_weights, low_noise, expert_alone)
+    return found if family is None else _of_family(found, family)
+
+
+def _of_family(source: ModelSource, family: str) -> ModelSource:
+    """The model as one of a family whose tensors it has. Raises BadRequest for another's."""
+    own = source.config.family
+    if family == own:
+        return source
+    if own not in (FAMILIES[family].like, *(n for n in FAMILIES if FAMILIES[n].like == family)):
+        raise BadRequest(
+            f"--family {family}: the tensors of {source.name} are of family {own}; leave it out"
+        )
+    config = replace(source.config, family=family)
+    name = variant(config, source.experts) if source.name != own else family
+    return replace(source, config=config, name=name)
+
+
+def _found(
+    model: str | None, random_weights: int | None, low_noise: str | None, expert_alone: bool
+) -> ModelSource:
+    """What `resolve` finds, of the family that it says itself."""
     for option, value in (("-m", model), ("--low-noise", low_noise)):
         if value is not None and not value.strip():
             raise BadRequest(f"{option} is empty: name a folder, a file or a hub id, as {EXAMPLE}")
@@ -103,6 +128,9 @@ def resolve_as(manifest: Manifest, model: str, low_noise: str | Path | None) -> 
     low = None if low_noise is None else str(low_noise)
     alone = not manifest.experts and low is None
     source = resolve(model, None, low_noise=low, expert_alone=alone)
+    own = manifest.config.family
+    if own in FAMILIES and FAMILIES[own].like == source.config.family:
+        source = _of_family(source, own)
     if (source.config, source.experts) != (manifest.config, manifest.experts):
         raise BadRequest(
             f"{printable(model)} is another model ({source.name}) than the bundle's "

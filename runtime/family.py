@@ -57,8 +57,8 @@ class Family:
     those that it can be given. Where `blends_first_frame`, each latent frame has its timestep, and
     the first picture is no input but replaces frame 0, whose timestep is 0. A video of one that
     `is_causal` is made chunk by chunk, and its geometry says of which. `shift_480p` is the
-    shift of small videos, where it is another. `graph` is the module and class of the graph, which
-    only a build imports.
+    shift of small videos, where it is another. `like` is the family whose tensors it has.
+    `graph` is the module and class of the graph, which only a build imports.
     """
 
     vae: VaeKind
@@ -72,6 +72,7 @@ class Family:
     clip_tokens: int = 0
     blends_first_frame: bool = False
     is_causal: bool = False
+    like: str = ""
     shift_480p: float | None = None
     graph: str = "wanexport.graphs.wan:WanModel"
 
@@ -161,6 +162,7 @@ FAMILIES = {
         program=causal_wan.program,
         parameters=plain_wan.parameter_shapes,
         is_causal=True,
+        like="t2v",
         graph="wanexport.graphs.causal:CausalWan",
     ),
 }  # fmt: skip

@@ -75,6 +75,12 @@ class Geometry:
         return f"{self.height}x{self.width}x{self.frames}{chunks}"
 
     @property
+    def options(self) -> str:
+        """The options of a build that ask for it."""
+        chunks = f" --chunk {self.chunk} --cache {self.cache}" if self.chunk else ""
+        return f"--resolution {self.height}x{self.width} --frames {self.frames}{chunks}"
+
+    @property
     def clip_frames(self) -> int:
         """Latent frames of the whole video."""
         return (self.frames - 1) // TEMPORAL_STRIDE + 1
@@ -117,8 +123,9 @@ class Geometry:
         """
         grid = list(self.grid)
         while grid[0] * grid[1] * grid[2] > max_tokens:
-            longest = grid.index(max(grid))
-            grid[longest] //= 2
+            # What a chunk is, a proof at another size keeps as long as it can.
+            first = int(self.chunk > 0 and max(grid[1:]) > 1)
+            grid[grid.index(max(grid[first:]), first)] //= 2
         side = PATCH * self.spatial_stride
         sides = {"height": grid[1] * side, "width": grid[2] * side}
         if self.chunk:

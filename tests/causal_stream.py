@@ -124,19 +124,25 @@ TIMES = (1000.0, 833.3333, 312.5)
 
 
 def compared(
-    clip: Clip, weights: Arrays, call: Call, slots: Any = None, *, commits: bool = True
+    clip: Clip,
+    weights: Arrays,
+    call: Call,
+    slots: Any = None,
+    *,
+    commits: bool = True,
+    config: WanConfig = CONFIG,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Velocities of each step by a call and by the oracle, on random latents.
 
     slots places chunks otherwise than `Slots`; without commits, what the last step left is kept.
     """
     rng, geometry = np.random.default_rng(7), clip.geometry
-    text = rng.standard_normal((TEXT_ROWS, CONFIG.text_dim), np.float32)
-    padded = np.zeros((1, CONFIG.text_len, CONFIG.text_dim), np.float32)
+    text = rng.standard_normal((TEXT_ROWS, config.text_dim), np.float32)
+    padded = np.zeros((1, config.text_len, config.text_dim), np.float32)
     padded[0, :TEXT_ROWS] = text
     oracle = CausalOracle(
-        as_fp64(weights), geometry.grid[1], geometry.grid[2], CONFIG.num_heads, CONFIG.num_layers,
-        torch.from_numpy(text).double(), CONFIG.text_len, **clip.policy,
+        as_fp64(weights), geometry.grid[1], geometry.grid[2], config.num_heads, config.num_layers,
+        torch.from_numpy(text).double(), config.text_len, **clip.policy,
     )  # fmt: skip
     slots = slots or Slots(geometry, **clip.policy)
     start = 0

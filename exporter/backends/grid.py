@@ -44,9 +44,10 @@ class Grid:
 
 
 def _lengths(geometry: Geometry) -> tuple[int, ...]:
-    """What the token grid's sizes are made of: its sides, and products of neighbours."""
+    """What the token grid's sizes are made of: its sides, products of neighbours, and the cache."""
     frames, rows, columns = geometry.grid
-    return (frames * rows * columns, frames * rows, rows * columns, frames, rows, columns)
+    kept = (geometry.slots * rows * columns, geometry.slots) if geometry.chunk else ()
+    return (frames * rows * columns, frames * rows, rows * columns, frames, rows, columns, *kept)
 
 
 def check_same(call: str, full: object, small: object) -> None:

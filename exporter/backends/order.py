@@ -1,7 +1,7 @@
 """What a build is asked for, and what of that is refused before any model is looked for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple, Required, TypedDict
 
@@ -11,11 +11,14 @@ from wanexport.runtime.dtypes import PRECISIONS
 from wanexport.runtime.engines.device_name import check_device
 from wanexport.runtime.engines.kernels import KERNELS
 from wanexport.runtime.errors import BadRequest
+from wanexport.runtime.family import FAMILIES, family_of
 from wanexport.runtime.geometry import Geometry, Resolution, parse_resolution
 from wanexport.runtime.lora.given import Given
 from wanexport.runtime.machine.temporary import check_temporary_folder
+from wanexport.runtime.wan_config import WanConfig
 
 PROOFS = ("ends", "full")
+_CHUNK = 3  # latent frames of a call of a causal model, as Self-Forcing was trained
 
 
 def _untold(stage: str, done: int, total: int) -> None:
@@ -27,6 +30,9 @@ class BuildKeywords(TypedDict, total=False):
 
     resolution: Required[Resolution]
     frames: Required[int]
+    family: str | None
+    chunk: int | None
+    cache: int | None
     output: str | Path | None
     backends: Sequence[str] | None
     dtype: str | None
@@ -56,6 +62,9 @@ class BuildOptions:
 
     resolution: Resolution
     frames: int
+    family: str | None = None
+    chunk: int | None = None
+    cache: int | None = None
     output: str | Path | None = None
     backends: Sequence[str] | None = None
     dtype: str | None = None
@@ -116,6 +125,8 @@ def make_order(asked: BuildOptions) -> Order:
     _check_taken(kinds, asked.tensorrt)
     height, width = parse_resolution(asked.resolution)
     Geometry(height, width, asked.frames)  # refuses what no Wan takes
+    if asked.family is not None:
+        _check_among("family", asked.family, list(FAMILIES))
     check_temporary_folder(compiles=any(kind.COMPILES for kind in kinds.values()))
     engines = tuple(
         Ordered(name, devices[name], target)
@@ -125,6 +136,30 @@ def make_order(asked: BuildOptions) -> Order:
     for name, _, target in engines:
         kinds[name].check_attention(attention_for(kinds[name], asked), dtype, target)
     return Order(height, width, asked.frames, dtype, engines)
+
+
+def geometry_for(config: WanConfig, order: Order, asked: BuildOptions) -> Geometry:
+    """The size of the engines, in chunks where the model is causal.
+
+    Raises BadRequest for chunks of a model that is not, and when the VAE takes no such size.
+    """
+    family = family_of(config)
+    stride = family.vae.spatial_stride
+    whole = Geometry(order.height, order.width, order.frames, stride)
+    if family.is_causal:
+        chunk = min(_CHUNK, whole.clip_frames) if asked.chunk is None else asked.chunk
+        cache = max(whole.clip_frames, chunk) if asked.cache is None else asked.cache
+        if chunk < 1:
+            raise BadRequest(f"--chunk {chunk}: expected latent frames from 1")
+        return replace(whole, chunk=chunk, cache=cache)
+    given = {"--chunk": asked.chunk, "--cache": asked.cache}
+    if named := [option for option, value in given.items() if value is not None]:
+        causal = ", ".join(name for name, row in FAMILIES.items() if row.is_causal)
+        raise BadRequest(
+            f"{' and '.join(named)}: only a causal model takes this, and {config.family} is none; "
+            f"leave it out, or if the checkpoint is of one add --family {causal}"
+        )
+    return whole
 
 
 def options_for(kind: Backend, asked: BuildOptions) -> Options:

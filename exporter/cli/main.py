@@ -41,6 +41,7 @@ from wanexport.exporter.cli.options import (
     as_json,
     attention_option,
     bench_options,
+    chunk_options,
     device_option,
     dtype_option,
     engine_options,
@@ -92,6 +93,7 @@ def cli() -> None:
 @lora_options
 @resolution_option(required=True)
 @frames_option(required=True)
+@chunk_options
 @click.option(
     "--backend", "backends", multiple=True, type=click.Choice(BACKENDS),
     help="The engine's backend. It may be repeated. Default: aoti on a GPU, onnx elsewhere.",

@@ -241,6 +241,24 @@ frames_option = partial(
 )  # fmt: skip
 
 
+chunk_options = _adding(
+    click.option(
+        "--family", metavar="NAME",
+        help="The family of a checkpoint that does not say it: self-forcing for a causal Wan's. "
+        "Default: what the checkpoint is.",
+    ),
+    click.option(
+        "--chunk", type=COUNT, metavar="NUMBER",
+        help="The latent frames that a call of a causal model makes. Default: 3.",
+    ),
+    click.option(
+        "--cache", type=COUNT, metavar="NUMBER",
+        help="The latent frames that a causal model can attend to, those of the call among them. "
+        "Default: those of the video.",
+    ),
+)  # fmt: skip
+
+
 def dtype_option(default: str) -> Callable[[_Command], _Command]:
     """--dtype, with what is its default in words."""
     said = f"The precision of matrix products and attention. Default: {default}."

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from wanexport.exporter.reference.eager import EagerEngine
-from wanexport.exporter.reference.inputs import forward_inputs
+from wanexport.exporter.reference.inputs import commit_inputs, forward_inputs, whole_inputs
 from wanexport.exporter.reference.parity import measure
 from wanexport.graphs.graph import load_graph
 from wanexport.graphs.weights import bundle_tensors
@@ -55,8 +55,14 @@ class Case:
         return load_graph(self.graph).describe(self.wan, self.size)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The inputs."""
-        return load_arrays(Path(self.inputs))
+        """The inputs; whole numbers are not in the file."""
+        return {**whole_inputs(self.wan, self.size), **load_arrays(Path(self.inputs))}
+
+    def calls(self) -> list[tuple[str, dict[str, np.ndarray]]]:
+        """The moments that the case runs with their inputs; the last gives its velocity."""
+        inputs = self.arrays()
+        before = commit_inputs(self.wan, self.size, inputs)
+        return [*([] if before is None else [("commit", before)]), ("step", inputs)]
 
     def eager(self, dtype: str) -> np.ndarray:
         """The velocity that eager PyTorch gives in a dtype."""
@@ -65,7 +71,10 @@ class Case:
             self.wan, self.size, dtype, tensors,
             graph=self.graph, resident=False, device=self.device,
         )  # fmt: skip
-        velocity: np.ndarray = engine(self.arrays())
+        memory, velocity = engine.memory(), None
+        for moment, inputs in self.calls():
+            velocity = engine(inputs, memory=memory, moment=moment)
+        assert isinstance(velocity, np.ndarray)
         return velocity
 
 
@@ -80,7 +89,8 @@ def make_case(
 ) -> dict[str, Any]:
     """The fields of a Case but for the weights; its seeded inputs are written in the folder."""
     path = folder.resolve() / "inputs.safetensors"
-    save_arrays(path, forward_inputs(config, geometry, TIMESTEP, SEED))
+    drawn = forward_inputs(config, geometry, TIMESTEP, SEED)
+    save_arrays(path, {n: array for n, array in drawn.items() if array.dtype == np.float32})
     return {
         "graph": family_of(config).graph,
         "config": asdict(config),

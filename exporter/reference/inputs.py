@@ -1,5 +1,6 @@
 """Seeded inputs of a model, for proofs and comparisons."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def seeded_inputs(config: WanConfig, geometry: Geometry, seed: int) -> dict[str,
     latent = specs["latent"].shape
     inputs: dict[str, Any] = {"noise": seeded_noise(latent, seed)}
     for name, spec in specs.items():
-        if name not in _OF_THE_LOOP:
+        if name not in _OF_THE_LOOP and spec.draw != "place":
             inputs[name] = _drawn(rng, spec, _ROWS)
         if name == "text":
             inputs["negative"] = _drawn(rng, spec, _NEGATIVE_ROWS)
@@ -61,7 +62,37 @@ def forward_inputs(
     if family_of(config).blends_first_frame:
         times[0] = 0
     given = {**drawn, "latent": drawn["noise"], "timestep": times}
+    given |= whole_inputs(config, geometry)
     return {
         name: pad_rows(given[name], spec.shape) if spec.draw == "rows" else given[name]
         for name, spec in specs.items()
     }
+
+
+def commit_inputs(
+    config: WanConfig, geometry: Geometry, inputs: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray] | None:
+    """Those of `forward_inputs` as the clean chunk before, which a causal model keeps; None of a
+    model that keeps none."""
+    if not family_of(config).is_causal:
+        return None
+    times = np.zeros_like(inputs["timestep"])
+    return {**inputs, "latent": -inputs["latent"], "timestep": times, **_place(geometry, 0)}
+
+
+def whole_inputs(config: WanConfig, geometry: Geometry) -> dict[str, np.ndarray]:
+    """The whole numbers among those of `forward_inputs`: the place of a second chunk."""
+    return _place(geometry, 1) if family_of(config).is_causal else {}
+
+
+def _place(geometry: Geometry, number: int) -> dict[str, np.ndarray]:
+    """Where the first or the second chunk of a causal video is: the latest slots that it may have,
+    so that of a small cache the first chunk's frames go."""
+    chunk = geometry.chunk
+    end = min((number + 1) * chunk, geometry.cache)
+    numbers = {
+        "position": [number * chunk],
+        "slots": list(range(end - chunk, end)),
+        "keys": [end * geometry.frame_tokens],
+    }
+    return {name: np.array(values, np.int64) for name, values in numbers.items()}

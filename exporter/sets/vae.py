@@ -1,7 +1,7 @@
 """The VAE of a build with its parts: where it is found, its weights, and the engine it becomes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,11 @@ def order_vae(
     asked.progress("vae: checkpoint", 0, 0)
     checkpoint = open_vae_checkpoint(_find(denoiser, source, asked))
     _check_kind(denoiser, checkpoint)
-    config = _cut(checkpoint.config, denoiser.geometry, dtype, device, asked)
+    whole = replace(denoiser.geometry, chunk=0, cache=0)  # of a causal denoiser
+    config = _cut(checkpoint.config, whole, dtype, device, asked)
     request = VaeRequest(
         config=denoiser.config,
-        geometry=denoiser.geometry,
+        geometry=whole,
         sampling=denoiser.sampling,
         backend=aoti_vae.BACKEND,
         dtype=dtype,

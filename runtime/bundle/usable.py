@@ -48,8 +48,7 @@ def why_unusable(bundle: Path, manifest: Manifest, engine: EngineRecord) -> str:
     if unfamiliar:
         return _of_later(manifest, engine.name, f"has {unfamiliar}")
     if reason := mismatch(manifest.config, engine) or _lacks(manifest, engine):
-        geometry = engine.geometry
-        size = f"--resolution {geometry.height}x{geometry.width} --frames {geometry.frames}"
+        size = engine.geometry.options
         kind = f"--backend {engine.backend} --dtype {engine.dtype}"
         if engine.role == VAE:
             kind = f"--parts --vae-dtype {engine.dtype}"

@@ -27,11 +27,18 @@ class EngineModule:
 
     What places a model, or makes it ready to run, finds it placed and ready; what it has not raises
     an AttributeError of one line. Inputs and outputs are fp32, whatever the engine's precision.
+    Raises BadRequest for the engine of a causal model.
     """
 
     training = False
 
     def __init__(self, denoiser: Denoiser) -> None:
+        if denoiser.geometry.chunk:
+            raise BadRequest(
+                f"engine {denoiser.record.name} makes a video chunk by chunk, and a pipeline of "
+                f"other code asks for it whole: take denoiser.stream(), or an engine of a Wan that "
+                f"is not causal"
+            )
         self.denoiser = denoiser
         self.dtype = torch.float32
         self.device = engine_device(denoiser)

@@ -33,6 +33,7 @@ from wanexport.runtime.engines.kernels import check_kernel
 from wanexport.runtime.engines.operators import Kernel, attention_kernels, open_kernel
 from wanexport.runtime.engines.processor import level_for, level_here, runs_here
 from wanexport.runtime.errors import (
+    BadRequest,
     BundleError,
     EngineFailure,
     WanExportError,
@@ -353,9 +354,15 @@ def attention_of(
 ) -> dict[str, Kernel]:
     """The kernel of each kind of attention; one that cannot be had here is replaced aloud.
 
-    chosen is that of self-attention, in place of the recorded one.
+    chosen is that of self-attention, in place of the recorded one. Raises BadRequest for a model
+    without.
     """
     library = files.get("flash_attention")
+    if chosen and "self" not in record.details.attention:
+        raise BadRequest(
+            f"attention {chosen}: engine {record.name} attends to its cache, with the kernel that "
+            f"its build chose; leave it out"
+        )
     is_cuda = record.target["device"] == "cuda"
     kernels = {}
     for kind, recorded in record.details.attention.items():

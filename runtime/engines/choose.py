@@ -233,11 +233,7 @@ def machine_refusal(
 
 def _refusal(bundle: Path, choice: Choice, options: EngineOptions) -> str:
     record = choice.record
-    size = f"{record.geometry.height}x{record.geometry.width}"
-    rebuild = (
-        f"wanexport build --backend {record.backend} --resolution {size} "
-        f"--frames {record.geometry.frames} -o {bundle}"
-    )
+    rebuild = f"wanexport build --backend {record.backend} {record.geometry.options} -o {bundle}"
     return machine_refusal(record, choice.device, rebuild, options)
 
 

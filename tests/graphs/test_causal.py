@@ -7,8 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from tests.causal_stream import CONFIG, Clip, begin, compared, eager, random_weights
+from tests.causal_stream import (
+    CONFIG,
+    TEXT_ROWS,
+    Clip,
+    Slots,
+    begin,
+    compared,
+    eager,
+    random_weights,
+)
 from wanexport.exporter.reference.parity import FP32_GATE, relative_l2
+from wanexport.graphs import causal
 
 GLOBAL = Clip([3] * 4, 12)
 WINDOWED = Clip([3] * 6, 9, window=9)
@@ -66,3 +76,124 @@ def test_what_is_kept_is_keys_and_values_of_the_clean_chunk(weights: Any) -> Non
             slots = state[name].reshape(GLOBAL.geometry.slots, -1).abs().sum(1) > 0
             assert slots.nonzero().flatten().tolist() == [0, 2, 5]
         assert not state[f"text_k.{layer}"].any()
+
+
+class Misplaced(Slots):
+    """Chunks that are placed as the rules say, but for one of their numbers."""
+
+    def __init__(self, *args: Any, **numbers: Any) -> None:
+        self.change = numbers.pop("change")
+        super().__init__(*args, **numbers)
+
+    def place(self, start: int, frames: int) -> dict[str, np.ndarray]:
+        placed = super().place(start, frames)
+        self.change(placed, frames)
+        return placed
+
+
+def placed_otherwise(clip: Clip, weights: Any, change: Any) -> float:
+    _, call = eager(weights, clip.geometry)
+    slots = Misplaced(clip.geometry, **clip.policy, change=change)
+    return worst(clip, weights, call, slots)
+
+
+def without_frame_offset(weights: Any) -> float:
+    return placed_otherwise(GLOBAL, weights, lambda placed, _: placed.update(position=ZERO))
+
+
+def attends_to_padding(weights: Any) -> float:
+    """The frames that fill a chunk up are kept beside the others, and seen."""
+    clip = CLIPS["a first chunk of one frame"]
+
+    def change(placed: dict[str, np.ndarray], frames: int) -> None:
+        keys = int(placed["keys"][0]) // clip.geometry.frame_tokens
+        missing = clip.geometry.chunk - frames
+        placed["slots"][frames:] = np.arange(keys, keys + missing)
+        placed["keys"] = placed["keys"] + missing * clip.geometry.frame_tokens
+
+    return placed_otherwise(clip, weights, change)
+
+
+def sees_no_chunk_but_its_own(weights: Any) -> float:
+    clip = replace(GLOBAL, cache=12)
+    return worst(clip, weights, eager(weights, clip.geometry)[1], Slots(clip.geometry, window=3))
+
+
+def with_bf16_angles(weights: Any) -> float:
+    graph, call = eager(weights, GLOBAL.geometry)
+    for name in ("rope_frames", "rope_rows", "rope_columns"):
+        setattr(graph, name, getattr(graph, name).bfloat16().float())
+    return worst(GLOBAL, weights, call)
+
+
+def keeps_the_last_denoising_step(weights: Any) -> float:
+    return worst(GLOBAL, weights, eager(weights, GLOBAL.geometry)[1], commits=False)
+
+
+def evicts_nothing(weights: Any) -> float:
+    clip = replace(WINDOWED, cache=sum(WINDOWED.chunks))
+    return worst(clip, weights, eager(weights, clip.geometry)[1], Slots(clip.geometry))
+
+
+def evicts_the_sink(weights: Any) -> float:
+    slots = Slots(WITH_SINK.geometry, window=9)
+    return worst(WITH_SINK, weights, eager(weights, WITH_SINK.geometry)[1], slots)
+
+
+def keeps_the_sink_of_max_attention(weights: Any) -> float:
+    """The latest of what is kept are read, and that loses the sink: a window would not."""
+    clip = CLIPS["the latest of what is kept"]
+    slots = Slots(clip.geometry, window=6, sink=3)
+    return worst(clip, weights, eager(weights, clip.geometry)[1], slots)
+
+
+def masks_the_padding_of_the_text(weights: Any) -> float:
+    def masked(q: Any, k: Any, v: Any, kind: str) -> Any:
+        return torch.ops.wanexport.attention.kind(q, k[:, :TEXT_ROWS], v[:, :TEXT_ROWS], kind)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal, "attention", masked)
+        return worst(GLOBAL, weights, eager(weights, GLOBAL.geometry)[1])
+
+
+def keeps_keys_before_their_rotation(weights: Any) -> float:
+    class Unrotated(causal.CausalAttention):
+        def keep(self, x: Any, chunk: Any, *cache: Any) -> None:
+            one = torch.ones_like(chunk.cos)
+            super().keep(x, chunk._replace(cos=one, sin=one - one), *cache)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal, "CausalAttention", Unrotated)
+        return worst(GLOBAL, weights, eager(weights, GLOBAL.geometry)[1])
+
+
+def takes_the_first_frames_timestep(weights: Any) -> float:
+    _, call = eager(weights, GLOBAL.geometry)
+
+    def same(inputs: Any, moment: str) -> Any:
+        return call({**inputs, "timestep": np.repeat(inputs["timestep"][:1], 3)}, moment)
+
+    return worst(GLOBAL, weights, same)
+
+
+ZERO = np.zeros(1, np.int64)
+# What each costs at least, by a reading of the official code's results: far above the gate.
+MISTAKES = {
+    without_frame_offset: 1e-3,
+    with_bf16_angles: 3e-5,
+    keeps_the_last_denoising_step: 1e-2,
+    evicts_nothing: 3e-3,
+    evicts_the_sink: 3e-3,
+    keeps_the_sink_of_max_attention: 3e-3,
+    masks_the_padding_of_the_text: 1e-2,
+    attends_to_padding: 1e-3,
+    sees_no_chunk_but_its_own: 1e-3,
+    keeps_keys_before_their_rotation: 1e-3,
+    takes_the_first_frames_timestep: 1e-3,
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_a_mistake_is_caught(mistake: Any, weights: Any) -> None:
+    error = mistake(weights)
+    assert error > MISTAKES[mistake] > FP32_GATE, error

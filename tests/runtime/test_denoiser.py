@@ -63,6 +63,7 @@ class EchoEngine:
         inputs: Mapping[str, np.ndarray],
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
+        moment: str = "step",
     ) -> np.ndarray:
         if not self.is_open:
             raise EngineFailure(CLOSED)

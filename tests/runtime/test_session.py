@@ -31,7 +31,11 @@ class Watched(EchoEngine):
         return super().array(value)
 
     def __call__(
-        self, inputs: Mapping[str, np.ndarray], weights: Any = None, memory: Memory | None = None
+        self,
+        inputs: Mapping[str, np.ndarray],
+        weights: Any = None,
+        memory: Memory | None = None,
+        moment: str = "step",
     ) -> np.ndarray:
         self.calls.append(dict(inputs))
         return inputs["latent"]
@@ -148,7 +152,11 @@ class Counting(EchoEngine):
         return Memory({"count": np.zeros(1, np.float32)})
 
     def __call__(
-        self, inputs: Mapping[str, np.ndarray], weights: Any = None, memory: Memory | None = None
+        self,
+        inputs: Mapping[str, np.ndarray],
+        weights: Any = None,
+        memory: Memory | None = None,
+        moment: str = "step",
     ) -> np.ndarray:
         assert memory is not None
         before = memory.state["count"].copy()

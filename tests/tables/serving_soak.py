@@ -128,6 +128,7 @@ class Engine:
         inputs: Mapping[str, np.ndarray],
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
+        moment: str = "step",
     ) -> np.ndarray:
         """fp32, shaped like the latent."""
         self.fail("the engine")

@@ -1,11 +1,11 @@
 """Which attention kernel an engine uses: the fastest at its shapes on this GPU, by measurement."""
 
-import statistics
 import warnings
 from pathlib import Path
 
 import torch
 
+from wanexport.exporter.backends.aoti.cached_attention import choose_cached_kernel, median_seconds
 from wanexport.graphs.graph import torch_dtype
 from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.engines.device_name import device_kind
@@ -17,8 +17,6 @@ from wanexport.runtime.program import Attention
 from wanexport.runtime.wan_config import WanConfig
 
 _CANDIDATES = ("cudnn", "sdpa", "fa4")
-_OF_CACHE = ("cudnn_ragged", "flash_ragged", "mask")
-_ROUNDS, _WARM_UPS = 5, 2
 _MARGIN = 0.95  # of cuDNN's time: what must be beaten, so that noise does not choose
 
 Seconds = dict[str, dict[str, float]]
@@ -42,6 +40,10 @@ def choose_kernels(
     chosen: dict[str, str] = {}
     seconds: Seconds = {}
     for kind, shape in program_of(config, geometry).attention.items():
+        if kind == "cache":
+            chosen[kind], times = choose_cached_kernel(config, shape, dtype, device)
+            seconds |= {kind: times} if times else {}
+            continue
         own = [wanted] if wanted and kind == "self" else names
         if own == ["sdpa"]:  # which runs wherever PyTorch does
             chosen[kind] = own[0]
@@ -100,14 +102,5 @@ def _time(config: WanConfig, shape: Attention, dtype: str, device: str, kernel: 
         heads = (1, length, config.num_heads, config.head_dim)
         return torch.randn(heads, device=device, dtype=torch_dtype(dtype))
 
-    times = []
     with torch.cuda.device(device):
-        q, k, v = random(shape.queries), random(shape.keys), random(shape.keys)
-        for _ in range(_WARM_UPS + _ROUNDS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            kernel(q, k, v)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times[_WARM_UPS:])
+        return median_seconds(kernel, random(shape.queries), *(random(shape.keys) for _ in "kv"))

@@ -45,14 +45,16 @@ def prove_regions(job: RegionsJob) -> dict[str, Any]:
         method = f"engine opened; compiled anew for {job.size.num_tokens} tokens and run"
     sources = bundle_tensors(Path(job.weights), job.tensors)
     tensors = {name: read_tensor(source).to(device) for name, source in sources.items()}
-    specs = regions.program.inputs
-    given = {
-        name: to_device(value, device, torch_dtype(specs[name].dtype))
-        for name, value in job.arrays().items()
-    }
-    memory = regions.memory()
+    specs, memory, bound = regions.program.inputs, regions.memory(), regions.bind(tensors)
+    velocity = None
     with on_device(device):
-        velocity = regions.bind(tensors)(given, memory)
+        for moment, inputs in job.calls():
+            given = {
+                name: to_device(value, device, torch_dtype(specs[name].dtype))
+                for name, value in inputs.items()
+            }
+            velocity = bound(given, memory, moment)
+    assert velocity is not None
     return proof_figures(job, method, velocity.cpu().numpy())
 
 

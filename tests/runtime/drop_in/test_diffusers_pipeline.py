@@ -415,7 +415,9 @@ def test_the_engine_runs_outside_autocast(t2v: Family) -> None:
     seen: list[bool] = []
 
     class Engine(EchoEngine):
-        def __call__(self, inputs: Any, weights: Any = None, memory: Any = None) -> np.ndarray:
+        def __call__(
+            self, inputs: Any, weights: Any = None, memory: Any = None, moment: str = "step"
+        ) -> np.ndarray:
             seen.append(torch.is_autocast_enabled("cpu"))
             return super().__call__(inputs, weights, memory)
 

@@ -182,7 +182,11 @@ class DiffusersModel(EchoEngine):
         self.model, self.config = model, config
 
     def __call__(
-        self, inputs: Mapping[str, np.ndarray], weights: Any = None, memory: Any = None
+        self,
+        inputs: Mapping[str, np.ndarray],
+        weights: Any = None,
+        memory: Any = None,
+        moment: str = "step",
     ) -> np.ndarray:
         return diffusers_velocity(self.model, self.config, dict(inputs))
 

@@ -57,6 +57,7 @@ class Engine(EchoEngine):
         inputs: Mapping[str, Any],
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
+        moment: str = "step",
     ) -> np.ndarray:
         self.calls += 1
         self.before(inputs)
@@ -1065,6 +1066,7 @@ def test_an_engine_of_torch_is_given_tensors_without_autograd(
             inputs: Mapping[str, Any],
             weights: PinnedFile | None = None,
             memory: Memory | None = None,
+            moment: str = "step",
         ) -> Any:
             given.append(inputs["latent"])
             return inputs["latent"] / 2

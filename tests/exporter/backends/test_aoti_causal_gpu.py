@@ -1,0 +1,104 @@
+"""A causal engine of AOTInductor on a GPU: its kernels, its clips, and no wait of the host."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.causal_stream import Call, Clip, Slots, compared
+from wanexport.exporter.backends.aoti.cached_attention import CANDIDATES, TOLERANCE, error_of
+from wanexport.exporter.build import build
+from wanexport.exporter.reference.eager import EagerEngine
+from wanexport.exporter.reference.parity import FLOOR_FACTOR, FP32_GATE, relative_l2
+from wanexport.graphs.config import PRESETS
+from wanexport.graphs.weights import bundle_tensors
+from wanexport.runtime import load
+from wanexport.runtime.bundle.path import WEIGHTS_FILE
+from wanexport.runtime.bundle.signature import parameter_shapes
+from wanexport.runtime.bundle.tensorfile import load_arrays
+from wanexport.runtime.engines.cached_kernels import CACHED
+from wanexport.runtime.program import Attention
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = PRESETS["causal-tiny"].config
+CLIP = Clip([1, 3, 3, 3], 7, window=7, sink=1)
+
+
+@pytest.fixture(scope="module", params=["bf16", "fp32"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal model of random weights at 32x48, in chunks of 3 with a cache of 7."""
+    path = tmp_path_factory.mktemp("causal") / request.param
+    build(
+        "causal-tiny", random_weights=0, resolution="32x48", frames=81, chunk=3, cache=7,
+        backends=["aoti"], device="cuda", dtype=request.param, output=path,
+    )  # fmt: skip
+    return path
+
+
+def session(engine: Any) -> Call:
+    """A video of an engine that has not begun."""
+    memory = engine.memory()
+
+    def call(inputs: Mapping[str, np.ndarray], moment: str) -> Any:
+        given = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
+        velocity = engine(given, memory=memory, moment=moment)
+        return None if velocity is None else velocity.cpu().numpy()
+
+    return call
+
+
+def fp32_weights(bundle: Path) -> dict[str, np.ndarray]:
+    (file,) = bundle.glob(f"weights/*/{WEIGHTS_FILE}")
+    return load_arrays(file)
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_kernel_attends_to_the_first_keys_and_no_other(name: str, dtype: str) -> None:
+    for shape in (Attention(1, 300, 3000), Attention(1, 37, 200)):
+        assert error_of(CACHED[name], replace(CONFIG, num_layers=1), shape, dtype) < TOLERANCE
+
+
+def test_every_step_is_as_near_the_rules_as_eager(bundle: Path) -> None:
+    denoiser, weights = load(bundle), fp32_weights(bundle)
+    (file,) = bundle.glob(f"weights/*/{WEIGHTS_FILE}")
+    tensors = bundle_tensors(file, {name: name for name in parameter_shapes(CONFIG)})
+    dtype = denoiser.record.dtype
+    eager = EagerEngine(CONFIG, denoiser.geometry, dtype, tensors, device="cuda")
+    pairs = zip(
+        compared(CLIP, weights, session(denoiser.engines[""]), config=CONFIG),
+        compared(CLIP, weights, session(eager), config=CONFIG),
+    )
+    for own, floor in pairs:
+        gate = FP32_GATE if dtype == "fp32" else FLOOR_FACTOR * relative_l2(*floor)
+        assert relative_l2(*own) <= gate
+
+
+def test_a_chunk_never_waits_for_the_gpu(bundle: Path) -> None:
+    denoiser = load(bundle)
+    engine, memory = denoiser.engines[""], denoiser.engines[""].memory()
+    slots = Slots(denoiser.geometry, window=7, sink=1)
+    specs = denoiser.inputs
+    inputs = {
+        name: torch.zeros(specs[name].shape, device="cuda") for name in ("latent", "timestep")
+    }
+    inputs["text"] = torch.randn(specs["text"].shape, device="cuda")
+    chunks = [
+        {name: torch.from_numpy(array).cuda() for name, array in slots.place(start, 3).items()}
+        for start in range(0, 12, 3)
+    ]
+    engine({**inputs, **chunks[0]}, memory=memory)  # the prompt's calls; kernels are loaded
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for place in chunks:
+            for moment in ("step", "step", "commit"):
+                engine({**inputs, **place}, memory=memory, moment=moment)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
