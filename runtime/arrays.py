@@ -65,6 +65,15 @@ def to_fp32_like(value: Array, model: Array) -> Array:
     return like(to_numpy(value), model)
 
 
+def concatenated(arrays: Sequence[Array], axis: int) -> Array:
+    """Arrays of one kind as one along an axis."""
+    if not is_torch(arrays[0]):
+        return np.concatenate(arrays, axis)
+    import torch
+
+    return torch.cat(list(arrays), axis)
+
+
 def whole_numbers_like(parts: Sequence[Sequence[int]], model: Array) -> list[Array]:
     """int64 arrays of the kind that model is: numpy, or torch on model's device.
 

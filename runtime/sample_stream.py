@@ -10,11 +10,14 @@ from numbers import Integral
 
 import numpy as np
 
-from wanexport.runtime.arrays import Array, is_torch, to_numpy
+from wanexport.runtime.arrays import Array, concatenated, is_torch, to_numpy
+from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.errors import BadRequest, printable
+from wanexport.runtime.sample import Plan, Step
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
 from wanexport.runtime.stream import Stream
 
+SOLVER = "renoise"  # of `solvers.SOLVERS`: what the loop does
 Draw = Callable[[tuple[int, ...]], Array]  # standard normal numbers of a shape
 
 
@@ -87,6 +90,40 @@ def sample_stream(
     return _chunks(loop, given, noise, sizes)
 
 
+def sample_clip(
+    denoiser: Denoiser,
+    plan: Plan,
+    *,
+    text: Array,
+    seed: int,
+    on_step: Callable[[Step, int], object],
+    noise: Array | None = None,
+) -> Array:
+    """The engine's whole clip [1, 16, F, h, w], as `sample` gives it of other models.
+
+    on_step is called with each step, whose latent is all that is clean by then, and how many there
+    are. Raises BadRequest for guidance or a solver that a causal model has not, and as
+    `sample_stream` does.
+    """
+    if plan.solver != SOLVER or any(scale != 1 for scale in plan.guidance):
+        raise BadRequest(
+            f"engine {denoiser.record.name} samples with solver {SOLVER} and guidance 1: leave "
+            f"--solver and --guidance out"
+        )
+    stream, done = denoiser.stream(text), list[Array]()
+    geometry = stream.geometry
+    count = len(plan) * len(cut(geometry.clip_frames, geometry.chunk, False))
+
+    def told(step: ChunkStep) -> None:
+        latent = concatenated([*done, step.latent], axis=2)
+        on_step(Step(step.chunk * len(plan) + step.index, step.timestep, latent), count)
+
+    times = plan.schedule.timesteps
+    for chunk in sample_stream(stream, seed=seed, noise=noise, timesteps=times, on_step=told):
+        done.append(chunk.latent)
+    return concatenated(done, axis=2)
+
+
 def steps_of(timesteps: Sequence[float] | None) -> list[tuple[float, float]]:
     """The timestep and the sigma of each step, both in fp32.
 
@@ -124,15 +161,13 @@ class _Loop:
     draw: Draw
     on_step: OnChunkStep | None
 
-    def denoise(self, number: int, latent: Array) -> Array:
-        """The clean latent of a chunk [1, 16, f, h, w] of noise."""
+    def denoise(self, number: int, latent: Array) -> Iterator[ChunkStep]:
+        """The steps of a chunk [1, 16, f, h, w] that begins as noise."""
         clean = latent
         for index, (timestep, sigma) in enumerate(self.steps):
             latent = self._noised(clean, sigma) if index else latent
             clean = _clean(latent, self.stream.step(latent, timestep), sigma)
-            if self.on_step is not None:
-                self.on_step(ChunkStep(number, index, timestep, clean))
-        return clean
+            yield ChunkStep(number, index, timestep, clean)
 
     def _noised(self, clean: Array, sigma: float) -> Array:
         """(1 - sigma) clean + sigma noise, in fp32, with noise that is drawn now."""
@@ -149,7 +184,10 @@ def _chunks(
         yield _committed(stream, number, latent, is_given=True)
     for number, count in enumerate(sizes, start=len(given)):
         own = stream.denoiser.array(noise[:, :, begin : begin + count])
-        yield _committed(stream, number, loop.denoise(number, own), is_given=False)
+        for step in loop.denoise(number, own):
+            if loop.on_step is not None:
+                loop.on_step(step)
+        yield _committed(stream, number, step.latent, is_given=False)
         begin += count
 
 

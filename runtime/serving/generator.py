@@ -28,6 +28,7 @@ from wanexport.runtime.parts.protocols import VideoCodec
 from wanexport.runtime.parts.text_encoder import clean_prompt
 from wanexport.runtime.program import TensorSpec
 from wanexport.runtime.sample import Plan, Step, plan_of, run_plan, seeded_noise
+from wanexport.runtime.sample_stream import sample_clip
 from wanexport.runtime.serving.jobs import Check
 from wanexport.runtime.serving.prompt_cache import PromptCache
 from wanexport.runtime.serving.request import STAGES, Generation, Request, check_request
@@ -93,7 +94,7 @@ class Generator:
             return
         # Even where the change fails: what it holds then is known only where it cannot change.
         self._holds_others = bool(self._own_weights)
-        with _computing(self.gpu):
+        with computing(self.gpu):
             self.denoiser.use(self._own_weights if name is None else name)
         self._holds_others = name is not None
 
@@ -156,7 +157,7 @@ class Generator:
         try:
             encoder = self.parts.text_encoder()
             for text in texts:
-                with _computing(self.gpu):
+                with computing(self.gpu):
                     given = encoder([text])
                 embeddings[text] = _checked_embedding(given, text, self.denoiser.inputs["text"])
                 self.prompts.put(text, embeddings[text])
@@ -172,7 +173,7 @@ class Generator:
         record = self.denoiser.record
         image_encoder = self.parts.image_encoder() if "image" in record.inputs else None
         vae = self.parts.vae()
-        with _computing(self.gpu):
+        with computing(self.gpu):
             return image_inputs(record, images, vae, image_encoder)
 
     def _generate(
@@ -212,8 +213,10 @@ class Generator:
         self, request: Request, plan: Plan, inputs: dict[str, Array], seed: int, check: Check
     ) -> Array:
         """The final latent, where the engine keeps it."""
+        if self.denoiser.geometry.chunk:
+            return self._sample_chunks(request, plan, inputs["text"], seed, check)
         noise = self.denoiser.array(seeded_noise(self.denoiser.inputs["latent"].shape, seed))
-        with _computing(self.gpu):
+        with computing(self.gpu):
             for step in run_plan(self.denoiser, plan, noise=noise, **inputs):
                 check_step(step, self.denoiser.record.name)
                 if request.on_step is not None:
@@ -221,9 +224,38 @@ class Generator:
                 check()
         return step.latent
 
+    def _sample_chunks(
+        self, request: Request, plan: Plan, text: Array, seed: int, check: Check
+    ) -> Array:
+        """The whole clip of a causal model."""
+
+        def on_step(step: Step, steps: int) -> None:
+            check_step(step, self.denoiser.record.name)
+            if request.on_step is not None:
+                request.on_step(step, steps)
+            check()
+
+        with computing(self.gpu):
+            return sample_clip(self.denoiser, plan, text=text, seed=seed, on_step=on_step)
+
+    def text_of(self, prompt: str, weights: str | None, *, decode: bool) -> Array:
+        """The embedding of a prompt on the engine's device, which has these weights from then on.
+
+        With decode the VAE is opened too. Raises as a request does.
+        """
+        self._use_weights(weights)
+        text = clean_prompt(prompt)
+        if not text:
+            raise BadRequest("the prompt is empty: say what the video shows")
+        self._find_parts([text], image=False, decode=decode)
+        embedding = self._embed([text])[text]
+        if decode:
+            self.parts.vae()
+        return self.denoiser.array(embedding)
+
     def _decode(self, latent: Array) -> np.ndarray:
         vae = self.parts.vae()
-        with _computing(self.gpu):
+        with computing(self.gpu):
             return vae.decode(latent)
 
     def prewarm(self, decode: bool, check: Check) -> float:
@@ -238,7 +270,8 @@ class Generator:
             "sampling": self._warm_up_engine,
         }
         if decode:
-            latent = np.zeros(record.output.shape, np.float32)
+            _, channels, _, *sides = record.output.shape
+            latent = np.zeros((1, channels, record.geometry.clip_frames, *sides), np.float32)
             warm_ups["decode"] = lambda: self._decode(latent)
         for stage, warm_up in warm_ups.items():
             check()
@@ -261,7 +294,12 @@ class Generator:
             for name, spec in self.denoiser.inputs.items()
             if name != "timestep"
         }
-        with _computing(self.gpu):
+        with computing(self.gpu):
+            if self.denoiser.geometry.chunk:
+                stream = self.denoiser.stream(zeros["text"])
+                is_finite(stream.step(zeros["latent"], NUM_TRAIN_TIMESTEPS))
+                stream.commit(zeros["latent"])
+                return
             for timestep in (0, NUM_TRAIN_TIMESTEPS)[-len(self.denoiser.engines) :]:
                 is_finite(self.denoiser(**zeros, timestep=timestep))  # which waits for the GPU
 
@@ -307,7 +345,7 @@ def _tiling_note(vae: VideoCodec, done: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def _computing(gpu: int | None) -> Iterator[None]:
+def computing(gpu: int | None) -> Iterator[None]:
     """Where PyTorch is in use: without autograd, and on the engine's GPU."""
     with ExitStack() as stack:
         if "torch" in sys.modules:

@@ -4,11 +4,12 @@ One thread serves all requests in order, so any number of threads may ask.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar, Unpack
 
+from wanexport.runtime.arrays import Array
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.engines.engine import EngineKeywords
 from wanexport.runtime.errors import BadRequest, refuse_empty
@@ -16,6 +17,7 @@ from wanexport.runtime.load import load
 from wanexport.runtime.parts.open import Parts
 from wanexport.runtime.parts.picture_reading import Picture
 from wanexport.runtime.parts.protocols import ImageEncoder, TextEncoder, VideoCodec
+from wanexport.runtime.sample_stream import OnChunkStep
 from wanexport.runtime.serving.generator import Generator
 from wanexport.runtime.serving.jobs import MAX_WAITING, Check, Job, JobQueue
 from wanexport.runtime.serving.prompt_cache import PromptCache
@@ -24,10 +26,17 @@ from wanexport.runtime.serving.request import (
     OnStep,
     Request,
     RequestKeywords,
+    check_texts,
     make_request,
 )
+from wanexport.runtime.serving.streaming import (
+    StreamedChunk,
+    StreamRequest,
+    handed_over,
+    stream_chunks,
+)
 
-__all__ = ["Generation", "Job", "Pipeline"]
+__all__ = ["Generation", "Job", "Pipeline", "StreamedChunk"]
 
 T = TypeVar("T")
 
@@ -162,6 +171,47 @@ class Pipeline:
         """
         request = make_request(prompt, (seed,), **asked)
         return self._queue.submit(partial(self._serve, request))
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        length: int | None = None,
+        window: int | None = None,
+        sink: int = 0,
+        max_attention: int | None = None,
+        independent_first_frame: bool = False,
+        timesteps: Sequence[float] | None = None,
+        initial: Array | None = None,
+        noise: Array | None = None,
+        weights: str | None = None,
+        decode: bool = True,
+        on_step: OnChunkStep | None = None,
+    ) -> Iterator[StreamedChunk]:
+        """A causal model's video, chunk by chunk, each given when it is made.
+
+        length is the number of frames, 4k+1, by default the engine's own. window, sink and
+        max_attention are as in `Denoiser.stream`; independent_first_frame to noise as in
+        `sample_stream`. The video is made in the pipeline's thread, which waits while two chunks
+        are not taken: requests that wait begin after it. To close the iterator cancels it after the
+        step under way. on_step is called after every step, in the pipeline's thread.
+
+        Raises, at the first chunk, BadRequest for a request that does not fit or a model that is
+        not causal, BundleError when a part is missing, and EngineFailure for NaN or Inf in a chunk,
+        and when the pipeline is closed or full.
+        """
+        if not self.denoiser.geometry.chunk:
+            raise BadRequest(
+                f"engine {self.denoiser.record.name} makes a video whole: use generate"
+            )
+        request = StreamRequest(
+            prompt, seed, length, window, sink, max_attention, independent_first_frame,
+            None if timesteps is None else tuple(timesteps), initial, noise, weights, decode,
+            on_step,
+        )  # fmt: skip
+        check_texts(prompt=prompt, weights=weights)
+        return handed_over(self._queue, partial(stream_chunks, self._generator, request))
 
     def prewarm(self, *, decode: bool = True) -> float:
         """Do what the first request would pay for, and return the seconds it took.

@@ -103,12 +103,17 @@ def make_request(
 
 def check_request(request: Request) -> None:
     """Raise BadRequest for a prompt, path, name of weights, or seed that is none."""
-    for name in ("prompt", "negative", "weights"):
-        value, kind = getattr(request, name), str if name == "prompt" else str | None
-        if not isinstance(value, kind):
-            raise BadRequest(f"{name} is {value!r:.40}: expected text")
+    check_texts(prompt=request.prompt, negative=request.negative, weights=request.weights)
     given = {name: getattr(request, name) for name in ("image", "last_image", "weights")}
     refuse_empty(**{name: value for name, value in given.items() if isinstance(value, str)})
     for seed in request.seeds:
         if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
             raise BadRequest(f"seed is {seed!r:.40}: expected a whole number of 0 or more")
+
+
+def check_texts(prompt: object, **others: object) -> None:
+    """Raise BadRequest for a prompt that is no text, and for another that is neither text nor
+    None."""
+    for name, value in {"prompt": prompt, **others}.items():
+        if not isinstance(value, str) and (name == "prompt" or value is not None):
+            raise BadRequest(f"{name} is {value!r:.40}: expected text")
