@@ -22,6 +22,7 @@ from wanexport.exporter.cli.display import (
     show_doctor,
     show_lint,
     show_run,
+    show_stream,
 )
 from wanexport.exporter.cli.display_bundle import (
     show_add,
@@ -55,6 +56,7 @@ from wanexport.exporter.cli.options import (
     report_option,
     resolution_option,
     sampling_options,
+    stream_options,
     take,
     tensorrt_options,
     vae_options,
@@ -214,6 +216,27 @@ def run(bundle: Path, as_json: bool, **options: Any) -> None:
     with progress_display() as show:
         record = run_request(request, show=show, tell=_tell)
     _report(record, as_json, show_run)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@stream_options
+@engine_options
+@as_json
+def stream(bundle: Path, as_json: bool, **options: Any) -> None:
+    """Make the video of a causal model chunk by chunk, and write frames as they come.
+
+    A record beside the output, X.json or X.safetensors.json, holds what repeats the stream.
+    """
+    from wanexport.exporter.run.stream import StreamRequest, VideoOptions
+    from wanexport.exporter.run.stream import stream as stream_request
+
+    engine = EngineOptions(**take(options, EngineOptions))
+    video = VideoOptions(**take(options, VideoOptions))
+    request = StreamRequest(bundle, **options, video=video, engine=engine)
+    with progress_display() as show:
+        record = stream_request(request, show=show, tell=_tell)
+    _report(record, as_json, show_stream)
 
 
 def _tell(note: str) -> None:

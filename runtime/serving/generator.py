@@ -238,20 +238,21 @@ class Generator:
         with computing(self.gpu):
             return sample_clip(self.denoiser, plan, text=text, seed=seed, on_step=on_step)
 
-    def text_of(self, prompt: str, weights: str | None, *, decode: bool) -> Array:
-        """The embedding of a prompt on the engine's device, which has these weights from then on.
+    def text_of(self, prompt: str | Array, weights: str | None, *, decode: bool) -> Array:
+        """The embedding of a prompt, or one that is given; the engine has these weights from then
+        on.
 
         With decode the VAE is opened too. Raises as a request does.
         """
         self._use_weights(weights)
-        text = clean_prompt(prompt)
-        if not text:
+        text = clean_prompt(prompt) if isinstance(prompt, str) else None
+        if text == "":
             raise BadRequest("the prompt is empty: say what the video shows")
-        self._find_parts([text], image=False, decode=decode)
-        embedding = self._embed([text])[text]
+        self._find_parts([] if text is None else [text], image=False, decode=decode)
+        embedding = prompt if text is None else self._embed([text])[text]
         if decode:
             self.parts.vae()
-        return self.denoiser.array(embedding)
+        return embedding
 
     def _decode(self, latent: Array) -> np.ndarray:
         vae = self.parts.vae()

@@ -174,7 +174,7 @@ class Pipeline:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Array,
         *,
         seed: int = 0,
         length: int | None = None,
@@ -191,7 +191,8 @@ class Pipeline:
     ) -> Iterator[StreamedChunk]:
         """A causal model's video, chunk by chunk, each given when it is made.
 
-        length is the number of frames, 4k+1, by default the engine's own. window, sink and
+        prompt is text, or its embeddings [n, 4096], for which no encoder is opened. length is the
+        number of frames, 4k+1, by default the engine's own. window, sink and
         max_attention are as in `Denoiser.stream`; independent_first_frame to noise as in
         `sample_stream`. The video is made in the pipeline's thread, which waits while two chunks
         are not taken: requests that wait begin after it. To close the iterator cancels it after the
@@ -210,7 +211,9 @@ class Pipeline:
             None if timesteps is None else tuple(timesteps), initial, noise, weights, decode,
             on_step,
         )  # fmt: skip
-        check_texts(prompt=prompt, weights=weights)
+        if not isinstance(prompt, str) and not hasattr(prompt, "shape"):
+            raise BadRequest(f"prompt is {prompt!r:.40}: expected text, or its embeddings")
+        check_texts("", weights=weights)
         return handed_over(self._queue, partial(stream_chunks, self._generator, request))
 
     def prewarm(self, *, decode: bool = True) -> float:

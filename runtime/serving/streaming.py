@@ -24,7 +24,7 @@ _PATIENCE = 0.1  # seconds between two looks at whether anyone still waits
 class StreamRequest:
     """What a stream is asked for; `Pipeline.stream` says what each means."""
 
-    prompt: str
+    prompt: str | Array
     seed: int = 0
     length: int | None = None
     window: int | None = None

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.causal_stream import CONFIG
 from tests.runtime.causal_engine import (
     STYLE,
     CausalEngine,
@@ -123,6 +122,14 @@ def test_chunks_are_those_of_the_loop_and_frames_those_of_the_vae(
     assert codec.decoded == ([] if vae is Streaming else [9])
 
 
+def test_embeddings_may_stand_for_the_prompt(open_pipeline: Open) -> None:
+    pipeline, _ = open_pipeline()
+    made = [c.latent for c in pipeline.stream(text_of(1), decode=False)]
+    assert all(map(np.array_equal, made, alone("a", 0)))
+    with pytest.raises(BadRequest, match="13 rows, the model takes at most 12"):
+        next(pipeline.stream(np.ones((13, 20)), decode=False))
+
+
 def test_a_stream_without_decoding_gives_latents_alone(open_pipeline: Open) -> None:
     pipeline, _ = open_pipeline()
     made = list(pipeline.stream("a", decode=False, length=21, initial=latent_of(GEOMETRY, 3)))
@@ -235,7 +242,7 @@ def test_nan_of_a_chunk_is_an_error_of_its_own(
     ("asked", "said"),
     [
         ({"prompt": ""}, "the prompt is empty"),
-        ({"prompt": 7}, "prompt is 7: expected text"),
+        ({"prompt": 7}, "prompt is 7: expected text, or its embeddings"),
         ({"length": 10}, "a length of 10 frames is not legal: expected 4k.1, 9 or 13"),
         ({"length": 0}, "length is 0"),
         ({"length": 2.5}, "length is 2.5"),
@@ -259,4 +266,3 @@ def test_a_model_that_is_not_causal_has_no_stream(monkeypatch: pytest.MonkeyPatc
     with Pipeline("bundle", text_encoder=Encoder(), vae=Whole()) as pipeline:
         with pytest.raises(BadRequest, match="makes a video whole: use generate"):
             pipeline.stream("a")
-    assert CONFIG.family == "self-forcing"
