@@ -62,6 +62,8 @@ class Stream:
         self._weights = denoiser.weights_set
         self._count = 0  # frames of the chunk whose place on the device is known
         self._place: dict[str, Array] = {}
+        self._slots: tuple[int, ...] = ()  # of the chunk's frames that can be seen
+        self._written: tuple[int, ...] = ()  # the same of the last commit
 
     @property
     def geometry(self) -> Geometry:
@@ -101,7 +103,7 @@ class Stream:
         _, arrays = self._arrays(latent, timestep)
         self._run(arrays, "commit")
         self._kept.commit()
-        self._count = 0
+        self._written, self._count = self._slots, 0
 
     def reset(self, text: Array | None = None) -> None:
         """Begin another video, of another text where one is given, with the weights now in use.
@@ -124,6 +126,19 @@ class Stream:
         """
         self._kept.rewind(frames)
         self._count = 0
+
+    @property
+    def kept_names(self) -> tuple[str, ...]:
+        """The names of the tensors of the state that a commit writes."""
+        return tuple(name for name in self._memory.state if name.startswith("cache_"))
+
+    def kept(self, name: str) -> Array:
+        """What the last commit has written of one of them: [1, f * tokens, H, D], of those frames
+        of the chunk that can be seen. For comparisons: it waits for the device."""
+        tokens, tensor = self.geometry.frame_tokens, self._memory.state[name]
+        rows = [slot * tokens + token for slot in self._written for token in range(tokens)]
+        axis = tuple(tensor.shape).index(self.geometry.slots * tokens)
+        return tensor.swapaxes(axis, 1)[:, rows]
 
     def check_room(self, sizes: Collection[int]) -> None:
         """Raise BadRequest unless chunks of so many frames each can follow."""
@@ -158,6 +173,7 @@ class Stream:
         """Where the next chunk lies, on the device: once a chunk."""
         self._count = 0
         place = self._kept.begin(count)
+        self._slots = tuple(s for s in place.slots[:count] if s != self.geometry.cache)
         keys = len(place.attended) * self.geometry.frame_tokens
         parts = ([place.position], place.slots, [keys])
         names = ("position", "slots", "keys")

@@ -60,6 +60,7 @@ from wanexport.exporter.cli.options import (
     take,
     tensorrt_options,
     vae_options,
+    window_options,
 )
 from wanexport.exporter.cli.streams import minding_the_reader, prepare_streams, printing
 from wanexport.exporter.cli.terminal import err, progress_display, write
@@ -286,6 +287,7 @@ def _tell(note: str) -> None:
     help="Name the first call, a block say, whose error exceeds its floor, and for onnx the first "
     "node in it.",
 )  # fmt: skip
+@window_options
 @click.option(
     "--plot", type=click.Path(path_type=Path), metavar="FILE",
     help="Save the curves of error, floor, gate and drift: an .svg file.",

@@ -376,6 +376,28 @@ sampling_options = _adding(  # the fields of Settings
         "Default: that of the weights set.",
     ),
 )  # fmt: skip
+_WINDOW = (
+    click.option(
+        "--window", type=COUNT, metavar="NUMBER",
+        help="How many latent frames of a causal video stay in the cache, the sink among them. "
+        "Default: all.",
+    ),
+    click.option(
+        "--sink", type=SEED, default=0, show_default=True, metavar="NUMBER",
+        help="How many of the first latent frames stay for good; needs a window.",
+    ),
+    click.option(
+        "--max-attention", type=COUNT, metavar="NUMBER",
+        help="How many of the latest latent frames in the cache are attended to. Default: all.",
+    ),
+)  # fmt: skip
+window_options = _adding(
+    click.option(
+        "--chunks", type=COUNT, metavar="NUMBER",
+        help="How many chunks of a causal video are made. Default: those of the engine's clip.",
+    ),
+    *_WINDOW,
+)  # fmt: skip
 stream_options = _adding(
     click.option("--prompt", help="What the video shows."),
     click.option(
@@ -405,18 +427,7 @@ stream_options = _adding(
         "--length", type=COUNT, metavar="NUMBER",
         help="How many frames are made: 4k+1. Default: what is left of the engine's own.",
     ),
-    click.option(
-        "--window", type=COUNT, metavar="NUMBER",
-        help="How many latent frames stay in the cache, the sink among them. Default: all.",
-    ),
-    click.option(
-        "--sink", type=SEED, default=0, show_default=True, metavar="NUMBER",
-        help="How many of the first latent frames stay for good; needs a window.",
-    ),
-    click.option(
-        "--max-attention", type=COUNT, metavar="NUMBER",
-        help="How many of the latest latent frames in the cache are attended to. Default: all.",
-    ),
+    *_WINDOW,
     click.option(
         "--independent-first-frame", is_flag=True,
         help="Make the first chunk of one latent frame, for models that were trained so.",
