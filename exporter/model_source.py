@@ -13,7 +13,7 @@ from wanexport.graphs.experts import FOLDERS, expert_of_name
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights, WeightSource
 from wanexport.runtime.bundle.manifest import Manifest
 from wanexport.runtime.errors import BadRequest, printable
-from wanexport.runtime.family import FAMILIES
+from wanexport.runtime.family import FAMILIES, are_alike
 from wanexport.runtime.parts.hub import EXAMPLE, download
 from wanexport.runtime.wan_config import WanConfig
 
@@ -79,7 +79,7 @@ def _of_family(source: ModelSource, family: str) -> ModelSource:
     own = source.config.family
     if family == own:
         return source
-    if own not in (FAMILIES[family].like, *(n for n in FAMILIES if FAMILIES[n].like == family)):
+    if not are_alike(family, own):
         raise BadRequest(
             f"--family {family}: the tensors of {source.name} are of family {own}; leave it out"
         )
@@ -129,7 +129,7 @@ def resolve_as(manifest: Manifest, model: str, low_noise: str | Path | None) -> 
     alone = not manifest.experts and low is None
     source = resolve(model, None, low_noise=low, expert_alone=alone)
     own = manifest.config.family
-    if own in FAMILIES and FAMILIES[own].like == source.config.family:
+    if own in FAMILIES and are_alike(own, source.config.family):
         source = _of_family(source, own)
     if (source.config, source.experts) != (manifest.config, manifest.experts):
         raise BadRequest(

@@ -11,14 +11,22 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wanexport.graphs.experts import expert_of_name, why_alone
 from wanexport.graphs.foreign import prefix_of, refuse_foreign_tensors
 from wanexport.graphs.places import Part, check_listed, find_parts
 from wanexport.graphs.quantised import describe_stored, with_scales
 from wanexport.graphs.source_tensor import FLOATS, SCALED, SourceTensor
-from wanexport.graphs.stated import boundary_of, check_config, read_config, read_index, settings
+from wanexport.graphs.stated import (
+    SELF_FORCING,
+    boundary_of,
+    check_config,
+    is_of_causal,
+    read_config,
+    read_index,
+    settings,
+)
 from wanexport.graphs.stored_file import open_stored
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.dtypes import STORED
@@ -141,8 +149,8 @@ def _refuse_twins(high: Mapping[str, SourceTensor], low: Mapping[str, SourceTens
 
 
 def _open_model(part: Part, expert: str, experts: int) -> _Model:
-    tensors, quantisation = _read_files(part, expert)
-    tensors = with_scales(tensors, quantisation, part.path)
+    files = _read_files(part, expert)
+    tensors = with_scales(files.tensors, files.quantisation, part.path)
     layout = "diffusers" if "condition_embedder.time_proj.weight" in tensors else "official"
     if layout == "diffusers":
         used = {name: t for name, t in tensors.items() if not _UNUSED.fullmatch(name)}
@@ -156,16 +164,25 @@ def _open_model(part: Part, expert: str, experts: int) -> _Model:
     owned = any(file.name.startswith("diffusion_pytorch_model") for file in part.files)
     stated = read_config(config_file, owned=owned)
     config = recognise(tensors, stated, part.path, config_file, experts=experts)
+    if config.family == "t2v" and (files.is_causal or is_of_causal(stated)):
+        config = replace(config, family=SELF_FORCING)
     is_quantised = any(tensor.is_quantised for tensor in tensors.values())
     check_config(stated, config, config_file, is_quantised=is_quantised)
     _check_tensors(tensors, config, part.path)
     return _Model(config, layout, tensors)
 
 
-def _read_files(part: Part, expert: str) -> tuple[dict[str, SourceTensor], list[Any]]:
-    """The tensors of a model without the prefix of their names, and what headers say of them."""
+class _Files(NamedTuple):
+    """The tensors of a model without the prefix of their names, and what its files say of them."""
+
+    tensors: dict[str, SourceTensor]
+    quantisation: list[Any]
+    is_causal: bool
+
+
+def _read_files(part: Part, expert: str) -> _Files:
     found: dict[str, SourceTensor] = {}  # by the names that the files have
-    quantisation = []
+    quantisation, is_causal = [], False
     for file in part.files:
         _check_expert(file, expert)
         own = open_stored(file)
@@ -177,6 +194,7 @@ def _read_files(part: Part, expert: str) -> tuple[dict[str, SourceTensor], list[
         check_listed(part.listed, own.tensors, file)
         found |= own.tensors
         quantisation += [] if own.quantisation is None else [own.quantisation]
+        is_causal |= own.is_causal
     refuse_foreign_tensors({name: t.entry.shape for name, t in found.items()}, part.path)
     prefix = prefix_of(found)
     tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
@@ -184,7 +202,7 @@ def _read_files(part: Part, expert: str) -> tuple[dict[str, SourceTensor], list[
         raise BadRequest(
             f"{printable(part.path)} has names twice, with and without {prefix}: download it again"
         )
-    return tensors, quantisation
+    return _Files(tensors, quantisation, is_causal)
 
 
 def _check_expert(file: Path, expert: str) -> None:

@@ -15,14 +15,17 @@ from wanexport.runtime.wan_config import IMAGE_DIM, WanConfig
 
 HEAD_DIM = 128  # of every published Wan; used when a checkpoint comes without a Wan's config.json
 MAX_TEXT_LEN = 8192
-_WAN_CLASSES = ("WanModel", "WanTransformer3DModel")
+SELF_FORCING = "self-forcing"  # the family of a causal Wan with a plain Wan's tensors
+_CAUSAL_CLASSES = ("CausalWanModel",)  # Self-Forcing's and its relatives' own name
+_PLAIN_CLASSES = ("WanModel", "WanTransformer3DModel")
+_WAN_CLASSES = (*_PLAIN_CLASSES, *_CAUSAL_CLASSES)
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
 # A part of a class name, in lower case -> whose it is. The first that fits is told.
 _RELATIVES = (
     ("vace", "VACE"),
     ("animate", "Wan-Animate"),
     ("s2v", "Wan-S2V"),
-    ("causal", "a causal Wan (CausVid, Self-Forcing, ...)"),
+    ("causal", "another causal Wan than Self-Forcing's"),
     ("fast", "lingbot-world (a causal Wan)"),
     ("skyreels", "SkyReels-V2"),
     ("helios", "Helios"),
@@ -50,13 +53,12 @@ _RELATIVE_FIELDS = {
     "audio_inject_layers": "Wan-S2V",
     "cond_dim": "Wan-S2V",
     "control_type": "lingbot-world (a causal Wan)",
-    "sink_size": "a causal Wan",
-    "num_frame_per_block": "a causal Wan",
-    "independent_first_frame": "a causal Wan",
     "add_control_adapter": "Wan-Fun with camera control",
     "add_ref_conv": "Wan-Fun-Control",
     "inject_sample_info": "SkyReels-V2",
 }
+# How a stream of a causal Wan is made, which its engine does not depend on.
+_OF_STREAMS = ("local_attn_size", "sink_size", "num_frame_per_block", "independent_first_frame")
 _NOTHING: tuple[object, ...] = (None, False, 0, -1, [], {}, "")
 # Names with _ in front are of the software that wrote the file; rope_max_seq_len is the length of a
 # table of angles, and changes none of them.
@@ -84,6 +86,11 @@ def read_config(file: Path, *, owned: bool) -> dict[str, Any]:
         stacklevel=2,
     )
     return {}
+
+
+def is_of_causal(stated: Mapping[str, Any]) -> bool:
+    """Whether a config says that it is of a causal Wan with the tensors of a plain one."""
+    return stated.get("_class_name") in _CAUSAL_CLASSES
 
 
 def _whose(stated: Mapping[str, Any], file: Path) -> str | None:
@@ -162,6 +169,13 @@ def check_config(
     expected = _expected(config)
     for field, value in stated.items():
         allowed = expected.get(field)
+        if field in _OF_STREAMS and (config.family == SELF_FORCING or value in _NOTHING):
+            continue
+        if field in _OF_STREAMS:
+            raise BadRequest(
+                f"{printable(file)} has {field} {brief(value)}, as a causal Wan: add _class_name "
+                f"CausalWanModel if it is one, or delete it"
+            )
         if whose := _RELATIVE_FIELDS.get(field):
             if value not in _NOTHING:
                 raise BadRequest(_unread(file, f"{field} {brief(value)}", whose))
@@ -239,12 +253,11 @@ def _expected(config: WanConfig) -> dict[str, tuple[Any, ...]]:
         "qk_norm": (True, "rms_norm_across_heads"),
         "cross_attn_norm": (True,),
         "window_size": ([-1, -1],),
-        "local_attn_size": (-1,),
         "image_dim": (IMAGE_DIM if has_image else None,),
         "added_kv_proj_dim": (config.dim if has_image else None,),
         "pos_embed_seq_len": (514 if config.image_tokens == 514 else None,),
         "model_type": tuple(_types_of(config)),
-        "_class_name": _WAN_CLASSES,
+        "_class_name": _WAN_CLASSES if config.family == SELF_FORCING else _PLAIN_CLASSES,
     }
 
 

@@ -17,10 +17,14 @@ _ARCHITECTURES = ("", "wan", "pig", "cow")
 
 
 class StoredFile(NamedTuple):
-    """The tensors of a file by the names that it has, and what its header says of quantisation."""
+    """The tensors of a file by the names that it has, and what its header says of quantisation.
+
+    is_causal is whether the file says that it is a causal Wan's.
+    """
 
     tensors: dict[str, SourceTensor]
     quantisation: Any  # None where it says nothing
+    is_causal: bool = False
 
 
 def open_stored(path: Path) -> StoredFile:
@@ -30,7 +34,8 @@ def open_stored(path: Path) -> StoredFile:
     """
     kind = file_format(path)
     if kind == "torch":
-        found = StoredFile(read_torch_file(path), None)
+        saved = read_torch_file(path)
+        found = StoredFile(saved.tensors, None, saved.is_causal)
     elif kind == "gguf":
         found = StoredFile(_read_gguf(path), None)
     else:

@@ -6,6 +6,7 @@ where it is read.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,19 +18,31 @@ from wanexport.runtime.errors import BadRequest, printable
 from wanexport.runtime.parts.torch_checkpoint import load_saved
 
 # Under which of its keys a training's file has the model. Self-Forcing samples from the average.
-_MODELS = ("generator_ema", "generator", "state_dict", "model", "module")
+_GENERATORS = ("generator_ema", "generator")
+_MODELS = (*_GENERATORS, "state_dict", "model", "module")
 _DEEPEST = 3  # of these keys, one in another's value: a dictionary may hold itself
 _NAMES = {getattr(torch, row.torch): stored for stored, row in STORED.items() if row.torch}
 
 
-def read_torch_file(path: Path) -> dict[str, SourceTensor]:
-    """The tensors of the model by the names that the file has.
+class TorchFile(NamedTuple):
+    """The tensors of a model by the names that its file has, and whether it is a causal Wan's.
 
-    Of a file with `generator` and `generator_ema`, as Self-Forcing's, it is the latter's. Raises
+    Self-Forcing and its relatives save the model that they train as a `generator`.
+    """
+
+    tensors: dict[str, SourceTensor]
+    is_causal: bool
+
+
+def read_torch_file(path: Path) -> TorchFile:
+    """The model of a file.
+
+    Of one with `generator` and `generator_ema`, as Self-Forcing's, it is the latter. Raises
     BundleError as `load_saved` does, and BadRequest when there is no model in the file, tensors
     overlap, or one is not dense and on the CPU.
     """
-    tensors = _find_model(load_saved(path))
+    saved = load_saved(path)
+    tensors = _find_model(saved)
     if not tensors:
         raise BadRequest(
             f"{printable(path)} has no model: expected tensors by name, or these under one of "
@@ -42,7 +55,9 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
                 f"contiguous"
             )
     _check_apart(tensors, path)
-    return {name: SourceTensor(path, _entry(t), name, mapped=t) for name, t in tensors.items()}
+    named = {name: SourceTensor(path, _entry(t), name, mapped=t) for name, t in tensors.items()}
+    is_causal = any(isinstance(saved.get(key), dict) for key in _GENERATORS)
+    return TorchFile(named, is_causal)
 
 
 def _find_model(saved: object, depth: int = 0) -> dict[str, Tensor]:

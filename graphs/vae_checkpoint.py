@@ -85,7 +85,7 @@ def _files(path: Path) -> list[Path]:
 def _read(file: Path) -> dict[str, SourceTensor]:
     kind = file_format(file)
     if kind == "torch":
-        return read_torch_file(file)
+        return read_torch_file(file).tensors
     if kind == "safetensors":
         return {name: SourceTensor(file, entry, name) for name, entry in read_header(file).items()}
     raise BadRequest(f"{printable(file)} is a {kind} file, in which no VAE is read: name a .pth")

@@ -168,6 +168,11 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def are_alike(one: str, other: str) -> bool:
+    """Whether models of two known families have the same tensors."""
+    return one == other or FAMILIES[one].like == other or FAMILIES[other].like == one
+
+
 def family_of(config: WanConfig) -> Family:
     """The row of a model's family. Raises BundleError when this version does not know it."""
     return family_named(config.family)

@@ -19,6 +19,7 @@ from torch import Tensor
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.dtypes import DTYPES
+from wanexport.runtime.engines.cached_kernels import attending_to
 from wanexport.runtime.engines.device import (
     capture_stream,
     gpu_or_cpu,
@@ -33,7 +34,6 @@ from wanexport.runtime.engines.kernels import check_kernel
 from wanexport.runtime.engines.operators import Kernel, attention_kernels, open_kernel
 from wanexport.runtime.engines.processor import level_for, level_here, runs_here
 from wanexport.runtime.errors import (
-    BadRequest,
     BundleError,
     EngineFailure,
     WanExportError,
@@ -116,7 +116,8 @@ class BoundRegions:
         """The velocity, None of a moment that gives none; what the prompt's calls write is kept in
         memory."""
         values: list[Any] = [None] * len(self.slots)
-        with attention_kernels(self.regions.kernels), torch.no_grad():
+        count = attending_to(memory.attended)
+        with attention_kernels(self.regions.kernels), count, torch.no_grad():
             for name, tensor in inputs.items():
                 values[self.slots[name]] = tensor
             if memory.values is None:
@@ -344,41 +345,29 @@ def open_engines(
     return engines
 
 
-_FALLBACKS = {
-    (False, False): "sdpa", (False, True): "cudnn", (True, False): "prefix", (True, True): "mask",
-}  # fmt: skip
-
-
 def attention_of(
     record: EngineRecord, files: Mapping[str, PinnedFile], chosen: str | None
 ) -> dict[str, Kernel]:
     """The kernel of each kind of attention; one that cannot be had here is replaced aloud.
 
-    chosen is that of self-attention, in place of the recorded one. Raises BadRequest for a model
-    without.
+    chosen is that of self-attention, or to a cache, in place of the recorded one.
     """
     library = files.get("flash_attention")
-    if chosen and "self" not in record.details.attention:
-        raise BadRequest(
-            f"attention {chosen}: engine {record.name} attends to its cache, with the kernel that "
-            f"its build chose; leave it out"
-        )
-    is_cuda = record.target["device"] == "cuda"
+    fallback = "cudnn" if record.target["device"] == "cuda" else "sdpa"
     kernels = {}
     for kind, recorded in record.details.attention.items():
-        fallback = _FALLBACKS[kind == "cache", is_cuda]
-        if chosen and kind == "self":
-            kernels[kind] = open_kernel(chosen, library)
+        if chosen and kind in ("self", "cache"):
+            kernels[kind] = open_kernel(chosen, library, kind)
             continue
         try:
-            kernels[kind] = open_kernel(recorded, library)
+            kernels[kind] = open_kernel(recorded, library, kind)
         except WanExportError as error:
             warnings.warn(
                 f"attention runs on {fallback} instead of {recorded}, which is slower: {error}",
                 WanExportWarning,
                 stacklevel=2,
             )
-            kernels[kind] = open_kernel(fallback, library)
+            kernels[kind] = open_kernel(fallback, library, kind)
     return kernels
 
 

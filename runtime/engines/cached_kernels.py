@@ -1,10 +1,13 @@
 """Kernels of attention to the first keys of a cache, whose number lies on the device.
 
-Each takes q [1, S, H, D], k and v [1, T, H, D], and keys [1] int64. None has the host wait for the
-number, and none copies the cache.
+Each takes q [1, S, H, D], k and v [1, T, H, D], and keys [1] int64. None has the host wait for a
+GPU, and none copies the cache. A kernel of plain attention serves where the caller knows the number
+too: it is given a view of the cache. Otherwise one of `CACHED` reads the number on the device.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +15,38 @@ from torch import Tensor
 
 CachedKernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+# An operator has no other way to learn what its caller knows.
+_count: ContextVar[int | None] = ContextVar("keys that are attended to", default=None)
+_HALF = (torch.float16, torch.bfloat16)
 
-def prefix(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
-    """Attention to a view of the first keys. The host reads their number: for a CPU."""
-    length = int(keys)
-    q, k, v = (x.transpose(1, 2) for x in (q, k[:, :length], v[:, :length]))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+
+@contextmanager
+def attending_to(count: int | None) -> Iterator[None]:
+    """Say how many keys of a cache count, within the block and its thread; None is not known."""
+    token = _count.set(count)
+    try:
+        yield
+    finally:
+        _count.reset(token)
+
+
+def to_prefix(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> CachedKernel:
+    """A kernel of plain attention, on a view of the keys that count."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
+        count = _count.get()
+        if count is None and keys.is_cuda:
+            return on_device(q, k, v, keys)
+        count = int(keys) if count is None else count
+        # Strides of a tensor by itself: kernels compare that of the batch too.
+        return kernel(q, k[0, :count][None], v[0, :count][None])
+
+    return run
+
+
+def on_device(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
+    """What runs on a GPU where nobody knows the number."""
+    return (flash_ragged if q.dtype in _HALF else mask)(q, k, v, keys)
 
 
 def mask(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
@@ -31,7 +60,10 @@ def mask(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
 
 
 def cudnn_ragged(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
-    """cuDNN's kernel for sequences of several lengths, of which there is one."""
+    """cuDNN's kernel for sequences of several lengths, of which there is one.
+
+    PyTorch up to 2.14 plans it anew at every call, which takes the host longer than the GPU.
+    """
     out = torch.ops.aten._cudnn_attention_forward(
         q[0], k[0], v[0], None, _starts(q.shape[1], keys), _ends(keys), q.shape[1], k.shape[1],
         False, 0.0, False, False,
@@ -58,15 +90,6 @@ def _ends(keys: Tensor) -> Tensor:
     return F.pad(keys.to(torch.int32), (1, 0))
 
 
-def cached_attention_anywhere(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
-    """What runs where no kernel was chosen."""
-    return (mask if q.is_cuda else prefix)(q, k, v, keys)
-
-
-# `sdpa` is what PyTorch chooses: the whole prefix on a CPU, the mask on a GPU.
 CACHED: Mapping[str, CachedKernel] = {
-    "cudnn_ragged": cudnn_ragged,
-    "flash_ragged": flash_ragged,
-    "mask": mask,
-    "prefix": prefix,
-}
+    "flash_ragged": flash_ragged, "cudnn_ragged": cudnn_ragged, "mask": mask,
+}  # fmt: skip

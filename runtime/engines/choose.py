@@ -49,8 +49,15 @@ def choose_engine(bundle: Path, manifest: Manifest, options: EngineOptions) -> C
             f"{bundle} has no such engine; it holds {held}: choose one, or add yours with "
             f"wanexport build{''.join(f'; {why}' for why in _of_others(bundle, manifest))}"
         )
-    if len({choice.record.geometry for choice in fitting}) > 1:
-        raise BadRequest(f"{bundle} holds several shapes ({held}): name resolution and frames")
+    shapes = {choice.record.geometry for choice in fitting}
+    if len(shapes) > 1:
+        is_told = len({(shape.height, shape.width, shape.frames) for shape in shapes}) == 1
+        advice = (
+            "take all but one out with wanexport remove"
+            if is_told
+            else "name resolution and frames"
+        )
+        raise BadRequest(f"{bundle} holds several shapes ({held}): {advice}")
     refusals = [
         why_unusable(bundle, manifest, choice.record) or _refusal(bundle, choice, options)
         for choice in fitting

@@ -17,12 +17,15 @@ class Memory:
     """What a session keeps between calls of one engine.
 
     `state` is written in place, or replaced; `values` are what the calls of the prompt wrote with
-    the weights of the file `weights`, None before the first call.
+    the weights of the file `weights`, None before the first call. `attended` is the number that the
+    input `keys` has on the device, how many tokens of a cache the next calls attend to: with it an
+    engine on a GPU takes a faster kernel. None where the caller does not know.
     """
 
     state: dict[str, Array] = field(default_factory=dict)
     values: dict[str, Array] | None = None
     weights: PinnedFile | None = None
+    attended: int | None = None
 
 
 def new_memory(program: Program, zeros: Callable[[tuple[int, ...]], Array]) -> Memory:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile
-from wanexport.runtime.engines.cached_kernels import CACHED, cached_attention_anywhere
+from wanexport.runtime.engines.cached_kernels import CACHED, to_prefix
 from wanexport.runtime.engines.flash_attention import FlashAttention
 from wanexport.runtime.engines.kernels import KERNELS, check_kind
 from wanexport.runtime.errors import BadRequest, BundleError, installing
@@ -81,7 +81,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
 
 
 def _cached_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, kind: str) -> Tensor:
-    return _chosen(kind, cached_attention_anywhere)(q, k, v, keys)
+    return _chosen(kind, to_prefix(sdpa))(q, k, v, keys)
 
 
 def _chosen(kind: str, default: Kernel) -> Kernel:
@@ -181,16 +181,16 @@ def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 _OF_PYTORCH: Mapping[str, Kernel] = {"cudnn": cudnn, "sdpa": sdpa, "products": products}
 
 
-def open_kernel(name: str, flash_library: Path | PinnedFile | None) -> Kernel:
+def open_kernel(name: str, flash_library: Path | PinnedFile | None, kind: str = "self") -> Kernel:
     """The kernel `fa4`, `cudnn` or `sdpa`; flash_library is the bundle's compiled FlashAttention-4.
 
-    Those of `CACHED` serve kind `cache`, and no other. Raises BadRequest for an unknown kernel,
-    BundleError when it cannot be had.
+    For kind `cache` there are those of `CACHED` too, and the others attend to a view. Raises
+    BadRequest for an unknown kernel, BundleError when it cannot be had.
     """
+    if kind == "cache":
+        return CACHED[name] if name in CACHED else to_prefix(open_kernel(name, flash_library))
     if name in _OF_PYTORCH:
         return _OF_PYTORCH[name]
-    if name in CACHED:
-        return CACHED[name]
     if name not in KERNELS:
         raise BadRequest(f"unknown attention kernel {name!r}: expected one of {', '.join(KERNELS)}")
     if flash_library is None:

@@ -27,19 +27,22 @@ from wanexport.exporter import build as build_module
 from wanexport.exporter.backends.backend import Request, TensorRtOptions
 from wanexport.exporter.backends.onnx import backend as onnx_backend
 from wanexport.exporter.backends.onnx import lower as to_onnx
-from wanexport.exporter.backends.order import BuildOptions, attention_for, make_order
+from wanexport.exporter.backends.order import BuildOptions, attention_for, geometry_for, make_order
 from wanexport.exporter.backends.table import BACKENDS, default_backend
 from wanexport.exporter.build import build
 from wanexport.exporter.reference.eager import cut_to_ends, tensors_of_cut
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
-from wanexport.graphs.config import sampling_defaults
+from wanexport.graphs.config import PRESETS, sampling_defaults
 from wanexport.runtime import WanExportError, load
 from wanexport.runtime.bundle.check import file_sha256
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.signature import parameter_shapes, program_of
 from wanexport.runtime.errors import BadRequest
-from wanexport.runtime.wan_config import EXPERTS
+from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.wan_config import EXPERTS, WanConfig
+
+CAUSAL, PLAIN = PRESETS["causal-tiny"].config, PRESETS["tiny"].config
 
 
 def build_small(model: Path, preset: str, bundle: Path, **options: Any) -> dict[str, Any]:
@@ -183,6 +186,16 @@ def test_the_cut_takes_the_ends_and_the_full_model_itself() -> None:
         assert same == {name: name for name in parameter_shapes(config)}
 
 
+def test_the_cut_of_a_causal_model_keeps_with_the_last_layer() -> None:
+    full = replace(CAUSAL, num_layers=5)
+    geometry = Geometry(64, 96, 33, chunk=3, cache=9)
+    cut, program = (program_of(config, geometry) for config in (cut_to_ends(full), full))
+    names = tensors_of_cut(cut, program)
+    assert names["blocks.0.self_attn.k.weight"] == "blocks.0.self_attn.k.weight"
+    assert names["blocks.1.self_attn.k.weight"] == "blocks.4.self_attn.k.weight"
+    assert set(names) == set(parameter_shapes(cut_to_ends(full)))
+
+
 def test_a_file_in_the_working_directory_is_not_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +241,7 @@ def test_each_backend_has_its_device_and_all_one_precision(
         ({"backends": []}, "no backends: expected of onnx"),
         ({"dtype": "fp8"}, "unknown dtype 'fp8': expected of fp32, bf16, fp16"),
         ({"proof": "some"}, "unknown proof 'some': expected of ends, full"),
+        ({"family": "vace"}, "unknown family 'vace': expected of t2v, i2v"),
         ({"attention": "cudnn"}, "attention cudnn: only engines of aoti .* add --backend aoti$"),
         ({"attention": "native"}, "attention native: only engines of aoti .* add --backend aoti$"),
         (
@@ -251,6 +265,42 @@ def test_each_backend_has_its_device_and_all_one_precision(
 def test_what_no_build_can_make_is_a_bad_request(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         make_order(BuildOptions("64x96", 9, **{"backends": ["onnx"], **options}))
+
+
+@pytest.mark.parametrize(
+    ("options", "chunk", "cache"),
+    [
+        ({}, 3, 9), ({"chunk": 1}, 1, 9), ({"cache": 7}, 3, 7), ({"chunk": 3, "cache": 3}, 3, 3),
+        ({"chunk": 12}, 12, 12), ({"frames": 1}, 1, 1), ({"frames": 5}, 2, 2),
+        ({"frames": 161, "cache": 21}, 3, 21),
+    ],
+)  # fmt: skip
+def test_a_causal_model_is_built_in_chunks(options: dict[str, Any], chunk: int, cache: int) -> None:
+    asked = BuildOptions(**{"resolution": "64x96", "frames": 33, "backends": ["onnx"], **options})
+    geometry = geometry_for(CAUSAL, make_order(asked), asked)
+    assert (geometry.chunk, geometry.cache, geometry.frames) == (chunk, cache, asked.frames)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (
+            PLAIN,
+            {"chunk": 3},
+            "^--chunk: only a causal model .*t2v is none; .*--family self-forcing$",
+        ),
+        (PLAIN, {"chunk": 3, "cache": 9}, "^--chunk and --cache: only a causal model"),
+        (CAUSAL, {"chunk": 3, "cache": 2}, "a chunk of 3 latent frames and a cache of 2: expected"),
+        (CAUSAL, {"chunk": 0}, "^--chunk 0: expected latent frames from 1$"),
+        (CAUSAL, {"cache": 0}, "a chunk of 3 latent frames and a cache of 0: expected"),
+    ],
+)
+def test_chunks_that_cannot_be_are_a_bad_request(
+    config: WanConfig, options: dict[str, Any], message: str
+) -> None:
+    asked = BuildOptions("64x96", 33, backends=["onnx"], **options)
+    with pytest.raises(BadRequest, match=message):
+        geometry_for(config, make_order(asked), asked)
 
 
 def test_kernels_and_operators_of_attention_go_each_to_its_backends() -> None:

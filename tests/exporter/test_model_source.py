@@ -1,11 +1,13 @@
 """What -m means: a folder, a file, a hub id, and in one line what it is not."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import save_file
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from wanexport.exporter.model_source import resolve
 from wanexport.runtime.errors import BadRequest, WanExportError
+from wanexport.runtime.wan_config import WanConfig
 
 REPOSITORY = (
     "config.json", "README.md", "Wan2.1_VAE.pth", "diffusion_pytorch_model.bin",
@@ -165,3 +168,24 @@ def test_a_file_outside_a_repository_is_refused_before_a_download(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(BadRequest, match="is no file of a repository: expected one as in"):
         resolve(f"me/wan:{file}", None)
+
+
+def test_a_family_is_taken_where_the_tensors_are_of_two(
+    state: dict[str, Tensor], config: WanConfig, tmp_path: Path
+) -> None:
+    save_file(state, tmp_path / "wan.safetensors")
+    path = str(tmp_path / "wan.safetensors")
+    plain, causal = resolve(path, None), resolve(path, None, family="self-forcing")
+    assert plain.config == config and resolve(path, None, family="t2v").config == config
+    assert causal.config == replace(config, family="self-forcing") and causal.name == "self-forcing"
+    assert resolve("self-forcing-1.3b", 0, family="t2v").name == "t2v-1.3b"
+    with pytest.raises(BadRequest, match=r"--family i2v: the tensors of .* are of family t2v"):
+        resolve(path, None, family="i2v")
+
+
+def test_a_causal_file_is_taken_as_plain_where_that_is_asked_for(
+    state: dict[str, Tensor], config: WanConfig, tmp_path: Path
+) -> None:
+    torch.save({"generator": state}, tmp_path / "wan.pt")
+    assert resolve(str(tmp_path / "wan.pt"), None).config.family == "self-forcing"
+    assert resolve(str(tmp_path / "wan.pt"), None, family="t2v").config == config

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def check(stated: dict[str, Any], config: WanConfig, folder: Path) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_configs_of_published_models_are_taken(preset: str, tmp_path: Path) -> None:
     config = PRESETS[preset].config
-    official = official_json(config) | {"model_type": preset.split("-")[0]}
+    kind = "t2v" if config.family == "self-forcing" else preset.split("-")[0]
+    official = official_json(config) | {"model_type": kind}
     if preset != "tiny":
         check(official, config, tmp_path)
 
@@ -76,7 +78,7 @@ WRONG: list[dict[str, Any]] = [
     {"out_dim": 48}, {"out_channels": 48}, {"text_dim": 16}, {"freq_dim": 128},
     {"num_heads": 4}, {"num_attention_heads": 4}, {"attention_head_dim": 64},
     {"patch_size": [1, 4, 4]}, {"patch_size": 2}, {"qk_norm": False}, {"qk_norm": "layer_norm"},
-    {"cross_attn_norm": False}, {"window_size": [3, 3]}, {"local_attn_size": 21},
+    {"cross_attn_norm": False}, {"window_size": [3, 3]},
     {"image_dim": 1280}, {"added_kv_proj_dim": 256}, {"pos_embed_seq_len": 514},
     {"model_type": "i2v"}, {"model_type": "ti2v"}, {"model_type": "umt5"}, {"model_type": 3},
     {"num_layers": True}, {"num_layers": 2.0}, {"num_layers": None}, {"dim": [256]},
@@ -102,13 +104,13 @@ def test_what_does_not_fit_the_tensors_is_refused_with_both_values(
     [
         {"_class_name": "VaceWanModel"}, {"_class_name": "WanVACETransformer3DModel"},
         {"_class_name": "WanAnimateTransformer3DModel"}, {"_class_name": "WanModel_S2V"},
-        {"_class_name": "CausalWanModel"}, {"_class_name": "WanModelFast"},
+        {"_class_name": "CausalWanTransformer3DModel"}, {"_class_name": "WanModelFast"},
         {"_class_name": "SkyReelsV2Transformer3DModel"},
         {"_class_name": "Wan2_2Transformer3DModel"},
         {"_class_name": "HeliosTransformer3DModel"}, {"architectures": ["WanVACE"]},
         {"model_type": "vace"}, {"_class_name": "WanModel", "model_type": "s2v"},
         OFFICIAL | {"vace_layers": [0, 5]}, OFFICIAL | {"control_type": "cam"},
-        OFFICIAL | {"add_ref_conv": True}, OFFICIAL | {"num_frame_per_block": 3},
+        OFFICIAL | {"add_ref_conv": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -117,6 +119,34 @@ def test_a_config_of_a_relative_is_refused_by_name(
 ) -> None:
     with pytest.raises(BadRequest, match=r"config\.json has .*, which is not read yet; take"):
         check(relative, config, tmp_path)
+
+
+CAUSAL = {"_class_name": "CausalWanModel", "local_attn_size": 21, "sink_size": 3,
+          "num_frame_per_block": 3, "independent_first_frame": False}  # fmt: skip
+
+
+def test_a_causal_wans_config_tells_its_family(
+    config: WanConfig, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    folder = write_official(tmp_path, state, config)
+    (folder / "config.json").write_text(json.dumps(official_json(config) | CAUSAL))
+    assert open_checkpoint(folder).config == replace(config, family="self-forcing")
+
+
+def test_a_causal_wan_with_the_tensors_of_another_is_refused(tmp_path: Path) -> None:
+    config = small_config("i2v-14b")
+    with pytest.raises(BadRequest, match="_class_name 'CausalWanModel', but the tensors are"):
+        check({"_class_name": "CausalWanModel"}, config, tmp_path)
+
+
+@pytest.mark.parametrize("field", [n for n, v in CAUSAL.items() if v and n != "_class_name"])
+def test_what_only_a_causal_wan_states_needs_its_class(
+    field: str, config: WanConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        BadRequest, match=rf"has {field} \d+, as a causal Wan: add _class_name Caus"
+    ):
+        check(OFFICIAL | {field: CAUSAL[field]}, config, tmp_path)
 
 
 def test_a_wans_config_may_have_narrow_heads_and_another_may_not(

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from wanexport.runtime.decode import decode, encode
 from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.geometry import Geometry, parse_resolution
 
@@ -90,3 +91,40 @@ def test_what_no_video_has_is_refused(numbers: tuple[int, int, int]) -> None:
 def test_what_is_no_resolution_is_refused(text: str) -> None:
     with pytest.raises(BadRequest, match="is not understood"):
         parse_resolution(text)
+
+
+CHUNKS = Geometry(480, 832, 81, chunk=3, cache=21)
+
+
+def test_a_video_in_chunks_has_the_sizes_of_a_chunk() -> None:
+    assert CHUNKS.name == "480x832x81-chunk3-cache21" and CHUNKS.clip_frames == 21
+    assert (CHUNKS.latent, CHUNKS.grid) == ((3, 60, 104), (3, 30, 52))
+    assert (CHUNKS.num_tokens, CHUNKS.frame_tokens) == (4680, 1560)
+    assert CHUNKS.options == "--resolution 480x832 --frames 81 --chunk 3 --cache 21"
+
+
+def test_the_slots_of_a_cache_have_one_for_what_fills_a_chunk_up() -> None:
+    assert CHUNKS.slots == 22
+    assert Geometry(480, 832, 81, chunk=1, cache=7).slots == 7
+
+
+@pytest.mark.parametrize(("chunk", "cache"), [(0, 3), (3, 0), (3, 2), (-1, 3), (-3, -3)])
+def test_a_cache_that_holds_no_chunk_is_refused(chunk: int, cache: int) -> None:
+    with pytest.raises(
+        BadRequest, match=f"a chunk of {chunk} latent frames and a cache of {cache}"
+    ):
+        Geometry(480, 832, 81, chunk=chunk, cache=cache)
+
+
+def test_reduced_keeps_the_chunk_and_a_cache_of_more_than_two() -> None:
+    small = CHUNKS.reduced(1000)
+    assert small.num_tokens <= 1000 and (small.chunk, small.cache) == (3, 7)
+    assert Geometry(480, 832, 81, chunk=3, cache=3).reduced(1000).cache == 3
+    assert Geometry(16, 16, 81, chunk=20, cache=20).reduced(9).chunk == 5
+
+
+def test_chunks_are_written_only_where_there_are_any() -> None:
+    plain = Geometry(480, 832, 81)
+    assert encode(plain) == {"height": 480, "width": 832, "frames": 81, "spatial_stride": 8}
+    for geometry in (plain, CHUNKS):
+        assert decode(Geometry, encode(geometry), "geometry") == geometry

@@ -127,7 +127,55 @@ def test_what_this_version_does_not_know_is_named(program: Program, said: str) -
     assert said in program.unfamiliar
 
 
-@pytest.mark.parametrize("program", [PLAIN, KEEPING, PLAIN.whole(), KEEPING.whole()])
+# A commit runs two blocks of the step again, and for the last layer a call of its own.
+COMMITTING = replace(
+    KEEPING,
+    calls=(
+        *KEEPING.calls,
+        Call("again", ("latent",), ("x",), when="commit", code="embed"),
+        Call(
+            "more", ("x", "context"), ("x",), state=("k.{i}", "v.{i}"), when="commit", code="block"
+        ),
+        Call("keep", ("x",), (), state=("k.{i}", "v.{i}"), when="commit", first=3),
+    ),
+)
+
+
+def test_a_call_may_run_the_code_of_another_from_a_layer_on() -> None:
+    assert COMMITTING.fault() == COMMITTING.unfamiliar == ""
+    assert COMMITTING.functions == ("read", "embed", "block", "head", "keep")
+    *_, again, more, keep = COMMITTING.calls
+    assert (again.function, more.function, keep.function) == ("embed", "block", "keep")
+    assert list(keep.numbers) == [3] and list(keep.layers()) == [((), ("k.3", "v.3"))]
+    assert [n for n in COMMITTING.states() if n.startswith("k")] == ["k.0", "k.1", "k.2", "k.3"]
+    assert [n for n in KEEPING.states() if n.startswith("k")] == ["k.0", "k.1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"code": "blok"}, "more cannot run the code of blok"),
+        ({"code": "again"}, "more cannot run the code of again"),
+        ({"code": "head"}, "more cannot run the code of head"),
+        ({"reads": ("x", "velocity")}, "more reads velocity, which only calls of step write"),
+    ],
+)
+def test_a_code_that_does_not_fit_is_a_fault(changes: Any, said: str) -> None:
+    assert said in with_call(COMMITTING, 5, **changes).fault()
+
+
+def test_what_a_commit_writes_no_step_reads() -> None:
+    calls = COMMITTING.calls
+    assert "which nothing before it writes" in replace(COMMITTING, calls=calls[4:]).fault()
+
+
+@pytest.mark.parametrize("program", [PLAIN, KEEPING])
+def test_calls_of_one_code_alone_are_written_as_ever(program: Program) -> None:
+    fields = ["name", "reads", "writes", "parameters", "state", "repeat", "when"]
+    assert all(list(call) == fields for call in encode(program)["calls"])
+
+
+@pytest.mark.parametrize("program", [PLAIN, KEEPING, COMMITTING, PLAIN.whole(), KEEPING.whole()])
 def test_a_program_is_data(program: Program) -> None:
     data = encode(program)
     assert isinstance(data["calls"], list) and decode(Program, data, "program") == program

@@ -1,23 +1,25 @@
 """Print the table of attention to a causal model's cache: time of each kernel against the keys.
 
-    python -m tests.tables.causal_attention [HEADS]
+    python -m tests.tables.causal_attention [HEADS [FLASH_LIBRARY]]
 
 One GPU, bf16, a chunk of 3 latent frames at 480x832 (4680 queries) and a cache of 21 with one slot
 more. Medians of 7 calls; the product of two 8192 x 8192 matrices in the same run is the yardstick.
 The error is relative L2 to fp32, with what lies behind the keys set to 1000: 3e-3 is bf16's own.
-`host` knows the number of keys on the host and passes a view to cuDNN: no engine can.
+Kernels of plain attention are told the number by the host and given a view of the cache; the others
+read it on the device. FLASH_LIBRARY is a bundle's `flash_attention-bf16-128.so`.
 """
 
 import statistics
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanexport.runtime.engines.cached_kernels import CACHED
-from wanexport.runtime.engines.operators import cudnn
+from wanexport.runtime.engines.cached_kernels import CACHED, CachedKernel, attending_to
+from wanexport.runtime.engines.operators import open_kernel
 
 FRAME, CHUNK, CACHE, HEAD_DIM = 1560, 3, 21, 128
 ROUNDS, WARM_UPS = 7, 3
@@ -37,12 +39,6 @@ def seconds(run: Callable[[], object]) -> float:
     return statistics.median(times[WARM_UPS:])
 
 
-def host(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
-    """cuDNN on a view of the keys; the test reads their number, which costs a wait."""
-    count = int(keys)
-    return cudnn(q, k[:, :count], v[:, :count])
-
-
 def with_sums(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
     """`cudnn_ragged` that also gives the sums of exponentials, as PyTorch's own caller asks."""
     starts = torch.arange(0, q.shape[1] + 1, q.shape[1], dtype=torch.int32, device="cuda")
@@ -54,18 +50,19 @@ def with_sums(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
     return out.view(q.shape)
 
 
-def error(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, count: int) -> float:
+def error(kernel: CachedKernel, q: Tensor, k: Tensor, v: Tensor, count: int) -> float:
     """Relative L2 of the first 300 queries to fp32."""
     q = q[:, :300].contiguous()
     k, v = k.clone(), v.clone()
     k[:, count:], v[:, count:] = 100, 1000
-    found = kernel(q, k, v, torch.tensor([count], device="cuda")).float()
+    with attending_to(count):
+        found = kernel(q, k, v, torch.tensor([count], device="cuda")).float()
     q, k, v = (x.float().transpose(1, 2) for x in (q, k[:, :count], v[:, :count]))
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return float((found - expected).norm() / expected.norm())
 
 
-def row(name: str, kernel: Callable[..., Tensor], tensors: list[Tensor], rate: float) -> None:
+def row(name: str, kernel: CachedKernel, tensors: list[Tensor], rate: float) -> None:
     """Milliseconds for each number of frames, and what share of the product's rate the last has."""
     q, k, v = tensors
     cells = []
@@ -73,7 +70,8 @@ def row(name: str, kernel: Callable[..., Tensor], tensors: list[Tensor], rate: f
         worst = max(error(kernel, q, k, v, n) for n in (FRAME * CHUNK, FRAME * 7, 5 * FRAME + 24))
         for frames in FRAMES:
             keys = torch.tensor([frames * FRAME], device="cuda")
-            cells.append(seconds(lambda keys=keys: kernel(q, k, v, keys)))  # type: ignore[misc]
+            with attending_to(frames * FRAME):
+                cells.append(seconds(lambda: kernel(q, k, v, keys)))  # noqa: B023
     except RuntimeError as failure:
         print(f"{name:14} does not run: {' '.join(str(failure).split())[:110]}")
         return
@@ -83,13 +81,14 @@ def row(name: str, kernel: Callable[..., Tensor], tensors: list[Tensor], rate: f
     print(f"{name:14} {shown}   {flops / cells[-1] / 1e12:6.0f} TF/s {share:5.2f}   {worst:.1e}")
 
 
-def waits(name: str, kernel: Callable[..., Tensor], tensors: list[Tensor]) -> str:
+def waits(name: str, kernel: CachedKernel, tensors: list[Tensor]) -> str:
     """Whether a call has the host wait for the GPU."""
     keys = torch.tensor([FRAME * CHUNK], device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kernel(*tensors, keys)
+        with attending_to(FRAME * CHUNK):
+            kernel(tensors[0], tensors[1], tensors[2], keys)
     except RuntimeError as failure:
         return f"{name}: {' '.join(str(failure).split())[:60]}"
     finally:
@@ -97,7 +96,7 @@ def waits(name: str, kernel: Callable[..., Tensor], tensors: list[Tensor]) -> st
     return f"{name}: none"
 
 
-def main(heads: int) -> None:
+def main(heads: int, library: Path | None) -> None:
     """Print the rows of every kernel, and which of them wait."""
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, "
           f"cuDNN {torch.backends.cudnn.version()}, {heads} heads")  # fmt: skip
@@ -109,8 +108,10 @@ def main(heads: int) -> None:
     tensors = [
         torch.randn((1, n, heads, HEAD_DIM), device="cuda", dtype=torch.bfloat16) for n in lengths
     ]
-    kernels = {**{n: CACHED[n] for n in CACHED if n != "prefix"}, "with sums": with_sums}
-    for name, kernel in {**kernels, "host": host}.items():
+    names = ("cudnn", "sdpa", *(["fa4"] if library else []))
+    kernels = {name: open_kernel(name, library, "cache") for name in names}
+    kernels |= {**CACHED, "with sums": with_sums}
+    for name, kernel in kernels.items():
         row(name, kernel, tensors, rate)
     print(
         "host waits:", "; ".join(waits(name, kernel, tensors) for name, kernel in kernels.items())
@@ -118,4 +119,5 @@ def main(heads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 12)
+    heads, library = (*sys.argv[1:], None, None)[:2]
+    main(int(heads or 12), Path(library) if library else None)

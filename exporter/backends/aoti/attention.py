@@ -32,16 +32,18 @@ def choose_kernels(
 ) -> tuple[dict[str, str], Seconds]:
     """The kernel for each kind of attention, and the median seconds of every one that was tried.
 
-    device is PyTorch's name of the one that is measured. wanted is the kernel of self-attention, if
-    it is not to be the fastest. A kernel that cannot be measured is left out with a warning. Raises
-    EngineFailure when none is left.
+    device is PyTorch's name of the one that is measured. wanted is the kernel of self-attention, or
+    to a cache, if it is not to be the fastest. A kernel that cannot be measured is left out with a
+    warning. Raises EngineFailure when none is left.
     """
     names = _names(dtype, device, flash_library is not None)
     chosen: dict[str, str] = {}
     seconds: Seconds = {}
     for kind, shape in program_of(config, geometry).attention.items():
         if kind == "cache":
-            chosen[kind], times = choose_cached_kernel(config, shape, dtype, device)
+            plain = [wanted] if wanted else names
+            kernels = {name: open_kernel(name, flash_library, kind) for name in plain}
+            chosen[kind], times = choose_cached_kernel(config, shape, dtype, device, kernels)
             seconds |= {kind: times} if times else {}
             continue
         own = [wanted] if wanted and kind == "self" else names

@@ -22,11 +22,11 @@ from wanexport.exporter.backends.aoti.vae import compile_vae, prove_vae
 from wanexport.exporter.backends.backend import Compiled, Options, Progress, Request, VaeRequest
 from wanexport.exporter.child.process import Lifeline
 from wanexport.runtime.bundle.details import AotiDetails
-from wanexport.runtime.bundle.manifest import DENOISER, EngineRecord
+from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.engines import aoti as aoti_engine
 from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.kernels import KERNELS, check_kernel, kernel_obstacle
-from wanexport.runtime.errors import BadRequest, WanExportError, WanExportWarning
+from wanexport.runtime.errors import WanExportError, WanExportWarning
 
 ATTENTION = KERNELS
 BINDING = aoti_engine.BINDING
@@ -80,20 +80,8 @@ def check_attention(attention: str | None, dtype: str, target: Mapping[str, str]
 
 
 def resolve(request: Request) -> Request:
-    """The request as it is: a kernel of attention that is not named is found by measurement.
-
-    Raises BadRequest for a kernel of self-attention that the model has not.
-    """
-    if request.role == DENOISER and request.attention and not _attends_to_itself(request):
-        raise BadRequest(
-            f"attention {request.attention}: a causal model attends to its cache, with the fastest "
-            f"kernel here; leave it out"
-        )
+    """The request as it is: a kernel of attention that is not named is found by measurement."""
     return request
-
-
-def _attends_to_itself(request: Request) -> bool:
-    return "self" in request.program.attention
 
 
 def compile_engine(
@@ -158,7 +146,7 @@ def _flash_attention(
 
 
 def _flash_attention_serves(request: Request) -> bool:
-    is_wanted = request.attention in (None, "fa4") and _attends_to_itself(request)
+    is_wanted = request.attention in (None, "fa4")
     return is_wanted and not kernel_obstacle("fa4", request.target, request.dtype)
 
 

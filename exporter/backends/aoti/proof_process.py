@@ -61,7 +61,7 @@ def prove_regions(job: RegionsJob) -> dict[str, Any]:
 def _open(job: RegionsJob, files: Mapping[str, str], device: torch.device) -> Regions:
     library = files.get("flash_attention")
     kernels = {
-        kind: open_kernel(name, Path(library) if library else None)
+        kind: open_kernel(name, Path(library) if library else None, kind)
         for kind, name in job.attention.items()
     }
     paths = {role: Path(path) for role, path in files.items()}

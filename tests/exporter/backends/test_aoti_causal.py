@@ -115,7 +115,7 @@ def test_a_bundle_says_what_it_holds(bundle: Path) -> None:
     (engine,) = json.loads(shown.output)["engines"]
     assert engine["name"].startswith("32x48x81-chunk3-cache7/aoti-fp32")
     assert engine["unusable"] == "" and engine["family"] == "self-forcing"
-    assert not any(engine["lint"].values()) and engine["details"]["attention"]["cache"] == "prefix"
+    assert not any(engine["lint"].values()) and engine["details"]["attention"]["cache"] == "sdpa"
     assert set(engine["files"]) == {"text", "text_block", "embed", "block", "head", "commit_keep"}
 
 
@@ -123,12 +123,5 @@ def test_a_bundle_says_what_it_holds(bundle: Path) -> None:
 def test_what_takes_whole_videos_refuses_a_causal_engine(bundle: Path) -> None:
     with pytest.raises(BadRequest, match=r"chunk by chunk, and bench .*denoiser\.stream"):
         bench(bundle)
-    with pytest.raises(BadRequest, match=r"attention sdpa: engine .* leave it out"):
-        load(bundle, attention="sdpa")
-    with pytest.raises(BadRequest, match="attention sdpa: a causal model attends to its cache"):
-        build(
-            "causal-tiny", random_weights=0, resolution="32x48", frames=81, backends=["aoti"],
-            device="cpu", attention="sdpa", output=bundle,
-        )  # fmt: skip
     with pytest.raises(BadRequest, match="chunk by chunk, and a pipeline"):
         EngineModule(load(bundle))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.causal_stream import Call, Clip, Slots, compared
-from wanexport.exporter.backends.aoti.cached_attention import CANDIDATES, TOLERANCE, error_of
+from wanexport.exporter.backends.aoti.cached_attention import TOLERANCE, error_of
 from wanexport.exporter.build import build
 from wanexport.exporter.reference.eager import EagerEngine
 from wanexport.exporter.reference.parity import FLOOR_FACTOR, FP32_GATE, relative_l2
@@ -21,6 +21,7 @@ from wanexport.runtime.bundle.path import WEIGHTS_FILE
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.bundle.tensorfile import load_arrays
 from wanexport.runtime.engines.cached_kernels import CACHED
+from wanexport.runtime.engines.operators import open_kernel
 from wanexport.runtime.program import Attention
 
 pytestmark = pytest.mark.gpu
@@ -40,11 +41,12 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
-def session(engine: Any) -> Call:
-    """A video of an engine that has not begun."""
+def session(engine: Any, *, tells: bool = True) -> Call:
+    """A video of an engine that has not begun, which is told how many keys count."""
     memory = engine.memory()
 
     def call(inputs: Mapping[str, np.ndarray], moment: str) -> Any:
+        memory.attended = int(inputs["keys"][0]) if tells else None
         given = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
         velocity = engine(given, memory=memory, moment=moment)
         return None if velocity is None else velocity.cpu().numpy()
@@ -57,21 +59,25 @@ def fp32_weights(bundle: Path) -> dict[str, np.ndarray]:
     return load_arrays(file)
 
 
-@pytest.mark.parametrize("name", CANDIDATES)
+@pytest.mark.parametrize("name", ["cudnn", "sdpa", *CACHED])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_kernel_attends_to_the_first_keys_and_no_other(name: str, dtype: str) -> None:
     for shape in (Attention(1, 300, 3000), Attention(1, 37, 200)):
-        assert error_of(CACHED[name], replace(CONFIG, num_layers=1), shape, dtype) < TOLERANCE
+        assert (
+            error_of(open_kernel(name, None, "cache"), replace(CONFIG, num_layers=1), shape, dtype)
+            < TOLERANCE
+        )
 
 
-def test_every_step_is_as_near_the_rules_as_eager(bundle: Path) -> None:
+@pytest.mark.parametrize("tells", [True, False])
+def test_every_step_is_as_near_the_rules_as_eager(bundle: Path, tells: bool) -> None:
     denoiser, weights = load(bundle), fp32_weights(bundle)
     (file,) = bundle.glob(f"weights/*/{WEIGHTS_FILE}")
     tensors = bundle_tensors(file, {name: name for name in parameter_shapes(CONFIG)})
     dtype = denoiser.record.dtype
     eager = EagerEngine(CONFIG, denoiser.geometry, dtype, tensors, device="cuda")
     pairs = zip(
-        compared(CLIP, weights, session(denoiser.engines[""]), config=CONFIG),
+        compared(CLIP, weights, session(denoiser.engines[""], tells=tells), config=CONFIG),
         compared(CLIP, weights, session(eager), config=CONFIG),
     )
     for own, floor in pairs:
@@ -88,15 +94,15 @@ def test_a_chunk_never_waits_for_the_gpu(bundle: Path) -> None:
         name: torch.zeros(specs[name].shape, device="cuda") for name in ("latent", "timestep")
     }
     inputs["text"] = torch.randn(specs["text"].shape, device="cuda")
-    chunks = [
-        {name: torch.from_numpy(array).cuda() for name, array in slots.place(start, 3).items()}
-        for start in range(0, 12, 3)
-    ]
+    places = [slots.place(start, 3) for start in range(0, 12, 3)]
+    attended = [int(place["keys"][0]) for place in places]
+    chunks = [{n: torch.from_numpy(a).cuda() for n, a in place.items()} for place in places]
     engine({**inputs, **chunks[0]}, memory=memory)  # the prompt's calls; kernels are loaded
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for place in chunks:
+        for number, place in enumerate(chunks):
+            memory.attended = None if number % 2 else attended[number]
             for moment in ("step", "step", "commit"):
                 engine({**inputs, **place}, memory=memory, moment=moment)
     finally:

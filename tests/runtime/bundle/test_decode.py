@@ -277,6 +277,13 @@ def test_numbers_that_do_not_follow_from_the_config_never_reach_an_engine(
         choose_engine(bundle, manifest, EngineOptions(backend="aoti"))
 
 
+def test_a_plain_model_is_not_made_in_chunks(bundle: Path) -> None:
+    change(bundle, "engines.1.geometry.chunk", 1)
+    manifest = read_manifest(change(bundle, "engines.1.geometry.cache", 2))
+    reason = why_unusable(bundle, manifest, manifest.engines[1])
+    assert "x9-chunk1-cache2 is of another kind than family t2v; build it again" in reason
+
+
 def test_inputs_in_another_order_are_another_signature(bundle: Path) -> None:
     inputs = manifest_of(bundle)["engines"][1]["program"]["inputs"]
     change(bundle, "engines.1.program.inputs", dict(reversed(inputs.items())))

@@ -142,6 +142,12 @@ def test_a_refused_engine_of_another_shape_needs_a_choice_too(order: int) -> Non
     assert choose(larger, ONNX, device="cpu") == ONNX
 
 
+def test_engines_that_differ_in_their_chunks_alone_are_not_chosen_from() -> None:
+    shapes = [Geometry(480, 832, 81, chunk=3, cache=cache) for cache in (7, 21)]
+    with pytest.raises(BadRequest, match=r"several shapes .*: take all but one out with wanexport"):
+        choose(*(replace(ONNX, geometry=shape) for shape in shapes))
+
+
 def test_when_none_runs_every_refusal_is_told() -> None:
     with pytest.raises(BundleError) as caught:
         choose(AOTI_GPU, PLAN, AOTI_CPU, BF16)
