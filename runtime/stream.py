@@ -175,6 +175,7 @@ class Stream:
         place = self._kept.begin(count)
         self._slots = tuple(s for s in place.slots[:count] if s != self.geometry.cache)
         keys = len(place.attended) * self.geometry.frame_tokens
+        self._memory.attended = keys
         parts = ([place.position], place.slots, [keys])
         names = ("position", "slots", "keys")
         return dict(zip(names, whole_numbers_like(parts, self._given["text"])))

@@ -77,9 +77,8 @@ def _refuse_chunks(subject: Subject) -> None:
     """Raise BadRequest for a causal engine, whose forward takes longer the more is kept."""
     if subject.record.geometry.chunk:
         raise BadRequest(
-            f"engine {subject.record.name} makes a video chunk by chunk, which bench does not "
-            f"measure: wanexport stream says how long each chunk takes, and profile looks into a "
-            f"step"
+            f"engine {subject.record.name} makes a video chunk by chunk, and bench measures whole "
+            f"ones: wanexport stream says how long each chunk takes, as denoiser.stream does it"
         )
 
 

@@ -138,12 +138,6 @@ def open_experts(bundle: str | Path, **load_options: Unpack[EngineKeywords]) -> 
     so each denoiser serves all timesteps. load_options are those of `load`, whose errors these are.
     """
     opened = load(bundle, **load_options)
-    if opened.geometry.chunk:
-        opened.close()
-        raise BadRequest(
-            f"engine {opened.record.name} makes a video chunk by chunk, which a pipeline of whole "
-            f"videos does not: use denoiser.stream, or the command wanexport stream"
-        )
     return {expert: opened.only(expert) for expert in opened.engines}
 
 

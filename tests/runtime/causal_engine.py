@@ -14,6 +14,7 @@ from wanexport.runtime.arrays import Array, to_numpy
 from wanexport.runtime.bundle.details import OnnxDetails
 from wanexport.runtime.bundle.manifest import DENOISER, EngineRecord
 from wanexport.runtime.denoiser import Denoiser, WeightsSet
+from wanexport.runtime.engines.cached_kernels import attending_to
 from wanexport.runtime.engines.device import to_device, zero_state
 from wanexport.runtime.engines.engine import Memory
 from wanexport.runtime.errors import EngineFailure
@@ -84,10 +85,10 @@ class CausalEngine:
     ) -> Any:
         assert memory is not None
         self.calls.append(moment)
-        self.given.append(dict(inputs))
+        self.given.append({**inputs, "attended": memory.attended})
         graph = self.graphs[weights]
         given = {name: torch.as_tensor(value) for name, value in inputs.items()}
-        with torch.no_grad():
+        with torch.no_grad(), attending_to(memory.attended):
             if memory.values is None or memory.weights != weights:
                 self.calls.append("prompt")
                 known = graph.run(given, memory.state, ("prompt",))

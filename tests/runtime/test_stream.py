@@ -3,6 +3,7 @@
 import gc
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ from tests.runtime.causal_engine import (
     text_of,
 )
 from tests.runtime.test_denoiser import denoiser as plain_denoiser
+from tests.tables.published.causal_cache import Host
+from tests.tables.published.causal_chunks import Sampler, chunks
+from tests.tables.published.host_waits import SMALL as SMALL_MODEL
+from tests.tables.published.host_waits import causal_model
 from wanexport.runtime.errors import BadRequest, EngineFailure
 from wanexport.runtime.machine.memory import peak_rss
 from wanexport.runtime.sample_stream import sample_stream
@@ -97,6 +102,7 @@ def test_the_place_of_a_chunk_goes_to_the_engine_once() -> None:
         assert all(a is b is c for a, b, c in zip(*places[i : i + 3]))
     assert [given["position"].tolist() for given in engine.given[::3]] == [[0], [3], [6]]
     assert [given["keys"].tolist() for given in engine.given[::3]] == [[18], [36], [42]]
+    assert all(given["attended"] == given["keys"][0] for given in engine.given)
     assert all(part.dtype == np.int64 for place in places for part in place)
 
 
@@ -272,6 +278,31 @@ def test_a_causal_engine_names_its_streams_and_another_has_none() -> None:
         denoiser.stream(text_of(), window=3, sink=1)
     with pytest.raises(BadRequest, match="makes a video whole: use sample"):
         plain_denoiser()[0].stream(np.ones((3, 4096)))
+
+
+def operators_of(work: Callable[[], Any]) -> dict[str, int]:
+    """How often each operator of PyTorch ran."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        work()
+    return {event.key: event.count for event in profiler.key_averages()}
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_no_step_reads_a_number_from_a_tensor(window: int | None) -> None:
+    """Where a literal implementation reads several a layer."""
+    denoiser, _ = causal_denoiser(LARGE, torch_arrays=True)
+    stream = denoiser.stream(text_of(), window=window)
+    latent = torch.from_numpy(latent_of(LARGE, 3))
+    for _ in range(2):
+        stream.step(latent, 1000.0)
+        stream.commit(latent)
+    ran = operators_of(lambda: (stream.step(latent, 625.0), stream.commit(latent)))
+    assert ran["aten::index_copy_"] == 4 * CONFIG.num_layers
+    assert not {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"} & ran.keys()
+    size = replace(SMALL_MODEL["cpu"], layers=2)
+    model = causal_model(size, "cpu")
+    literal = operators_of(lambda: chunks(model, Sampler(Host.READ), "cpu"))
+    assert literal["aten::item"] >= 100
 
 
 def peak_of(work: Callable[[], Any]) -> int:
