@@ -74,20 +74,15 @@ def sample_stream(
     may be sampled again. Raises BadRequest, before any work, for what does not fit.
     """
     steps = steps_of(stream.denoiser.sampling.timesteps if timesteps is None else timesteps)
-    _, height, width = stream.geometry.latent
-    channels = stream.denoiser.record.output.shape[1]
     given = [] if initial is None else _chunks_of(stream, initial, independent_first_frame)
     left = stream.geometry.clip_frames - stream.position - sum(part.shape[2] for part in given)
     frames = _frames(left if frames is None and noise is None else frames, noise)
     is_first = independent_first_frame and not given and not stream.position
     sizes = cut(frames, stream.geometry.chunk, is_first)
     stream.check_room([*(part.shape[2] for part in given), *sizes])
-    draw = draw or _numbers(seed)
-    if noise is None:
-        noise = _drawn(draw, frames, channels, height, width)
-    _check_shape("noise", noise, (1, channels, frames, height, width))
-    loop = _Loop(stream, steps, draw, on_step)
-    return _chunks(loop, given, noise, sizes)
+    loop = _Loop(stream, steps, draw or _numbers(seed), on_step)
+    whole = loop.noise(frames) if noise is None else loop.checked(noise, frames)
+    return _chunks(loop, given, whole, sizes)
 
 
 def sample_clip(
@@ -161,6 +156,21 @@ class _Loop:
     draw: Draw
     on_step: OnChunkStep | None
 
+    def noise(self, frames: int) -> Array:
+        """Numbers [f, C, h, w], as the official code draws them, as a latent [1, C, f, h, w]."""
+        _, channels, _, height, width = self.stream.denoiser.record.output.shape
+        drawn = self.draw((frames, channels, height, width))
+        drawn = drawn if is_torch(drawn) else to_numpy(drawn)
+        _check_shape("what draw gave", drawn, (frames, channels, height, width))
+        if is_torch(drawn):
+            return drawn.transpose(0, 1)[None]
+        return np.ascontiguousarray(np.swapaxes(drawn, 0, 1))[None]
+
+    def checked(self, noise: Array, frames: int) -> Array:
+        """Noise that was given. Raises BadRequest unless it is of so many frames."""
+        _check_shape("noise", noise, _shape(self.stream, frames))
+        return noise
+
     def denoise(self, number: int, latent: Array) -> Iterator[ChunkStep]:
         """The steps of a chunk [1, 16, f, h, w] that begins as noise."""
         clean = latent
@@ -171,8 +181,7 @@ class _Loop:
 
     def _noised(self, clean: Array, sigma: float) -> Array:
         """(1 - sigma) clean + sigma noise, in fp32, with noise that is drawn now."""
-        _, channels, frames, height, width = clean.shape
-        noise = self.stream.denoiser.array(_drawn(self.draw, frames, channels, height, width))
+        noise = self.stream.denoiser.array(self.noise(clean.shape[2]))
         return float(np.float32(1) - np.float32(sigma)) * clean + sigma * noise
 
 
@@ -205,17 +214,6 @@ def _clean(latent: Array, velocity: Array, sigma: float) -> Array:
     return wide.astype(np.float32)
 
 
-def _drawn(draw: Draw, frames: int, channels: int, height: int, width: int) -> Array:
-    """Numbers [f, C, h, w], as the official code draws them, as a latent [1, C, f, h, w]."""
-    shape = (frames, channels, height, width)
-    drawn = draw(shape)
-    drawn = drawn if is_torch(drawn) else to_numpy(drawn)
-    _check_shape("what draw gave", drawn, shape)
-    if is_torch(drawn):
-        return drawn.transpose(0, 1)[None]
-    return np.ascontiguousarray(np.swapaxes(drawn, 0, 1))[None]
-
-
 def _numbers(seed: int) -> Draw:
     if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise BadRequest(f"seed is {printable(seed, 40)}: expected a whole number of 0 or more")
@@ -236,12 +234,17 @@ def _frames(frames: int | None, noise: Array | None) -> int:
 def _chunks_of(stream: Stream, initial: Array, first_alone: bool) -> list[Array]:
     """Given frames, cut as chunks are. Raises BadRequest for another shape than a latent's."""
     initial = initial if is_torch(initial) else to_numpy(initial)
-    _, channels, _, height, width = stream.denoiser.inputs["latent"].shape
     frames = initial.shape[2] if initial.ndim == 5 else 1
-    _check_shape("initial", initial, (1, channels, frames, height, width))
+    _check_shape("initial", initial, _shape(stream, frames))
     sizes = cut(frames, stream.geometry.chunk, first_alone and not stream.position)
     ends = np.cumsum(sizes).tolist()
     return [initial[:, :, end - size : end] for size, end in zip(sizes, ends)]
+
+
+def _shape(stream: Stream, frames: int) -> tuple[int, ...]:
+    """Of a latent of so many frames."""
+    _, channels, _, *sides = stream.denoiser.record.output.shape
+    return (1, channels, frames, *sides)
 
 
 def _check_shape(name: str, array: Array, expected: tuple[int, ...]) -> None:

@@ -59,9 +59,11 @@ def _step_of_first_chunk(denoiser: Denoiser) -> Forward:
     streams: list[Stream] = []
 
     def run(inputs: Inputs) -> Any:
+        own = {n: value for n, value in inputs.items() if denoiser.inputs[n].draw != "place"}
+        text = own.pop("text")
         if not streams:
-            streams.append(denoiser.stream(inputs["text"]))
-        return streams[0].step(inputs["latent"], inputs["timestep"])
+            streams.append(denoiser.stream(text))
+        return streams[0].step(**own)
 
     return run
 

@@ -290,19 +290,26 @@ class Generator:
 
     def _warm_up_engine(self) -> None:
         """Run each expert once, last the one that a request begins with: it is then in memory."""
+        if self.denoiser.geometry.chunk:
+            self._warm_up_stream()
+            return
         zeros = {
             name: self.denoiser.array(np.zeros(spec.shape, np.float32))
             for name, spec in self.denoiser.inputs.items()
             if name != "timestep"
         }
         with computing(self.gpu):
-            if self.denoiser.geometry.chunk:
-                stream = self.denoiser.stream(zeros["text"])
-                is_finite(stream.step(zeros["latent"], NUM_TRAIN_TIMESTEPS))
-                stream.commit(zeros["latent"])
-                return
             for timestep in (0, NUM_TRAIN_TIMESTEPS)[-len(self.denoiser.engines) :]:
                 is_finite(self.denoiser(**zeros, timestep=timestep))  # which waits for the GPU
+
+    def _warm_up_stream(self) -> None:
+        """A step and a commit of a causal model."""
+        make, latent = self.denoiser.array, np.zeros(self.denoiser.record.output.shape, np.float32)
+        text = np.zeros(self.denoiser.inputs["text"].shape, np.float32)
+        with computing(self.gpu):
+            stream = self.denoiser.stream(make(text))
+            is_finite(stream.step(make(latent), NUM_TRAIN_TIMESTEPS))  # which waits for the GPU
+            stream.commit(make(latent))
 
 
 def check_step(step: Step, engine: str) -> None:

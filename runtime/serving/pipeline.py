@@ -17,7 +17,6 @@ from wanexport.runtime.load import load
 from wanexport.runtime.parts.open import Parts
 from wanexport.runtime.parts.picture_reading import Picture
 from wanexport.runtime.parts.protocols import ImageEncoder, TextEncoder, VideoCodec
-from wanexport.runtime.sample_stream import OnChunkStep
 from wanexport.runtime.serving.generator import Generator
 from wanexport.runtime.serving.jobs import MAX_WAITING, Check, Job, JobQueue
 from wanexport.runtime.serving.prompt_cache import PromptCache
@@ -26,13 +25,13 @@ from wanexport.runtime.serving.request import (
     OnStep,
     Request,
     RequestKeywords,
-    check_texts,
     make_request,
 )
 from wanexport.runtime.serving.streaming import (
     StreamedChunk,
-    StreamRequest,
+    StreamKeywords,
     handed_over,
+    make_stream_request,
     stream_chunks,
 )
 
@@ -173,25 +172,12 @@ class Pipeline:
         return self._queue.submit(partial(self._serve, request))
 
     def stream(
-        self,
-        prompt: str | Array,
-        *,
-        seed: int = 0,
-        length: int | None = None,
-        window: int | None = None,
-        sink: int = 0,
-        max_attention: int | None = None,
-        independent_first_frame: bool = False,
-        timesteps: Sequence[float] | None = None,
-        initial: Array | None = None,
-        noise: Array | None = None,
-        weights: str | None = None,
-        decode: bool = True,
-        on_step: OnChunkStep | None = None,
+        self, prompt: str | Array, **asked: Unpack[StreamKeywords]
     ) -> Iterator[StreamedChunk]:
         """A causal model's video, chunk by chunk, each given when it is made.
 
-        prompt is text, or its embeddings [n, 4096], for which no encoder is opened. length is the
+        prompt is text, or its embeddings [n, 4096], for which no encoder is opened. What may be
+        asked are the fields of StreamKeywords: seed; weights, decode as in `generate`; length, the
         number of frames, 4k+1, by default the engine's own. window, sink and
         max_attention are as in `Denoiser.stream`; independent_first_frame to noise as in
         `sample_stream`. The video is made in the pipeline's thread, which waits while two chunks
@@ -206,14 +192,7 @@ class Pipeline:
             raise BadRequest(
                 f"engine {self.denoiser.record.name} makes a video whole: use generate"
             )
-        request = StreamRequest(
-            prompt, seed, length, window, sink, max_attention, independent_first_frame,
-            None if timesteps is None else tuple(timesteps), initial, noise, weights, decode,
-            on_step,
-        )  # fmt: skip
-        if not isinstance(prompt, str) and not hasattr(prompt, "shape"):
-            raise BadRequest(f"prompt is {prompt!r:.40}: expected text, or its embeddings")
-        check_texts("", weights=weights)
+        request = make_stream_request(prompt, asked)
         return handed_over(self._queue, partial(stream_chunks, self._generator, request))
 
     def prewarm(self, *, decode: bool = True) -> float:

@@ -1,10 +1,11 @@
 """One prompt's causal video in the pipeline's thread, handed chunk by chunk to who asked."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, Full, Queue
+from typing import TypedDict
 
 import numpy as np
 
@@ -15,14 +16,32 @@ from wanexport.runtime.parts.protocols import VideoCodec
 from wanexport.runtime.sample_stream import Chunk, OnChunkStep, sample_stream
 from wanexport.runtime.serving.generator import Generator, computing
 from wanexport.runtime.serving.jobs import Check, Job, JobQueue
+from wanexport.runtime.serving.request import check_texts
 
 _AHEAD = 2  # chunks that may wait for who takes them
 _PATIENCE = 0.1  # seconds between two looks at whether anyone still waits
 
 
+class StreamKeywords(TypedDict, total=False):
+    """The keywords of a stream; `Pipeline.stream` says what each means."""
+
+    seed: int
+    length: int | None
+    window: int | None
+    sink: int
+    max_attention: int | None
+    independent_first_frame: bool
+    timesteps: Sequence[float] | None
+    initial: Array | None
+    noise: Array | None
+    weights: str | None
+    decode: bool
+    on_step: OnChunkStep | None
+
+
 @dataclass(frozen=True, eq=False)
 class StreamRequest:
-    """What a stream is asked for; `Pipeline.stream` says what each means."""
+    """What a stream is asked for."""
 
     prompt: str | Array
     seed: int = 0
@@ -31,12 +50,20 @@ class StreamRequest:
     sink: int = 0
     max_attention: int | None = None
     independent_first_frame: bool = False
-    timesteps: tuple[float, ...] | None = None
+    timesteps: Sequence[float] | None = None
     initial: Array | None = None
     noise: Array | None = None
     weights: str | None = None
     decode: bool = True
     on_step: OnChunkStep | None = None
+
+
+def make_stream_request(prompt: str | Array, asked: StreamKeywords) -> StreamRequest:
+    """The request that keywords make. Raises BadRequest for a prompt or name that is none."""
+    if not isinstance(prompt, str) and not hasattr(prompt, "shape"):
+        raise BadRequest(f"prompt is {prompt!r:.40}: expected text, or its embeddings")
+    check_texts("", weights=asked.get("weights"))
+    return StreamRequest(prompt, **asked)
 
 
 @dataclass(frozen=True, eq=False)
