@@ -1,6 +1,7 @@
 """Arrays of either kind: numpy's, or torch's without importing it."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,3 +69,30 @@ def to_fp32_like(value: Array, model: Array) -> Array:
     if is_torch(value) and is_torch(model):
         return value.to(model.device, non_blocking=is_on_gpu(model)).float()
     return like(to_numpy(value), model)
+
+
+def concatenated(arrays: Sequence[Array], axis: int) -> Array:
+    """Arrays of one kind as one along an axis."""
+    if not is_torch(arrays[0]):
+        return np.concatenate(arrays, axis)
+    import torch
+
+    return torch.cat(list(arrays), axis)
+
+
+def whole_numbers_like(parts: Sequence[Sequence[int]], model: Array) -> list[Array]:
+    """int64 arrays of the kind that model is: numpy, or torch on model's device.
+
+    To a GPU all go as one copy from pinned memory, for which the host does not wait. Each begins
+    at a multiple of 16 bytes, as compiled code may expect of a tensor.
+    """
+    if not is_torch(model):
+        return [np.array(part, np.int64) for part in parts]
+    import torch
+
+    width = 2 * -(-max(map(len, parts)) // 2)
+    rows = torch.zeros(len(parts), width, dtype=torch.int64, pin_memory=model.is_cuda)
+    for row, part in zip(rows, parts):
+        row[: len(part)] = torch.tensor(part)
+    placed = rows.to(model.device, non_blocking=True)
+    return [row[: len(part)] for row, part in zip(placed, parts)]

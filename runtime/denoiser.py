@@ -15,11 +15,15 @@ from wanexport.runtime.engines.engine import Engine, Memory
 from wanexport.runtime.errors import BadRequest, BundleError
 from wanexport.runtime.family import SamplingDefaults
 from wanexport.runtime.geometry import PATCH, TEMPORAL_STRIDE, Geometry
+from wanexport.runtime.kept_frames import Window
 from wanexport.runtime.kept_inputs import KeptInputs
 from wanexport.runtime.lora.given import Loras
 from wanexport.runtime.program import Input
 from wanexport.runtime.recipes import recipe_named
 from wanexport.runtime.solvers import NUM_TRAIN_TIMESTEPS
+from wanexport.runtime.stream import Stream
+
+STEP = "step"  # the moment, of a Program's, of most calls
 
 _OF_A_STEP = ("latent", "timestep")  # inputs that every call has anew
 
@@ -94,6 +98,15 @@ class Denoiser:
         """The name, or path, of the weights set in use; empty where the engine holds its own."""
         return self._weights.name if self._weights is not None else ""
 
+    @property
+    def weights_set(self) -> WeightsSet | None:
+        """The set in use, None where the engine holds its own."""
+        return self._weights
+
+    def memory(self) -> Memory:
+        """What a new video keeps, of a model without experts."""
+        return next(iter(self.engines.values())).memory()
+
     def array(self, value: Array) -> Array:
         """A caller's array as the engine takes it: fp32, in numpy or on the engine's device."""
         return next(iter(self.engines.values())).array(value)
@@ -162,6 +175,7 @@ class Denoiser:
         is chosen; a timestep there is not compared with 0 and 1000. What is given on the host again
         and again, as text, is searched and moved to the engine once; its last few are kept.
         """
+        self._refuse_chunks()
         if self.record.program.state:
             raise BadRequest(
                 f"engine {self.record.name} keeps a state from step to step: call what "
@@ -174,9 +188,41 @@ class Denoiser:
 
         Inputs that stay the same, as text, are checked and moved to the device here, once. A
         session has its own state, which begins as zeros, and what is computed once a prompt.
-        Raises BadRequest as a call does.
+        Raises BadRequest as a call does, and for a causal model, which has streams instead.
         """
+        self._refuse_chunks()
         return Session(self, constant)
+
+    def stream(
+        self,
+        text: Array,
+        *,
+        window: int | None = None,
+        sink: int = 0,
+        max_attention: int | None = None,
+    ) -> Stream:
+        """A video of a causal model, which is made chunk by chunk, of a text [n, 4096].
+
+        window, in latent frames, is how many frames stay, the first `sink` of the video among
+        them, None for all; of these the last max_attention are attended to, None for all. All that
+        is attended to must fit into the engine's cache. The model's own makers say what it was
+        trained for.
+        Raises BadRequest when the model is not causal, and for a window or text that does not fit;
+        EngineFailure when the device has too little memory.
+        """
+        if not self.geometry.chunk:
+            raise BadRequest(
+                f"engine {self.record.name} makes a video whole: use sample, or an engine of a "
+                f"causal model (wanexport build --family self-forcing)"
+            )
+        return Stream(self, text, Window(window, sink, max_attention))
+
+    def _refuse_chunks(self) -> None:
+        if self.geometry.chunk:
+            raise BadRequest(
+                f"engine {self.record.name} makes a video chunk by chunk: use denoiser.stream(text)"
+                f", or the command wanexport stream"
+            )
 
     @property
     def switch_seconds(self) -> list[float]:
@@ -275,7 +321,7 @@ class Denoiser:
     def _rebuild_hint(self, name: str, shape: tuple[int, ...]) -> str:
         """For a latent of another geometry: the nearest legal build options."""
         is_video = self.inputs[name].shape[2:] == self.geometry.latent
-        if not is_video or len(shape) != 5 or 0 in shape:
+        if self.geometry.chunk or not is_video or len(shape) != 5 or 0 in shape:
             return ""
         side = PATCH * self.geometry.spatial_stride
         height, width = (max(1, round(n / PATCH)) * side for n in shape[3:])
@@ -284,11 +330,24 @@ class Denoiser:
             return ""
         return f": build an engine with --resolution {height}x{width} --frames {frames}"
 
-    def run(self, expert: str, arrays: Mapping[str, Array], memory: Memory) -> Array:
-        """The velocity of checked inputs on the device, by one expert, with a session's memory."""
-        weights = self._weights
+    def run(
+        self,
+        expert: str,
+        arrays: Mapping[str, Array],
+        memory: Memory,
+        moment: str = STEP,
+        weights: WeightsSet | None = None,
+    ) -> Array:
+        """The velocity of checked inputs on the device, by one expert, with a session's memory.
+
+        weights None are those in use. Another moment than that of a step gives what it gives.
+        """
+        weights = weights or self._weights
         file = weights.files[expert] if weights is not None else None
-        velocity = self.engines[expert](arrays, file, memory)
+        engine = self.engines[expert]
+        if moment != STEP:
+            return engine(arrays, file, memory, moment)
+        velocity = engine(arrays, file, memory)
         if tuple(velocity.shape) != self.record.output.shape:
             raise BundleError(
                 f"engine {self.record.name} gave {list(velocity.shape)}, its record says "

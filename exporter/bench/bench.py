@@ -64,12 +64,22 @@ def bench(
     _check_request(rounds, asked)
     named = find_arms(arms or ())
     subject = choose_subject(Path(bundle).resolve(), asked, named)
+    _refuse_chunks(subject)
     chosen = named or arms_that_apply(subject)
     result = measure(subject, chosen, rounds=rounds, profile=profile, progress=progress)
     result["seconds"] = time.monotonic() - started
     folder = subject.bundle / REPORTS if report is None else Path(report)
     result["warning"] = save(result, folder, is_own=report is None)
     return result
+
+
+def _refuse_chunks(subject: Subject) -> None:
+    """Raise BadRequest for a causal engine, whose forward takes longer the more is kept."""
+    if subject.record.geometry.chunk:
+        raise BadRequest(
+            f"engine {subject.record.name} makes a video chunk by chunk, and bench measures whole "
+            f"ones: wanexport stream says how long each chunk takes, as denoiser.stream does it"
+        )
 
 
 def _check_request(rounds: int, asked: EngineOptions) -> None:

@@ -17,6 +17,7 @@ from wanexport.runtime.engines.choose import choose_engine
 from wanexport.runtime.engines.table import ENGINES
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.load import open_engine
+from wanexport.runtime.stream import Stream
 
 Inputs = Mapping[str, Any]
 Forward = Callable[[Inputs], Any]
@@ -46,8 +47,25 @@ def open_arm(job: Job) -> Forward:
     if job.arm.backend is None:
         manifest = with_measured_expert(read_manifest(Path(job.bundle)))
         return _with_kernel(job, _open_peer(job, manifest))
-    session = open_denoiser(job).session()
+    denoiser = open_denoiser(job)
+    if denoiser.geometry.chunk:
+        return _step_of_first_chunk(denoiser)
+    session = denoiser.session()
     return lambda inputs: session(**inputs)
+
+
+def _step_of_first_chunk(denoiser: Denoiser) -> Forward:
+    """A step of a causal engine, which may be repeated: its chunk is never committed."""
+    streams: list[Stream] = []
+
+    def run(inputs: Inputs) -> Any:
+        own = {n: value for n, value in inputs.items() if denoiser.inputs[n].draw != "place"}
+        text = own.pop("text")
+        if not streams:
+            streams.append(denoiser.stream(text))
+        return streams[0].step(**own)
+
+    return run
 
 
 def open_denoiser(job: Job) -> Denoiser:

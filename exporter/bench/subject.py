@@ -51,11 +51,6 @@ def choose_subject(bundle: Path, asked: EngineOptions, arms: Sequence[Arm]) -> S
     engines = [options_of(arm, asked) for arm in arms if arm.backend is not None]
     choice = choose_engine(bundle, manifest, engines[0] if engines else asked)
     record, geometry = choice.record, choice.record.geometry
-    if geometry.chunk:
-        raise BadRequest(
-            f"engine {record.name} makes a video chunk by chunk, and bench and profile measure "
-            f"whole ones: time a stream of it, denoiser.stream() in Python"
-        )
     options = replace(
         asked,
         device=choice.device,

@@ -41,6 +41,27 @@ def show_run(record: dict[str, Any]) -> None:
         write(out, f"  expert switches: {', '.join(shown)}")
 
 
+def show_stream(record: dict[str, Any]) -> None:
+    """What was made, and the time of its chunks."""
+    latents, chunks = record["shape"][2], record["chunk_seconds"]
+    made = f"latent {list(record['shape'])}"
+    if record["output"].lower().endswith(".mp4"):
+        size = f"height {record['height']}, width {record['width']}"
+        made = f"{record['frames']} frames at {record['fps']} fps, {size}"
+    write(
+        out,
+        (record["output"], "bold"),
+        f": {made}, seed {record['seed']}, {len(chunks)} chunks of {len(record['timesteps'])} "
+        f"steps, {latents} latent frames",
+    )
+    write(
+        out,
+        f"  {record['load_seconds']} s to load, {chunks[0]:.3g} s for the first chunk, "
+        f"{chunks[-1]:.3g} s for the last, peak memory {in_bytes(record['peak_rss_bytes'])}"
+        + (f", on the GPU {in_bytes(gpu)}" if (gpu := record["peak_gpu_bytes"]) else ""),
+    )
+
+
 def show_bench(result: dict[str, Any]) -> None:
     """A row for each arm, why others have none, and the machine."""
     table = new_table(f"{result['engine']}, {result['tokens']} tokens")

@@ -22,6 +22,7 @@ from wanexport.exporter.cli.display import (
     show_doctor,
     show_lint,
     show_run,
+    show_stream,
 )
 from wanexport.exporter.cli.display_bundle import (
     show_add,
@@ -55,9 +56,11 @@ from wanexport.exporter.cli.options import (
     report_option,
     resolution_option,
     sampling_options,
+    stream_options,
     take,
     tensorrt_options,
     vae_options,
+    window_options,
 )
 from wanexport.exporter.cli.streams import minding_the_reader, prepare_streams, printing
 from wanexport.exporter.cli.terminal import err, progress_display, write
@@ -216,6 +219,27 @@ def run(bundle: Path, as_json: bool, **options: Any) -> None:
     _report(record, as_json, show_run)
 
 
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@stream_options
+@engine_options
+@as_json
+def stream(bundle: Path, as_json: bool, **options: Any) -> None:
+    """Make the video of a causal model chunk by chunk, and write frames as they come.
+
+    A record beside the output, X.json or X.safetensors.json, holds what repeats the stream.
+    """
+    from wanexport.exporter.run.stream import StreamRequest, VideoOptions
+    from wanexport.exporter.run.stream import stream as stream_request
+
+    engine = EngineOptions(**take(options, EngineOptions))
+    video = VideoOptions(**take(options, VideoOptions))
+    request = StreamRequest(bundle, **options, video=video, engine=engine)
+    with progress_display() as show:
+        record = stream_request(request, show=show, tell=_tell)
+    _report(record, as_json, show_stream)
+
+
 def _tell(note: str) -> None:
     write(err, ("note: ", "yellow"), note)
 
@@ -263,6 +287,7 @@ def _tell(note: str) -> None:
     help="Name the first call, a block say, whose error exceeds its floor, and for onnx the first "
     "node in it.",
 )  # fmt: skip
+@window_options
 @click.option(
     "--plot", type=click.Path(path_type=Path), metavar="FILE",
     help="Save the curves of error, floor, gate and drift: an .svg file.",

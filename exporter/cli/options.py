@@ -376,6 +376,67 @@ sampling_options = _adding(  # the fields of Settings
         "Default: that of the weights set.",
     ),
 )  # fmt: skip
+_WINDOW = (
+    click.option(
+        "--window", type=COUNT, metavar="NUMBER",
+        help="How many latent frames of a causal video stay in the cache, the sink among them. "
+        "Default: all.",
+    ),
+    click.option(
+        "--sink", type=SEED, default=0, show_default=True, metavar="NUMBER",
+        help="How many of the first latent frames stay for good; needs a window.",
+    ),
+    click.option(
+        "--max-attention", type=COUNT, metavar="NUMBER",
+        help="How many of the latest latent frames in the cache are attended to. Default: all.",
+    ),
+)  # fmt: skip
+window_options = _adding(
+    click.option(
+        "--chunks", type=COUNT, metavar="NUMBER",
+        help="How many chunks of a causal video are made. Default: those of the engine's clip.",
+    ),
+    *_WINDOW,
+)  # fmt: skip
+stream_options = _adding(
+    click.option("--prompt", help="What the video shows."),
+    click.option(
+        "--text", "text_file", type=_FILE, metavar="FILE",
+        help="Embeddings in place of --prompt: a safetensors file with text [n, 4096], and noise "
+        "where it is given.",
+    ),
+    click.option(
+        "--initial", type=_FILE, metavar="FILE",
+        help="Latent frames that come before: an X.safetensors of run or stream.",
+    ),
+    model_option(
+        "The stream takes its text encoder and VAE. Default: the one that the bundle came from."
+    ),
+    click.option(
+        "-o", "--output", required=True, type=_FILE, metavar="FILE",
+        help="The file to write: X.mp4 is the video, X.safetensors the latent.",
+    ),
+    click.option(
+        "--overwrite", is_flag=True, help="Replace the output and its record if they are there."
+    ),
+    click.option(
+        "--seed", type=SEED, default=0, show_default=True, metavar="NUMBER",
+        help="The seed of the noise.",
+    ),
+    click.option(
+        "--length", type=COUNT, metavar="NUMBER",
+        help="How many frames are made: 4k+1. Default: what is left of the engine's own.",
+    ),
+    *_WINDOW,
+    click.option(
+        "--independent-first-frame", is_flag=True,
+        help="Make the first chunk of one latent frame, for models that were trained so.",
+    ),
+    click.option(
+        "--timesteps", metavar="NUMBER,...", callback=parsed(parse_numbers),
+        help="The timesteps of a chunk, as 1000,937.5,833.333,625. Default: the model's own.",
+    ),
+)  # fmt: skip
 _BEST = "what runs best here"
 _ENGINE = {  # the fields of EngineOptions
     "backend": click.option(

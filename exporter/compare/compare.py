@@ -39,9 +39,11 @@ from wanexport.exporter.compare.report import Outcome, keep
 from wanexport.exporter.compare.request import CompareRequest, check_request
 from wanexport.exporter.compare.rows import ComparedCall, Comparison
 from wanexport.exporter.compare.sessions import Recorder
+from wanexport.exporter.compare.streams import OF_STREAMS, check_streamed, stream_rows
 from wanexport.exporter.reference.inputs import seeded_inputs
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest, read_manifest
 from wanexport.runtime.bundle.signature import program_of
+from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.engines.choose import Choice, choose_engine
 from wanexport.runtime.engines.engine import EngineKeywords, EngineOptions
 from wanexport.runtime.errors import refuse_empty
@@ -64,6 +66,10 @@ def compare(
     seed: int = 0,
     against: str | None = None,
     bisect: bool = False,
+    chunks: int | None = None,
+    window: int | None = None,
+    sink: int = 0,
+    max_attention: int | None = None,
     plot: str | Path | None = None,
     report: str | Path | None = None,
     save_inputs: str | Path | None = None,
@@ -74,8 +80,8 @@ def compare(
 ) -> dict[str, Any]:
     """Compare one engine of a bundle with a reference; the result says whether it passed.
 
-    model to bisect are those of CompareRequest, options of `load`. The result is saved in report,
-    by default the bundle's `reports/`, and its curves in the SVG file plot. save_inputs and
+    model to max_attention are those of CompareRequest, options of `load`. The result is saved in
+    report, by default the bundle's `reports/`, and its curves in the SVG file plot. save_inputs and
     save_outputs are JSON files for polygraphy, of the calls that are compared; `polygraphy` in the
     result has the commands that read them. These three replace a file that is there only with
     overwrite.
@@ -95,6 +101,10 @@ def compare(
         seed=seed,
         against=against,
         bisect=bisect,
+        chunks=chunks,
+        window=window,
+        sink=sink,
+        max_attention=max_attention,
     )
     check_request(request)
     saved = SavedFiles(_path(save_inputs), _path(save_outputs), overwrite)
@@ -122,11 +132,14 @@ def _compare(
     """Open both sides and compare them; nothing is written but what polygraphy reads."""
     manifest = read_manifest(bundle)
     choice = _choose(bundle, manifest, options, saved)
+    check_streamed(request, choice.record.geometry, bool(saved.paths()))
     given = _inputs(request, manifest, choice.record)
     peers = _open_peers(bundle, manifest, choice, options, request, given)
     started = time.perf_counter()
     engine = Recorder(open_engine(bundle, manifest, choice, options))
     opened = time.perf_counter() - started
+    if choice.record.geometry.chunk:
+        return _compare_stream(engine.denoiser, peers, given, request, options, opened, progress)
     files = find_weights(bundle, choice.record, options.weights, manifest).files
     program = program_of(manifest.config, choice.record.geometry)
     sides = Sides(engine.denoiser, program, files, peers, request.reference)
@@ -139,13 +152,9 @@ def _compare(
         "passed": compared.passed,
         "steps": compared.rows,
         "bisect": found,
-        "seconds": {
-            "open": round(opened, 3),
-            "engine_call": _median(engine.seconds),
-            "reference_call": _median(compared.reference_seconds),
-        },
-        "peak_rss_bytes": peak_rss(),
+        **_cost(opened, engine.seconds, compared.reference_seconds),
         "polygraphy": None,
+        "stream": None,
         "warning": None,
     }
     if kept is not None:
@@ -160,6 +169,41 @@ def _choose(bundle: Path, manifest: Manifest, options: EngineOptions, saved: Sav
     if choice.record.sampling.boundary is not None:
         check_files(saved, EXPERTS)
     return choice
+
+
+def _compare_stream(
+    engine: Denoiser,
+    peers: Peers,
+    given: Loop | Calls,
+    request: CompareRequest,
+    options: EngineOptions,
+    opened: float,
+    progress: Progress,
+) -> Outcome:
+    """A causal engine against the graph."""
+    assert isinstance(given, Loop)
+    compared = stream_rows(engine, peers, given, request, progress)
+    result = _described(request, options, engine.record, given, peers) | {
+        "passed": compared.passed,
+        "steps": compared.rows,
+        "bisect": None,
+        **_cost(opened, compared.seconds, compared.reference_seconds),
+        "polygraphy": None,
+        "stream": {name: getattr(request, name) for name in OF_STREAMS},
+        "warning": None,
+    }
+    return Outcome(engine.record, given, result)
+
+
+def _cost(opened: float, engine: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+    return {
+        "seconds": {
+            "open": round(opened, 3),
+            "engine_call": _median(engine),
+            "reference_call": _median(reference),
+        },
+        "peak_rss_bytes": peak_rss(),
+    }
 
 
 def _described(
@@ -190,10 +234,20 @@ def _inputs(request: CompareRequest, manifest: Manifest, record: EngineRecord) -
     if request.calls is not None:
         return _calls(request.calls, request, record)
     seeded = seeded_inputs(manifest.config, record.geometry, request.seed)
+    if record.geometry.chunk:
+        return _of_stream(seeded["text"], request, record)
     if request.inputs is None:
         return Loop(seeded, request.steps)
     own = read_sample_inputs(request.inputs, record.inputs)
     return Loop({"noise": seeded["noise"], **own}, request.steps)
+
+
+def _of_stream(text: Any, request: CompareRequest, record: EngineRecord) -> Loop:
+    """The text of a stream, and its noise where a file has some."""
+    if request.inputs is None:
+        return Loop({"text": text}, request.steps)
+    own = read_sample_inputs(request.inputs, record.inputs)
+    return Loop({name: own[name] for name in ("text", "noise") if name in own}, request.steps)
 
 
 def _calls(path: Path, request: CompareRequest, record: EngineRecord) -> Calls:

@@ -20,6 +20,8 @@ class CompareRequest:
     (see `recorded`), and outputs the velocities recorded for them, computed in outputs_dtype with
     the precision policy of reference. against is the backend of another engine, in the place of
     a model; bisect looks for the first faulty call, and for the first faulty node of an ONNX graph.
+    Of a causal engine, chunks are how many are made, by default the clip's, and window, sink and
+    max_attention are as in `Denoiser.stream`.
     """
 
     model: str | Path | None = None
@@ -33,6 +35,10 @@ class CompareRequest:
     seed: int = 0
     against: str | None = None
     bisect: bool = False
+    chunks: int | None = None
+    window: int | None = None
+    sink: int = 0
+    max_attention: int | None = None
 
 
 def check_request(request: CompareRequest) -> None:

@@ -125,7 +125,7 @@ class Comparison:
         run = _sample(reference, given, self.progress, "reference")
         rows, calls = self._rows(run, None)
         own = _sample(self.engine, given, self.progress, "engine on its own")
-        _add_drift(rows, run, own)
+        add_drift(rows, run, own)
         return Rows(rows, reference.seconds, _worst(rows, calls, run))
 
     def _calls(self, given: Calls) -> Rows:
@@ -144,7 +144,7 @@ class Comparison:
         for index, calls in enumerate(run.steps):
             self.progress("engine on the same inputs", index, len(run.steps))
             compared = [self._call(sides, call, recorded_dtype) for call in calls]
-            rows.append({"step": index, **_row(compared)})
+            rows.append({"step": index, **row_of(compared)})
             worst.append(max(compared, key=_over_gate).call)
         return rows, worst
 
@@ -245,7 +245,7 @@ def _sample(denoiser: Recorder, given: Loop, progress: Progress, stage: str) -> 
     return Run([denoiser.calls[a:b] for a, b in pairwise(ends)], latents)
 
 
-def _row(compared: Sequence[Compared]) -> Row:
+def row_of(compared: Sequence[Compared]) -> Row:
     """The figures of a step as JSON has them, null for NaN; of its calls the worst one counts."""
     worst = max(compared, key=_over_gate)
     figures = {
@@ -265,7 +265,7 @@ def _row(compared: Sequence[Compared]) -> Row:
     }
 
 
-def _add_drift(rows: Sequence[Row], run: Run, own: Run) -> None:
+def add_drift(rows: Sequence[Row], run: Run, own: Run) -> None:
     """Note in every row how far the engine's own loop is off by then; a NaN fails the row."""
     drift = [relative_l2(a, b) for a, b in zip(own.latents, run.latents)]
     missing = [nan] * len(rows)  # of a run that ended early

@@ -62,6 +62,9 @@ def _inputs(result: Result) -> list[str]:
     """Which inputs: of a loop, whose engine has a drift, or of single calls."""
     given, is_loop = str(result["inputs"]), any(r["drift"] is not None for r in result["steps"])
     steps = ["--steps", str(len(result["steps"]))]
+    if (stream := result.get("stream")) is not None:
+        said = {name.replace("_", "-"): value for name, value in stream.items() if value}
+        steps = [word for name, value in said.items() for word in (f"--{name}", str(value))]
     if given.startswith("seed "):
         return ["--seed", given.removeprefix("seed "), *steps]
     return ["--inputs", given, *steps] if is_loop else ["--calls", given]

@@ -46,7 +46,7 @@ def run_record(request: RunRequest, result: RunResult) -> dict[str, Any]:
         "bundle": str(request.bundle.resolve()),
         "engine": engine.name,
         "key": engine.key,
-        "weights": _weights(request.bundle, result.denoiser),
+        "weights": own_weights(request.bundle, result.denoiser),
         "shape": list(result.latent.shape),
         "height": geometry.height,
         "width": geometry.width,
@@ -57,19 +57,26 @@ def run_record(request: RunRequest, result: RunResult) -> dict[str, Any]:
         **result.facts,
         "load_seconds": round(result.load_seconds, 3),
         "seconds_per_step": round(result.seconds_per_step, 3),
+        "expert_switch_seconds": result.denoiser.switch_seconds,
+        **cost_of(),
+    }
+
+
+def cost_of() -> dict[str, Any]:
+    """The memory that this process took, and the versions of what it ran."""
+    return {
         "peak_rss_bytes": peak_rss(),
         "peak_gpu_bytes": peak_gpu_bytes(),
-        "expert_switch_seconds": result.denoiser.switch_seconds,
         "versions": {"python": platform.python_version(), **_versions()},
     }
 
 
-def _weights(bundle: Path, denoiser: Denoiser) -> dict[str, str | None]:
+def own_weights(bundle: Path, denoiser: Denoiser) -> dict[str, str | None]:
     """The hash of each of the set's files in the bundle; of weights from elsewhere, their path."""
     name = denoiser.weights
     own = read_manifest(bundle).weights_of(denoiser.record.layout, name or BASE)
     if name and not own:
-        return {str(_absolute(Path(name))): None}
+        return {str(absolute(Path(name))): None}
     return {weights_label(w.name, w.expert, w.dtype): w.file.sha256 for w in own}
 
 
@@ -92,27 +99,27 @@ def _command(request: RunRequest, result: RunResult) -> list[str]:
     options = {
         "--prompt": request.prompt,
         "--negative": result.facts.get("negative"),
-        "--text": _absolute(request.text_file),
-        "--image": _absolute(request.image),
-        "--last-image": _absolute(request.last_image),
-        "--model": _absolute(request.model),
+        "--text": absolute(request.text_file),
+        "--image": absolute(request.image),
+        "--last-image": absolute(request.last_image),
+        "--model": absolute(request.model),
         "--seed": request.seed,
         **_sampling_options(request, result),
-        "--output": _absolute(request.output),
+        "--output": absolute(request.output),
     }
     words = ["wanexport", "run", str(request.bundle.resolve())]
     for name, value in options.items():
         words += [] if value is None else [name, str(value)]
     # A command that repeats a run meets what that run wrote.
-    return [*words, *engine_words(_engine(request, result.denoiser)), "--overwrite"]
+    return [*words, *engine_words(engine_in_full(request, result.denoiser)), "--overwrite"]
 
 
-def _engine(request: RunRequest, denoiser: Denoiser) -> EngineOptions:
+def engine_in_full(request: RunRequest, denoiser: Denoiser) -> EngineOptions:
     """The options of the engine that ran, where the request left them open too."""
     record, geometry, asked = denoiser.record, denoiser.geometry, request.engine
     weights = asked.weights
     if weights is not None and str(weights) not in _set_names(request.bundle):
-        weights = _absolute(Path(weights))
+        weights = absolute(Path(weights))
     return replace(
         asked,
         backend=record.backend,
@@ -156,7 +163,7 @@ def _sampling_options(request: RunRequest, result: RunResult) -> dict[str, Any]:
     }
 
 
-def _absolute(path: str | Path | None) -> str | None:
+def absolute(path: str | Path | None) -> str | None:
     """A path that means the same in another folder; a hub id stays as it is."""
     if path is None:
         return None

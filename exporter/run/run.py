@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from wanexport.runtime.bundle.durable import write_durably
 from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
 from wanexport.runtime.bundle.tensorfile import save_arrays
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.errors import WanExportError, explain, needing_extra
+from wanexport.runtime.errors import BadRequest, WanExportError, explain, needing_extra
 from wanexport.runtime.family import family_named
 from wanexport.runtime.host_copy import HostCopy
 from wanexport.runtime.load import chosen, load
@@ -33,7 +33,8 @@ from wanexport.runtime.parts.open import Parts
 from wanexport.runtime.parts.pictures import fit_images
 from wanexport.runtime.parts.protocols import VideoCodec, decoded_chunks
 from wanexport.runtime.sample import Plan, Step, plan_of, run_plan, seeded_noise
-from wanexport.runtime.serving.finished import finished_steps
+from wanexport.runtime.sample_stream import sample_clip
+from wanexport.runtime.serving.finished import check_step, finished_steps
 from wanexport.runtime.serving.video import write_chunks
 
 if TYPE_CHECKING:
@@ -57,26 +58,38 @@ def run(request: RunRequest, *, show: Show, tell: Callable[[str], None]) -> dict
     show("opening the engine", 0, 0)
     steps = _Steps(show, decodes=request.makes_video)
     make = _from_text if request.prompt is None else _from_prompt
-    with _saving_the_latent(request.output, steps, tell):
+    with saving_the_latent(request.output, steps, tell):
         result = make(request, show, tell, steps)
     if not request.makes_video:
         save_arrays(request.output, {"latent": result.latent})
-    return _write_record(request, result)
-
-
-def _write_record(request: RunRequest, result: RunResult) -> dict[str, Any]:
-    """The record, which lies beside the output from then on."""
     try:
         record = run_record(request, result)
+    except WanExportError as error:
+        raise WanExportError(f"{request.output} is written, but not its record: {error}") from error
+    return write_record(request.output, record)
+
+
+def write_record(output: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The record, which lies beside the output from then on.
+
+    Raises WanExportError when it cannot be written.
+    """
+    try:
         # The command in it is for copying: no character of a prompt is written as its number.
         written = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        write_durably(sidecar(request.output), written.encode(errors="backslashreplace"))
-    except (OSError, WanExportError) as error:
-        reason = explain(error) if isinstance(error, OSError) else error
+        write_durably(sidecar(output), written.encode(errors="backslashreplace"))
+    except OSError as error:
         raise WanExportError(
-            f"{request.output} is written, but not its record: {reason}"
+            f"{output} is written, but not its record: {explain(error)}"
         ) from error
     return record
+
+
+class Latent(Protocol):
+    """What has the latent that there is by now, None for none."""
+
+    @property
+    def latent(self) -> np.ndarray | None: ...
 
 
 class _Steps:
@@ -102,7 +115,7 @@ class _Steps:
 
 
 @contextmanager
-def _saving_the_latent(output: Path, steps: _Steps, tell: Callable[[str], None]) -> Iterator[None]:
+def saving_the_latent(output: Path, steps: Latent, tell: Callable[[str], None]) -> Iterator[None]:
     """Save the latent when what follows the last step fails or is interrupted, and say where.
 
     It never replaces a file. What cannot be saved either leaves the error as it was.
@@ -133,14 +146,15 @@ def _from_text(
     started = time.monotonic()
     denoiser = load(request.bundle, **request.engine.given())
     inputs = read_sample_inputs(request.text_file, denoiser.inputs)
-    text = _file_facts(request.text_file)  # it may be another when the sampling ends
-    inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, request.seed))
+    text = file_facts(request.text_file)  # it may be another when the sampling ends
+    if not denoiser.geometry.chunk:
+        inputs.setdefault("noise", seeded_noise(denoiser.inputs["latent"].shape, request.seed))
     inputs = {name: denoiser.array(value) for name, value in inputs.items()}
     plan = plan_of(denoiser, request.settings)
     vae, facts = _open_vae(request, denoiser, tell) if request.makes_video else (None, {})
     load_seconds = time.monotonic() - started
     show("sampling", 0, len(plan))
-    latent, pace = _sample(denoiser, plan, inputs, steps)
+    latent, pace = _sample(denoiser, plan, inputs, steps, request.seed)
     if vae is not None:
         write_chunks(request.output, decoded_chunks(vae, latent), denoiser.sampling.fps)
     return RunResult(
@@ -162,7 +176,7 @@ def _open_vae(
     request: RunRequest, denoiser: Denoiser, tell: Callable[[str], None]
 ) -> tuple[VideoCodec, dict[str, Any]]:
     """What decodes a latent, and where it was found."""
-    facts = _component_facts(request, denoiser, ("vae",), tell)
+    facts = component_facts(request, denoiser, ("vae",), tell)
     parts = Parts(request.bundle, request.model, denoiser.record, denoiser.device, {})
     return parts.vae(), facts
 
@@ -172,12 +186,33 @@ def _sample(
     plan: Plan,
     inputs: Mapping[str, Any],
     on_step: Callable[[Step, int], None],
+    seed: int,
 ) -> tuple[Any, float]:
-    """Return the final latent and the seconds per step."""
-    started = time.monotonic()
+    """Return the final latent and the seconds per step; a causal model draws more than the noise
+    with the seed."""
+    started, done = time.monotonic(), 0
+
+    def told(step: Step, steps: int) -> None:
+        nonlocal done
+        check_step(step, denoiser.record.name)
+        on_step(step, steps)
+        done = step.index + 1
+
+    if denoiser.geometry.chunk:
+        latent = sample_clip(denoiser, plan, seed=seed, on_step=told, **_of_clip(inputs))
+        return latent, (time.monotonic() - started) / done
     for step in finished_steps(run_plan(denoiser, plan, **inputs), denoiser.record.name):
         on_step(step, len(plan))
     return step.latent, (time.monotonic() - started) / len(plan)
+
+
+def _of_clip(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a causal clip takes of a file's arrays. Raises BadRequest for what it does not."""
+    if wrong := inputs.keys() - {"text", "noise", "negative"}:
+        raise BadRequest(
+            f"a causal model takes no {min(wrong)}: leave it out of the file of --text"
+        )
+    return {name: value for name, value in inputs.items() if name != "negative"}
 
 
 def _from_prompt(
@@ -244,13 +279,13 @@ def _prepare(
     if request.negative is not None and all(scale == 1 for scale in plan.guidance):
         tell("--negative changes nothing here: guidance is 1 in every step")
     given = {"image": request.image, "last_image": request.last_image}
-    images = {name: _file_facts(path) for name, path in given.items()}
+    images = {name: file_facts(path) for name, path in given.items()}
     fitted = fit_images(denoiser.record, request.image, request.last_image)
     told = [image.note for image in fitted if image.note]
     for note in told:
         tell(note)
     show("finding the encoders and the VAE", 0, 0)
-    components = _component_facts(request, denoiser, _needs(request, denoiser.record), tell)
+    components = component_facts(request, denoiser, _needs(request, denoiser.record), tell)
     encoded = "the prompt and image" if request.image else "the prompt"
     show(f"encoding {encoded}, then the first step", 0, 0)
     return told, {**images, **components}
@@ -276,7 +311,7 @@ def _needs(request: RunRequest, engine: EngineRecord) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part != "image_encoder" or "image" in engine.inputs)
 
 
-def _component_facts(
+def component_facts(
     request: RunRequest, denoiser: Denoiser, needs: Sequence[str], tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Where the parts come from. Raises WanExportError when one is missing."""
@@ -313,5 +348,5 @@ def _own_parts(
     }
 
 
-def _file_facts(path: Path | None) -> dict[str, str] | None:
+def file_facts(path: Path | None) -> dict[str, str] | None:
     return None if path is None else {"path": str(path.resolve()), "sha256": file_sha256(path)}

@@ -45,10 +45,12 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 def to_device(value: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor on the device, contiguous; the host does not wait for a copy to a GPU."""
-    tensor = value if isinstance(value, Tensor) else torch.from_numpy(value)
+    tensor = (value if isinstance(value, Tensor) else torch.from_numpy(value)).detach()
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # A copy of pageable memory, and of another dtype, begins when the GPU's work has ended.
+        tensor = tensor.to(dtype).pin_memory()
     # A copy to the host that nobody waits for would be read before it is there.
-    non_blocking = device.type == "cuda"
-    return tensor.detach().to(device, dtype, non_blocking=non_blocking).contiguous()
+    return tensor.to(device, dtype, non_blocking=device.type == "cuda").contiguous()
 
 
 def zero_state(program: Program, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

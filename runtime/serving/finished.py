@@ -23,6 +23,11 @@ def finished_steps(steps: Iterable[Step], engine: str) -> Iterator[Step]:
         yield _checked(*launched.popleft(), engine)
 
 
+def check_step(step: Step, engine: str) -> None:
+    """Wait for a step and look at it. Raises EngineFailure for a latent with NaN or Inf."""
+    _checked(step, finite([step.latent]), engine)
+
+
 def _checked(step: Step, is_finite: HostCopy, engine: str) -> Step:
     if not is_finite.array().all():
         raise EngineFailure(

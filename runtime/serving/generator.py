@@ -29,8 +29,9 @@ from wanexport.runtime.parts.pictures import (
 from wanexport.runtime.parts.protocols import VideoCodec, decoded_chunks
 from wanexport.runtime.parts.text_encoder import clean_prompt
 from wanexport.runtime.program import TensorSpec
-from wanexport.runtime.sample import Plan, plan_of, run_plan, seeded_noise
-from wanexport.runtime.serving.finished import finished_steps
+from wanexport.runtime.sample import Plan, Step, plan_of, run_plan, seeded_noise
+from wanexport.runtime.sample_stream import sample_clip
+from wanexport.runtime.serving.finished import check_step, finished_steps
 from wanexport.runtime.serving.jobs import Check
 from wanexport.runtime.serving.prompt_cache import PromptCache
 from wanexport.runtime.serving.request import STAGES, Generation, Request, check_request
@@ -97,7 +98,7 @@ class Generator:
             return
         # Even where the change fails: what it holds then is known only where it cannot change.
         self._holds_others = bool(self._own_weights)
-        with _computing(self.gpu):
+        with computing(self.gpu):
             self.denoiser.use(self._own_weights if name is None else name)
         self._holds_others = name is not None
 
@@ -171,7 +172,7 @@ class Generator:
         image_encoder = self.parts.image_encoder() if "image" in record.inputs else None
         vae = self.parts.vae()
         try:
-            with _computing(self.gpu):
+            with computing(self.gpu):
                 return image_inputs(record, images, vae, image_encoder)
         finally:
             self.parts.spare("image_encoder", keep=True)
@@ -216,8 +217,10 @@ class Generator:
         self, request: Request, plan: Plan, inputs: dict[str, Array], seed: int, check: Check
     ) -> Array:
         """The final latent, where the engine keeps it."""
+        if self.denoiser.geometry.chunk:
+            return self._sample_chunks(request, plan, inputs["text"], seed, check)
         noise = self.denoiser.array(seeded_noise(self.denoiser.inputs["latent"].shape, seed))
-        with _computing(self.gpu):
+        with computing(self.gpu):
             steps = run_plan(self.denoiser, plan, noise=noise, **inputs)
             for step in finished_steps(steps, self.denoiser.record.name):
                 if request.on_step is not None:
@@ -225,14 +228,44 @@ class Generator:
                 check()
         return step.latent
 
+    def _sample_chunks(
+        self, request: Request, plan: Plan, text: Array, seed: int, check: Check
+    ) -> Array:
+        """The whole clip of a causal model."""
+
+        def on_step(step: Step, steps: int) -> None:
+            check_step(step, self.denoiser.record.name)
+            if request.on_step is not None:
+                request.on_step(step, steps)
+            check()
+
+        with computing(self.gpu):
+            return sample_clip(self.denoiser, plan, text=text, seed=seed, on_step=on_step)
+
+    def text_of(self, prompt: str | Array, weights: str | None, *, decode: bool) -> Array:
+        """The embedding of a prompt, or one that is given; the engine has these weights from then
+        on.
+
+        With decode the VAE is opened too. Raises as a request does.
+        """
+        self._use_weights(weights)
+        text = clean_prompt(prompt) if isinstance(prompt, str) else None
+        if text == "":
+            raise BadRequest("the prompt is empty: say what the video shows")
+        self._begin_parts([] if text is None else [text], image=False, decode=decode)
+        embedding = prompt if text is None else self._embed([text])[text]
+        if decode:
+            self.parts.vae()
+        return embedding
+
     def _decode(self, latent: Array) -> np.ndarray:
         vae = self.parts.vae()
-        with _computing(self.gpu):
+        with computing(self.gpu):
             return vae.decode(latent)
 
     def _write(self, latent: Array, output: str | Path, check: Check) -> None:
         vae = self.parts.vae()
-        with _computing(self.gpu):
+        with computing(self.gpu):
             write_chunks(output, decoded_chunks(vae, latent), self.denoiser.sampling.fps, check)
 
     def prewarm(self, decode: bool, check: Check) -> float:
@@ -247,7 +280,8 @@ class Generator:
             "sampling": self._warm_up_engine,
         }
         if decode:
-            latent = np.zeros(record.output.shape, np.float32)
+            _, channels, _, *sides = record.output.shape
+            latent = np.zeros((1, channels, record.geometry.clip_frames, *sides), np.float32)
             warm_ups["decode"] = lambda: self._decode(latent)
         for stage, warm_up in warm_ups.items():
             check()
@@ -265,14 +299,26 @@ class Generator:
 
     def _warm_up_engine(self) -> None:
         """Run each expert once, last the one that a request begins with: it is then in memory."""
+        if self.denoiser.geometry.chunk:
+            self._warm_up_stream()
+            return
         zeros = {
             name: self.denoiser.array(np.zeros(spec.shape, np.float32))
             for name, spec in self.denoiser.inputs.items()
             if name != "timestep"
         }
-        with _computing(self.gpu):
+        with computing(self.gpu):
             for timestep in (0, NUM_TRAIN_TIMESTEPS)[-len(self.denoiser.engines) :]:
                 is_finite(self.denoiser(**zeros, timestep=timestep))  # which waits for the GPU
+
+    def _warm_up_stream(self) -> None:
+        """A step and a commit of a causal model."""
+        make, latent = self.denoiser.array, np.zeros(self.denoiser.record.output.shape, np.float32)
+        text = np.zeros(self.denoiser.inputs["text"].shape, np.float32)
+        with computing(self.gpu):
+            stream = self.denoiser.stream(make(text))
+            is_finite(stream.step(make(latent), NUM_TRAIN_TIMESTEPS))  # which waits for the GPU
+            stream.commit(make(latent))
 
 
 def encode_texts(
@@ -284,7 +330,7 @@ def encode_texts(
     """
     encoder, embeddings = parts.text_encoder(), {}
     for text in texts:
-        with _computing(gpu):
+        with computing(gpu):
             given = encoder([text])
         embeddings[text] = _checked_embedding(given, text, parts.record.inputs["text"])
         prompts.put(text, embeddings[text])
@@ -323,7 +369,7 @@ def _tiling_note(vae: VideoCodec, done: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def _computing(gpu: int | None) -> Iterator[None]:
+def computing(gpu: int | None) -> Iterator[None]:
     """Where PyTorch is in use: without autograd, and on the engine's GPU."""
     with ExitStack() as stack:
         if "torch" in sys.modules:

@@ -4,11 +4,12 @@ One thread serves all requests in order, so any number of threads may ask.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar, Unpack
 
+from wanexport.runtime.arrays import Array
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.engines.engine import EngineKeywords
 from wanexport.runtime.errors import BadRequest, refuse_empty
@@ -26,8 +27,15 @@ from wanexport.runtime.serving.request import (
     RequestKeywords,
     make_request,
 )
+from wanexport.runtime.serving.streaming import (
+    StreamedChunk,
+    StreamKeywords,
+    handed_over,
+    make_stream_request,
+    stream_chunks,
+)
 
-__all__ = ["Generation", "Job", "Pipeline"]
+__all__ = ["Generation", "Job", "Pipeline", "StreamedChunk"]
 
 T = TypeVar("T")
 
@@ -175,6 +183,30 @@ class Pipeline:
         """
         request = make_request(prompt, (seed,), **asked)
         return self._queue.submit(partial(self._serve, request))
+
+    def stream(
+        self, prompt: str | Array, **asked: Unpack[StreamKeywords]
+    ) -> Iterator[StreamedChunk]:
+        """A causal model's video, chunk by chunk, each given when it is made.
+
+        prompt is text, or its embeddings [n, 4096], for which no encoder is opened. What may be
+        asked are the fields of StreamKeywords: seed; weights, decode as in `generate`; length, the
+        number of frames, 4k+1, by default the engine's own. window, sink and
+        max_attention are as in `Denoiser.stream`; independent_first_frame to noise as in
+        `sample_stream`. The video is made in the pipeline's thread, which waits while two chunks
+        are not taken: requests that wait begin after it. To close the iterator cancels it after the
+        step under way. on_step is called after every step, in the pipeline's thread.
+
+        Raises, at the first chunk, BadRequest for a request that does not fit or a model that is
+        not causal, BundleError when a part is missing, and EngineFailure for NaN or Inf in a chunk,
+        and when the pipeline is closed or full.
+        """
+        if not self.denoiser.geometry.chunk:
+            raise BadRequest(
+                f"engine {self.denoiser.record.name} makes a video whole: use generate"
+            )
+        request = make_stream_request(prompt, asked)
+        return handed_over(self._queue, partial(stream_chunks, self._generator, request))
 
     def prewarm(self, *, decode: bool = True) -> float:
         """Do what the first request would pay for, and return the seconds it took.

@@ -109,10 +109,7 @@ def make_request(
 def check_request(request: Request) -> None:
     """Raise BadRequest for a prompt, path, name of weights, or seed that is none, and for an output
     that cannot be written."""
-    for name in ("prompt", "negative", "weights"):
-        value, kind = getattr(request, name), str if name == "prompt" else str | None
-        if not isinstance(value, kind):
-            raise BadRequest(f"{name} is {value!r:.40}: expected text")
+    check_texts(prompt=request.prompt, negative=request.negative, weights=request.weights)
     given = {name: getattr(request, name) for name in ("image", "last_image", "weights")}
     refuse_empty(**{name: value for name, value in given.items() if isinstance(value, str)})
     for seed in request.seeds:
@@ -137,3 +134,11 @@ def _check_output(output: str | Path, request: Request) -> None:
         raise BadRequest(
             f"cannot write {path} ({error.strerror}): name a file in an existing folder"
         ) from error
+
+
+def check_texts(prompt: object, **others: object) -> None:
+    """Raise BadRequest for a prompt that is no text, and for another that is neither text nor
+    None."""
+    for name, value in {"prompt": prompt, **others}.items():
+        if not isinstance(value, str) and (name == "prompt" or value is not None):
+            raise BadRequest(f"{name} is {value!r:.40}: expected text")

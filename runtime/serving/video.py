@@ -77,7 +77,8 @@ def _place(path: str | Path) -> Path:
 
 
 def _checked(chunks: Iterable[Any]) -> Iterator[np.ndarray]:
-    """The chunks, each found to be frames of a video."""
+    """The chunks, each found to be frames of one video."""
+    sides: tuple[int, ...] = ()
     for frames in chunks:
         if not isinstance(frames, np.ndarray):  # but None, of a request that was not decoded
             found = f"of type {type(frames).__name__}"
@@ -91,6 +92,11 @@ def _checked(chunks: Iterable[Any]) -> Iterator[np.ndarray]:
                 f"frames of {frames.shape[1]}x{frames.shape[2]} are no H.264 video: "
                 f"expected even sides, cut off a row or column"
             )
+        if sides and frames.shape[1:3] != sides:
+            raise BadRequest(
+                f"frames of {list(frames.shape)} follow some of {list(sides)}: expected one size"
+            )
+        sides = frames.shape[1:3]
         yield frames
 
 

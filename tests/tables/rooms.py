@@ -31,7 +31,8 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     "runtime": (
         frozenset({"serving", "drop_in"}),
         frozenset({"load"}),
-        frozenset({"denoiser", "sample", "settings"}),
+        frozenset({"denoiser", "sample", "sample_stream", "settings"}),
+        frozenset({"stream", "kept_frames"}),
         frozenset({"engines", "parts", "wan_keys", "lora", "recipes"}),
         frozenset({"bundle"}),
         frozenset({"family", "plain_wan", "causal_wan", "wan_vae", "vae_memory"}),
