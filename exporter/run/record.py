@@ -60,6 +60,8 @@ def run_record(request: RunRequest, result: RunResult) -> dict[str, Any]:
         "seconds_per_step": round(result.seconds_per_step, 3),
         "peak_rss_bytes": peak_rss(),
         "peak_gpu_bytes": peak_gpu_bytes(),
+        "offload": result.denoiser.offload,
+        "resident_blocks": result.denoiser.resident_blocks,
         "expert_switch_seconds": result.denoiser.switch_seconds,
         "versions": {"python": platform.python_version(), **_versions()},
     }
@@ -122,6 +124,8 @@ def _engine(request: RunRequest, denoiser: Denoiser) -> EngineOptions:
         frames=geometry.frames,
         dtype=record.dtype,
         weights=weights,
+        offload=denoiser.offload,
+        resident_blocks=denoiser.resident_blocks,
     )
 
 

@@ -31,10 +31,10 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     "runtime": (
         frozenset({"serving", "drop_in"}),
         frozenset({"load"}),
-        frozenset({"denoiser", "sample", "settings"}),
+        frozenset({"denoiser", "sample", "settings", "fitting"}),
         frozenset({"engines", "parts", "wan_keys", "lora", "recipes"}),
         frozenset({"bundle"}),
-        frozenset({"family", "plain_wan", "wan_vae", "vae_memory"}),
+        frozenset({"family", "plain_wan", "wan_vae", "vae_memory", "gpu_fit"}),
         frozenset({"arrays", "solvers", "wan_config", "program", "vae_config"}),
         frozenset({"geometry", "decode", "key_tables"}),
         frozenset({"machine"}),
