@@ -60,10 +60,6 @@ class LayerRing:
         """Stream these layers from now on, more than there are buffers; nothing is copied yet."""
         self._order, self._position = tuple(order), -1
 
-    def forget(self) -> None:
-        """Hold what is in the buffers for none of the layers."""
-        self._position = -1
-
     def start(self) -> None:
         """Fill the buffers with the first layers, each as soon as nothing computes with it."""
         if self._order:

@@ -180,7 +180,6 @@ class StreamedWeights:
     def _replace(self, file: PinnedFile) -> None:
         started = time.perf_counter()
         self.file = None
-        self._ring.forget()
         host = self._hosts.get(file.identity)
         if host is None or not host.holds(file):
             host = self._changed(file, host)
