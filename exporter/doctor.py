@@ -6,12 +6,13 @@ of its own, where one that is broken or crashes does no harm.
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from typing import Any
 
@@ -19,8 +20,13 @@ from packaging.requirements import Requirement
 
 from wanexport.exporter.child.child import temporary_folder
 from wanexport.exporter.child.process import environment_of, run_command
+from wanexport.exporter.inspection import fits_on_cards
+from wanexport.graphs.config import PRESETS
+from wanexport.runtime.bundle.signature import program_of, weights_layout
 from wanexport.runtime.engines.onnx import disable_telemetry
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS
+from wanexport.runtime.fitting import needs_of
+from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.machine.memory import available_bytes, limit_bytes
 
 _TIMEOUT = 120  # seconds for one import
@@ -48,6 +54,14 @@ _TASKS = {  # what a user wants -> the extras of wanexport that it needs besides
     "compare with diffusers": ("cpu", "build", "diffusers"),
 }
 _GPU_TASKS = {"run ONNX engines on a GPU": ("gpu",)}
+_SIZES = (  # published models, and the videos that they were made for
+    ("t2v-1.3b", Geometry(480, 832, 81)),
+    ("ti2v-5b", Geometry(704, 1280, 121, 16)),
+    ("t2v-14b", Geometry(480, 832, 81)),
+    ("t2v-14b", Geometry(720, 1280, 81)),
+    ("t2v-a14b", Geometry(480, 832, 81)),
+    ("t2v-a14b", Geometry(720, 1280, 81)),
+)
 _RUNNING = ("run on a CPU", "run AOTInductor engines", *_GPU_TASKS)  # any one runs some bundle
 
 
@@ -61,8 +75,11 @@ class Library:
     problem: str
 
 
-def doctor() -> dict[str, Any]:
-    """Examine this environment; `usable` says whether it runs the bundles of some backend."""
+def doctor(*, gpu_memory: float | None = None) -> dict[str, Any]:
+    """Examine this environment; `usable` says whether it runs the bundles of some backend.
+
+    `fits` is how the published models fit on each GPU here, or on one of gpu_memory GiB.
+    """
     stated = [Requirement(text) for text in requires("wanexport") or ()]
     names = {requirement.name for requirement in stated if _version(requirement.name)}
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -82,6 +99,7 @@ def doctor() -> dict[str, Any]:
         "machine": machine,
         "libraries": [asdict(library) for library in libraries],
         "tasks": tasks | plans,
+        "fits": _fits([f"a GPU, {gpu_memory * 1024} MiB"] if gpu_memory else machine["gpus"]),
         "usable": any(task["usable"] for task in running),
     }
 
@@ -169,6 +187,25 @@ def _machine() -> dict[str, Any]:
         "gpus": _gpus(),
         **_hub(),
     }
+
+
+def _fits(gpus: Sequence[str]) -> list[dict[str, Any]]:
+    """How an AOTInductor engine in bf16 of each published model fits on each of these GPUs."""
+    rows = []
+    for gpu in dict.fromkeys(gpus):
+        name, _, memory = gpu.rpartition(", ")
+        if not (found := re.match(r"[0-9.]+", memory)):  # it shares the machine's memory
+            continue
+        card = round(float(found[0]) * (1 << 20))
+        for model, geometry in _SIZES:
+            preset = PRESETS[model]
+            program = program_of(preset.config, geometry)
+            entries = weights_layout(preset.config, "bf16")[1]
+            needs = needs_of(program, entries, "bf16", geometry)
+            needs = replace(needs, experts=max(1, len(preset.experts)))
+            own = {"gpu": name, "model": model, "size": geometry.name}
+            rows.append({**own, "cards": fits_on_cards(needs, [card])})
+    return rows
 
 
 def _hub() -> dict[str, Any]:

@@ -22,6 +22,8 @@ from wanexport.runtime.bundle.usable import (
     why_unusable,
 )
 from wanexport.runtime.errors import WanExportError
+from wanexport.runtime.fitting import needs_of_engine
+from wanexport.runtime.gpu_fit import BUSES, CARDS, Needs, fit, room_of_card
 
 
 def inspect(bundle: str | Path, *, verify: bool = False) -> dict[str, Any]:
@@ -124,8 +126,36 @@ def _describe(bundle: Path, manifest: Manifest, engine: EngineRecord) -> dict[st
         "tokens": engine.geometry.num_tokens,
         "bytes": sum(file.size for file in engine.files.values()),
         "unusable": why_unusable(bundle, manifest, engine),
+        "cards": _cards(bundle, manifest, engine),
         **asdict(engine),
     }
+
+
+def _cards(bundle: Path, manifest: Manifest, engine: EngineRecord) -> list[dict[str, Any]]:
+    """How the engine fits on GPUs of several sizes, where it is one for a GPU that streams blocks;
+    nothing where a size has no row."""
+    weights = next((w for w in manifest.weights.values() if w.layout == engine.layout), None)
+    if engine.role != DENOISER or engine.target.get("device") != "cuda" or weights is None:
+        return []
+    try:
+        needs = needs_of_engine(manifest, engine, read_header(bundle / weights.file.path))
+    except WanExportError:  # what `problems` tells
+        return []
+    return fits_on_cards(needs) if needs.layers else []
+
+
+def fits_on_cards(needs: Needs, cards: Sequence[int] = CARDS) -> list[dict[str, Any]]:
+    """How a model fits on GPUs of these bytes, with how long a forward's copies take at least."""
+    rows = []
+    for card in cards:
+        found = fit(needs, room_of_card(card))
+        if found is not None:
+            seconds = {name: found.streamed / rate for name, rate in BUSES.items()}
+            blocks = needs.layers
+            rows.append(
+                {"card": card, **found._asdict(), "blocks": blocks, "copy_seconds": seconds}
+            )
+    return rows
 
 
 def _parameters(bundle: Path, manifest: Manifest) -> int:

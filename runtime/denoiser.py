@@ -52,6 +52,7 @@ class Denoiser:
 
     `engines` maps each expert to its engine; a model without experts has the one key "".
     `weights` is the set that calls use, None where engines have their own; `find` returns another.
+    `offload` is how the device holds less than all weights, as `load` takes it, None where it does.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Denoiser:
         engines: Mapping[str, Engine],
         weights: WeightsSet | None = None,
         find: FindWeights | None = None,
+        *,
+        offload: str | None = None,
     ) -> None:
-        self.record = record
+        self.record, self.offload = record, offload
         self.engines = dict(engines)
         self._weights, self._find = weights, find
         self._kept = KeptInputs()
@@ -114,7 +117,8 @@ class Denoiser:
     def only(self, expert: str) -> "Denoiser":
         """A denoiser of one of this one's experts, which serves all timesteps."""
         record = replace(self.record, sampling=replace(self.record.sampling, boundary=None))
-        return Denoiser(record, {expert: self.engines[expert]}, self._weights, self._find)
+        own = {expert: self.engines[expert]}
+        return Denoiser(record, own, self._weights, self._find, offload=self.offload)
 
     def use(
         self,
@@ -143,8 +147,11 @@ class Denoiser:
                 f"leave {str(weights)!r:.40} out"
             )
         found = self._find(weights, lora=lora, lora_partial=lora_partial)
-        for file in self._read_ahead(found):
-            file[0].use(file[1])
+        for engine, file in self._read_ahead(found):
+            engine.use(file)
+        for expert, engine in self.engines.items():  # that keep the other's in memory
+            if read_ahead := getattr(getattr(engine, "weights", None), "read_ahead", None):
+                read_ahead(found.files[expert])
         self._weights = found
 
     def _read_ahead(self, found: WeightsSet) -> list[tuple[Engine, PinnedFile]]:
@@ -223,6 +230,12 @@ class Denoiser:
                 f"engine {self.record.name} makes a video chunk by chunk: use denoiser.stream(text)"
                 f", or the command wanexport stream"
             )
+
+    @property
+    def resident_blocks(self) -> int | None:
+        """How many blocks stay on the device where others are streamed, None where none is."""
+        weights = (getattr(engine, "weights", None) for engine in self.engines.values())
+        return next((getattr(own, "resident_blocks", None) for own in weights), None)
 
     @property
     def switch_seconds(self) -> list[float]:

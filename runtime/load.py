@@ -19,7 +19,7 @@ from wanexport.runtime.bundle.tensorfile import header_sha256, read_header
 from wanexport.runtime.bundle.usable import check_usable
 from wanexport.runtime.denoiser import Denoiser, WeightsSet
 from wanexport.runtime.engines.choose import Choice, choose_engine
-from wanexport.runtime.engines.engine import EngineKeywords, EngineOptions
+from wanexport.runtime.engines.engine import OFFLOADS, EngineKeywords, EngineOptions
 from wanexport.runtime.engines.table import ENGINES
 from wanexport.runtime.errors import (
     BadRequest,
@@ -28,12 +28,14 @@ from wanexport.runtime.errors import (
     needing_extra,
     refuse_empty,
 )
+from wanexport.runtime.fitting import fit_options
 from wanexport.runtime.lora.given import Loras, by_expert
 from wanexport.runtime.lora.merged_file import MergedFile
 
 _HOW = {  # how messages call the options that a backend may not have
     "attention": "attention kernel",
     "offload": "offload",
+    "resident_blocks": "resident blocks",
     "cuda_graph": "CUDA graph",
     "provider": "provider of ONNX Runtime",
     "provider_options": "provider options",
@@ -52,7 +54,10 @@ def load(bundle: str | Path, **options: Unpack[EngineKeywords]) -> Denoiser:
     fine-tune or merged LoRA): a file, or a folder with `denoiser.safetensors`, or with one in each
     of `high_noise/` and `low_noise/` where the model has two experts. `Denoiser.use` changes it.
 
-    On a GPU: offload keeps one of two experts on the device and replaces its weights at the switch;
+    On a GPU: offload `experts` keeps one of two experts on the device and replaces its weights at
+    the switch. `blocks`, of an AOTInductor engine, keeps resident_blocks of its blocks there, by
+    default as many as leave room for a forward and the VAE, and copies the others from the host's
+    memory while those before them run. None is whatever fits, which is said where it is not all.
     cuda_graph is whether to replay a captured graph, by default where launching takes as long as
     running. Weights already on the device are shared. attention is the kernel of self-attention in
     an AOTInductor engine (`fa4`, `cudnn` or `sdpa`) in place of the recorded one.
@@ -97,19 +102,42 @@ def open_engine(
     check_usable(bundle, manifest, record)
     backend = ENGINES[record.backend].backend()
     check_options(record, options, backend.OPTIONS)
-    if options.offload and len(manifest.experts) < 2:
-        raise BadRequest("offload swaps two experts, this model has one: leave it out")
+    _check_offload(record, manifest, options, backend.OPTIONS)
     # Engines are code: their whole content is checked at every load.
     files = {role: check_content(bundle, file) for role, file in record.files.items()}
     find = partial(_find, bundle, record)
     chosen: list[WeightsSet] = []
 
     def weights() -> Mapping[str, PinnedFile]:
-        chosen.append(find_weights(bundle, record, options.weights, manifest))
+        if not chosen:
+            chosen.append(find_weights(bundle, record, options.weights, manifest))
         return chosen[0].files
 
+    if "resident_blocks" in backend.OPTIONS and device != "cpu":
+        options = fit_options(manifest, record, weights(), options, device)
     engines = backend.open_engines(record, files, weights, options, device)
-    return Denoiser(record, engines, chosen[0] if chosen else None, find)
+    own = chosen[0] if chosen else None
+    return Denoiser(record, engines, own, find, offload=options.offload)
+
+
+def _check_offload(
+    record: EngineRecord, manifest: Manifest, options: EngineOptions, taken: frozenset[str]
+) -> None:
+    """Raise BadRequest for a way to offload that there is not, or not for this engine."""
+    way, blocks = options.offload, options.resident_blocks
+    if way not in (None, *OFFLOADS):
+        raise BadRequest(f"offload is {way!r:.40}: expected {' or '.join(OFFLOADS)}")
+    if way == "experts" and len(manifest.experts) < 2:
+        raise BadRequest("offload experts swaps two experts, this model has one: leave it out")
+    if way == "blocks" and "resident_blocks" not in taken:
+        raise BadRequest(
+            f"engine {record.name} is one graph and streams no blocks: choose, or build, an engine "
+            f"of --backend aoti"
+        )
+    if blocks is not None and way != "blocks":
+        raise BadRequest("resident blocks are those that stay with --offload blocks: add that")
+    if blocks is not None and (type(blocks) is not int or blocks < 0):
+        raise BadRequest(f"{blocks!r:.40} resident blocks: expected a whole number from 0")
 
 
 def check_options(record: EngineRecord, options: EngineOptions, taken: frozenset[str]) -> None:

@@ -4,8 +4,8 @@
 
 The model here is small and random; a published one is built with
 `wanexport build -m Wan-AI/Wan2.2-T2V-A14B`. Both experts run in one engine, each with its own
-weights. On a GPU that has no room for both, `load(bundle, offload=True)` keeps one there and brings
-in the other's weights at the switch.
+weights. On a GPU that has no room for both, `load(bundle, offload="experts")` keeps one there and
+brings in the other's weights at the switch.
 """
 
 import json

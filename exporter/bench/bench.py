@@ -87,8 +87,8 @@ def _check_request(rounds: int, asked: EngineOptions) -> None:
     refuse_empty(weights=asked.weights)
     if rounds < LEAST_ROUNDS:
         raise BadRequest(f"{rounds} rounds make no median: expected {LEAST_ROUNDS} or more")
-    if asked.offload:
-        raise BadRequest("bench measures one expert, offload swaps two: leave it out")
+    if asked.offload == "experts":
+        raise BadRequest("bench measures one expert, offload experts swaps two: leave it out")
     if asked.backend:
         raise BadRequest(f"bench takes no backend: name it among the arms, as {asked.backend}")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
+from wanexport.exporter.cli.display_bundle import card_lines
 from wanexport.exporter.cli.terminal import in_bytes, in_short, new_table, out, short, write
 from wanexport.runtime.errors import printable
 
@@ -163,3 +164,7 @@ def show_doctor(record: dict[str, Any]) -> None:
     for task, state in record["tasks"].items():
         verdict = ("yes", "green") if state["usable"] else ("no", "red")
         write(out, f"{task}: ", verdict, "" if state["usable"] else f": {state['command']}")
+    for row in record["fits"]:
+        what = f"{row['model']} at {row['size']} in bf16"
+        for line in card_lines(row["cards"]) if row["cards"] else ["it does not fit"]:
+            write(out, f"{short(row['gpu'])}, {what}: {line}")

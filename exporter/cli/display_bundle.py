@@ -199,12 +199,35 @@ def _engine_lines(engine: dict[str, Any]) -> Iterator[str]:
     yield f"    target: {target}; reads weights of layout {engine['layout'][:12]}"
     yield from _program_lines(engine["program"])
     yield from _detail_lines(engine)
+    yield from (f"    {line}" for line in card_lines(engine["cards"]))
     if engine["proof"]:
         yield f"    {_proof(engine['proof'])}"
     yield f"    parity: {_parity(engine['parity'])}"
     yield f"    lint: {sum(engine['lint'].values())} findings"
     if engine["role"] == DENOISER:
         yield f"    sampling: {_sampling(engine['sampling'])}"
+
+
+def card_lines(cards: list[dict[str, Any]]) -> Iterator[str]:
+    """How a model fits on GPUs, the smallest first; a larger one that changes nothing is none."""
+    before: tuple[Any, ...] = ()
+    for row in cards:
+        places = (row["offload"], row["resident_blocks"], row["vae"], row["text"])
+        if places == before:
+            continue
+        before = places
+        held = "all weights stay"
+        if row["offload"] == "experts":
+            held = "--offload experts"
+        if row["offload"] == "blocks":
+            seconds = row["copy_seconds"]["PCIe 4 x16"]
+            held = (
+                f"--offload blocks, {row['resident_blocks']} of {row['blocks']} stay, "
+                f"{in_bytes(row['streamed'])} a forward take {seconds:.1f} s at PCIe 4"
+            )
+        vae = {"whole": "VAE whole", "tiles": "VAE in tiles", "cpu": "VAE on the CPU"}[row["vae"]]
+        text = {"gpu": "text encoder beside it", "cpu": "text encoder on the CPU"}[row["text"]]
+        yield f"GPU of {row['card'] / (1 << 30):.3g} GiB: {held}; {vae}, {text}"
 
 
 def _program_lines(program: dict[str, Any]) -> Iterator[str]:

@@ -463,12 +463,16 @@ def report(bundle: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.option(
+    "--gpu-memory", type=click.FloatRange(min=1), metavar="GIB",
+    help="Say which published models fit on a GPU of so much memory. Default: the GPUs here.",
+)  # fmt: skip
 @as_json
-def doctor(as_json: bool) -> None:
+def doctor(gpu_memory: float | None, as_json: bool) -> None:
     """Say what is installed and works here. The exit code is 1 when no bundle can run."""
     from wanexport.exporter.doctor import doctor as run_doctor
 
-    record = run_doctor()
+    record = run_doctor(gpu_memory=gpu_memory)
     _report(record, as_json, show_doctor)
     if not record["usable"]:
         sys.exit(1)

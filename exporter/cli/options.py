@@ -13,6 +13,7 @@ import click
 from wanexport.exporter.cli.streams import minding_the_reader, printing
 from wanexport.runtime.dtypes import PRECISIONS
 from wanexport.runtime.engines.device_name import check_device
+from wanexport.runtime.engines.engine import OFFLOADS
 from wanexport.runtime.engines.kernels import KERNELS
 from wanexport.runtime.engines.onnx_providers import PROVIDERS
 from wanexport.runtime.engines.table import BACKENDS
@@ -453,8 +454,15 @@ _ENGINE = {  # the fields of EngineOptions
     ),
     "attention": attention_option("the one that the build chose"),
     "offload": click.option(
-        "--offload", is_flag=True,
-        help="Keep one of two experts on the GPU, and replace it at the switch.",
+        "--offload", type=click.Choice(OFFLOADS),
+        help="What a GPU that does not hold all weights holds by turns: one of two experts, "
+        "replaced at the switch, or blocks, copied from memory while others run. Default: whatever "
+        "fits, and a warning where that is not all.",
+    ),
+    "resident_blocks": click.option(
+        "--resident-blocks", type=click.IntRange(min=0), metavar="NUMBER",
+        help="How many blocks stay on the GPU with --offload blocks. Default: as many as leave "
+        "room for a forward and the VAE.",
     ),
     "cuda_graph": click.option(
         "--cuda-graph/--no-cuda-graph", default=None,
@@ -472,6 +480,6 @@ _ENGINE = {  # the fields of EngineOptions
     ),
 }  # fmt: skip
 engine_options = _adding(*_ENGINE.values())
-# bench and profile name backends as arms, and measure one expert.
-bench_options = _adding(*(o for name, o in _ENGINE.items() if name not in ("backend", "offload")))
+# bench and profile name backends as arms.
+bench_options = _adding(*(option for name, option in _ENGINE.items() if name != "backend"))
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

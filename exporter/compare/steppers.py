@@ -78,7 +78,8 @@ class AotiStepper:
         with weights.held(engine.file), engine.regions.lock, on_device(engine.device_of):
             with attention_kernels(engine.regions.kernels), torch.no_grad():
                 reads = [own[name] for name in call.reads]
-                results = layer.run([*layer.parameters, *reads, *state.values()])
+                with layer.parameters as parameters:
+                    results = layer.run([*parameters, *reads, *state.values()])
         written = dict(zip(call.writes, results, strict=True))
         return {name: value.float() for name, value in {**written, **state}.items()}
 

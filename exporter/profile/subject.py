@@ -52,8 +52,8 @@ def open_bundle(bundle: Path, arm: str | None, asked: EngineOptions, folder: Pat
     """
     if asked.backend:
         raise BadRequest(f"profile takes no backend: name it as the arm, {asked.backend}")
-    if asked.offload:
-        raise BadRequest("profile opens one expert, offload swaps two: leave it out")
+    if asked.offload == "experts":
+        raise BadRequest("profile opens one expert, offload experts swaps two: leave it out")
     named = find_arms([arm]) if arm is not None else []
     subject = choose_subject(bundle.resolve(), asked, named)
     chosen = named[0] if named else ARMS[subject.record.backend]

@@ -57,6 +57,8 @@ def run_record(request: RunRequest, result: RunResult) -> dict[str, Any]:
         **result.facts,
         "load_seconds": round(result.load_seconds, 3),
         "seconds_per_step": round(result.seconds_per_step, 3),
+        "offload": result.denoiser.offload,
+        "resident_blocks": result.denoiser.resident_blocks,
         "expert_switch_seconds": result.denoiser.switch_seconds,
         **cost_of(),
     }
@@ -128,6 +130,8 @@ def engine_in_full(request: RunRequest, denoiser: Denoiser) -> EngineOptions:
         frames=geometry.frames,
         dtype=record.dtype,
         weights=weights,
+        offload=denoiser.offload,
+        resident_blocks=denoiser.resident_blocks,
     )
 
 

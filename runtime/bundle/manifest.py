@@ -115,6 +115,8 @@ _PROOF = {
     "error": float | None,
     "gate": float | None,
     "verify": str,
+    "peak_bytes": Count,
+    "decode_peak_bytes": Count,
 }
 _PARITY = {"passed": bool, "reference": str, "error": float | None}
 

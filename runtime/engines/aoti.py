@@ -9,9 +9,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,9 @@ from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory
 from wanexport.runtime.engines.kernels import check_kernel
 from wanexport.runtime.engines.operators import Kernel, attention_kernels, open_kernel
 from wanexport.runtime.engines.processor import level_for, level_here, runs_here
+from wanexport.runtime.engines.streamed_weights import StreamedWeights
 from wanexport.runtime.errors import (
+    BadRequest,
     BundleError,
     EngineFailure,
     WanExportError,
@@ -44,8 +46,9 @@ from wanexport.runtime.program import Input, Program
 
 # What compiled code depends on, of what `versions` says.
 BINDING = ("device", "arch", "march", "instructions", "torch", "cuda")
-OPTIONS = frozenset({"attention", "offload", "cuda_graph"})
+OPTIONS = frozenset({"attention", "offload", "resident_blocks", "cuda_graph"})
 _WARM_UPS, _TIMED = 2, 5  # calls of the repeated function
+_T = TypeVar("_T")
 
 
 class Regions:
@@ -74,19 +77,21 @@ class Regions:
         """What a session keeps that has not begun: a state of zeros."""
         return Memory(zero_state(self.program, self.dtype, self.device))
 
-    def bind(self, tensors: Mapping[str, Tensor]) -> "BoundRegions":
-        """The regions with the weights of one expert.
+    def bind(
+        self, tensors: Mapping[str, Tensor], streamed: StreamedWeights | None = None
+    ) -> "BoundRegions":
+        """The regions with the weights of one expert, the layers of a call from streamed ones.
 
         Raises BundleError when a parameter is not among them.
         """
-        return BoundRegions(self, tensors)
+        return BoundRegions(self, tensors, streamed)
 
 
 class BoundCall(NamedTuple):
     """One layer of a call: its function, and where its arguments and results are."""
 
     run: Callable[[Sequence[Tensor]], Sequence[Tensor]]
-    parameters: list[Tensor]
+    parameters: AbstractContextManager[list[Tensor]]  # on the device within
     reads: list[int]  # slots
     writes: list[int]
     state: tuple[str, ...]
@@ -98,7 +103,12 @@ class BoundRegions:
     Names are resolved to slots here, so that a forward is calls and nothing else.
     """
 
-    def __init__(self, regions: Regions, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        regions: Regions,
+        tensors: Mapping[str, Tensor],
+        streamed: StreamedWeights | None = None,
+    ) -> None:
         self.regions, program = regions, regions.program
         self.slots = {name: i for i, name in enumerate(_names(program))}
         self.calls: dict[str, list[BoundCall]] = {}
@@ -107,7 +117,14 @@ class BoundRegions:
             reads, writes = ([self.slots[n] for n in own] for own in (call.reads, call.writes))
             for names, state in call.layers():
                 run = regions.runners[call.function].run
-                bound.append(BoundCall(run, _found(tensors, names), reads, writes, state))
+                parameters: AbstractContextManager[list[Tensor]]
+                layer = None if streamed is None else streamed.parts.layer_of(names)
+                if streamed is not None and layer is not None:
+                    _found(streamed.entries, names)
+                    parameters = streamed.layer(layer, names)
+                else:
+                    parameters = nullcontext(_found(tensors, names))
+                bound.append(BoundCall(run, parameters, reads, writes, state))
         self.output = self.slots[next(iter(program.outputs))]
 
     def __call__(
@@ -190,7 +207,7 @@ def _names(program: Program) -> dict[str, None]:
     return names
 
 
-def _found(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
+def _found(tensors: Mapping[str, _T], names: Sequence[str]) -> list[_T]:
     try:
         return [tensors[name] for name in names]
     except KeyError as error:
@@ -201,9 +218,10 @@ def _found(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
 
 def _run(calls: Sequence[BoundCall], values: list[Any], memory: Memory) -> None:
     """Run calls in order over the values' slots; the state is written in place."""
-    for run, parameters, reads, writes, state in calls:
+    for run, held, reads, writes, state in calls:
         kept = [memory.state[name] for name in state]
-        results = run([*parameters, *[values[slot] for slot in reads], *kept])
+        with held as parameters:
+            results = run([*parameters, *[values[slot] for slot in reads], *kept])
         for slot, result in zip(writes, results):
             values[slot] = result
 
@@ -213,21 +231,24 @@ class AotiEngine:
 
     `weights` hold by turns the files that calls name: with --offload two engines share one buffer.
     cuda_graph None captures a graph when launching takes as long as running; a Program with state,
-    or with calls that run once a prompt, is never captured.
+    or with calls that run once a prompt, is never captured, nor are layers that are streamed: the
+    copies of one forward are begun in the one before.
     """
 
     def __init__(
         self,
         regions: Regions,
-        weights: DeviceWeights,
+        weights: DeviceWeights | StreamedWeights,
         file: PinnedFile,
         *,
         cuda_graph: bool | None = None,
     ) -> None:
         self.regions, self.file = regions, file
-        self.weights: DeviceWeights | None = weights
+        self.weights: DeviceWeights | StreamedWeights | None = weights
         self.device_of = regions.device
-        self.bound: BoundRegions | None = regions.bind(weights.tensors)
+        streamed = weights if isinstance(weights, StreamedWeights) else None
+        self.bound: BoundRegions | None = regions.bind(weights.tensors, streamed)
+        cuda_graph = False if streamed else cuda_graph
         self.graph: torch.cuda.CUDAGraph | None = None
         self._inputs: dict[str, Tensor] = {}  # of the graph, as its output
         self._output: Tensor | None = None
@@ -328,21 +349,61 @@ def open_engines(
 ) -> dict[str, AotiEngine]:
     """The engine of each expert; weights gives the files by expert.
 
-    With offload the experts take turns in one buffer. Raises BadRequest for a kernel of attention
-    that cannot run there, BundleError when a file is not what it was, EngineFailure when the device
-    is too small.
+    With offload the experts take turns on the device, in one buffer, or layer by layer. Raises
+    BadRequest for a kernel of attention that cannot run there, and for a CPU that is to stream,
+    BundleError when a file is not what it was, EngineFailure when the device is too small.
     """
     check_kernel(options.attention, record.target, record.dtype)
     place = gpu_or_cpu(device)
     kernels = attention_of(record, files, options.attention)
+    if options.offload == "blocks":
+        _check_streaming(record, place, options)
     regions = Regions(files, record.program, kernels, place, record.dtype)
+    if options.offload == "blocks":
+        return streamed_engines(regions, weights(), options)
     held: DeviceWeights | None = None
     engines = {}
     for expert, file in weights().items():
         if held is None or not options.offload:
-            held = device_weights(file, place, private=options.offload)
+            held = device_weights(file, place, private=options.offload is not None)
         engines[expert] = AotiEngine(regions, held, file, cuda_graph=options.cuda_graph)
     return engines
+
+
+def streamed_engines(
+    regions: Regions, files: Mapping[str, PinnedFile], options: EngineOptions
+) -> dict[str, AotiEngine]:
+    """The engine of each expert; all share what is on the device, and the host has their weights.
+
+    Of the layers that are to stay, those do that fit beside what the engines took to run once.
+    """
+    first, place = next(iter(files.values())), regions.device
+    if place.type == "cuda":
+        torch.cuda.empty_cache()
+    held = StreamedWeights(first, regions.program, place)
+    before = torch.cuda.memory_reserved(place) if place.type == "cuda" else 0
+    engines = {e: AotiEngine(regions, held, file) for e, file in files.items()}
+    beside = torch.cuda.memory_reserved(place) - before if place.type == "cuda" else 0
+    if place.type == "cuda":  # what stays is not to lie in pieces of what a forward needs
+        torch.cuda.empty_cache()
+    held.keep(options.resident_blocks or 0, beside=beside)
+    for file in files.values():
+        held.read_ahead(file)
+    return engines
+
+
+def _check_streaming(record: EngineRecord, place: torch.device, options: EngineOptions) -> None:
+    """Raise BadRequest where layers cannot be streamed."""
+    if place.type != "cuda":
+        raise BadRequest(
+            f"engine {record.name} runs on a CPU, from whose memory blocks are streamed to a GPU: "
+            f"leave --offload blocks out"
+        )
+    if options.cuda_graph:
+        raise BadRequest(
+            f"engine {record.name} streams blocks, which no captured CUDA graph does: leave "
+            f"--cuda-graph or --offload blocks out"
+        )
 
 
 def attention_of(

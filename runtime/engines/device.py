@@ -31,6 +31,20 @@ def gpu_or_cpu(device: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if index is None else index)
 
 
+def room_on(device: torch.device) -> int:
+    """Bytes that PyTorch can still get on a GPU: what is free there and in its own cache, within
+    the share that `torch.cuda.set_per_process_memory_fraction` leaves the process."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return unreserved_on(device) + kept
+
+
+def unreserved_on(device: torch.device) -> int:
+    """The same without what is in PyTorch's cache."""
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(free, share - torch.cuda.memory_reserved(device)))
+
+
 def launch_bound(launch_seconds: float, gpu_seconds: float) -> bool:
     """Whether the launch of GPU work takes so much of its time that a CUDA graph pays."""
     return launch_seconds > _LAUNCH_BOUND * gpu_seconds > 0

@@ -10,6 +10,8 @@ from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.program import Program
 
 CLOSED = "the engine was closed: load it again"
+# How a GPU holds less than all weights: one expert of two, or the layers that are needed next.
+OFFLOADS = ("experts", "blocks")
 
 
 @dataclass
@@ -81,7 +83,8 @@ class EngineKeywords(TypedDict, total=False):
     provider: str | None
     weights: str | Path | None
     attention: str | None
-    offload: bool
+    offload: str | None
+    resident_blocks: int | None
     cuda_graph: bool | None
     provider_options: Mapping[str, str] | None
 
@@ -98,7 +101,8 @@ class EngineOptions:
     provider: str | None = None
     weights: str | Path | None = None
     attention: str | None = None
-    offload: bool = False
+    offload: str | None = None
+    resident_blocks: int | None = None
     cuda_graph: bool | None = None
     provider_options: Mapping[str, str] | None = None
 

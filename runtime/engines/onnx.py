@@ -217,7 +217,12 @@ def open_engines(
         cache = cache_folder() if name.startswith("tensorrt") else None
         provider = Provider(name, options.provider_options or {}, cache and cache / graph.sha256)
         return onnx_gpu.open_engines(
-            graph, weights(), gpu_or_cpu(device), provider, record.program, offload=options.offload
+            graph,
+            weights(),
+            gpu_or_cpu(device),
+            provider,
+            record.program,
+            offload=bool(options.offload),
         )
     if options.offload or options.provider_options:
         raise BadRequest(

@@ -354,7 +354,7 @@ def _in_place(
         del session
     raise BadRequest(
         f"ONNX Runtime {import_onnxruntime().__version__} copies the weights, which "
-        f"--offload would replace: leave it out"
+        f"--offload experts would replace: leave it out"
     )
 
 

@@ -267,7 +267,7 @@ def open_engines(
     for expert, plan in plans.items():
         file = chosen.get(expert)
         if file is not None and not (held and options.offload):
-            held = device_weights(file, place, private=options.offload)
+            held = device_weights(file, place, private=options.offload is not None)
         engines[expert] = TensorRtEngine(plan, buffers, held, file, cuda_graph=options.cuda_graph)
     return engines
 

@@ -217,6 +217,7 @@ class Gpu:
             "get_device_capability": lambda device: self.capability,
             "mem_get_info": lambda device: (self.free, 24 << 30),
             "memory_reserved": lambda device: 0,
+            "get_per_process_memory_fraction": lambda device: 1.0,
             "memory_allocated": lambda device: 0,
             "device": self._device,
             "current_stream": lambda device: self.current,

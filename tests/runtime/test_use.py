@@ -205,7 +205,7 @@ def test_a_set_that_lacks_an_expert_changes_neither(tmp_path: Path) -> None:
 
 def test_a_cpu_offloads_nothing_and_has_no_options_of_a_provider(tmp_path: Path) -> None:
     bundle = running_bundle(tmp_path / "bundle", *SETS, experts=EXPERTS)
-    wrong: list[dict[str, Any]] = [{"offload": True}, {"provider_options": {"a": "b"}}]
+    wrong: list[dict[str, Any]] = [{"offload": "experts"}, {"provider_options": {"a": "b"}}]
     for options in wrong:
         with pytest.raises(BadRequest, match="on a CPU offloads nothing and has no provider opt"):
             load(bundle, device="cpu", **options)

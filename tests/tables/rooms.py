@@ -35,7 +35,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
         frozenset({"stream", "kept_frames"}),
         frozenset({"engines", "parts", "wan_keys", "lora", "recipes"}),
         frozenset({"bundle"}),
-        frozenset({"family", "plain_wan", "causal_wan", "wan_vae", "vae_memory"}),
+        frozenset({"family", "plain_wan", "causal_wan", "wan_vae", "vae_memory", "gpu_fit"}),
         frozenset(
             {
                 "arrays",

@@ -6,7 +6,8 @@ It opens the packages, and compares them, or others of fewer tokens, with eager 
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def prove_regions(job: RegionsJob) -> dict[str, Any]:
     tensors = {name: read_tensor(source).to(device) for name, source in sources.items()}
     specs, memory, bound = regions.program.inputs, regions.memory(), regions.bind(tensors)
     velocity = None
-    with on_device(device):
+    with on_device(device), _measured(device) as taken:
         for moment, inputs in job.calls():
             given = {
                 name: to_device(value, device, torch_dtype(specs[name].dtype))
@@ -55,7 +56,20 @@ def prove_regions(job: RegionsJob) -> dict[str, Any]:
             }
             velocity = bound(given, memory, moment)
     assert velocity is not None
-    return proof_figures(job, method, velocity.cpu().numpy())
+    return {**proof_figures(job, method, velocity.cpu().numpy()), **taken}
+
+
+@contextmanager
+def _measured(device: torch.device) -> Iterator[dict[str, int]]:
+    """Have what the block takes of a GPU beside what is there already."""
+    taken: dict[str, int] = {}
+    if device.type != "cuda":
+        yield taken
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield taken
+    taken["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
 
 
 def _open(job: RegionsJob, files: Mapping[str, str], device: torch.device) -> Regions:

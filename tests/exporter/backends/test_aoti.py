@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -56,11 +56,14 @@ from wanexport.runtime import Geometry, WanExportError, load
 from wanexport.runtime.bundle.details import AotiDetails
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.path import WEIGHTS_FILE
+from wanexport.runtime.bundle.pinned_file import pin
 from wanexport.runtime.bundle.signature import program_of
-from wanexport.runtime.engines.aoti import AotiEngine
-from wanexport.runtime.engines.engine import Memory
+from wanexport.runtime.denoiser import Denoiser
+from wanexport.runtime.engines.aoti import AotiEngine, Regions, attention_of, streamed_engines
+from wanexport.runtime.engines.engine import EngineOptions, Memory
 from wanexport.runtime.errors import BundleError, EngineFailure, WanExportWarning
 from wanexport.runtime.family import family_of
+from wanexport.runtime.load import find_weights
 from wanexport.runtime.program import Input, Program
 from wanexport.runtime.wan_config import EXPERTS
 
@@ -151,7 +154,7 @@ def test_weights_that_changed_since_load_are_refused_at_the_switch(
     what: str, experts: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     bundle = Path(shutil.copytree(experts[0], tmp_path / "bundle"))
-    denoiser = load(bundle, offload=True)
+    denoiser = load(bundle, offload="experts")
     (file,) = bundle.glob("weights/low_noise*/*")
     content = file.read_bytes()
     if what == "rewritten":
@@ -172,9 +175,9 @@ def test_the_engine_gives_diffusers_velocity(small: Path) -> None:
     assert relative_l2(denoiser(**inputs), theirs) <= 1e-5
 
 
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", [None, "experts"])
 def test_each_expert_gives_its_own_velocity(
-    experts: tuple[Path, dict[str, Any]], offload: bool
+    experts: tuple[Path, dict[str, Any]], offload: str | None
 ) -> None:
     bundle, models = experts
     denoiser = load(bundle, offload=offload)
@@ -185,6 +188,24 @@ def test_each_expert_gives_its_own_velocity(
     assert len(denoiser.switch_seconds) == (2 if offload else 0)
     held = {engine.weights.buffer.data_ptr() for engine in denoiser.engines.values()}  # type: ignore[attr-defined]
     assert len(held) == (1 if offload else 2)
+
+
+@pytest.mark.parametrize("resident", [0, 1])
+def test_streamed_blocks_give_the_same_bits(
+    resident: int, experts: tuple[Path, dict[str, Any]]
+) -> None:
+    manifest = read_manifest(experts[0])
+    (record,) = manifest.engines
+    whole, files = load(experts[0]), {r: pin(experts[0] / f.path) for r, f in record.files.items()}
+    weights = find_weights(experts[0], record, None)
+    regions = Regions(files, record.program, attention_of(record, files, None), torch.device("cpu"))
+    engines = streamed_engines(regions, weights.files, EngineOptions(resident_blocks=resident))
+    streamed = Denoiser(record, engines, weights, offload="blocks")
+    assert streamed.resident_blocks == resident
+    for timestep in (950.0, 100.0, 90.0, 960.0):
+        given = inputs_of("t2v-a14b", timestep)
+        np.testing.assert_array_equal(streamed(**given), whole(**given))
+    assert len(streamed.switch_seconds) == 2
 
 
 def test_a_fault_in_one_layer_is_located_and_so_it_is_between_engines(
@@ -348,8 +369,16 @@ def test_a_call_of_other_parameters_is_one_line(copy: Path) -> None:
 
 
 def test_options_that_do_not_apply_are_refused(small: Path, tiny_bundle: Path) -> None:
-    with pytest.raises(WanExportError, match="offload swaps two experts"):
-        load(small, offload=True)
+    with pytest.raises(WanExportError, match="offload experts swaps two experts"):
+        load(small, offload="experts")
+    with pytest.raises(WanExportError, match="runs on a CPU, from whose memory blocks are stream"):
+        load(small, offload="blocks")
+    with pytest.raises(WanExportError, match="resident blocks are those that stay with --offload"):
+        load(small, resident_blocks=2)
+    with pytest.raises(WanExportError, match="-1 resident blocks: expected a whole number from 0"):
+        load(small, offload="blocks", resident_blocks=-1)
+    with pytest.raises(WanExportError, match="offload is True: expected experts or blocks"):
+        load(small, offload=cast(Any, True))
     with pytest.raises(WanExportError, match="unknown kernel 'fast'"):
         load(small, attention="fast")
     for kernel in ("fa4", "cudnn"):
@@ -358,7 +387,8 @@ def test_options_that_do_not_apply_are_refused(small: Path, tiny_bundle: Path) -
     for options, message in (
         ({"attention": "sdpa"}, "no attention kernel: leave it out, or choose an engine of anoth"),
         ({"cuda_graph": False}, "no CUDA graph: leave it out, or choose an engine of another"),
-        ({"offload": True}, "offload swaps two experts"),
+        ({"offload": "experts"}, "offload experts swaps two experts"),
+        ({"offload": "blocks"}, "is one graph and streams no blocks: choose, or build, an engine"),
     ):
         with pytest.raises(WanExportError, match=message):
             load(tiny_bundle, backend="onnx", **options)

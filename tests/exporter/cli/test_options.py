@@ -85,7 +85,7 @@ def test_a_number_out_of_its_range_is_refused_by_name(words: str, said: str) -> 
 
 @pytest.mark.parametrize(
     ("command", "lacks"),
-    [("run", set()), ("compare", set()), ("bench", {"backend", "offload"})],
+    [("run", set()), ("compare", set()), ("bench", {"backend"})],
 )
 def test_every_option_of_load_is_one_of_the_commands(command: str, lacks: set[str]) -> None:
     named = {parameter.name for parameter in cli.commands[command].params}

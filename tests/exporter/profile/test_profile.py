@@ -272,7 +272,7 @@ def test_mistakes_are_refused_in_one_line(
         ({"arm": "vllm"}, "unknown arm 'vllm'"),
         ({"arm": "aoti"}, "has no such engine"),
         ({"backend": "onnx"}, "profile takes no backend: name it as the arm, onnx"),
-        ({"offload": True}, "profile opens one expert"),
+        ({"offload": "experts"}, "profile opens one expert"),
         ({"arm": "graph", "cuda_graph": True}, "no arm of graph takes cuda graph"),
         ({"resolution": "480x832"}, "has no such engine"),
         ({"weights": "style"}, "no weights set style"),

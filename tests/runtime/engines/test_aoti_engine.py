@@ -79,6 +79,7 @@ class FakeRegions(Regions):
 
     def __init__(self, program: Program = PROGRAM, **functions: Callable[..., Any]) -> None:
         self.program, self.kernels, self.device = program, {}, CPU
+        self.dtype = torch.float32
         self.lock = threading.Lock()
         self.calls: list[str] = []
         runners = {name: self._runner(name, f) for name, f in {**FUNCTIONS, **functions}.items()}

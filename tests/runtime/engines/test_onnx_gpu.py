@@ -226,7 +226,7 @@ def test_another_set_is_used_in_place(bundles: Bundles, tmp_path: Path) -> None:
 
 
 def test_swapped_experts_give_what_resident_ones_do(bundles: Bundles) -> None:
-    resident, swapped = (load(bundles[TWO_EXPERTS], offload=off) for off in (False, True))
+    resident, swapped = (load(bundles[TWO_EXPERTS], offload=off) for off in (None, "experts"))
     given = on_gpu(TWO_EXPERTS)
     for timestep in (950.0, 100.0, 950.0):
         given["timestep"] = timestep

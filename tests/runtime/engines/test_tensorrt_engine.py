@@ -244,9 +244,9 @@ def test_on_the_default_stream_the_plan_has_one_of_its_own(gpu: Gpu, bundle: Pat
     ]
 
 
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", [None, "experts"])
 def test_two_experts_share_the_engine_and_its_memory(
-    offload: bool, gpu: Gpu, experts: Path, weights: dict[str, Path]
+    offload: str | None, gpu: Gpu, experts: Path, weights: dict[str, Path]
 ) -> None:
     denoiser, calls = load(experts, offload=offload), gpu.trt.calls
     assert gpu.trt.count("deserialize_cuda_engine") == 1
@@ -277,7 +277,7 @@ def test_each_expert_has_its_plan_where_weights_are_baked_in(
         (tmp_path / "other" / expert).mkdir(parents=True)
         copy = tmp_path / "other" / expert / "denoiser.safetensors"
         copy.write_bytes(weights[expert].read_bytes())
-    wrong: list[dict[str, Any]] = [{"offload": True}, {"weights": tmp_path / "other"}]
+    wrong: list[dict[str, Any]] = [{"offload": "experts"}, {"weights": tmp_path / "other"}]
     for options in wrong:
         with pytest.raises(BadRequest, match=r"holds its weights inside .* --bake-weights"):
             load(bundle, **options)
@@ -319,7 +319,7 @@ def test_baked_weights_need_no_file_beside_the_plan(
 def test_weights_that_were_replaced_since_load_are_refused_at_the_switch(
     gpu: Gpu, experts: Path, tmp_path: Path
 ) -> None:
-    denoiser = load(experts, offload=True)
+    denoiser = load(experts, offload="experts")
     (file,) = (experts / "weights" / "high_noise-bf16").iterdir()
     (tmp_path / "new").write_bytes(file.read_bytes())
     (tmp_path / "new").replace(file)
@@ -354,9 +354,9 @@ def test_a_set_is_used_in_place_of_another_and_back(
     assert len(denoiser.switch_seconds) == 3
 
 
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", [None, "experts"])
 def test_both_experts_change_together(
-    offload: bool, gpu: Gpu, experts: Path, weights: dict[str, Path], tmp_path: Path
+    offload: str | None, gpu: Gpu, experts: Path, weights: dict[str, Path], tmp_path: Path
 ) -> None:
     denoiser, given = load(experts, offload=offload), inputs()
     for expert, other in zip(EXPERTS, EXPERTS[::-1]):  # the other's weights in each one's place
@@ -671,7 +671,7 @@ def test_too_little_memory_is_refused_with_the_figures(gpu: Gpu, bundle: Path) -
 
 def test_options_that_do_not_apply_are_refused(gpu: Gpu, bundle: Path) -> None:
     assert "has no attention kernel: leave it out" in refused(bundle, BadRequest, attention="fa4")
-    assert "offload swaps two experts" in refused(bundle, BadRequest, offload=True)
+    assert "offload experts swaps two experts" in refused(bundle, BadRequest, offload="experts")
 
 
 @pytest.mark.skipif(FLAVOUR == "tensorrt", reason="TensorRT compiles when it builds")
