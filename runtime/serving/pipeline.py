@@ -4,7 +4,7 @@ One thread serves all requests in order, so any number of threads may ask.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar, Unpack
@@ -28,6 +28,7 @@ from wanexport.runtime.serving.request import (
     make_request,
 )
 from wanexport.runtime.serving.streaming import (
+    Chunks,
     StreamedChunk,
     StreamKeywords,
     handed_over,
@@ -184,9 +185,7 @@ class Pipeline:
         request = make_request(prompt, (seed,), **asked)
         return self._queue.submit(partial(self._serve, request))
 
-    def stream(
-        self, prompt: str | Array, **asked: Unpack[StreamKeywords]
-    ) -> Iterator[StreamedChunk]:
+    def stream(self, prompt: str | Array, **asked: Unpack[StreamKeywords]) -> Chunks:
         """A causal model's video, chunk by chunk, each given when it is made.
 
         prompt is text, or its embeddings [n, 4096], for which no encoder is opened. What may be

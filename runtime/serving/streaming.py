@@ -1,6 +1,7 @@
 """One prompt's causal video in the pipeline's thread, handed chunk by chunk to who asked."""
 
 import time
+from collections import abc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -81,6 +82,9 @@ class StreamedChunk:
     frames: np.ndarray
     is_given: bool
     seconds: float
+
+
+Chunks = abc.Generator[StreamedChunk, None, None]  # which who leaves it can close
 
 
 def latent_frames(length: int | None) -> int | None:
@@ -200,9 +204,7 @@ def _on_host(frames: Array) -> np.ndarray:
     return found
 
 
-def handed_over(
-    queue: JobQueue, work: Callable[[Check], Iterator[StreamedChunk]]
-) -> Iterator[StreamedChunk]:
+def handed_over(queue: JobQueue, work: Callable[[Check], Iterator[StreamedChunk]]) -> Chunks:
     """What work gives in the queue's thread, in the caller's; leaving it cancels the work.
 
     The work waits while two chunks are not taken. Raises what the work raises.

@@ -108,7 +108,8 @@ def causal_denoiser(
     engine = CausalEngine(geometry, torch_arrays=torch_arrays)
 
     def find(name: Any, **_: Any) -> WeightsSet:
-        return WeightsSet(name or BASE, {"": name or BASE})
+        own: Any = name or BASE
+        return WeightsSet(own, {"": own})
 
     return Denoiser(causal_record(geometry), {"": engine}, find(None), find), engine
 

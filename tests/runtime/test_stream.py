@@ -74,7 +74,8 @@ def test_velocities_are_those_of_the_official_rules(name: str, torch_arrays: boo
     )  # fmt: skip
     for number, frames in enumerate(sizes):
         times = np.linspace(1000, 900, frames, dtype=np.float32)
-        for seed, given in enumerate((times, 625.0)):
+        of_steps: tuple[Any, ...] = (times, 625.0)
+        for seed, given in enumerate(of_steps):
             latent = latent_of(geometry, frames, 10 * number + seed)
             velocity = stream.step(latent, given)
             expected = oracle.velocity(
@@ -296,7 +297,12 @@ def test_no_step_reads_a_number_from_a_tensor(window: int | None) -> None:
     for _ in range(2):
         stream.step(latent, 1000.0)
         stream.commit(latent)
-    ran = operators_of(lambda: (stream.step(latent, 625.0), stream.commit(latent)))
+
+    def step_and_commit() -> None:
+        stream.step(latent, 625.0)
+        stream.commit(latent)
+
+    ran = operators_of(step_and_commit)
     assert ran["aten::index_copy_"] == 4 * CONFIG.num_layers
     assert not {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"} & ran.keys()
     size = replace(SMALL_MODEL["cpu"], layers=2)
@@ -333,7 +339,13 @@ def test_memory_stays_flat_while_chunks_come() -> None:
     streamed(stream, 30)
     engine.given.clear()
     engine.calls.clear()
-    grown = peak_of(lambda: (streamed(stream, 60), engine.given.clear(), engine.calls.clear()))
+
+    def go_on() -> None:
+        streamed(stream, 60)
+        engine.given.clear()
+        engine.calls.clear()
+
+    grown = peak_of(go_on)
     assert grown < 60_000  # where the latents alone would be 92 kB
 
 

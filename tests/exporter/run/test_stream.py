@@ -25,6 +25,7 @@ from wanexport.exporter.run import stream as module
 from wanexport.runtime.bundle.tensorfile import load_arrays, save_arrays
 from wanexport.runtime.parts.open import Parts
 from wanexport.runtime.serving import pipeline as pipeline_module
+from wanexport.runtime.serving.pipeline import Pipeline
 
 GEOMETRY = geometry_of(9)
 
@@ -95,7 +96,7 @@ def test_frames_are_encoded_as_they_come(
 ) -> None:
     """The file that becomes the clip is there before the first chunk is."""
     seen: list[int] = []
-    packets = module.Pipeline.stream
+    packets = Pipeline.stream
 
     def watched(self: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
         for chunk in packets(self, *arguments, **options):
@@ -103,7 +104,7 @@ def test_frames_are_encoded_as_they_come(
             seen.append(len(partial))
             yield chunk
 
-    monkeypatch.setattr(module.Pipeline, "stream", watched)
+    monkeypatch.setattr(Pipeline, "stream", watched)
     assert stream("--prompt", "a", "-o", "clip.mp4").exit_code == 0
     assert seen == [1, 1, 1, 1]
 

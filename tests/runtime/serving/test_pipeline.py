@@ -1152,10 +1152,10 @@ def test_a_request_may_run_while_another_thread_imports_torch(tmp_path: Path) ->
     )
     code = (
         "import sys, threading, time\n"
-        "from wanexport.runtime.serving.generator import _computing\n"
+        "from wanexport.runtime.serving.generator import computing\n"
         "threading.Thread(target=__import__, args=('torch',)).start()\n"
         "while 'torch' not in sys.modules: time.sleep(0.001)\n"
-        "with _computing(None): assert sys.modules['torch'].inference_mode\n"
+        "with computing(None): assert sys.modules['torch'].inference_mode\n"
     )
     child = subprocess.run(
         [sys.executable, "-c", code],
