@@ -13,6 +13,7 @@ from wanexport.runtime.engines.layer_parts import parts_of
 from wanexport.runtime.errors import WanExportWarning
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.gpu_fit import (
+    Fit,
     Needs,
     activation_bytes,
     fit,
@@ -101,17 +102,22 @@ def fit_options(
         found = fit_blocks(needs, room)
     if found is None or found.offload is None:
         return options
-    kept = f"{found.resident_blocks} of {needs.layers} blocks stay, the others are streamed"
     size = sum(file.identity.size for file in by_content.values())
-    warnings.warn(
-        f"{size / 1e9:.1f} GB of weights, and {needs.activations / 1e9:.1f} GB to run them, exceed "
-        f"the {room / 1e9:.1f} GB that {place} has free: "
-        f"{'one expert stays at a time' if found.offload == 'experts' else kept} "
-        f"(--offload {found.offload})",
-        WanExportWarning,
-        stacklevel=2,
-    )
+    _tell(found, needs, f"exceed the {room / 1e9:.1f} GB that {place} has free", size)
     return replace(options, offload=found.offload, resident_blocks=found.resident_blocks)
+
+
+def _tell(found: Fit, needs: Needs, why: str, size: int) -> None:
+    """Say aloud that weights of `size` bytes are not all on the GPU."""
+    held = "one expert stays at a time"
+    if found.offload == "blocks":
+        held = f"{found.resident_blocks} of {needs.layers} blocks stay, the others are streamed"
+    warnings.warn(
+        f"{size / 1e9:.1f} GB of weights, and {needs.activations / 1e9:.1f} GB to run them, {why}: "
+        f"{held} (--offload {found.offload})",
+        WanExportWarning,
+        stacklevel=3,
+    )
 
 
 def _vae_engine(manifest: Manifest, record: EngineRecord) -> EngineRecord | None:

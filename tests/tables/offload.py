@@ -6,7 +6,8 @@ FOLDER, best in memory as /dev/shm, keeps the bundles of random weights that it 
 the 14B, 58 GB for the A14B, 3 GB for the 1.3B. Blocks are streamed from as much memory again. The
 experts of the A14B are drawn from one seed, by their names. Every arm is a process of its own and
 prints its row when it ends; arms that the time does not suffice for are named. `diffusers-*` are
-WanTransformer3DModel of diffusers with random weights, and its own hooks for offloading.
+diffusers' WanTransformer3DModel with random weights: its own group offloading with streams, and
+what `enable_model_cpu_offload` does with the transformer, which is moved whole.
 """
 
 import argparse

@@ -9,8 +9,9 @@ import torch
 from wanexport.exporter.build import build
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.graphs.config import PRESETS
-from wanexport.runtime import Denoiser, load
+from wanexport.runtime import Denoiser, fitting, load
 from wanexport.runtime.errors import BadRequest, WanExportWarning
+from wanexport.runtime.gpu_fit import Needs, fit_blocks
 
 pytestmark = pytest.mark.gpu
 LAYERS = PRESETS["tiny"].config.num_layers
@@ -111,16 +112,12 @@ def test_a_captured_graph_is_refused(bundle: Path) -> None:
 def test_where_not_all_fits_blocks_are_streamed_and_it_is_said(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wanexport.runtime import fitting
-
     whole = load(bundle)
     given = on_gpu(whole)
     expected = whole(**given)
     whole.close()
     del whole
-    found = fitting.fit_blocks(
-        fitting.Needs(rest=1, layer=1, layers=LAYERS, activations=0, tiles=0), LAYERS
-    )
+    found = fit_blocks(Needs(rest=1, layer=1, layers=LAYERS, activations=0), LAYERS)
     monkeypatch.setattr(fitting, "fit", lambda needs, room: found)
     monkeypatch.setattr(fitting, "fit_blocks", lambda needs, room: found)
     with pytest.warns(WanExportWarning, match=r"GB that cuda:0 has free: .* \(--offload blocks\)"):

@@ -75,7 +75,7 @@ def streamed(file: PinnedFile, resident: int = 0, program: Program = PROGRAM) ->
 
 def tensors(held: StreamedWeights, file: PinnedFile) -> dict[str, torch.Tensor]:
     """A copy of all that is held of a file, layer after layer."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     with held.held(file):
         for call in WAN.calls:
             for index, (names, _) in enumerate(call.layers()):
@@ -268,7 +268,7 @@ def test_a_hundred_forwards_leave_nothing_behind(files: list[PinnedFile]) -> Non
 
     def held() -> int:
         gc.collect()
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
 
     for file in files:
         engine(inputs(), file)
