@@ -169,14 +169,9 @@ def check_config(
     expected = _expected(config)
     for field, value in stated.items():
         allowed = expected.get(field)
-        if field in _OF_STREAMS and (config.family == SELF_FORCING or value in _NOTHING):
-            continue
         if field in _OF_STREAMS:
-            raise BadRequest(
-                f"{printable(file)} has {field} {brief(value)}, as a causal Wan: add _class_name "
-                f"CausalWanModel if it is one, or delete it"
-            )
-        if whose := _RELATIVE_FIELDS.get(field):
+            _check_of_streams(field, value, config, file)
+        elif whose := _RELATIVE_FIELDS.get(field):
             if value not in _NOTHING:
                 raise BadRequest(_unread(file, f"{field} {brief(value)}", whose))
         elif allowed is None:
@@ -200,6 +195,15 @@ def check_config(
             f"{printable(file)} states {names}{more}, which no Wan known here has: not used",
             WanExportWarning,
             stacklevel=2,
+        )
+
+
+def _check_of_streams(field: str, value: object, config: WanConfig, file: Path) -> None:
+    """Raise BadRequest for what only a causal Wan's config states, in that of another."""
+    if config.family != SELF_FORCING and value not in _NOTHING:
+        raise BadRequest(
+            f"{printable(file)} has {field} {brief(value)}, as a causal Wan: add _class_name "
+            f"CausalWanModel if it is one, or delete it"
         )
 
 

@@ -79,6 +79,7 @@ class FakeRegions(Regions):
 
     def __init__(self, program: Program = PROGRAM, **functions: Callable[..., Any]) -> None:
         self.program, self.kernels, self.device = program, {}, CPU
+        self.dtype = torch.float32
         self.lock = threading.Lock()
         self.calls: list[str] = []
         runners = {name: self._runner(name, f) for name, f in {**FUNCTIONS, **functions}.items()}
@@ -163,6 +164,37 @@ def test_what_the_prompt_gave_is_computed_anew_for_other_weights(files: list[Pin
         plain.use(file)
         torch.testing.assert_close(engine(inputs(), file, memory), plain(inputs()))
     assert regions.calls.count("read") == 3
+
+
+def test_a_commit_runs_the_blocks_code_again_and_gives_nothing(files: list[PinnedFile]) -> None:
+    """Blocks 0 and 1, and for the last layer a function of its own; the prompt's calls run once."""
+
+    def keep(w: Tensor, x: Tensor, kept: Tensor) -> list[Tensor]:
+        kept.copy_(-x)
+        return []
+
+    own = PROGRAM.calls[2]
+    calls = (
+        *PROGRAM.calls,
+        Call("again", ("timestep", "latent"), ("time", "x"), ("embed.w",), when="commit",
+             code="embed"),
+        Call("more", own.reads, own.writes, own.parameters, own.state, LAYERS - 1, "commit",
+             code="block"),
+        Call("keep", ("x",), (), ("head.w",), own.state, when="commit", first=LAYERS - 1),
+    )  # fmt: skip
+    regions = FakeRegions(replace(PROGRAM, calls=calls), keep=keep)
+    engine = engine_of(files[0], regions)
+    memory, stepped = engine.memory(), engine.memory()
+    engine(inputs(), files[0], stepped)
+    del regions.calls[:]
+    assert engine(inputs(), files[0], memory, "commit") is None
+    assert regions.calls == ["read", "embed", "block", "block", "keep"]
+    for name in ("kept.0", "kept.1"):
+        torch.testing.assert_close(memory.state[name], stepped.state[name])
+    torch.testing.assert_close(memory.state["kept.2"], -memory.state["kept.1"])
+    del regions.calls[:]
+    engine(inputs(), files[0], memory, "commit")
+    assert "read" not in regions.calls
 
 
 def test_the_state_is_written_in_place(files: list[PinnedFile]) -> None:
