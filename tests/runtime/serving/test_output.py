@@ -204,6 +204,7 @@ class GpuEngine(Engine):
         inputs: Mapping[str, Any],
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
+        moment: str = "step",
     ) -> Any:
         return inputs["latent"] / 2 + inputs["text"].mean()
 
