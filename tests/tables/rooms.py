@@ -31,7 +31,7 @@ FLOORS: dict[str, tuple[frozenset[str], ...]] = {
     "runtime": (
         frozenset({"serving", "drop_in"}),
         frozenset({"load"}),
-        frozenset({"denoiser", "sample", "sample_stream", "settings"}),
+        frozenset({"denoiser", "sample", "sample_stream", "settings", "fitting"}),
         frozenset({"stream", "kept_frames"}),
         frozenset({"engines", "parts", "wan_keys", "lora", "recipes"}),
         frozenset({"bundle"}),
