@@ -17,6 +17,7 @@ from tests.forked import Forks
 from tests.locked import locked
 from tests.onnx_library import read_once
 from tests.oracles.wan_reference import diffusers_model, official_state, small_config
+from tests.traced import trace_once
 from tests.translated import translate_once
 from wanexport.exporter.build import build
 from wanexport.exporter.child import child
@@ -80,6 +81,7 @@ def nothing_twice(shared_folder: Path, forks: Forks) -> None:
     Nor is a package compiled twice. Not beside a GPU, which forks of one process cannot use.
     """
     read_once()
+    trace_once()
     translate_once(shared_folder)
     if not torch.cuda.is_available():
         child.run_command = forks.run_command  # type: ignore[attr-defined]
