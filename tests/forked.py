@@ -21,6 +21,7 @@ from threading import Lock
 from types import ModuleType
 
 from tests.locked import locked
+from tests.packaged import package_once
 from tests.translated import translate_once
 from wanexport.exporter.child import child as product
 from wanexport.exporter.child.process import Ended, Lifeline
@@ -123,7 +124,7 @@ class Forks:
             if output.exists():
                 shutil.copyfile(package, path)
                 return Ended(0, output.read_text(), "")
-            ended = self._fork(_module, (_COMPILE, str(job)), environment, folder)
+            ended = self._fork(_package, (str(job), self._packages), environment, folder)
             if ended.code == 0:
                 shutil.copyfile(path, package)
                 output.write_text(ended.output)
@@ -162,6 +163,12 @@ def _module(name: str, job: str) -> None:
     sys.argv = [name, job]
     sys.modules.pop(name, None)
     runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _package(job: str, folder: Path) -> None:
+    """Compile a package, or take one of a call that was traced the same."""
+    package_once(folder)
+    _module(_COMPILE, job)
 
 
 def _program(command: list[str], folder: Path) -> None:

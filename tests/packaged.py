@@ -1,0 +1,55 @@
+"""Each traced call compiled by AOTInductor once a session, with headers that are precompiled.
+
+What is traced is compared whole, and what Inductor is told. The headers are two thirds of what the
+compiler reads; that they were precompiled changes nothing of what it makes.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import codecache
+from torch.export import ExportedProgram
+
+from tests.locked import locked
+from tests.traced import digest
+
+_PRECOMPILED = {"aot_inductor.precompile_headers": True, "cpp_cache_precompile_headers": True}
+
+
+def package_once(folder: Path) -> None:
+    """Keep packages and headers in a folder that every process of the session sees."""
+    inductor: Any = torch._inductor
+    cache: Any = codecache
+    compile_package, precompile = inductor.aoti_compile_and_package, cache._precompile_header
+    cache._HEADER_DIR = str(folder)
+
+    def compiled(
+        exported: ExportedProgram, *, package_path: str, inductor_configs: dict[str, Any]
+    ) -> str:
+        path = folder / f"{digest(exported, sorted(inductor_configs.items()))}.pt2"
+        with locked(path.with_suffix(".lock")):
+            if not path.exists():
+                compile_package(
+                    exported,
+                    package_path=package_path,
+                    inductor_configs=inductor_configs | _PRECOMPILED,
+                )
+                shutil.copyfile(package_path, path)
+                return package_path
+        return str(shutil.copyfile(path, package_path))
+
+    def precompiled(header: str, command_line: str, **command: Any) -> str:
+        """The path of a header; PyTorch's own cache preprocesses it to see that it is the same."""
+        told = sorted((key, value) for key, value in command.items() if key != "vec_isa")
+        key = hashlib.sha256(f"{header} {command_line} {told}".encode()).hexdigest()
+        known = folder / f"{key}.header"
+        with locked(known.with_suffix(".lock")):
+            if not known.exists():
+                known.write_text(precompile(header, command_line, **command))
+        return known.read_text()
+
+    inductor.aoti_compile_and_package = compiled
+    cache._precompile_header = precompiled
