@@ -20,6 +20,7 @@ from pathlib import Path
 from threading import Lock
 from types import ModuleType
 
+from tests.examined import examine_once
 from tests.locked import locked
 from tests.packaged import package_once
 from tests.translated import translate_once
@@ -178,6 +179,7 @@ def _program(command: list[str], folder: Path) -> None:
     forks = Forks(folder)
     product.run_command = forks.run_command  # type: ignore[attr-defined]
     translate_once(folder)
+    examine_once(folder)
     if command[0] == "wanexport":
         sys.argv = command
         cli.main()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.examined import examine_once
 from tests.forked import Forks
 from tests.locked import locked
 from tests.onnx_library import read_once
@@ -78,11 +79,13 @@ def forks(shared_folder: Path) -> Forks:
 def nothing_twice(shared_folder: Path, forks: Forks) -> None:
     """PyTorch's library of ONNX is read once, and no call of a graph is translated twice.
 
-    Nor is a package compiled twice. Not beside a GPU, which forks of one process cannot use.
+    Nor is a package compiled twice, or a library imported for doctor. Not beside a GPU, which forks
+    of one process cannot use.
     """
     read_once()
     trace_once()
     translate_once(shared_folder)
+    examine_once(shared_folder)
     if not torch.cuda.is_available():
         child.run_command = forks.run_command  # type: ignore[attr-defined]
 
