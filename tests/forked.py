@@ -2,7 +2,7 @@
 
 A command of a user runs in a fresh interpreter, and so does each child of it, which spends seconds
 on imports. Of the tests, only those that are about these processes need that: see `fresh_processes`
-in session.py, and README's commands. A fork has no more of a test than a fresh process: it comes
+in session.py, and README's `make demo`. A fork has no more of a test than a fresh process: it comes
 from a server that ran nothing else.
 """
 
