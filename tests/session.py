@@ -26,14 +26,23 @@ from wanexport.exporter.child.process import run_command
 from wanexport.runtime.wan_config import WanConfig
 
 LONGEST = (
-    "test_readme",
     "test_docs_run",
+    "test_readme",
     "test_build",
-    "test_aoti",
-    "test_compare",
-    "test_to_tensorrt",
     "test_tiny_wan",
     "test_run",
+    "test_to_tensorrt",
+    "test_aoti",
+    "test_compare",
+    "test_proofs",
+    "test_install",
+    "test_families",
+    "test_bisect",
+    "test_tensorrt_contract",
+    "test_to_onnx",
+    "test_process",
+    "test_samples",
+    "test_bench",
 )
 
 
