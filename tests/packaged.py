@@ -25,6 +25,7 @@ def package_once(folder: Path) -> None:
     cache: Any = codecache
     compile_package, precompile = inductor.aoti_compile_and_package, cache._precompile_header
     cache._HEADER_DIR = str(folder)
+    told = _PRECOMPILED if shutil.which("openssl") else {}  # PyTorch hashes headers with it
 
     def compiled(
         exported: ExportedProgram, *, package_path: str, inductor_configs: dict[str, Any]
@@ -35,7 +36,7 @@ def package_once(folder: Path) -> None:
                 compile_package(
                     exported,
                     package_path=package_path,
-                    inductor_configs=inductor_configs | _PRECOMPILED,
+                    inductor_configs=inductor_configs | told,
                 )
                 shutil.copyfile(package_path, path)
                 return package_path
@@ -43,8 +44,8 @@ def package_once(folder: Path) -> None:
 
     def precompiled(header: str, command_line: str, **command: Any) -> str:
         """The path of a header; PyTorch's own cache preprocesses it to see that it is the same."""
-        told = sorted((key, value) for key, value in command.items() if key != "vec_isa")
-        key = hashlib.sha256(f"{header} {command_line} {told}".encode()).hexdigest()
+        flags = sorted((key, value) for key, value in command.items() if key != "vec_isa")
+        key = hashlib.sha256(f"{header} {command_line} {flags}".encode()).hexdigest()
         known = folder / f"{key}.header"
         with locked(known.with_suffix(".lock")):
             if not known.exists():
