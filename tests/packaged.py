@@ -22,9 +22,7 @@ _PRECOMPILED = {"aot_inductor.precompile_headers": True, "cpp_cache_precompile_h
 def package_once(folder: Path) -> None:
     """Keep packages and headers in a folder that every process of the session sees."""
     inductor: Any = torch._inductor
-    cache: Any = codecache
-    compile_package, precompile = inductor.aoti_compile_and_package, cache._precompile_header
-    cache._HEADER_DIR = str(folder)
+    compile_package = inductor.aoti_compile_and_package
     told = _PRECOMPILED if shutil.which("openssl") else {}  # PyTorch hashes headers with it
 
     def compiled(
@@ -34,16 +32,22 @@ def package_once(folder: Path) -> None:
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 compile_package(
-                    exported,
-                    package_path=package_path,
-                    inductor_configs=inductor_configs | told,
+                    exported, package_path=package_path, inductor_configs=inductor_configs | told
                 )
                 shutil.copyfile(package_path, path)
                 return package_path
         return str(shutil.copyfile(path, package_path))
 
+    inductor.aoti_compile_and_package = compiled
+    _precompile_once(folder)
+
+
+def _precompile_once(folder: Path) -> None:
+    """Keep headers there too: PyTorch's own cache preprocesses one to see that it is the same."""
+    cache: Any = codecache
+    precompile = cache._precompile_header
+
     def precompiled(header: str, command_line: str, **command: Any) -> str:
-        """The path of a header; PyTorch's own cache preprocesses it to see that it is the same."""
         flags = sorted((key, value) for key, value in command.items() if key != "vec_isa")
         key = hashlib.sha256(f"{header} {command_line} {flags}".encode()).hexdigest()
         known = folder / f"{key}.header"
@@ -52,5 +56,5 @@ def package_once(folder: Path) -> None:
                 known.write_text(precompile(header, command_line, **command))
         return known.read_text()
 
-    inductor.aoti_compile_and_package = compiled
+    cache._HEADER_DIR = str(folder)
     cache._precompile_header = precompiled
