@@ -2,7 +2,7 @@
 
 A command of a user runs in a fresh interpreter, and so does each child of it, which spends seconds
 on imports. Of the tests, only those that are about these processes need that: see `fresh_processes`
-in conftest.py, and README's commands. A fork has no more of a test than a fresh process: it comes
+in session.py, and README's `make demo`. A fork has no more of a test than a fresh process: it comes
 from a server that ran nothing else.
 """
 
@@ -20,7 +20,9 @@ from pathlib import Path
 from threading import Lock
 from types import ModuleType
 
+from tests.examined import examine_once
 from tests.locked import locked
+from tests.packaged import package_once
 from tests.translated import translate_once
 from wanexport.exporter.child import child as product
 from wanexport.exporter.child.process import Ended, Lifeline
@@ -123,7 +125,7 @@ class Forks:
             if output.exists():
                 shutil.copyfile(package, path)
                 return Ended(0, output.read_text(), "")
-            ended = self._fork(_module, (_COMPILE, str(job)), environment, folder)
+            ended = self._fork(_package, (str(job), self._packages), environment, folder)
             if ended.code == 0:
                 shutil.copyfile(path, package)
                 output.write_text(ended.output)
@@ -164,6 +166,12 @@ def _module(name: str, job: str) -> None:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
+def _package(job: str, folder: Path) -> None:
+    """Compile a package, or take one of a call that was traced the same."""
+    package_once(folder)
+    _module(_COMPILE, job)
+
+
 def _program(command: list[str], folder: Path) -> None:
     """Run a program whose children are forks of the same server."""
     # It is the server's child, which knows the server's address and would start another.
@@ -171,6 +179,7 @@ def _program(command: list[str], folder: Path) -> None:
     forks = Forks(folder)
     product.run_command = forks.run_command  # type: ignore[attr-defined]
     translate_once(folder)
+    examine_once(folder)
     if command[0] == "wanexport":
         sys.argv = command
         cli.main()

@@ -1,5 +1,6 @@
 """What forks of commands have imported: see `forked.py`."""
 
+import gc
 from importlib import import_module
 
 from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
@@ -19,3 +20,5 @@ for module in (
     import_module(module)
 read_once()
 ONNXRegistry.from_torchlib(opset_version=TORCHLIB_OPSET)
+gc.collect()
+gc.freeze()  # a collection of garbage would write to every page that forks share

@@ -9,6 +9,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,13 +34,17 @@ def recipe(target: str, *variables: str) -> list[str]:
     return [word for word in words[words.index("install") + 1 :] if word != "--quiet"]
 
 
-def resolve(python: str, words: list[str], folder: Path) -> str:
-    """What would be installed. Skips the test where no index can be reached."""
-    command = [sys.executable, "-m", "uv", "pip", "install", "--no-config", "--dry-run"]
+def index_of_pip() -> list[str]:
+    """Where pip is set to look, if it is."""
     settings = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout
-    index = re.findall(r"^\S*\.index-url='(\S+)'$", settings, re.MULTILINE)
+    return re.findall(r"^\S*\.index-url='(\S+)'$", settings, re.MULTILINE)
+
+
+def resolve(python: str, words: list[str], index: list[str], folder: Path) -> str:
+    """What would be installed. Skips the test where no index can be reached."""
+    command = [sys.executable, "-m", "uv", "pip", "install", "--no-config", "--dry-run"]
     environment = {name: text for name, text in os.environ.items() if not name.startswith("UV_")}
     environment |= {"UV_HTTP_RETRIES": "1"} | ({"UV_DEFAULT_INDEX": index[-1]} if index else {})
     child = subprocess.run(
@@ -54,24 +60,49 @@ def resolve(python: str, words: list[str], folder: Path) -> str:
     return child.stderr
 
 
+@pytest.fixture(scope="module")
+def resolved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], str]]:
+    """What would be installed, by what for and Python; asked at once, as uv waits for the index."""
+    extras = ",".join(sorted(EXTRAS.keys() - {"cpu"}))  # gpu takes its place
+    oldest = recipe("test-oldest")
+    words = {
+        "setup": recipe("setup"),
+        "extras": ["-c", "constraints.txt", "-e", f".[{extras}]", "--group", "dev"],
+        "oldest": oldest[oldest.index("--resolution") :],
+    }
+    index = index_of_pip()
+    asked = [(name, python) for name in ("setup", "extras") for python in PYTHONS]
+    with ThreadPoolExecutor(len(asked) + 1) as pool:
+        found = {
+            (name, python): pool.submit(
+                resolve, python, words[name], index, tmp_path_factory.mktemp("target")
+            )
+            for name, python in (*asked, ("oldest", PYTHONS[0]))
+        }
+        yield lambda name, python: found[name, python].result()
+
+
 @pytest.mark.parametrize("python", PYTHONS)
-def test_what_make_setup_installs_resolves(python: str, tmp_path: Path) -> None:
-    found = resolve(python, recipe("setup"), tmp_path)
+def test_what_make_setup_installs_resolves(
+    python: str, resolved: Callable[[str, str], str]
+) -> None:
+    found = resolved("setup", python)
     assert " + torch==2." in found and " + wanexport" in found
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_all_extras_that_go_together_resolve(python: str, tmp_path: Path) -> None:
-    extras = ",".join(sorted(EXTRAS.keys() - {"cpu"}))  # gpu takes its place
-    words = ["-c", "constraints.txt", "-e", f".[{extras}]", "--group", "dev"]
-    assert " + onnxruntime-gpu==" in resolve(python, words, tmp_path)
+def test_all_extras_that_go_together_resolve(
+    python: str, resolved: Callable[[str, str], str]
+) -> None:
+    assert " + onnxruntime-gpu==" in resolved("extras", python)
 
 
-def test_the_oldest_versions_allowed_are_what_is_tested(tmp_path: Path) -> None:
+def test_the_oldest_versions_allowed_are_what_is_tested(
+    resolved: Callable[[str, str], str],
+) -> None:
     """A bound below what its neighbours allow would be a promise that nobody tests."""
-    words = recipe("test-oldest")
-    words = words[words.index("--resolution") :]
-    found = dict(re.findall(r"^ \+ (\S+)==(\S+)$", resolve("3.11", words, tmp_path), re.MULTILINE))
+    lines = resolved("oldest", PYTHONS[0])
+    found = dict(re.findall(r"^ \+ (\S+)==(\S+)$", lines, re.MULTILINE))
     assert {"torch", "onnx-ir", "filelock"} <= found.keys()
     for needed in requirements():
         version = found.get(canonicalize_name(needed.name))

@@ -1,11 +1,12 @@
 """Every command in the README runs as written, in order, in a fresh copy of the tree.
 
-They run as a reader's do, each in a process of its own.
+What `make demo` starts runs as a reader's does, each in a process of its own.
 """
 
 import pytest
 
 from tests.documents import Document, document
+from tests.forked import Forks
 from tests.shown_commands import Reader, copy_tree, needs_environment, offline_environment
 from wanexport.runtime import load
 
@@ -16,11 +17,11 @@ RUNNING_TESTS = {"make test", "make check"}
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+def reader(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Reader:
     """One who reads on: a section finds what those before it have left."""
     folder = tmp_path_factory.mktemp("readme") / "wanexport"
     copy_tree(folder)
-    return Reader(folder, offline_environment(tmp_path_factory.mktemp("hub")))
+    return Reader(folder, offline_environment(tmp_path_factory.mktemp("hub")), forks)
 
 
 @needs_environment
