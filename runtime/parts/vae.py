@@ -99,6 +99,9 @@ def _read_folder(model_class: Any, folder: Path) -> Any:
                 torch_dtype=torch.float32,
                 output_loading_info=True,
                 use_safetensors=use_safetensors,
+                # True has PyTorch make every new parameter of the process without memory meanwhile,
+                # of parts too that other threads open.
+                low_cpu_mem_usage=False,
             )
     except Exception as error:  # of many kinds: config, index and every shard may be damaged
         raise BundleError(

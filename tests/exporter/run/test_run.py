@@ -422,7 +422,7 @@ def test_the_user_sees_each_stage_and_the_encoder_is_gone_before_the_denoising(
     stages = [event if event.startswith("taking") else event.partition(",")[0] for event in events]
     assert list(dict.fromkeys(stages)) == [
         "opening the engine", "finding the encoders and the VAE", named,
-        "encoding the prompt", "closed", "sampling", "decoding", "writing the video",
+        "encoding the prompt", "closed", "sampling", "decoding and writing the video",
     ]  # fmt: skip
     assert any(event.endswith(" s/step") for event in events)
 

@@ -263,6 +263,7 @@ def slowly(function: Callable[..., Any]) -> Callable[..., Any]:
 def denoiser_of(files: Sequence[PinnedFile], regions: Regions) -> Denoiser:
     """A denoiser whose sets are called 0 and 1."""
     record: Any = SimpleNamespace(
+        geometry=SimpleNamespace(chunk=0),
         name="engine", program=regions.program, inputs=regions.program.inputs,
         output=regions.program.output, sampling=SimpleNamespace(boundary=None),
     )  # fmt: skip

@@ -38,7 +38,7 @@ def test_every_way_to_ask_has_the_keywords_of_generate() -> None:
     generate = inspect.signature(Pipeline.generate).parameters
     assert generate.keys() - {"self", "prompt", "seed"} == keywords
     assert keywords - inspect.signature(make_request).parameters.keys() == {
-        "negative", "weights", "decode", "on_step",
+        "negative", "weights", "decode", "output", "on_step",
     }  # fmt: skip
     for ask in (Pipeline.submit, Pipeline.generate_seeds):
         assert inspect.signature(ask).parameters["asked"].annotation == Unpack[RequestKeywords]
