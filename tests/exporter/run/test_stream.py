@@ -94,7 +94,7 @@ def test_a_prompt_becomes_a_video(
 def test_frames_are_encoded_as_they_come(
     engine: CausalEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file that becomes the clip is there before the last chunk is: two may wait to be written."""
+    """The file that becomes the clip is there before the last chunk is: two may wait for it."""
     seen: list[int] = []
     packets = Pipeline.stream
 
