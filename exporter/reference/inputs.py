@@ -62,7 +62,7 @@ def forward_inputs(
     if family_of(config).blends_first_frame:
         times[0] = 0
     given = {**drawn, "latent": drawn["noise"], "timestep": times}
-    given |= whole_inputs(config, geometry)
+    given |= whole_inputs(geometry)
     return {
         name: pad_rows(given[name], spec.shape) if spec.draw == "rows" else given[name]
         for name, spec in specs.items()
@@ -70,19 +70,19 @@ def forward_inputs(
 
 
 def commit_inputs(
-    config: WanConfig, geometry: Geometry, inputs: Mapping[str, np.ndarray]
+    geometry: Geometry, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray] | None:
     """Those of `forward_inputs` as the clean chunk before, which a causal model keeps; None of a
     model that keeps none."""
-    if not family_of(config).is_causal:
+    if not geometry.chunk:
         return None
     times = np.zeros_like(inputs["timestep"])
     return {**inputs, "latent": -inputs["latent"], "timestep": times, **_place(geometry, 0)}
 
 
-def whole_inputs(config: WanConfig, geometry: Geometry) -> dict[str, np.ndarray]:
+def whole_inputs(geometry: Geometry) -> dict[str, np.ndarray]:
     """The whole numbers among those of `forward_inputs`: the place of a second chunk."""
-    return _place(geometry, 1) if family_of(config).is_causal else {}
+    return _place(geometry, 1) if geometry.chunk else {}
 
 
 def _place(geometry: Geometry, number: int) -> dict[str, np.ndarray]:
