@@ -17,7 +17,7 @@ import torch
 from torch.export import ExportedProgram
 
 from tests.locked import locked
-from wanexport.exporter.backends.onnx import lower, passes
+from wanexport.exporter.backends.onnx import cached, lower, passes
 from wanexport.exporter.backends.onnx.lower import Lowering
 from wanexport.runtime.program import Call, of_layer
 
@@ -26,10 +26,11 @@ def translate_once(shared: Path) -> None:
     """Keep translations in a folder that every process of the session sees."""
     folder, translate = shared / "translations", lower._translate
     folder.mkdir(exist_ok=True)
-    known = [*_names(lower), *_names(passes)]
+    modules = (lower, passes, cached)
+    known = [name for module in modules for name in _names(module)]
 
     def translated(exported: ExportedProgram, call: Call, how: Lowering) -> ir.Model:
-        if [*_names(lower), *_names(passes)] != known:
+        if [name for module in modules for name in _names(module)] != known:
             return translate(exported, call, how)
         path = folder / f"{_key(exported, call, how)}.onnx"
         with locked(path.with_suffix(".lock")):
