@@ -21,8 +21,6 @@ from wanexport.runtime.program import (
 )
 from wanexport.runtime.wan_config import WanConfig
 
-NEXT = ".next"  # after a state's name: what a whole graph, which writes nothing in place, makes it
-
 
 def torch_dtype(name: str) -> torch.dtype:
     """PyTorch's dtype of our name for one."""

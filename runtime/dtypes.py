@@ -40,7 +40,7 @@ _ROWS = (
     Dtype("fp16", "F16", 16, "float16", "float16", "FLOAT16", "HALF", precision=True),
     _plain("F64", 64, "float64"),
     _plain("C64", 64, "complex64"),
-    _plain("I64", 64, "int64"),
+    Dtype("I64", "I64", 64, "int64", "int64", "INT64", "INT64"),
     _plain("I32", 32, "int32"),
     _plain("I16", 16, "int16"),
     _plain("I8", 8, "int8"),

@@ -19,7 +19,8 @@ DRAWS = ("normal", "rows", "masked", "place")  # how a seeded input is made
 # of the pixels of a frame.
 ATTENTION_KINDS = ("self", "text", "image", "cache", "frame")
 LAYER = "{i}"
-WHOLE = "denoiser"  # the call that an engine of one graph is
+NEXT = ".next"  # after a state's name: what a graph, which writes nothing in place, makes it
+WHOLE = "denoiser"  # the call of the steps, where a graph is all of a moment
 _MOST_LAYERS = 1024
 _Templated = Annotated[str, Text(r"[A-Za-z0-9][A-Za-z0-9._+{}-]*", 64)]
 _NameOrNone = Annotated[str, Text(r"([A-Za-z0-9][A-Za-z0-9._+-]*)?", 64)]
@@ -134,12 +135,39 @@ class Program:
         }
 
     def whole(self) -> "Program":
-        """The same as one call at every step, as an ONNX graph or a TensorRT plan is.
+        """The same as one call a moment, as ONNX graphs or TensorRT plans are.
 
-        The call knows its parameters by their names, so it lists none.
+        That of the steps is `denoiser`, the others have their moment's name. A call reads what its
+        moment needs, and knows its parameters by their names, so it lists none.
         """
-        call = Call(WHOLE, tuple(self.inputs), tuple(self.outputs), state=tuple(self.states()))
-        return replace(self, calls=(call,), values={}, state=self.states())
+        moments = dict.fromkeys(call.when for call in self.calls)
+        calls = tuple(self._joined(moment) for moment in moments)
+        handed = {name for call in calls for name in call.reads} - set(self.inputs)
+        values = {name: spec for name, spec in self.values.items() if name in handed}
+        return replace(self, calls=calls, values=values, state=self.states())
+
+    def at(self, moment: str) -> Call:
+        """The one call of a moment; for a Program that is whole."""
+        (call,) = (call for call in self.calls if call.when == moment)
+        return call
+
+    def _joined(self, moment: str) -> Call:
+        """The calls of a moment as one."""
+        own = [call for call in self.calls if call.when == moment]
+        others = {n for call in self.calls if call.when != moment for n in call.reads}
+        read, written, kept = set[str](), set[str](), set[str]()
+        for call in own:
+            read |= {name for name in call.reads if name not in written}
+            written |= set(call.writes)
+            kept |= {name for _, names in call.layers() for name in names}
+        given = written & (others if moment == "prompt" else set(self.outputs))
+        return Call(
+            WHOLE if moment == "step" else moment,
+            tuple(name for name in (*self.inputs, *self.values) if name in read),
+            tuple(name for name in {**self.values, **self.outputs} if name in given),
+            state=tuple(name for name in self.states() if name in kept),
+            when=moment,
+        )
 
     @property
     def unfamiliar(self) -> str:

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from tests.locked import locked
 from tests.traced import digest, named
-from wanexport.exporter.backends.onnx import lower, passes
+from wanexport.exporter.backends.onnx import cached, lower, passes
 from wanexport.exporter.backends.onnx.lower import Lowering
 from wanexport.runtime.program import Call, of_layer
 
@@ -38,5 +38,5 @@ def translate_once(shared: Path) -> None:
 
 def _own_names() -> list[tuple[str, int]]:
     """What the lowering's names stand for, but for what is replaced here."""
-    names = (*named(lower), *named(passes))
+    names = (*named(lower), *named(passes), *named(cached))
     return [(name, value) for name, value in names if name != "_translate"]

@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Interpreter, Node
 from torch.fx.node import map_aggregate
 
-from wanexport.exporter.backends.onnx.cut import Inside, cut_call, look_inside, with_taps
+from wanexport.exporter.backends.onnx.cut import Inside, look_inside, with_taps
 from wanexport.exporter.backends.onnx.lower import decomposed, for_onnx_runtime
 from wanexport.exporter.compare.bisect import Place, Visited, distance, figures, rounding
 from wanexport.exporter.compare.steppers import EagerStepper, OnnxStepper
@@ -41,7 +41,7 @@ def inside(engine: OnnxStepper, exact: EagerStepper, visited: Visited) -> dict[s
     """
     place = visited.place
     traced = _Traced.of(engine.dtype, exact, place)
-    cut = cut_call(engine.model, engine.program, place.call, place.index, engine.dtype)
+    cut = engine.cut(place.call, place.index)
     looked = look_inside(cut)
     rows: list[Row] = []
     for group in _groups(traced, looked, exact.engine.device):

@@ -22,7 +22,7 @@ from wanexport.runtime.engines.device import on_device, to_device
 from wanexport.runtime.engines.onnx import OnnxEngine, OnnxSession
 from wanexport.runtime.engines.operators import attention_kernels
 from wanexport.runtime.errors import BadRequest, EngineFailure
-from wanexport.runtime.program import ENGINE_DTYPE, Call, Program, of_layer
+from wanexport.runtime.program import ENGINE_DTYPE, WHOLE, Call, Program, of_layer
 
 Values = Mapping[str, Tensor]  # by the Program's names, fp32
 
@@ -88,20 +88,29 @@ Run = Callable[[Path, Cut, Mapping[str, Tensor]], list[Tensor]]  # a graph, on i
 
 
 class OnnxStepper:
-    """An ONNX graph, each layer of a call cut out of it and opened by itself.
+    """ONNX graphs, each layer of a call cut out of that of its moment and opened by itself.
 
     So the weights of one layer are in memory at a time.
     """
 
-    def __init__(self, content: bytes, program: Program, dtype: str, run: Run) -> None:
+    def __init__(
+        self, graphs: Mapping[str, PinnedFile], program: Program, dtype: str, run: Run
+    ) -> None:
         self.program, self.dtype, self.run = program, dtype, run
-        self.model = onnx.load_model_from_string(content)
+        self.models = {
+            call.when: onnx.load_model_from_string(graphs[call.name].read())
+            for call in program.whole().calls
+        }
+
+    def cut(self, call: Call, index: int) -> Cut:
+        """One layer of a call."""
+        return cut_call(self.models[call.when], self.program, call, index, self.dtype)
 
     def run_call(self, call: Call, index: int, given: Values) -> dict[str, Tensor]:
         """What a layer of a call writes, and what its state becomes."""
-        cut = cut_call(self.model, self.program, call, index, self.dtype)
-        names = (*call.writes, *of_layer(call.state, index))
-        return dict(zip(names, self.run_cut(cut, given), strict=True))
+        cut = self.cut(call, index)
+        kept = {name: given[name] for name in of_layer(call.state, index)}
+        return kept | dict(zip(cut.written, self.run_cut(cut, given), strict=True))
 
     def run_cut(self, cut: Cut, given: Values) -> list[Tensor]:
         """The outputs of a cut, then the values that it taps."""
@@ -135,10 +144,10 @@ def stepper_of(
     if isinstance(engine, AotiEngine):
         return AotiStepper(engine, record.dtype)
     if isinstance(engine, OnnxEngine):
-        graph, run = engine.graph, _on_cpu(weights[expert])
+        graphs, run = engine.graphs, _on_cpu(weights[expert])
     else:
-        graph, run = _of_gpu_session(engine, record.name)
-    return OnnxStepper(graph.read(), program, record.dtype, run)
+        graphs, run = _of_gpu_sessions(engine, record.name)
+    return OnnxStepper(graphs, program, record.dtype, run)
 
 
 def _on_cpu(file: PinnedFile) -> Run:
@@ -149,15 +158,16 @@ def _on_cpu(file: PinnedFile) -> Run:
     return run
 
 
-def _of_gpu_session(engine: object, name: str) -> tuple[PinnedFile, Run]:
-    """The graph that a session on a GPU runs, and what runs its parts on the same tensors."""
+def _of_gpu_sessions(engine: object, name: str) -> tuple[Mapping[str, PinnedFile], Run]:
+    """The graphs that sessions on a GPU run, and what runs their parts on the same tensors."""
     from wanexport.runtime.engines.onnx_gpu import OnnxGpuEngine, OnnxGpuSession
 
     if not isinstance(engine, OnnxGpuEngine):
         raise BadRequest(no_values(name))
-    whole, weights = engine.session, engine.weights
-    if whole is None:
+    sessions, weights = engine.sessions, engine.weights
+    if sessions is None:
         raise EngineFailure(f"engine {name} was closed: load it again")
+    whole = sessions[WHOLE]
     if whole.provider.compiles:
         raise BadRequest(
             f"provider {whole.provider.name} compiles the whole graph of {name}, which has no "
@@ -176,7 +186,7 @@ def _of_gpu_session(engine: object, name: str) -> tuple[PinnedFile, Run]:
                 session.stream.synchronize()
             return results
 
-    return whole.graph, run
+    return {name: session.graph for name, session in sessions.items()}, run
 
 
 def no_values(name: str) -> str:

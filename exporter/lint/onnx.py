@@ -17,6 +17,7 @@ from wanexport.runtime.bundle.check import check_content
 from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
 from wanexport.runtime.bundle.regular_file import read_regular
 from wanexport.runtime.errors import BadRequest, BundleError, WanExportError, first_line
+from wanexport.runtime.program import WHOLE
 
 _GRAPH = ".onnx"
 _MOST_BYTES = 256 << 20  # of a graph without weights, whose largest here has a tenth of it
@@ -66,12 +67,12 @@ def _lint_engine(
     graphs = {role: f for role, f in engine.files.items() if f.path.lower().endswith(_GRAPH)}
     if not graphs:
         yield engine.name, {"counts": dict(engine.lint), "findings": [], "recorded": True}
-    is_whole = len(engine.program.calls) == 1  # the Program does not say which call has which
-    expected = attention_count(engine.program) if is_whole else None
     for role, record in graphs.items():
         file = check_content(bundle, record)
         if file.identity.size > _MOST_BYTES:
             raise BundleError(f"{file.path} is larger than a graph without weights is")
+        # Whatever else a Program has, its attentions are those of a step.
+        expected = attention_count(engine.program) if role == WHOLE else None
         findings = _lint(file.path, file.read(), parser, expected)
         name = engine.name if len(graphs) == 1 else f"{engine.name} {role}"
         yield name, _graph(findings, parser)

@@ -44,9 +44,10 @@ def lint_onnx(model: onnx.ModelProto, attentions: int | None = None) -> list[Fin
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is None:
             findings.append(Finding("dynamic_size", value.name or "", "no shape is stated"))
+    prefixes = _prefixes(graph)
     for node in nodes:
-        kinds = {kind for value in node.outputs for kind in _kinds(value)}
-        if node.op_type in _KIND_OF:
+        kinds = {kind for value in node.outputs for kind in _kinds(value) if value not in prefixes}
+        if node.op_type in _KIND_OF and not _writes_state(graph, node):
             kinds.add(_KIND_OF[node.op_type])
         findings += [Finding(kind, node.name or "", node.op_type) for kind in sorted(kinds)]
     found = sum(node.op_type in ATTENTION for node in nodes)
@@ -54,6 +55,27 @@ def lint_onnx(model: onnx.ModelProto, attentions: int | None = None) -> list[Fin
         detail = f"{found} attention nodes, the model has {attentions}"
         findings.append(Finding("unfused_attention", graph.name or "", detail))
     return findings
+
+
+def _writes_state(graph: ir.Graph, node: ir.Node) -> bool:
+    """Whether it makes an output of a graph's input: a state that a runtime can write in place."""
+    is_scatter = node.op_type == "ScatterND"
+    return is_scatter and node.inputs[0] in graph.inputs and node.outputs[0] in graph.outputs
+
+
+def _prefixes(graph: ir.Graph) -> set[ir.Value]:
+    """The part of a state that an input of the graph says the length of, and views of it: what is
+    attended to of a cache. No other size may depend on data."""
+    found = set[ir.Value]()
+    for node in graph:
+        source = node.inputs[0] if node.inputs else None
+        maker = source.producer() if source is not None else None
+        is_cut = node.op_type == "Slice" and maker is not None and _writes_state(graph, maker)
+        if (is_cut and node.inputs[2] in graph.inputs) or (
+            node.op_type == "Reshape" and source in found
+        ):
+            found.add(node.outputs[0])
+    return found
 
 
 def _kinds(value: ir.Value) -> Iterator[str]:

@@ -56,12 +56,12 @@ class Case:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The inputs; whole numbers are not in the file."""
-        return {**whole_inputs(self.program(), self.size), **load_arrays(Path(self.inputs))}
+        return {**whole_inputs(self.size), **load_arrays(Path(self.inputs))}
 
     def calls(self) -> list[tuple[str, dict[str, np.ndarray]]]:
         """The moments that the case runs with their inputs; the last gives its velocity."""
         inputs = self.arrays()
-        before = commit_inputs(self.program(), self.size, inputs)
+        before = commit_inputs(self.size, inputs)
         return [*([] if before is None else [("commit", before)]), ("step", inputs)]
 
     def eager(self, dtype: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from wanexport.runtime.denoiser import pad_rows
 from wanexport.runtime.errors import BadRequest
 from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.program import Input, Program
+from wanexport.runtime.program import Input
 from wanexport.runtime.sample import seeded_noise
 from wanexport.runtime.wan_config import WanConfig
 
@@ -62,7 +62,7 @@ def forward_inputs(
     if family_of(config).blends_first_frame:
         times[0] = 0
     given = {**drawn, "latent": drawn["noise"], "timestep": times}
-    given |= whole_inputs(program_of(config, geometry), geometry)
+    given |= whole_inputs(geometry)
     return {
         name: pad_rows(given[name], spec.shape) if spec.draw == "rows" else given[name]
         for name, spec in specs.items()
@@ -70,20 +70,19 @@ def forward_inputs(
 
 
 def commit_inputs(
-    program: Program, geometry: Geometry, inputs: Mapping[str, np.ndarray]
+    geometry: Geometry, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray] | None:
     """Those of `forward_inputs` as the clean chunk before, which a causal model keeps; None of a
     model that keeps none."""
-    if all(call.when != "commit" for call in program.calls):
+    if not geometry.chunk:
         return None
     times = np.zeros_like(inputs["timestep"])
     return {**inputs, "latent": -inputs["latent"], "timestep": times, **_place(geometry, 0)}
 
 
-def whole_inputs(program: Program, geometry: Geometry) -> dict[str, np.ndarray]:
+def whole_inputs(geometry: Geometry) -> dict[str, np.ndarray]:
     """The whole numbers among those of `forward_inputs`: the place of a second chunk."""
-    has_place = any(spec.draw == "place" for spec in program.inputs.values())
-    return _place(geometry, 1) if has_place else {}
+    return _place(geometry, 1) if geometry.chunk else {}
 
 
 def _place(geometry: Geometry, number: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,7 @@
-"""A weightless ONNX graph in ONNX Runtime on the CPU, its weights mapped from the bundle's file."""
+"""Weightless ONNX graphs in ONNX Runtime on the CPU, their weights mapped from the bundle's file.
+
+An engine has a graph for each moment of its Program, a model that keeps nothing the one of a step.
+"""
 
 import os
 import platform
@@ -15,8 +18,15 @@ from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.bundle.tensorfile import read_array, read_header
 from wanexport.runtime.engines.cache_folder import cache_folder
-from wanexport.runtime.engines.engine import CLOSED, Engine, EngineOptions, Memory, new_memory
+from wanexport.runtime.engines.engine import CLOSED, Engine, EngineOptions, Memory
 from wanexport.runtime.engines.onnx_location import with_location
+from wanexport.runtime.engines.onnx_moments import (
+    call_moment,
+    ends_of,
+    numpy_dtype,
+    written_state,
+    zeros_by_name,
+)
 from wanexport.runtime.engines.onnx_providers import gpu_obstacle
 from wanexport.runtime.errors import (
     BadRequest,
@@ -27,20 +37,21 @@ from wanexport.runtime.errors import (
 )
 from wanexport.runtime.lora.merged_file import merge_array, stack_of
 from wanexport.runtime.machine.memory import limit_bytes
-from wanexport.runtime.program import WHOLE, Program
+from wanexport.runtime.program import NEXT, WHOLE, Program
 
 OPTIONS = frozenset({"provider", "provider_options", "offload"})
 RUNNABLE_DTYPES = ("fp16", "fp32")  # what ONNX Runtime executes on a CPU
 
 
 class OnnxSession:
-    """One `denoiser.onnx` with the weights in a file, on the CPU; fp32 arrays in and out.
+    """One graph with the weights in a file, on the CPU; arrays in and out.
 
     Prepacking is off so that fp32 weights stay a mapping of the file: no copy, shared by processes.
     fp16 weights ONNX Runtime widens to fp32 in memory, having few fp16 kernels for a CPU.
     `keep_casts` is for a graph that widens its own weights: it does so at every call, in the memory
     of one weight, instead of once for all when the session is created. `profile` has ONNX Runtime
-    record its nodes in a file whose name begins with it.
+    record its nodes in a file whose name begins with it. `inputs` and `outputs` have the shape and
+    numpy dtype of each by name, and `written` names the state that is written where it lies.
     Raises BundleError when ONNX Runtime is missing or refuses the graph, and when a file is not
     what was pinned.
     """
@@ -83,38 +94,73 @@ class OnnxSession:
             # Of what is mapped, whatever file has its name by then.
             self._mapped = os.dup(descriptor)
             weakref.finalize(self, os.close, self._mapped)
+        self.inputs, self.outputs = ends_of(self.session)
+        self.written = written_state(self.session)
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Run the graph and return its outputs.
+        """Run the graph and return its outputs in order.
 
+        Of inputs those are taken that the graph has. State that is written where it lies is
+        returned as it was given: the same array, of which only what is new is touched.
         Raises EngineFailure when ONNX Runtime cannot, for want of memory most likely, and
         BundleError when the weights were written to since they were opened.
         """
         self.weights.check(self._mapped)
         try:
-            outputs: list[np.ndarray] = self.session.run(None, dict(inputs))
+            return self._run(inputs)
         except Exception as error:
             raise EngineFailure(
                 f"ONNX Runtime cannot run the engine: {first_line(error)}"
             ) from error
-        return outputs
+
+    def _run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        given = {
+            name: np.ascontiguousarray(inputs[name], numpy_dtype(dtype))
+            for name, (_, dtype) in self.inputs.items()
+        }
+        outputs = {
+            name: given[state] if (state := name.removesuffix(NEXT)) in self.written else
+            np.empty(shape, numpy_dtype(dtype))
+            for name, (shape, dtype) in self.outputs.items()
+        }  # fmt: skip
+        binding = self.session.io_binding()
+        for arrays, bind in ((given, binding.bind_input), (outputs, binding.bind_output)):
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, array.dtype, list(array.shape), array.ctypes.data)
+        self.session.run_with_iobinding(binding)
+        return [*outputs.values()]
 
 
 class OnnxEngine:
-    """Calls a graph with one expert's weights; another file is another session over the graph.
+    """Calls graphs with one expert's weights; another file is other sessions over the graphs.
 
-    `needs` is how many bytes attention takes at a call: what is beyond any memory here is refused,
-    lest the system kill the process.
+    `graphs` has the file of each of the Program's calls by its name. `needs` is how many bytes
+    attention takes at a call: what is beyond any memory here is refused, lest the system kill the
+    process.
     """
 
     device = "cpu"
 
     def __init__(
-        self, graph: PinnedFile, file: PinnedFile, program: Program, *, needs: int = 0
+        self,
+        graphs: Mapping[str, PinnedFile],
+        file: PinnedFile,
+        program: Program,
+        *,
+        needs: int = 0,
     ) -> None:
-        self.graph, self.program, self.needs = graph, program, needs
+        self.graphs, self.program, self.needs = graphs, program, needs
         self._lock = threading.Lock()
-        self._session: OnnxSession | None = OnnxSession(graph, file)
+        self._sessions: dict[str, OnnxSession] | None = self._opened(file)
+        self._state = zeros_by_name(program, self._sessions.values())
+
+    def _opened(self, file: PinnedFile) -> dict[str, OnnxSession]:
+        return {call.name: OnnxSession(self.graphs[call.name], file) for call in self.program.calls}
+
+    @property
+    def graph(self) -> PinnedFile:
+        """The graph of a step."""
+        return self.graphs[WHOLE]
 
     def array(self, value: Array) -> np.ndarray:
         """An fp32 numpy array."""
@@ -122,22 +168,28 @@ class OnnxEngine:
 
     def memory(self) -> Memory:
         """What a new session keeps: a state of zeros."""
-        return new_memory(self.program, lambda shape: np.zeros(shape, np.float32))
+        state = self._state.items()
+        return Memory({name: np.zeros(shape, numpy_dtype(dtype)) for name, (shape, dtype) in state})
 
     def use(self, weights: PinnedFile) -> None:
-        """Open a session with the weights of a file; calls that run keep theirs."""
-        self._session_of(weights)
+        """Open sessions with the weights of a file; calls that run keep theirs."""
+        self._sessions_of(weights)
 
     def record_nodes(self, prefix: Path) -> None:
-        """Open the session again, to record each node that runs in a file of this prefix."""
-        file = self._session_of(None).weights
+        """Open the session of a step again, to record each node that runs in a file of this
+        prefix."""
+        file = self._sessions_of(None)[WHOLE].weights
         with self._lock:
-            self._session = None  # two of them might not fit in memory
-            self._session = OnnxSession(self.graph, file, profile=prefix)
+            self._sessions = None  # two of them might not fit in memory
+            others = {n: g for n, g in self.graphs.items() if n != WHOLE}
+            self._sessions = {
+                **{name: OnnxSession(graph, file) for name, graph in others.items()},
+                WHOLE: OnnxSession(self.graph, file, profile=prefix),
+            }
 
     def recorded_nodes(self) -> tuple[Path, int]:
         """End the record: its file, and the nanoseconds of the system's clock when it began."""
-        session = self._session_of(None).session
+        session = self._sessions_of(None)[WHOLE].session
         return Path(session.end_profiling()), session.get_profiling_start_time_ns()
 
     def __call__(
@@ -146,34 +198,35 @@ class OnnxEngine:
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
         moment: str = "step",
-    ) -> np.ndarray:
-        """Return the velocity. Raises EngineFailure for want of memory, and after `close`."""
+    ) -> Any:
+        """Return the velocity, of a commit None. Raises EngineFailure for want of memory, and after
+        `close`."""
         if self.needs > limit_bytes():
             raise EngineFailure(
                 f"attention in ONNX Runtime on a CPU needs {self.needs / 1e9:.0f} GB, of "
                 f"{limit_bytes() / 1e9:.0f} GB here: build an engine of a smaller --resolution or "
                 f"fewer --frames"
             )
-        session = self._session_of(weights)
+        sessions = self._sessions_of(weights)
         memory = self.memory() if memory is None else memory
-        velocity, *state = session({**inputs, **memory.state})
-        memory.state = dict(zip(memory.state, state, strict=True))
-        return velocity
+        file = sessions[WHOLE].weights
+        return call_moment(self.program, sessions, inputs, file, memory, moment)
 
-    def _session_of(self, weights: PinnedFile | None) -> OnnxSession:
-        """The session of a file, None for that there is; others may replace it while it runs."""
+    def _sessions_of(self, weights: PinnedFile | None) -> dict[str, OnnxSession]:
+        """The sessions of a file, None for that there is; others may replace them while they
+        run."""
         with self._lock:
-            session = self._session
-            if session is None:
+            sessions = self._sessions
+            if sessions is None:
                 raise EngineFailure(CLOSED)
-            if weights is not None and session.weights.content != weights.content:
-                self._session = session = OnnxSession(self.graph, weights)
-            return session
+            if weights is not None and sessions[WHOLE].weights.content != weights.content:
+                self._sessions = sessions = self._opened(weights)
+            return sessions
 
     def close(self) -> None:
-        """Let go of the session; a call then raises EngineFailure."""
+        """Let go of the sessions; a call then raises EngineFailure."""
         with self._lock:
-            self._session = None
+            self._sessions = None
 
 
 def import_library(backend: str) -> None:
@@ -206,7 +259,6 @@ def open_engines(
 
     Raises BadRequest for options that a CPU has not, BundleError when ONNX Runtime refuses a file.
     """
-    graph = files[WHOLE]
     if device != "cpu":
         from wanexport.runtime.engines import onnx_gpu
         from wanexport.runtime.engines.device import gpu_or_cpu
@@ -215,9 +267,10 @@ def open_engines(
         name = options.provider or "cuda"
         # Of this very graph: what another left there would be code of unknown origin.
         cache = cache_folder() if name.startswith("tensorrt") else None
-        provider = Provider(name, options.provider_options or {}, cache and cache / graph.sha256)
+        own = cache and cache / files[WHOLE].sha256
+        provider = Provider(name, options.provider_options or {}, own)
         return onnx_gpu.open_engines(
-            graph,
+            files,
             weights(),
             gpu_or_cpu(device),
             provider,
@@ -231,7 +284,7 @@ def open_engines(
         )
     needs = 2 * record.details.attention_score_bytes  # it holds the scores twice
     return {
-        expert: OnnxEngine(graph, file, record.program, needs=needs)
+        expert: OnnxEngine(files, file, record.program, needs=needs)
         for expert, file in weights().items()
     }
 

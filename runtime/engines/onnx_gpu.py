@@ -9,22 +9,29 @@ import importlib
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
+from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.engines.device import to_device
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
-from wanexport.runtime.engines.engine import CLOSED, Memory, new_memory
+from wanexport.runtime.engines.engine import CLOSED, Memory
 from wanexport.runtime.engines.onnx import import_onnxruntime, reading_weights
+from wanexport.runtime.engines.onnx_moments import (
+    Ends,
+    call_moment,
+    ends_of,
+    written_state,
+    zeros_by_name,
+)
 from wanexport.runtime.engines.onnx_providers import PROVIDERS, RTX_PLUGIN, Provider, gpu_obstacle
 from wanexport.runtime.errors import (
     BadRequest,
@@ -36,13 +43,15 @@ from wanexport.runtime.errors import (
     installing,
 )
 from wanexport.runtime.lora.merged_file import stack_of
-from wanexport.runtime.program import Program
+from wanexport.runtime.program import NEXT, WHOLE, Program
 
 # What takes the time of a forward: none of it may land on the CPU.
 _HEAVY = frozenset(
     "Attention MultiHeadAttention Gemm MatMul Gelu Softmax LayerNormalization RMSNormalization "
-    "SimplifiedLayerNormalization".split()
+    "SimplifiedLayerNormalization ScatterND".split()
 )
+# ONNX's numbers of types, which binding takes where numpy has none.
+_ELEMENTS = {"fp32": 1, "fp16": 10, "bf16": 16, "I64": 7}
 _CURAND = "libcurand.so.10"  # of CUDA 12 and 13
 _OVERHEAD = 2 << 30  # bytes of GPU memory that a session may take beside its weights
 
@@ -89,9 +98,8 @@ class OnnxGpuSession:
                     f"ONNX Runtime cannot load {graph.path}: {first_line(error)}"
                 ) from error
         self.grown = before - _free_bytes(device)
-        self.names = tuple(value.name for value in self.session.get_inputs())
-        outputs = self.session.get_outputs()
-        self.outputs = {output.name: tuple(output.shape) for output in outputs}
+        self.inputs, self.outputs = ends_of(self.session)
+        self.written = written_state(self.session)
         self.run_options = import_onnxruntime().RunOptions()
         self.run_options.log_severity_level = 4  # what goes wrong is raised
         self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -178,22 +186,24 @@ class OnnxGpuSession:
         )
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """The outputs; the host does not wait for them.
+        """The outputs in order; the host does not wait for them.
 
-        The caller's current stream goes on after them. Raises EngineFailure when ONNX Runtime
-        cannot, for want of memory most likely.
+        Of inputs those are taken that the graph has. State that is written where it lies is
+        returned as it was given. The caller's current stream goes on after the outputs. Raises
+        EngineFailure when ONNX Runtime cannot, for want of memory most likely.
         """
         binding = self.session.io_binding()
-        kind, index = self.device.type, self.device.index or 0
-        for name in self.names:
-            tensor = inputs[name]
-            shape, address = list(tensor.shape), tensor.data_ptr()
-            binding.bind_input(name, kind, index, np.float32, shape, address)
         try:
-            outputs = [torch.empty(shape, device=self.device) for shape in self.outputs.values()]
-            for name, output in zip(self.outputs, outputs):
-                shape, address = list(output.shape), output.data_ptr()
-                binding.bind_output(name, kind, index, np.float32, shape, address)
+            given = {
+                name: inputs[name].to(_dtype(end)).contiguous() for name, end in self.inputs.items()
+            }
+            outputs = {
+                name: given[state] if (state := name.removesuffix(NEXT)) in self.written else
+                torch.empty(end[0], dtype=_dtype(end), device=self.device)
+                for name, end in self.outputs.items()
+            }  # fmt: skip
+            self._bind(binding.bind_input, given, self.inputs)
+            self._bind(binding.bind_output, outputs, self.outputs)
             with self._in_order():
                 self.session.run_with_iobinding(binding, self.run_options)
         except Exception as error:
@@ -202,7 +212,13 @@ class OnnxGpuSession:
                 f"memory most likely: close what else uses it, or build an engine of a smaller "
                 f"--resolution or fewer --frames"
             ) from error
-        return outputs
+        return [*outputs.values()]
+
+    def _bind(self, bind: Callable[..., None], tensors: Mapping[str, Tensor], ends: Ends) -> None:
+        """Give ONNX Runtime the addresses of tensors."""
+        for name, tensor in tensors.items():
+            place, element = (self.device.type, self.device.index or 0), _ELEMENTS[ends[name][1]]
+            bind(name, *place, element, list(tensor.shape), tensor.data_ptr())
 
     @contextmanager
     def _in_order(self) -> Iterator[None]:
@@ -220,24 +236,31 @@ class OnnxGpuSession:
 
 
 class OnnxGpuEngine:
-    """Calls a session with one expert's weights: with a provider that reads them where they lie,
+    """Calls sessions with one expert's weights: with a provider that reads them where they lie,
     `weights` hold by turns the files that calls name.
 
-    Where the session compiled its own copy in, weights is None and another file another session.
+    `sessions` has one for each of the Program's calls by its name. Where they compiled their own
+    copy in, weights is None and another file other sessions.
     """
 
     def __init__(
         self,
-        session: OnnxGpuSession,
+        sessions: Mapping[str, OnnxGpuSession],
         weights: DeviceWeights | None,
         file: PinnedFile,
         program: Program,
     ) -> None:
         self.file, self.program = file, program
-        self.session: OnnxGpuSession | None = session
+        self.sessions: dict[str, OnnxGpuSession] | None = dict(sessions)
         self.weights = weights
-        self._device = session.device
+        self._device = sessions[WHOLE].device
+        self._state = zeros_by_name(program, sessions.values())
         self._lock = threading.Lock()
+
+    @property
+    def session(self) -> OnnxGpuSession | None:
+        """That of a step."""
+        return None if self.sessions is None else self.sessions[WHOLE]
 
     @property
     def device(self) -> str:
@@ -251,11 +274,16 @@ class OnnxGpuEngine:
     def memory(self) -> Memory:
         """What a new session keeps: a state of zeros."""
         with torch.inference_mode(False):
-            return new_memory(self.program, lambda shape: torch.zeros(shape, device=self._device))
+            return Memory(
+                {
+                    name: torch.zeros(end[0], dtype=_dtype(end), device=self._device)
+                    for name, end in self._state.items()
+                }
+            )
 
     def use(self, weights: PinnedFile) -> None:
         """Read the weights of a file now, when calls that run have ended."""
-        with self._session_of(weights):
+        with self._sessions_of(weights):
             pass
 
     def __call__(
@@ -264,42 +292,44 @@ class OnnxGpuEngine:
         weights: PinnedFile | None = None,
         memory: Memory | None = None,
         moment: str = "step",
-    ) -> Tensor:
-        """Return the velocity; the caller's current stream does the work, the host waits not.
+    ) -> Any:
+        """Return the velocity, of a commit None; the caller's current stream does the work, the
+        host waits not.
 
         Raises EngineFailure when the device has too little memory, and after `close`.
         """
         memory = self.memory() if memory is None else memory
-        with self._session_of(weights or self.file) as session, session.lock:
-            velocity, *state = session({**inputs, **memory.state})
-        memory.state = dict(zip(memory.state, state, strict=True))
-        return velocity
+        file = weights or self.file
+        with self._sessions_of(file) as sessions, sessions[WHOLE].lock:
+            return call_moment(self.program, sessions, inputs, file, memory, moment)
 
     @contextmanager
-    def _session_of(self, file: PinnedFile) -> Iterator[OnnxGpuSession]:
-        """The session with the weights of a file, for as long as the block lasts.
+    def _sessions_of(self, file: PinnedFile) -> Iterator[dict[str, OnnxGpuSession]]:
+        """The sessions with the weights of a file, for as long as the block lasts.
 
         One that has a copy of others is opened anew.
         """
         weights = self.weights
         with nullcontext() if weights is None else weights.held(file):
             with self._lock:
-                session = self.session
-                if session is None:
+                sessions = self.sessions
+                if sessions is None:
                     raise EngineFailure(CLOSED)
-                is_own = weights is None or session.copies_weights
-                if is_own and session.file.content != file.content:
-                    self.session = session = session.with_weights(file)
-            yield session
+                for name, session in sessions.items():
+                    is_own = weights is None or session.copies_weights
+                    if is_own and session.file.content != file.content:
+                        sessions = {**sessions, name: session.with_weights(file)}
+                self.sessions = sessions
+            yield sessions
 
     def close(self) -> None:
         """Let go of session and weights; a call then raises EngineFailure."""
         with self._lock:
-            self.session = self.weights = None
+            self.sessions = self.weights = None
 
 
 def open_engines(
-    graph: Path | PinnedFile,
+    graphs: Mapping[str, Path | PinnedFile],
     weights: Mapping[str, Path | PinnedFile],
     device: torch.device,
     provider: Provider,
@@ -307,7 +337,7 @@ def open_engines(
     *,
     offload: bool = False,
 ) -> dict[str, OnnxGpuEngine]:
-    """The engine of each expert; weights are files by expert.
+    """The engine of each expert; graphs are files by the Program's calls, weights by expert.
 
     A path is taken as its file is now. With offload the experts share one session, whose weights
     are replaced at the switch.
@@ -316,39 +346,48 @@ def open_engines(
     """
     if device.type == "cuda" and (reason := gpu_obstacle(provider.name)):
         raise EngineFailure(reason)
+    _check_provider(provider, program, offload)
+    engines: dict[str, OnnxGpuEngine] = {}
+    for expert, file in {expert: pin(file) for expert, file in weights.items()}.items():
+        first = next(iter(engines.values()), None)
+        if first is not None and first.sessions is not None and offload:
+            engines[expert] = OnnxGpuEngine(first.sessions, first.weights, file, program)
+            continue
+        held = None if provider.compiles else device_weights(file, device, private=offload)
+        tensors = held.tensors if held is not None else {}
+        opened = _in_place if offload else OnnxGpuSession
+        sessions = {
+            call.name: opened(graphs[call.name], file, tensors, device, provider)
+            for call in program.calls
+        }
+        engines[expert] = OnnxGpuEngine(sessions, held, file, program)
+    return engines
+
+
+def _check_provider(provider: Provider, program: Program, offload: bool) -> None:
+    """Raise BadRequest for what a provider that compiles the weights in does not do."""
     if provider.compiles and offload:
         raise BadRequest(
             f"provider {provider.name} has its weights inside and cannot offload them: "
             f"choose --provider cuda"
         )
-    engines: dict[str, OnnxGpuEngine] = {}
-    for expert, file in {expert: pin(file) for expert, file in weights.items()}.items():
-        first = next(iter(engines.values()), None)
-        if provider.compiles:
-            session = OnnxGpuSession(graph, file, {}, device, provider)
-            engines[expert] = OnnxGpuEngine(session, None, file, program)
-        elif first is not None and first.session is not None and offload:
-            engines[expert] = OnnxGpuEngine(first.session, first.weights, file, program)
-        else:
-            held = device_weights(file, device, private=offload)
-            if offload:
-                session = _in_place(graph, file, held, device, provider)
-            else:
-                session = OnnxGpuSession(graph, file, held.tensors, device, provider)
-            engines[expert] = OnnxGpuEngine(session, held, file, program)
-    return engines
+    if provider.compiles and program.state:
+        raise BadRequest(
+            f"provider {provider.name} is not used for engines that keep a state: choose "
+            f"--provider cuda"
+        )
 
 
 def _in_place(
     graph: Path | PinnedFile,
     file: PinnedFile,
-    held: DeviceWeights,
+    tensors: Mapping[str, Tensor],
     device: torch.device,
     provider: Provider,
 ) -> OnnxGpuSession:
     """A session whose weights can be replaced. Raises BadRequest when ONNX Runtime copies them."""
     for _ in range(2):  # what a neighbour took meanwhile counts as grown: not so twice
-        session = OnnxGpuSession(graph, file, held.tensors, device, provider)
+        session = OnnxGpuSession(graph, file, tensors, device, provider)
         if not session.copies_weights:
             return session
         del session
@@ -410,6 +449,12 @@ def _assigned(session: Any) -> Counter[tuple[str, str]]:
         for part in session.get_provider_graph_assignment_info()
         for node in part.get_nodes()
     )
+
+
+def _dtype(end: tuple[tuple[int, ...], str]) -> torch.dtype:
+    """PyTorch's dtype of an input or output."""
+    dtype: torch.dtype = getattr(torch, DTYPES[end[1]].torch)
+    return dtype
 
 
 def _free_bytes(device: torch.device) -> int:

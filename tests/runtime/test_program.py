@@ -71,15 +71,27 @@ def test_a_state_has_a_tensor_for_every_layer_in_the_order_it_is_stated() -> Non
 
 
 def test_one_call_is_the_same_from_inputs_to_outputs() -> None:
-    for program in (PLAIN, KEEPING):
-        whole = program.whole()
-        (call,) = whole.calls
-        assert (call.name, call.reads, call.writes) == (WHOLE, ("latent", "text"), ("velocity",))
-        assert call.parameters == () and call.repeat == 1 and call.when == "step"
-        assert (whole.inputs, whole.outputs) == (program.inputs, program.outputs)
-        assert whole.values == {} and whole.attention == program.attention
-        assert whole.states() == program.states() and call.state == tuple(program.states())
-        assert whole.whole() == whole and whole.fault() == ""
+    whole = PLAIN.whole()
+    assert whole.calls == (Call(WHOLE, ("latent", "text"), ("velocity",)),)
+    assert (whole.inputs, whole.outputs) == (PLAIN.inputs, PLAIN.outputs)
+    assert whole.values == {} and whole.attention == PLAIN.attention
+    assert whole.whole() == whole and whole.fault() == ""
+
+
+def test_of_several_moments_each_is_one_call() -> None:
+    """What the prompt's hands on is a value; each keeps what its own calls keep."""
+    kept = replace(KEEPING.calls[2], name="keep", when="commit", code="block", first=1, repeat=1)
+    program = replace(KEEPING, calls=(*KEEPING.calls, replace(kept, reads=("latent", "context"))))
+    whole = program.whole()
+    assert whole.calls == (
+        Call("prompt", ("text",), ("context",), when="prompt"),
+        Call(WHOLE, ("latent", "context"), ("velocity",), state=tuple(program.states())),
+        Call("commit", ("latent", "context"), (), state=("k.1", "v.1"), when="commit"),
+    )
+    assert whole.values == {"context": KEEPING.values["context"]}
+    assert (whole.inputs, whole.states()) == (program.inputs, program.states())
+    assert whole.at("commit") is whole.calls[2]
+    assert whole.whole() == whole and whole.fault() == ""
 
 
 def test_plain_is_what_runs_anew_at_every_step() -> None:

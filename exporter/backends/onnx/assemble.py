@@ -10,48 +10,95 @@ from collections.abc import Mapping, Sequence
 import onnx
 import onnx_ir as ir
 
-from wanexport.exporter.backends.onnx.lower import OPSET, Lowered
-from wanexport.graphs.graph import NEXT
+from wanexport.exporter.backends.onnx.cached import Becomes
+from wanexport.exporter.backends.onnx.lower import Lowered
 from wanexport.runtime.bundle.path import WEIGHTS_FILE
 from wanexport.runtime.bundle.tensorfile import TensorEntry
 from wanexport.runtime.dtypes import DTYPES, STORED
-from wanexport.runtime.program import Call, TensorSpec, of_layer
+from wanexport.runtime.engines.onnx_moments import WRITTEN
+from wanexport.runtime.program import ENGINE_DTYPE, NEXT, Call, TensorSpec, of_layer
 
 _DOMAIN = "wanexport"  # of the functions
-_IR_VERSION = 11  # of opset 23
+_IR_VERSION = 11  # of opset 23; of 24 ONNX Runtime asks for no later one
 
 
 def assemble(
-    lowered: Lowered, weights: Mapping[str, TensorEntry], *, as_inputs: bool = False
+    lowered: Lowered,
+    weights: Mapping[str, TensorEntry],
+    moment: str = "step",
+    *,
+    as_inputs: bool = False,
 ) -> ir.Model:
-    """The whole graph of lowered calls.
+    """The whole graph of the lowered calls of one moment.
 
     `weights` says where in the weights file each parameter lies. With as_inputs the parameters are
-    inputs of the graph after its own.
+    inputs of the graph after its own. Its metadata names the state that a runtime may have written
+    where it lies.
     """
-    program = lowered.program
-    values = {name: _value(name, spec) for name, spec in program.inputs.items()}
-    state = {name: _value(name, spec) for name, spec in program.states().items()}
-    inputs = [*values.values(), *state.values()]
-    parameters: dict[str, ir.Value] = {}
-    nodes = []
-    for call in program.calls:
-        for index, (own, kept) in enumerate(call.layers()):
-            given = [parameters.setdefault(n, _parameter(n, weights[n])) for n in own]
-            given += [values[name] for name in call.reads] + [state[name] for name in kept]
-            results = _results(call, index)
-            nodes.append(ir.Node(_DOMAIN, call.name, given, outputs=results))
-            values |= dict(zip(call.writes, results))
-            state |= dict(zip(kept, results[len(call.writes) :], strict=True))
-    outputs = [_named(values[name], name, spec) for name, spec in program.outputs.items()]
-    outputs += [_named(state[n], n + NEXT, spec) for n, spec in program.states().items()]
-    model = _model([*inputs, *parameters.values()], outputs, nodes, lowered)
+    ends, wiring = lowered.program.whole().at(moment), _Wiring(lowered, weights, moment)
+    for call in (call for call in lowered.program.calls if call.when == moment):
+        for index in call.numbers:
+            wiring.add(call, index)
+    inputs, specs = wiring.inputs, wiring.specs
+    outputs = [_named(wiring.values[name], name, specs[name], lowered) for name in ends.writes]
+    outputs += [
+        _named(wiring.state[name], name + NEXT, specs[name], lowered)
+        for name, what in wiring.becomes.items()
+        if what is not Becomes.ITSELF
+    ]
+    parameters = wiring.parameters.values()
+    model = _model([*inputs, *parameters], outputs, wiring.nodes, lowered)
+    if written := [name for name, what in wiring.becomes.items() if what is Becomes.WRITTEN]:
+        model.metadata_props[WRITTEN] = " ".join(written)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     if not as_inputs:
         del model.graph.inputs[len(inputs) :]
-        for value in parameters.values():
+        for value in parameters:
             model.graph.initializers.add(_stored(value, weights))
     return model
+
+
+class _Wiring:
+    """The graph of one moment, to which its calls are added in order.
+
+    values and state are what they are by then, and becomes what has become of the state.
+    """
+
+    def __init__(self, lowered: Lowered, weights: Mapping[str, TensorEntry], moment: str) -> None:
+        self.lowered, self.weights, program = lowered, weights, lowered.program
+        self.specs: dict[str, TensorSpec] = {
+            **program.inputs, **program.values, **program.outputs, **program.states()
+        }  # fmt: skip
+        ends = program.whole().at(moment)
+        self.values = {name: _value(name, self.specs[name], lowered) for name in ends.reads}
+        self.state = {name: _value(name, self.specs[name], lowered) for name in ends.state}
+        self._given = [*self.values.values()], [*self.state.values()]
+        self.becomes = dict.fromkeys(ends.state, Becomes.ITSELF)
+        self.parameters: dict[str, ir.Value] = {}
+        self.nodes: list[ir.Node] = []
+
+    @property
+    def inputs(self) -> list[ir.Value]:
+        """What the graph takes beside parameters: of the state what a call reads."""
+        values, state = self._given
+        return [*values, *(value for value in state if value.uses())]
+
+    def add(self, call: Call, index: int) -> None:
+        """Call a function for one layer."""
+        own, lowered = of_layer(call.parameters, index), self.lowered
+        given = [self.parameters.setdefault(n, _parameter(n, self.weights[n])) for n in own]
+        given += [self.values[name] for name in call.reads]
+        given += [self.state[name] for name in of_layer(lowered.keeps(call), index)]
+        results = [ir.Value(name=name) for name in result_names(lowered, call, index)]
+        self.nodes.append(ir.Node(_DOMAIN, call.function, given, outputs=results))
+        self.values |= dict(zip(call.writes, results))
+        changed = of_layer(lowered.changes(call), index)
+        self.state |= dict(zip(changed, results[len(call.writes) :], strict=True))
+        kept = of_layer(call.state, index)
+        for name, what in zip(kept, lowered.becomes[call.function], strict=True):
+            if what is not Becomes.ITSELF:  # twice written, it would be read in between
+                is_first = self.becomes[name] is Becomes.ITSELF
+                self.becomes[name] = what if is_first else Becomes.ANOTHER
 
 
 def _model(
@@ -61,33 +108,38 @@ def _model(
     lowered: Lowered,
 ) -> ir.Model:
     """A graph of nodes that call functions."""
-    functions = [_function(name, model) for name, model in lowered.calls.items()]
-    # What inlines a function wants its operators' domains here.
-    domains = {name: number for own in functions for name, number in own.opset_imports.items()}
-    opsets = {**domains, "": OPSET, _DOMAIN: 1}
+    called = dict.fromkeys(node.op_type for node in nodes)
+    functions = [_function(name, lowered.calls[name]) for name in called]
+    opsets = {_DOMAIN: 1}
+    for own in functions:  # what inlines a function wants its operators' domains here
+        opsets |= {name: max(n, opsets.get(name, 0)) for name, n in own.opset_imports.items()}
+    for own in functions:
+        own.opset_imports[""] = opsets[""]
     graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports=opsets, name="wan_denoiser")
     return ir.Model(graph, ir_version=_IR_VERSION, functions=functions)
 
 
-def result_names(call: Call, index: int) -> list[str]:
-    """What the main graph calls the results of one layer of a call: its writes, then what its
-    state becomes. What leaves the graph has its name there instead."""
+def result_names(lowered: Lowered, call: Call, index: int) -> list[str]:
+    """What the main graph calls the results of one layer of a call: its writes, then what the state
+    becomes that it changes. What leaves the graph has its name there instead."""
+    names = (*call.writes, *(name + NEXT for name in of_layer(lowered.changes(call), index)))
+    return name_results(call, index, names)
+
+
+def name_results(call: Call, index: int, names: Sequence[str]) -> list[str]:
+    """The main graph's names of what one layer of a call makes."""
     layer = f".{index}" if call.repeat > 1 else ""
-    names = (*call.writes, *(name + NEXT for name in of_layer(call.state, index)))
     return [f"{call.name}{layer}.{name}" for name in names]
 
 
-def _results(call: Call, index: int) -> list[ir.Value]:
-    return [ir.Value(name=name) for name in result_names(call, index)]
+def _value(name: str, spec: TensorSpec, lowered: Lowered) -> ir.Value:
+    return _named(ir.Value(), name, spec, lowered)
 
 
-def _value(name: str, spec: TensorSpec) -> ir.Value:
-    return _named(ir.Value(), name, spec)
-
-
-def _named(value: ir.Value, name: str, spec: TensorSpec) -> ir.Value:
+def _named(value: ir.Value, name: str, spec: TensorSpec, lowered: Lowered) -> ir.Value:
     """An end of the graph, which has a name, shape and type."""
-    dtype = getattr(ir.DataType, DTYPES[spec.dtype].onnx)
+    own = lowered.dtype if spec.dtype == ENGINE_DTYPE else spec.dtype
+    dtype = getattr(ir.DataType, DTYPES[own].onnx)
     value.name, value.shape, value.type = name, ir.Shape(spec.shape), ir.TensorType(dtype)
     return value
 

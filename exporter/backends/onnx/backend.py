@@ -25,7 +25,6 @@ from wanexport.runtime.engines import onnx as onnx_engine
 from wanexport.runtime.engines.device import gpu_or_cpu
 from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.onnx_providers import gpu_obstacle
-from wanexport.runtime.program import WHOLE
 
 ATTENTION = ("native", "mha")
 BINDING: tuple[str, ...] = ()  # an ONNX file is bound to no machine
@@ -77,18 +76,20 @@ def _lowering(request: Request) -> Lowering:
 def compile_engine(
     folder: Path, request: Request, weights: Mapping[str, Path], progress: Progress
 ) -> Compiled:
-    """Write `denoiser.onnx` in the folder."""
+    """Write a graph for each moment in the folder, that of a step as `denoiser.onnx`."""
     progress(f"{request.label}: tracing and lowering", 0, 0)
-    path, how = folder / f"{WHOLE}.onnx", _lowering(request)
+    how = _lowering(request)
     lowered = lower(request.graph, request.config, request.geometry, how)
     nodes = dict(sorted(node_counts(lowered).items()))
     _, entries = weights_layout(request.config, request.dtype)
-    write_durably(path, serialize(assemble(lowered, entries)))
-    program = lowered.program
-    scores = attention_score_bytes(request.config, program)
+    whole = lowered.program.whole()
+    files = {call.name: folder / f"{call.name}.onnx" for call in whole.calls}
+    for call in whole.calls:
+        write_durably(files[call.name], serialize(assemble(lowered, entries, call.when)))
+    scores = attention_score_bytes(request.config, lowered.program)
     return Compiled(
-        files={WHOLE: path},
-        program=program.whole(),
+        files=files,
+        program=whole,
         details=OnnxDetails(attention=how.attention, attention_score_bytes=scores),
         lint=dict(lowered.lint),
         build={"nodes": nodes},
@@ -99,6 +100,6 @@ def prove(
     request: Request, engine: EngineRecord, bundle: Path, weights: Sequence[Path], verify: str
 ) -> dict[str, Any]:
     """The figures of the proof. Raises WanExportError when it fails."""
-    file = bundle / engine.files[WHOLE].path
+    graphs = {name: bundle / file.path for name, file in engine.files.items()}
     how = _lowering(request)
-    return prove_lowering(request, how, file, weights, verify, device=request.device)
+    return prove_lowering(request, how, graphs, weights, verify, device=request.device)

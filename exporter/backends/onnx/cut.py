@@ -7,17 +7,16 @@ are: the cut names the same file.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx
 import onnx.inliner
 from onnx import TensorProto, helper
 
-from wanexport.exporter.backends.onnx.assemble import result_names
-from wanexport.graphs.graph import NEXT
+from wanexport.exporter.backends.onnx.assemble import name_results
 from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.errors import BundleError
-from wanexport.runtime.program import ENGINE_DTYPE, Call, Program, TensorSpec, of_layer
+from wanexport.runtime.program import ENGINE_DTYPE, NEXT, Call, Program, TensorSpec, of_layer
 
 _WIDE = ".fp32"  # after the name of a value that an end of the cut has in fp32
 _COPY = re.compile(r"__\d+$")  # what onnx adds to the names inside a function that it inlines
@@ -26,12 +25,14 @@ _COPY = re.compile(r"__\d+$")  # what onnx adds to the names inside a function t
 @dataclass(frozen=True)
 class Cut:
     """The graph of one call, and the names of its ends: of what it reads and keeps, by the
-    Program's names, and of what it writes and its state becomes, and each value that is tapped."""
+    Program's names, and of what it writes and the state becomes that it changes, which `written`
+    has by the Program's names, and each value that is tapped."""
 
     model: onnx.ModelProto
     inputs: dict[str, str]
     outputs: tuple[str, ...]
     parameters: tuple[str, ...]
+    written: tuple[str, ...]
     taps: tuple[str, ...] = ()
 
 
@@ -54,7 +55,7 @@ class Inside:
 
 
 def cut_call(model: onnx.ModelProto, program: Program, call: Call, index: int, dtype: str) -> Cut:
-    """The graph of one layer of a call; dtype is the engine's.
+    """The graph of one layer of a call out of that of its moment; dtype is the engine's.
 
     Raises BundleError when the graph has no such values between calls, or computes the results
     from others.
@@ -75,7 +76,7 @@ def cut_call(model: onnx.ModelProto, program: Program, call: Call, index: int, d
     specs = {**program.inputs, **program.values, **program.outputs, **program.states()}
     given = [(name, specs[name]) for name in (*call.reads, *of_layer(call.state, index))]
     inputs = [_narrowing(reads[name], spec, dtype) for name, spec in given]
-    written = [*call.writes, *of_layer(call.state, index)]
+    written = tuple(results)
     outputs = [_widening(results[name], specs[name].shape) for name in written]
     return Cut(
         _model(model, [*(n for n, _ in inputs), *kept, *(n for n, _ in outputs)],
@@ -83,6 +84,7 @@ def cut_call(model: onnx.ModelProto, program: Program, call: Call, index: int, d
         {name: reads[name] + _WIDE for name, _ in given},
         tuple(results[name] + _WIDE for name in written),
         tuple(tensor.name for tensor in stored),
+        written,
     )  # fmt: skip
 
 
@@ -93,8 +95,7 @@ def look_inside(cut: Cut) -> Inside:
     for node in flat.graph.node:
         for name in node.output:
             called.setdefault(_COPY.sub("", name), name)
-    model = Cut(flat, cut.inputs, cut.outputs, cut.parameters)
-    return Inside(model, called)
+    return Inside(replace(cut, model=flat), called)
 
 
 def with_taps(cut: Cut, taps: Mapping[str, Sequence[int]]) -> Cut:
@@ -106,23 +107,26 @@ def with_taps(cut: Cut, taps: Mapping[str, Sequence[int]]) -> Cut:
         model.graph.node.append(node)
         model.graph.output.append(value)
     names = tuple(name + _WIDE for name in taps)
-    return Cut(model, cut.inputs, cut.outputs, cut.parameters, names)
+    return replace(cut, model=model, taps=names)
 
 
 def _ends(
     program: Program, call: Call, index: int, made: set[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """What the graph calls the values that a call reads and writes, state among both."""
-    known = {name: name for name in (*program.inputs, *program.states())}
-    for own in program.calls:
-        for layer in range(own.repeat):
+    """What the graph calls the values that a call reads and writes, state among both: of the state
+    that it writes only what it changes."""
+    whole = program.whole().at(call.when)
+    known = {name: name for name in (*whole.reads, *whole.state)}
+    for own in (own for own in program.calls if own.when == call.when):
+        for layer in own.numbers:
             state = of_layer(own.state, layer)
             ends = [*own.writes, *(name + NEXT for name in state)]
-            names = [
-                name if name in made else end
-                for name, end in zip(result_names(own, layer), ends, strict=True)
-            ]
-            results = dict(zip((*own.writes, *state), names, strict=True))
+            names = zip((*own.writes, *state), name_results(own, layer, ends), ends, strict=True)
+            results = {
+                name: inner if inner in made else end
+                for name, inner, end in names
+                if inner in made or end in made
+            }
             if (own, layer) == (call, index):
                 return {name: known[name] for name in (*own.reads, *state)}, results
             known |= results

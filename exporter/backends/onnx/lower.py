@@ -1,4 +1,4 @@
-"""Lower each call of a graph to ONNX, opset 23: a function of its parameters, reads and state."""
+"""Lower each call of a graph to ONNX: a function of its parameters, reads and state."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -20,7 +20,15 @@ from onnxscript import opset23 as op
 from onnxscript import optimizer
 from torch.export import ExportedProgram
 
+from wanexport.exporter.backends.onnx.cached import (
+    ATTEND,
+    Becomes,
+    use_lengths,
+    what_becomes,
+    write_rows,
+)
 from wanexport.exporter.backends.onnx.passes import (
+    clamp,
     keep_wide,
     plain_linear,
     separate_queries,
@@ -31,11 +39,11 @@ from wanexport.exporter.backends.onnx.passes import (
 from wanexport.exporter.child.quiet import quiet
 from wanexport.exporter.lint.onnx_graph import ATTENTION, lint_onnx
 from wanexport.exporter.lint.program import Finding, attention_operators, count, lint_program
-from wanexport.graphs.graph import NEXT, Graph, empty_graph, torch_dtype
+from wanexport.graphs.graph import Graph, empty_graph, torch_dtype
 from wanexport.graphs.regions import trace_calls, written_inputs
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.program import Call, Program, of_layer
+from wanexport.runtime.program import NEXT, Call, Program, of_layer
 from wanexport.runtime.wan_config import WanConfig
 
 OPSET = 23
@@ -48,36 +56,52 @@ class Lowering:
     attention is `native`, one operator; `mha`, one of ONNX Runtime's own; or `decomposed`, products
     and a softmax. With wide_bias what follows a bf16 or fp16 product is fp32: ONNX Runtime on CUDA
     rounds before it adds a bias, and GELU at each of its steps. With separate_queries no two
-    attentions have the same query and scale, which TensorRT for RTX 1.7 does not survive.
+    attentions have the same query and scale, which TensorRT for RTX 1.7 does not survive. cached is
+    how a cache is attended to: its `prefix`, all of it by `lengths`, or with a `mask`.
     """
 
     dtype: str
     attention: str = "native"
     wide_bias: bool = False
     separate_queries: bool = False
+    cached: str = "prefix"
 
 
 def for_onnx_runtime(dtype: str, attention: str) -> Lowering:
-    """How an engine of ONNX Runtime's is lowered."""
-    return Lowering(dtype, attention, wide_bias=dtype != "fp32")
+    """How an engine of ONNX Runtime's is lowered; its own operator is that of a GPU."""
+    cached = "lengths" if attention == "mha" else "prefix"
+    return Lowering(dtype, attention, wide_bias=dtype != "fp32", cached=cached)
 
 
 def for_tensorrt(dtype: str, attention: str) -> Lowering:
     """How what TensorRT builds a plan of is lowered."""
-    return Lowering(dtype, attention, separate_queries=True)
+    return Lowering(dtype, attention, separate_queries=True, cached="mask")
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """The calls of a graph in ONNX by name, each without weights, and what lint counted in them.
+    """The functions of a graph's calls in ONNX by name, without weights, and what lint counted.
 
-    A call's inputs are its parameters, reads and state, in this order; its outputs are its writes
-    and what its state becomes.
+    A function's inputs are its parameters, reads and the state that it reads, in this order; its
+    outputs are its writes and what the state becomes that it changes. `becomes` says that of each
+    state; dtype is the precision of what is the engine's.
     """
 
     program: Program
     calls: Mapping[str, ir.Model]
+    becomes: Mapping[str, tuple[Becomes, ...]]
     lint: Mapping[str, int]
+    dtype: str
+
+    def keeps(self, call: Call) -> tuple[str, ...]:
+        """The names in `call.state` of what a call reads, in order."""
+        known = zip(call.state, self.becomes[call.function], strict=True)
+        return tuple(name for name, becomes in known if becomes is not Becomes.UNREAD)
+
+    def changes(self, call: Call) -> tuple[str, ...]:
+        """The names in `call.state` of what a call changes, in order."""
+        known = zip(call.state, self.becomes[call.function], strict=True)
+        return tuple(name for name, becomes in known if becomes is not Becomes.ITSELF)
 
 
 def lower(graph: str, config: WanConfig, geometry: Geometry, how: Lowering) -> Lowered:
@@ -88,13 +112,28 @@ def lower(graph: str, config: WanConfig, geometry: Geometry, how: Lowering) -> L
     empty = empty_graph(graph, config, geometry, torch_dtype(how.dtype))
     program = empty.program
     traced = trace_calls(empty, "cpu", functional=True)
-    calls = {call.name: _translate(traced[call.name], call, how) for call in program.calls}
-    findings = [f for call in program.calls for f in _lint_traced(empty, call, traced)]
+    own = [call for call in program.calls if not call.code]
+    calls, becomes = {}, {}
+    for call in own:
+        model = _translate(traced[call.name], call, how)
+        calls[call.name], becomes[call.name] = model, _fit_state(model.graph, call)
+    findings = [f for call in own for f in _lint_traced(empty, call, traced)]
     findings += [f for model in calls.values() for f in _lint_translated(model, how)]
     findings += _missing_attention(program, traced, calls, how)
     if findings:
         raise RuntimeError(f"unclean graph: {findings[0]}, and {len(findings) - 1} more")
-    return Lowered(program, calls, count(findings))
+    return Lowered(program, calls, becomes, count(findings), how.dtype)
+
+
+def _fit_state(graph: ir.Graph, call: Call) -> tuple[Becomes, ...]:
+    """What becomes of each state of a call; what is not read is no input, what stays no output."""
+    first, number = len(call.writes), len(graph.inputs) - len(call.state)
+    states, results = graph.inputs[number:], graph.outputs[first:]
+    becomes = tuple(map(what_becomes, states, results))
+    graph.inputs[number:] = [s for s, what in zip(states, becomes) if what is not Becomes.UNREAD]
+    graph.outputs[first:] = [r for r, what in zip(results, becomes) if what is not Becomes.ITSELF]
+    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=11))
+    return becomes
 
 
 def _lint_traced(empty: Graph, call: Call, traced: Mapping[str, ExportedProgram]) -> list[Finding]:
@@ -122,9 +161,9 @@ def _missing_attention(
     """Where a forward has not the attentions that the model has: as it is traced, and in ONNX."""
     expected = attention_count(program)
     operators = nodes = 0
-    for call in program.calls:
-        graph = calls[call.name].graph
-        operators += call.repeat * attention_operators(traced[call.name])
+    for call in _forward(program):
+        graph = calls[call.function].graph
+        operators += call.repeat * attention_operators(traced[call.function])
         nodes += call.repeat * sum(node.op_type in ATTENTION for node in graph)
     counted = (
         (operators, expected, "attention operators"),
@@ -135,6 +174,11 @@ def _missing_attention(
         for number, right, what in counted
         if number != right
     ]
+
+
+def _forward(program: Program) -> list[Call]:
+    """The calls of a forward; a commit runs some of them again."""
+    return [call for call in program.calls if call.when != "commit"]
 
 
 def decomposed(exported: ExportedProgram, how: Lowering) -> ExportedProgram:
@@ -157,6 +201,9 @@ def _export(exported: ExportedProgram, how: Lowering) -> torch.onnx.ONNXProgram:
             custom_translation_table={
                 torch.ops.aten.linear.default: linear,
                 torch.ops.wanexport.attention.kind: _ATTENTION[how.attention],
+                torch.ops.wanexport.cached_attention.default: ATTEND[how.cached],
+                torch.ops.aten.index_copy.default: write_rows,
+                torch.ops.aten.clamp.default: clamp,
                 **({torch.ops.aten.gelu.default: gelu} if gelu else {}),
             },
         )
@@ -171,6 +218,8 @@ def _translate(exported: ExportedProgram, call: Call, how: Lowering) -> ir.Model
         cleanup(model)
     if how.wide_bias:
         keep_wide(model)
+    if how.cached == "lengths":
+        use_lengths(model)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     if how.attention == "mha":  # after the checker, which knows only ONNX's own operators
         use_multi_head_attention(model)
@@ -190,13 +239,15 @@ def _name_ends(graph: ir.Graph, call: Call) -> None:
 
 
 def _folds(node: ir.Node) -> bool | None:
-    """Leave tables of the token grid as they are: folded, they would grow to the whole grid, and
-    how far would depend on its size. Leave the rounding of a number to a low precision: folded, it
-    would be no cast, which retyping to fp32 takes back. None leaves the rest to the folder."""
+    """Leave tables of the token grid, and the numbers of its tokens, as they are: folded, they
+    would grow to the whole grid, and how far would depend on its size. Leave the rounding of a
+    number to a low precision: folded, it would be no cast, which retyping to fp32 takes back. None
+    leaves the rest to the folder."""
     given = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
     floats = [value for value in given if value.dtype.is_floating_point()]
     rounds = node.op_type in ("Cast", "CastLike") and bool(floats)
-    return False if rounds or any(len(value.shape) > 1 for value in floats) else None
+    is_kept = rounds or node.op_type == "Range" or any(len(value.shape) > 1 for value in floats)
+    return False if is_kept else None
 
 
 # Equal tables of two axes stay two: which are equal depends on the size.
@@ -242,7 +293,7 @@ def serialize(model: ir.Model) -> bytes:
 def node_counts(lowered: Lowered) -> Counter[str]:
     """How many nodes of each operator a forward has."""
     counts: Counter[str] = Counter()
-    for call in lowered.program.calls:
-        own = Counter(node.op_type for node in lowered.calls[call.name].graph)
+    for call in _forward(lowered.program):
+        own = Counter(node.op_type for node in lowered.calls[call.function].graph)
         counts.update({name: number * call.repeat for name, number in own.items()})
     return counts

@@ -35,6 +35,15 @@ def wide_gelu(x: Any, approximate: str = "none") -> Any:
     return op.Cast(wide, to=x.dtype)
 
 
+def clamp(x: Any, min: float | None = None, max: float | None = None) -> Any:
+    """Max and Min: of whole numbers TensorRT's parser takes these, and no Clip."""
+    for operator, bound in ((op.Max, min), (op.Min, max)):
+        if bound is not None:
+            kind = "value_int" if isinstance(bound, int) else "value_float"
+            x = operator(x, op.CastLike(op.Constant(**{kind: bound}), x))
+    return x
+
+
 def keep_wide(model: ir.Model) -> None:
     """Where the sum of a bias is rounded and cast back at once, take it as it was."""
     for node in model.graph:
@@ -61,9 +70,14 @@ def _widens(node: ir.Node) -> bool:
 def use_multi_head_attention(model: ir.Model) -> int:
     """Put `com.microsoft` MultiHeadAttention, on [B, S, H * D], for each Attention; say how many.
 
-    The transposes around an Attention go with it.
+    The transposes around an Attention go with it. One to a cache, which has none, stays as it is.
     """
-    nodes = [node for node in model.graph if node.op_type == "Attention"]
+    is_of_cache = "q_num_heads"
+    nodes = [
+        node
+        for node in model.graph
+        if node.op_type == "Attention" and is_of_cache not in node.attributes
+    ]
     for node in nodes:
         (transposed_back,) = (use.node for use in node.outputs[0].uses())
         q, k, v = (_before_transpose(value) for value in node.inputs)

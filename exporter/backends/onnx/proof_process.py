@@ -14,8 +14,10 @@ import numpy as np
 
 from wanexport.exporter.child.child import main
 from wanexport.exporter.reference.figures import Case, proof_figures
-from wanexport.runtime.engines.engine import new_memory
+from wanexport.runtime.bundle.pinned_file import pin
+from wanexport.runtime.engines.engine import Memory
 from wanexport.runtime.engines.onnx import OnnxSession
+from wanexport.runtime.engines.onnx_moments import call_moment, numpy_dtype, zeros_by_name
 
 if TYPE_CHECKING:
     import torch
@@ -25,10 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OnnxJob(Case):
-    """What the fresh process is told of an ONNX engine; all paths are absolute."""
+    """What the fresh process is told of an ONNX engine; paths are absolute.
 
-    engine: str
-    cut: str
+    engine and cut are graphs by the calls of the whole Program.
+    """
+
+    engine: dict[str, str]
+    cut: dict[str, str]
     runs_here: bool
     opens: bool  # whether ONNX Runtime runs the engine itself
 
@@ -48,12 +53,22 @@ def prove_onnx(job: OnnxJob) -> dict[str, Any]:
 def _run_on_cpu(job: OnnxJob) -> tuple[np.ndarray, str]:
     """The velocity of the cut, and what was done."""
     method = "checker; cut compared" if job.runs_here else "checker; cut retyped to fp32, compared"
+    weights = Path(job.weights)
     if job.opens and job.dtype == "fp32":
-        OnnxSession(Path(job.engine), Path(job.weights))
+        for path in job.engine.values():
+            OnnxSession(Path(path), weights)
         method = "engine opened; cut compared"
-    session = OnnxSession(Path(job.cut), Path(job.weights), keep_casts=not job.runs_here)
-    state = new_memory(job.program(), lambda shape: np.zeros(shape, np.float32)).state
-    return session({**job.arrays(), **state})[0], method
+    sessions = {
+        name: OnnxSession(Path(path), weights, keep_casts=not job.runs_here)
+        for name, path in job.cut.items()
+    }
+    program = job.program().whole()
+    state = zeros_by_name(program, sessions.values())
+    memory = Memory({name: np.zeros(s, numpy_dtype(dtype)) for name, (s, dtype) in state.items()})
+    velocity: Any = None
+    for moment, inputs in job.calls():
+        velocity = call_moment(program, sessions, inputs, None, memory, moment)
+    return velocity, method
 
 
 def _run_on_gpu(job: OnnxJob) -> tuple[np.ndarray, str]:
@@ -69,21 +84,32 @@ def run_with_device_weights(
     job: OnnxJob, device: "torch.device", provider: "Provider"
 ) -> np.ndarray:
     """Open the engine, and return the velocity of its cut on the same tensors of a device."""
-    import torch
-
+    from wanexport.graphs.graph import torch_dtype
     from wanexport.runtime.engines.device import to_device
     from wanexport.runtime.engines.device_weights import device_weights
-    from wanexport.runtime.engines.onnx_gpu import OnnxGpuSession
+    from wanexport.runtime.engines.onnx_gpu import OnnxGpuEngine, OnnxGpuSession
 
-    file = Path(job.weights)
+    file = pin(Path(job.weights))
     weights = device_weights(file, device)
-    OnnxGpuSession(Path(job.engine), file, weights.tensors, device, provider)
+    for path in job.engine.values():
+        OnnxGpuSession(Path(path), file, weights.tensors, device, provider)
     tensors = {name: weights.tensors[stored] for name, stored in job.tensors.items()}
-    session = OnnxGpuSession(Path(job.cut), file, tensors, device, provider)
-    given = {name: to_device(value, device) for name, value in job.arrays().items()}
-    memory = new_memory(job.program(), lambda shape: torch.zeros(shape, device=device))
-    velocity, *_ = session({**given, **memory.state})
-    return velocity.cpu().numpy()
+    sessions = {
+        name: OnnxGpuSession(Path(path), file, tensors, device, provider)
+        for name, path in job.cut.items()
+    }
+    program = job.program()
+    engine = OnnxGpuEngine(sessions, weights, file, program.whole())
+    memory, velocity = engine.memory(), None
+    for moment, inputs in job.calls():
+        given = {
+            name: to_device(value, device, torch_dtype(program.inputs[name].dtype))
+            for name, value in inputs.items()
+        }
+        velocity = engine(given, memory=memory, moment=moment)
+    assert velocity is not None
+    result: np.ndarray = velocity.cpu().numpy()
+    return result
 
 
 if __name__ == "__main__":

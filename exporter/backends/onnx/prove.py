@@ -7,13 +7,13 @@ execute is proven by its own graph retyped to fp32, which widens the engine's ow
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from wanexport.exporter.backends.backend import Request
 from wanexport.exporter.backends.onnx.assemble import assemble
-from wanexport.exporter.backends.onnx.lower import Lowering, lower, serialize
+from wanexport.exporter.backends.onnx.lower import Lowered, Lowering, lower, serialize
 from wanexport.exporter.backends.onnx.proof_process import OnnxJob
 from wanexport.exporter.backends.onnx.retype import retype
 from wanexport.exporter.backends.onnx.same import compare_graphs
@@ -22,24 +22,26 @@ from wanexport.exporter.child.child import temporary_folder
 from wanexport.exporter.reference.eager import tensors_of_cut
 from wanexport.exporter.reference.figures import make_case
 from wanexport.runtime.bundle.signature import program_of, weights_layout
+from wanexport.runtime.bundle.tensorfile import TensorEntry
 from wanexport.runtime.engines.onnx import RUNNABLE_DTYPES
+from wanexport.runtime.geometry import Geometry
 
 
 def prove_lowering(
     request: Request,
     how: Lowering,
-    graph: Path,
+    graphs: Mapping[str, Path],
     weights: Sequence[Path],
     verify: str,
     *,
     device: str = "cpu",
     opens: bool = True,
 ) -> dict[str, Any]:
-    """Prove a graph with each expert's weights file, and return the figures of the worst.
+    """Prove graphs with each expert's weights file, and return the figures of the worst.
 
-    graph is the ONNX file that was lowered so, whose weights are inputs or in files; verify is
-    `ends` or `full`: which layers the cut keeps; device runs the cut; opens is whether the graph is
-    an engine of ONNX Runtime's. Raises WanExportError when it fails.
+    graphs are the ONNX files that were lowered so, by the calls of the whole Program, whose weights
+    are inputs or in files; verify is `ends` or `full`: which layers the cut keeps; device runs the
+    cut; opens is whether they are an engine of ONNX Runtime's. Raises WanExportError when it fails.
     """
     started = time.monotonic()
     config, small = request.config, request.geometry.reduced(MAX_TOKENS)
@@ -48,23 +50,49 @@ def prove_lowering(
     tensors = tensors_of_cut(lowered.program, program_of(config, small))
     _, entries = weights_layout(config, how.dtype)
     stored = {name: entries[tensor] for name, tensor in tensors.items()}
-    content = serialize(assemble(lowered, stored))
-    differing = compare_graphs(graph.read_bytes(), content, (request.geometry, small))
+    cuts = _contents(lowered, stored)
+    differing = _differing(graphs, cuts, (request.geometry, small))
     runs_here = device != "cpu" or how.dtype in RUNNABLE_DTYPES
     if not runs_here:
-        content = serialize(assemble(retype(lowered, how.dtype), stored))
+        cuts = _contents(retype(lowered, how.dtype), stored)
     figures = []
     with temporary_folder() as scratch:
-        (scratch / "cut.onnx").write_bytes(content)
+        files = _written(scratch, cuts)
         case = make_case(cut, small, how.dtype, device=device, tensors=tensors, folder=scratch)
         for file in weights:
             job = OnnxJob(
                 **case,
                 weights=str(file.resolve()),
-                engine=str(graph.resolve()),
-                cut=str(scratch / "cut.onnx"),
+                engine={name: str(path.resolve()) for name, path in graphs.items()},
+                cut=files,
                 runs_here=runs_here,
                 opens=opens,
             )
             figures.append(run_in_fresh_process("onnx.proof_process", job, scratch))
     return {**worst(figures, verify, started), "integers_of_the_grid": differing}
+
+
+def _contents(lowered: Lowered, weights: Mapping[str, TensorEntry]) -> dict[str, bytes]:
+    """The graph of each moment, by the calls of the whole Program."""
+    return {
+        call.name: serialize(assemble(lowered, weights, call.when))
+        for call in lowered.program.whole().calls
+    }
+
+
+def _differing(
+    graphs: Mapping[str, Path], cuts: Mapping[str, bytes], sizes: tuple[Geometry, Geometry]
+) -> dict[str, int]:
+    """How many integers differ between the engine's graphs and those of the cut."""
+    found: dict[str, int] = {}
+    for name, content in cuts.items():
+        found |= compare_graphs(graphs[name].read_bytes(), content, sizes)
+    return found
+
+
+def _written(folder: Path, graphs: Mapping[str, bytes]) -> dict[str, str]:
+    """The paths of graphs that are written in a folder."""
+    paths = {name: folder / f"{name}.onnx" for name in graphs}
+    for name, content in graphs.items():
+        paths[name].write_bytes(content)
+    return {name: str(path) for name, path in paths.items()}

@@ -5,6 +5,7 @@ low precision becomes fp32, and a parameter that is stored in it is widened wher
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ def retype(lowered: Lowered, dtype: str) -> Lowered:
     Raises onnx's own exceptions when something of the precision is left.
     """
     low = getattr(ir.DataType, DTYPES[dtype].onnx)
-    for call in lowered.program.calls:
+    for call in (call for call in lowered.program.calls if not call.code):
         model = lowered.calls[call.name]
         graph, own = model.graph, len(call.parameters)
         _widen_values((*graph.inputs[own:], *graph.initializers.values()), low)
@@ -35,7 +36,7 @@ def retype(lowered: Lowered, dtype: str) -> Lowered:
             if value.dtype == low and value.uses():
                 _store(graph, value, low)
         onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    return lowered
+    return replace(lowered, dtype="fp32")
 
 
 def _widen_values(values: Iterable[ir.Value], low: ir.DataType) -> None:

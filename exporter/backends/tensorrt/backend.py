@@ -196,7 +196,7 @@ class TensorRtBackend:
             path = scratch / "denoiser.onnx"
             path.write_bytes(_lowered(*_what_is_lowered(request))[0])
             how = _lowering(request)
-            figures = prove_lowering(request, how, path, weights, verify, opens=False)
+            figures = prove_lowering(request, how, {WHOLE: path}, weights, verify, opens=False)
         compared = figures["method"].rpartition("; ")[2]
         return {**figures, "method": f"parsed and built by {self.title}; {compared}"}
 

@@ -108,7 +108,8 @@ def _write(job: PlanJob, plan: Any, layers: Any) -> None:
 def parse(trt: Any, builder: Any, log: Any, graph: bytes, weights: str = "") -> Any:
     """The network of an ONNX graph; weights is the folder of its external data.
 
-    Raises WanExportError naming operator, node and reason when TensorRT refuses the graph.
+    Raises WanExportError naming operator, node and reason when TensorRT refuses the graph, and
+    naming the input where the network reads nothing of one.
     """
     strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(strongly_typed)
@@ -123,7 +124,24 @@ def parse(trt: Any, builder: Any, log: Any, graph: bytes, weights: str = "") -> 
             f"TensorRT {trt.__version__} does not take the graph: "
             f"{node if error.node_operator() else ''}{_in_one_line(error.desc())}{more}"
         )
+    if unread := unread_inputs(network):
+        raise WanExportError(
+            f"TensorRT {trt.__version__} takes the graph and drops its input {unread[0]}: no "
+            f"output of the network depends on it; write what reads it with other operators"
+        )
     return network
+
+
+def unread_inputs(network: Any) -> list[str]:
+    """The inputs that no output of a network depends on: what a parser accepts and drops."""
+    reads = {made[0]: own["inputs"] for own in network_layers(network) for made in own["outputs"]}
+    needed, left = set[str](), [network.get_output(i).name for i in range(network.num_outputs)]
+    while left:
+        if (name := left.pop()) not in needed:
+            needed.add(name)
+            left += reads.get(name, ())
+    names = (network.get_input(i).name for i in range(network.num_inputs))
+    return [name for name in names if name not in needed]
 
 
 def configure(trt: Any, builder: Any, job: PlanJob) -> Any:

@@ -21,6 +21,7 @@ from tests.exporter.families import memory
 from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
 from wanexport.exporter.backends.onnx import lower as to_onnx
 from wanexport.exporter.backends.onnx.assemble import assemble
+from wanexport.exporter.backends.onnx.cached import Becomes
 from wanexport.exporter.backends.onnx.lower import (
     Lowered,
     for_onnx_runtime,
@@ -159,10 +160,11 @@ def test_onnx_runtime_gives_the_same_bits_without_functions(
     config = replace(config, family="memory") if family == "memory" else config
     own = Weights(tmp_path, config)
     rng = np.random.default_rng(0)
-    states = program_of(config, small_geometry(config)).states()
-    state = {name: rng.standard_normal(s.shape, np.float32) for name, s in states.items()}
-    called, inlined = own.run(own.model, state), own.run(flat(own.model), state)
-    assert len(called) == 1 + len(states)
+    program = program_of(config, small_geometry(config)).whole()
+    kept = {**program.states(), **program.values}  # beside the state what the prompt's calls wrote
+    given = {name: rng.standard_normal(s.shape, np.float32) for name, s in kept.items()}
+    called, inlined = own.run(own.model, given), own.run(flat(own.model), given)
+    assert len(called) == 1 + len(program.states())
     for one, other in zip(called, inlined, strict=True):
         assert np.isfinite(one).all() and one.any()
         np.testing.assert_array_equal(one, other)
@@ -219,7 +221,9 @@ def test_a_state_that_several_calls_and_layers_keep_is_handed_on() -> None:
         "second": ADDING.format(reads="y", writes="z"),
     }
     calls = {name: ir.from_proto(onnx.parser.parse_model(text)) for name, text in texts.items()}
-    model = ir.to_proto(assemble(Lowered(program, calls, {}), {}))
+    becomes = dict.fromkeys(calls, (Becomes.ANOTHER,))
+    model = ir.to_proto(assemble(Lowered(program, calls, becomes, {}, "fp32"), {}))
+    assert not model.metadata_props  # what two calls write one after the other is read in between
     assert [value.name for value in model.graph.output] == ["y", "sum.next"]
     session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     x, kept = np.arange(4, dtype=np.float32), np.full(4, 10, np.float32)

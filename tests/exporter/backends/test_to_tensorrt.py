@@ -396,7 +396,7 @@ def test_experts_share_a_plan_unless_their_weights_are_baked(
     graphs: list[onnx.ModelProto] = []
 
     def prove_and_keep(*arguments: Any, **options: Any) -> dict[str, Any]:
-        graphs.append(onnx.load(arguments[2], load_external_data=False))
+        graphs.append(onnx.load(arguments[2]["denoiser"], load_external_data=False))
         return prove_lowering(*arguments, **options)
 
     proofs = Mock(wraps=prove_and_keep)

@@ -37,7 +37,7 @@ from wanexport.runtime.engines.onnx_gpu import open_engines as open_gpu_engines
 from wanexport.runtime.engines.onnx_providers import Provider
 from wanexport.runtime.errors import BadRequest, BundleError, WanExportError
 from wanexport.runtime.load import find_weights, load
-from wanexport.runtime.program import Call, Input, Program, TensorSpec
+from wanexport.runtime.program import WHOLE, Call, Input, Program, TensorSpec
 
 PLANTED = [  # and the operator whose value is the first one in excess
     (Fault("onnx", "fp32", "RoPE axis", 1, "rows"), "Mul"),
@@ -179,7 +179,8 @@ def test_an_engine_without_values_between_its_calls_is_refused(tiny_bundle: Path
         stepper_of(plan, program, "", {})
     gpu = OnnxGpuEngine.__new__(OnnxGpuEngine)
     provider = SimpleNamespace(compiles=True, name="tensorrt")
-    gpu.session, gpu.weights = SimpleNamespace(provider=provider), None  # type: ignore[assignment]
+    session = SimpleNamespace(provider=provider)
+    gpu.sessions, gpu.weights = {WHOLE: session}, None  # type: ignore[dict-item]
     with pytest.raises(BadRequest, match="bisect with --provider cuda or cpu"):
         stepper_of(Denoiser(record, {"": gpu}), program, "", {})
 
@@ -189,8 +190,8 @@ def test_a_session_over_tensors_of_a_device_is_cut_alike(tiny_bundle: Path) -> N
     record = next(e for e in manifest.engines if e.dtype == "fp32")
     program = program_of(manifest.config, record.geometry)
     files = find_weights(tiny_bundle, record, None, manifest).files
-    graph = tiny_bundle / record.files["denoiser"].path
-    engines = open_gpu_engines(graph, files, torch.device("cpu"), Provider("cpu"), record.program)
+    graphs = {name: tiny_bundle / file.path for name, file in record.files.items()}
+    engines = open_gpu_engines(graphs, files, torch.device("cpu"), Provider("cpu"), record.program)
     there = stepper_of(Denoiser(record, engines), program, "", files)
     here = stepper_of(load(tiny_bundle, dtype="fp32"), program, "", files)
     drawn = forward_inputs(manifest.config, record.geometry, 700.0, 0)

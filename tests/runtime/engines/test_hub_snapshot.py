@@ -20,6 +20,7 @@ from wanexport.runtime import Geometry, load
 from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.engines.onnx_gpu import open_engines
 from wanexport.runtime.engines.onnx_providers import Provider
+from wanexport.runtime.program import WHOLE
 
 CPU = torch.device("cpu")
 PROGRAM = program_of(PRESETS["tiny"].config, Geometry(64, 96, 9)).whole()
@@ -74,7 +75,7 @@ def test_the_engine_of_a_gpu_reads_it_too(
     """With ONNX Runtime's provider for a CPU in the place of that for a GPU."""
     snapshot = as_snapshot(tiny_bundle, tmp_path)
     files = {"": snapshot / WEIGHTS}
-    engines = open_engines(snapshot / GRAPH, files, CPU, Provider("cpu"), PROGRAM)
+    engines = open_engines({WHOLE: snapshot / GRAPH}, files, CPU, Provider("cpu"), PROGRAM)
     given = {name: torch.from_numpy(array) for name, array in inputs().items()}
     np.testing.assert_array_equal(engines[""](given).numpy(), velocity["fp32"])
 

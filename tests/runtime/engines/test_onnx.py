@@ -14,7 +14,7 @@ from wanexport.runtime.engines.engine import Memory
 from wanexport.runtime.engines.onnx import OnnxEngine, OnnxSession
 from wanexport.runtime.errors import BundleError, EngineFailure
 from wanexport.runtime.machine import memory as machine_memory
-from wanexport.runtime.program import Call, Input, Program, TensorSpec
+from wanexport.runtime.program import WHOLE, Call, Input, Program, TensorSpec
 
 PLAIN = Program(
     inputs={name: Input(shape) for name, shape in INPUTS.items()},
@@ -46,7 +46,7 @@ def open_engine(tmp_path: Path, files: list[PinnedFile]) -> Open:
 
     def opened(*, with_state: bool = False, **options: Any) -> OnnxEngine:
         graph = pin(write_graph(tmp_path / "denoiser.onnx", with_state=with_state))
-        return OnnxEngine(graph, files[0], KEEPING if with_state else PLAIN, **options)
+        return OnnxEngine({WHOLE: graph}, files[0], KEEPING if with_state else PLAIN, **options)
 
     return opened
 

@@ -56,6 +56,7 @@ from wanexport.runtime.errors import (
 )
 from wanexport.runtime.family import family_of
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.program import WHOLE
 
 CPU = torch.device("cpu")
 PROGRAM = program_of(PRESETS["tiny"].config, Geometry(64, 96, 9)).whole()
@@ -78,7 +79,9 @@ def expected(bundle: Path, weights: Path) -> torch.Tensor:
 def opened(bundle: Path, *weights: Path, offload: bool = False) -> list[OnnxGpuEngine]:
     """The engines of these files, with ONNX Runtime's provider for a CPU in a GPU's place."""
     files = {str(number): file for number, file in enumerate(weights or [bundle / WEIGHTS])}
-    engines = open_engines(bundle / GRAPH, files, CPU, Provider("cpu"), PROGRAM, offload=offload)
+    engines = open_engines(
+        {WHOLE: bundle / GRAPH}, files, CPU, Provider("cpu"), PROGRAM, offload=offload
+    )
     return list(engines.values())
 
 
@@ -193,7 +196,7 @@ def compiled(tiny_bundle: Path) -> OnnxGpuEngine:
     """An engine whose session has its weights inside, as those of TensorRT's providers."""
     file = pin(tiny_bundle / WEIGHTS)
     session = OnnxGpuSession(tiny_bundle / GRAPH, file, {}, CPU, Provider("cpu"))
-    return OnnxGpuEngine(session, None, file, PROGRAM)
+    return OnnxGpuEngine({WHOLE: session}, None, file, PROGRAM)
 
 
 def test_where_weights_are_inside_another_set_is_another_session(
@@ -367,7 +370,9 @@ def test_a_compiled_engine_is_cached_for_its_weights_alone(
 def test_a_compiled_engine_offloads_nothing(tiny_bundle: Path, other: Path) -> None:
     files = {"high_noise": tiny_bundle / WEIGHTS, "low_noise": other}
     with pytest.raises(BadRequest, match="tensorrt has its weights inside"):
-        open_engines(tiny_bundle / GRAPH, files, CPU, Provider("tensorrt"), PROGRAM, offload=True)
+        open_engines(
+            {WHOLE: tiny_bundle / GRAPH}, files, CPU, Provider("tensorrt"), PROGRAM, offload=True
+        )
 
 
 @pytest.fixture
@@ -540,10 +545,10 @@ def test_the_proof_runs_the_cut_on_the_engines_own_tensors(
     names = {name: name for name in weights_layout(config, "fp32")[1]}
     job = OnnxJob(
         **make_case(config, geometry, "fp32", device="cpu", tensors=names, folder=tmp_path),
-        engine=str(tiny_bundle / GRAPH),
+        engine={WHOLE: str(tiny_bundle / GRAPH)},
         runs_here=True,
         weights=str(tiny_bundle / WEIGHTS),
-        cut=str(tiny_bundle / GRAPH),
+        cut={WHOLE: str(tiny_bundle / GRAPH)},
         opens=True,
     )
     (exact,) = OnnxSession(tiny_bundle / GRAPH, tiny_bundle / WEIGHTS)(job.arrays())
