@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest
+from wanexport.runtime.bundle.signature import parameter_shapes, program_of
+from wanexport.runtime.gpu_fit import activation_bytes
 from wanexport.runtime.parts.carried import carried_in
 from wanexport.runtime.vae_memory import needed_bytes
-from wanexport.runtime.wan_config import WanConfig
 
 BESIDE = "beside"  # it stays on the GPU
 BEFORE = "before"  # it is there until the prompt, or the picture, is encoded
@@ -78,13 +79,15 @@ def needs_of(
     """What an engine takes, and that of the VAE where the bundle has one.
 
     one_expert: whether two experts take turns in one buffer. A call of TensorRT is as its plan
-    states; that of the others follows from the tokens.
+    states; that of the others is an estimate.
     """
     sizes = [weights.file.size for weights in manifest.weights_of(engine.layout)]
     sizes = sizes or [file.size for file in engine.files.values()]
-    stated = engine.build.get("activation_bytes")
-    wide = 2 if engine.dtype == "fp32" else 1
-    call = stated or wide * call_bytes(manifest.config, engine.geometry.num_tokens)
+    call = engine.build.get("activation_bytes") or activation_bytes(
+        program_of(manifest.config, engine.geometry),
+        parameter_shapes(manifest.config),
+        engine.dtype,
+    )
     weights = max(sizes) if one_expert else sum(sizes)
     if vae is None:
         return Needs(weights, call)
@@ -100,12 +103,3 @@ def encoder_bytes(manifest: Manifest, part: str) -> int:
     if own is None:
         return _PUBLISHED[part]
     return own.file.size // (2 if own.dtype == "fp32" else 1)  # it computes in 16 bits there
-
-
-def call_bytes(config: WanConfig, tokens: int) -> int:
-    """Memory of a forward in bf16 or fp16 beside the weights.
-
-    A fit of what bf16 engines took on an H200 (docs/measurements.md), from the 1.3B at 7800 tokens
-    to the 14B at 75600: within 0.7 GB of each.
-    """
-    return tokens * (11 * config.dim + 2 * config.ffn_dim)

@@ -7,14 +7,13 @@ import pytest
 
 from tests.exporter.carried import carrying_bundle
 from tests.runtime.bundle.small_bundle import small_bundle
-from wanexport.graphs.config import PRESETS
 from wanexport.runtime.bundle.manifest import read_manifest
-from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.bundle.signature import parameter_shapes, program_of
+from wanexport.runtime.gpu_fit import activation_bytes
 from wanexport.runtime.parts import open as open_module
 from wanexport.runtime.parts.open import Parts
 from wanexport.runtime.parts.placement import (
     Needs,
-    call_bytes,
     encoder_bytes,
     needs_of,
     place_encoders,
@@ -70,30 +69,16 @@ def test_what_does_not_stay_is_told_in_one_line() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("preset", "size", "weights", "measured"),
-    [  # GPU memory of bf16 engines in docs/measurements.md
-        ("t2v-1.3b", (480, 832, 17), 2.84, 3.7),
-        ("t2v-1.3b", (480, 832, 81), 2.84, 4.0),
-        ("t2v-1.3b", (720, 1280, 81), 2.84, 5.5),
-        ("t2v-14b", (480, 832, 81), 28.6, 31.8),
-        ("t2v-14b", (720, 1280, 81), 28.6, 35.3),
-    ],
-)
-def test_a_forward_takes_what_was_measured(
-    preset: str, size: tuple[int, int, int], weights: float, measured: float
-) -> None:
-    found = call_bytes(PRESETS[preset].config, Geometry(*size).num_tokens) / GB
-    assert found == pytest.approx(measured - weights, abs=0.7)
-
-
 def test_needs_follow_from_the_manifest(tmp_path: Path) -> None:
     bundle = small_bundle(tmp_path / "bundle", "onnx", "tensorrt")
     manifest = read_manifest(bundle)
     onnx, plan = manifest.engines
     (weights,) = manifest.weights.values()
     needs = needs_of(manifest, onnx, None, one_expert=False)
-    assert needs == Needs(weights.file.size, 2 * call_bytes(manifest.config, 72))  # in fp32
+    config = manifest.config
+    program = program_of(config, onnx.geometry)
+    call = activation_bytes(program, parameter_shapes(config), "fp32")
+    assert needs == Needs(weights.file.size, call)
     stated = replace(plan, build={"activation_bytes": 1234})
     assert needs_of(manifest, stated, None, one_expert=False).engine_call == 1234
     pair = replace(
