@@ -100,7 +100,7 @@ def test_parts_are_placed_once_by_what_the_gpu_has_free(
 
     def free(device: str) -> int:
         asked.append(device)
-        return 2 * GB
+        return 4 * GB
 
     monkeypatch.setattr(open_module, "free_bytes", free)
     monkeypatch.setattr(open_module, "choose_vae_engine", lambda *_: None)
