@@ -1,13 +1,12 @@
 """What every engine is to a denoiser, and which engine is asked for, opened how."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 from wanexport.runtime.arrays import Array
 from wanexport.runtime.bundle.pinned_file import PinnedFile
-from wanexport.runtime.program import Program
 
 CLOSED = "the engine was closed: load it again"
 # How a GPU holds less than all weights: one expert of two, or the layers that are needed next.
@@ -28,11 +27,6 @@ class Memory:
     values: dict[str, Array] | None = None
     weights: PinnedFile | None = None
     attended: int | None = None
-
-
-def new_memory(program: Program, zeros: Callable[[tuple[int, ...]], Array]) -> Memory:
-    """The memory of a session that has not begun: its state is zeros."""
-    return Memory({name: zeros(spec.shape) for name, spec in program.states().items()})
 
 
 class Engine(Protocol):
