@@ -425,8 +425,9 @@ def test_fixed_inputs_made_in_inference_mode_can_be_written_outside() -> None:
     bound = SimpleNamespace(warm_up=warm_up)
     program = Program(inputs={"latent": Input((2, 3))}, outputs={}, calls=())
     regions: Any = SimpleNamespace(
-        device=torch.device("cpu"), bind=lambda tensors: bound, program=program
-    )
+        device=torch.device("cpu"), program=program,
+        bind=lambda tensors, streamed: bound, memory=lambda: Memory(),
+    )  # fmt: skip
     weights: Any = SimpleNamespace(tensors={})
     file: Any = object()
     with torch.inference_mode():
