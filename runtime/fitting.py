@@ -20,6 +20,7 @@ from wanexport.runtime.gpu_fit import (
     fit_blocks,
     with_pieces,
 )
+from wanexport.runtime.parts.placement import PUBLISHED_BYTES
 from wanexport.runtime.parts.vae_choice import best_first
 from wanexport.runtime.program import Program
 from wanexport.runtime.vae_config import VaeConfig
@@ -30,7 +31,6 @@ _VAES = {16: VaeConfig(16, 96, 96, False), 48: VaeConfig(48, 160, 256, True)}
 # What decoding takes on a GPU, of `needed_bytes`: measured on an H200, 1.9 to 2.2 and 1.4.
 _ENGINE_PEAK, _EAGER_PEAK = 2.2, 1.5
 _TILE = 256  # pixels
-_TEXT_ENCODER = 11_361_820_672  # bytes of umT5's 5 680 910 336 parameters in bf16
 
 
 def needs_of(
@@ -51,7 +51,7 @@ def needs_of(
         activations=activation_bytes(program, shapes, dtype),
         vae=_eager(sizes, geometry) if sizes else 0,
         tiles=_eager(sizes, replace(geometry, height=_TILE, width=_TILE)) if sizes else 0,
-        text=_TEXT_ENCODER,
+        text=PUBLISHED_BYTES["text_encoder"],
     )
 
 

@@ -15,14 +15,11 @@ _MOST_FINDINGS = 5  # of one kind that `lint` names
 
 def show_run(record: dict[str, Any]) -> None:
     """What was made, and how fast."""
-    made = f"latent {list(record['shape'])}"
-    if record["output"].lower().endswith(".mp4"):
-        size = f"height {record['height']}, width {record['width']}"
-        made = f"{record['frames']} frames at {record['fps']} fps, {size}"
     write(
         out,
         (record["output"], "bold"),
-        f": {made}, seed {record['seed']}, {record['solver']}, {len(record['timesteps'])} steps",
+        f": {_made(record)}, seed {record['seed']}, {record['solver']}, "
+        f"{len(record['timesteps'])} steps",
     )
     stages = {"text": "encode the text", "image": "encode the image", "decode": "decode"}
     shown = [f"{record['load_seconds']} s to load"]
@@ -33,9 +30,7 @@ def show_run(record: dict[str, Any]) -> None:
     ]
     write(
         out,
-        f"  {', '.join(shown)}, {record['seconds_per_step']} s/step, "
-        f"peak memory {in_bytes(record['peak_rss_bytes'])}"
-        + (f", on the GPU {in_bytes(gpu)}" if (gpu := record["peak_gpu_bytes"]) else ""),
+        f"  {', '.join(shown)}, {record['seconds_per_step']} s/step, {_peak(record)}",
     )
     if record["expert_switch_seconds"]:
         shown = [f"{seconds:.2f} s" for seconds in record["expert_switch_seconds"]]
@@ -45,22 +40,32 @@ def show_run(record: dict[str, Any]) -> None:
 def show_stream(record: dict[str, Any]) -> None:
     """What was made, and the time of its chunks."""
     latents, chunks = record["shape"][2], record["chunk_seconds"]
-    made = f"latent {list(record['shape'])}"
-    if record["output"].lower().endswith(".mp4"):
-        size = f"height {record['height']}, width {record['width']}"
-        made = f"{record['frames']} frames at {record['fps']} fps, {size}"
     write(
         out,
         (record["output"], "bold"),
-        f": {made}, seed {record['seed']}, {len(chunks)} chunks of {len(record['timesteps'])} "
-        f"steps, {latents} latent frames",
+        f": {_made(record)}, seed {record['seed']}, {len(chunks)} chunks of "
+        f"{len(record['timesteps'])} steps, {latents} latent frames",
     )
     write(
         out,
         f"  {record['load_seconds']} s to load, {chunks[0]:.3g} s for the first chunk, "
-        f"{chunks[-1]:.3g} s for the last, peak memory {in_bytes(record['peak_rss_bytes'])}"
-        + (f", on the GPU {in_bytes(gpu)}" if (gpu := record["peak_gpu_bytes"]) else ""),
+        f"{chunks[-1]:.3g} s for the last, {_peak(record)}",
     )
+
+
+def _made(record: dict[str, Any]) -> str:
+    """The video or the latent that a record is of."""
+    if not record["output"].lower().endswith(".mp4"):
+        return f"latent {list(record['shape'])}"
+    size = f"height {record['height']}, width {record['width']}"
+    return f"{record['frames']} frames at {record['fps']} fps, {size}"
+
+
+def _peak(record: dict[str, Any]) -> str:
+    """The memory that a record's process took."""
+    gpu = record["peak_gpu_bytes"]
+    on_gpu = f", on the GPU {in_bytes(gpu)}" if gpu else ""
+    return f"peak memory {in_bytes(record['peak_rss_bytes'])}{on_gpu}"
 
 
 def show_bench(result: dict[str, Any]) -> None:

@@ -229,8 +229,9 @@ def stream(bundle: Path, as_json: bool, **options: Any) -> None:
 
     A record beside the output, X.json or X.safetensors.json, holds what repeats the stream.
     """
-    from wanexport.exporter.run.stream import StreamRequest, VideoOptions
+    from wanexport.exporter.run.stream import StreamRequest
     from wanexport.exporter.run.stream import stream as stream_request
+    from wanexport.runtime.serving.streaming import VideoOptions
 
     engine = EngineOptions(**take(options, EngineOptions))
     video = VideoOptions(**take(options, VideoOptions))

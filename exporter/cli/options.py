@@ -311,6 +311,19 @@ tensorrt_options = _adding(  # the fields of TensorRtOptions
         "--allow-unfused", is_flag=True, help="Keep a plan whose attention is not fused."
     ),
 )  # fmt: skip
+_OUTPUT = (  # of what makes a video or its latent
+    click.option(
+        "-o", "--output", required=True, type=_FILE, metavar="FILE",
+        help="The file to write: X.mp4 is the video, X.safetensors the latent.",
+    ),
+    click.option(
+        "--overwrite", is_flag=True, help="Replace the output and its record if they are there."
+    ),
+    click.option(
+        "--seed", type=SEED, default=0, show_default=True, metavar="NUMBER",
+        help="The seed of the noise.",
+    ),
+)  # fmt: skip
 prompt_options = _adding(
     click.option("--prompt", help="What the video shows."),
     click.option(
@@ -334,17 +347,7 @@ prompt_options = _adding(
         "The run takes its text encoder, VAE and image encoder. Default: the one that the bundle "
         "came from."
     ),
-    click.option(
-        "-o", "--output", required=True, type=_FILE, metavar="FILE",
-        help="The file to write: X.mp4 is the video, X.safetensors the latent.",
-    ),
-    click.option(
-        "--overwrite", is_flag=True, help="Replace the output and its record if they are there."
-    ),
-    click.option(
-        "--seed", type=SEED, default=0, show_default=True, metavar="NUMBER",
-        help="The seed of the noise.",
-    ),
+    *_OUTPUT,
 )  # fmt: skip
 sampling_options = _adding(  # the fields of Settings
     click.option(
@@ -413,17 +416,7 @@ stream_options = _adding(
     model_option(
         "The stream takes its text encoder and VAE. Default: the one that the bundle came from."
     ),
-    click.option(
-        "-o", "--output", required=True, type=_FILE, metavar="FILE",
-        help="The file to write: X.mp4 is the video, X.safetensors the latent.",
-    ),
-    click.option(
-        "--overwrite", is_flag=True, help="Replace the output and its record if they are there."
-    ),
-    click.option(
-        "--seed", type=SEED, default=0, show_default=True, metavar="NUMBER",
-        help="The seed of the noise.",
-    ),
+    *_OUTPUT,
     click.option(
         "--length", type=COUNT, metavar="NUMBER",
         help="How many frames are made: 4k+1. Default: what is left of the engine's own.",

@@ -349,4 +349,5 @@ def _own_parts(
 
 
 def file_facts(path: Path | None) -> dict[str, str] | None:
+    """The path of a file and the hash of its content, for a record; None of none."""
     return None if path is None else {"path": str(path.resolve()), "sha256": file_sha256(path)}

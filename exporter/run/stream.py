@@ -30,21 +30,9 @@ from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.errors import BadRequest, needing_extra
 from wanexport.runtime.sample_stream import ChunkStep, steps_of
 from wanexport.runtime.serving.pipeline import Pipeline, StreamedChunk
+from wanexport.runtime.serving.streaming import VideoOptions
 
 _LATENT, _TEXT, _NOISE = "latent", "text", "noise"
-
-
-@dataclass(frozen=True)
-class VideoOptions:
-    """How a stream's video is made; `Pipeline.stream` says what each means."""
-
-    seed: int = 0
-    length: int | None = None
-    window: int | None = None
-    sink: int = 0
-    max_attention: int | None = None
-    independent_first_frame: bool = False
-    timesteps: list[float] | None = None
 
 
 @dataclass(frozen=True)

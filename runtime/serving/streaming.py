@@ -41,10 +41,9 @@ class StreamKeywords(TypedDict, total=False):
 
 
 @dataclass(frozen=True, eq=False)
-class StreamRequest:
-    """What a stream is asked for."""
+class VideoOptions:
+    """How a stream's video is made; `Pipeline.stream` says what each means."""
 
-    prompt: str | Array
     seed: int = 0
     length: int | None = None
     window: int | None = None
@@ -52,6 +51,13 @@ class StreamRequest:
     max_attention: int | None = None
     independent_first_frame: bool = False
     timesteps: Sequence[float] | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StreamRequest(VideoOptions):
+    """What a stream is asked for."""
+
+    prompt: str | Array
     initial: Array | None = None
     noise: Array | None = None
     weights: str | None = None
@@ -64,7 +70,7 @@ def make_stream_request(prompt: str | Array, asked: StreamKeywords) -> StreamReq
     if not isinstance(prompt, str) and not hasattr(prompt, "shape"):
         raise BadRequest(f"prompt is {prompt!r:.40}: expected text, or its embeddings")
     check_texts("", weights=asked.get("weights"))
-    return StreamRequest(prompt, **asked)
+    return StreamRequest(prompt=prompt, **asked)
 
 
 @dataclass(frozen=True, eq=False)
