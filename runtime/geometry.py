@@ -54,8 +54,7 @@ class Geometry:
                 f"both sides must be multiples of {side}; nearest: {near}"
             )
         if self.frames < 1 or (self.frames - 1) % TEMPORAL_STRIDE:
-            low = max(1, (self.frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1)
-            near = " or ".join(str(n) for n in (low, low + TEMPORAL_STRIDE) if n >= 1)
+            near = " or ".join(map(str, nearest_frames(self.frames)))
             raise BadRequest(f"{self.frames} frames are not legal: expected 4k+1; nearest: {near}")
         if (self.chunk or self.cache) and not 1 <= self.chunk <= self.cache:
             raise BadRequest(
@@ -83,7 +82,7 @@ class Geometry:
     @property
     def clip_frames(self) -> int:
         """Latent frames of the whole video."""
-        return (self.frames - 1) // TEMPORAL_STRIDE + 1
+        return latent_count(self.frames)
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -132,6 +131,17 @@ class Geometry:
             cache = min(self.cache, 2 * self.chunk + 1)
             return replace(self, **sides, chunk=grid[0], cache=max(grid[0], cache))
         return replace(self, **sides, frames=(grid[0] - 1) * TEMPORAL_STRIDE + 1)
+
+
+def latent_count(frames: int) -> int:
+    """The latent frames of 4k+1 pixel frames: the first alone, then one for each four."""
+    return (frames - 1) // TEMPORAL_STRIDE + 1
+
+
+def nearest_frames(frames: int) -> tuple[int, int]:
+    """The legal numbers of frames, 4k+1, below and above one that is not."""
+    low = max(1, (frames - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1)
+    return low, low + TEMPORAL_STRIDE
 
 
 def parse_resolution(resolution: Resolution) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from wanexport.runtime.errors import (
     first_line,
     needing_extra,
 )
-from wanexport.runtime.geometry import TEMPORAL_STRIDE
+from wanexport.runtime.geometry import TEMPORAL_STRIDE, latent_count
 from wanexport.runtime.machine.memory import (
     available_bytes,
     free_bytes,
@@ -245,7 +245,7 @@ class Vae:
         if self.device != "cpu":
             return False
         height, width = self._sides(task, array)
-        frames = array.shape[2] if task == "decode" else (array.shape[2] - 1) // TEMPORAL_STRIDE + 1
+        frames = array.shape[2] if task == "decode" else latent_count(array.shape[2])
         whole, tiled = (
             needed_bytes(self._model.config, task, frames, height, width, tile)
             for tile in (None, TILE)

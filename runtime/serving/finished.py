@@ -23,6 +23,14 @@ def finished_steps(steps: Iterable[Step], engine: str) -> Iterator[Step]:
         yield _checked(*launched.popleft(), engine)
 
 
+def not_finite(engine: str, where: str) -> EngineFailure:
+    """What is raised for a latent with NaN or Inf."""
+    return EngineFailure(
+        f"engine {engine} gave NaN or Inf in {where}: "
+        f"check the inputs, or use an engine in fp32 (--dtype fp32)"
+    )
+
+
 def check_step(step: Step, engine: str) -> None:
     """Wait for a step and look at it. Raises EngineFailure for a latent with NaN or Inf."""
     _checked(step, finite([step.latent]), engine)
@@ -30,8 +38,5 @@ def check_step(step: Step, engine: str) -> None:
 
 def _checked(step: Step, is_finite: HostCopy, engine: str) -> Step:
     if not is_finite.array().all():
-        raise EngineFailure(
-            f"engine {engine} gave NaN or Inf in step {step.index}: "
-            f"check the inputs, or use an engine in fp32 (--dtype fp32)"
-        )
+        raise not_finite(engine, f"step {step.index}")
     return step

@@ -11,10 +11,11 @@ from typing import TypedDict
 import numpy as np
 
 from wanexport.runtime.arrays import Array, concatenated, is_finite, to_numpy
-from wanexport.runtime.errors import BadRequest, EngineFailure
-from wanexport.runtime.geometry import TEMPORAL_STRIDE
+from wanexport.runtime.errors import BadRequest
+from wanexport.runtime.geometry import TEMPORAL_STRIDE, latent_count, nearest_frames
 from wanexport.runtime.parts.protocols import VideoCodec
 from wanexport.runtime.sample_stream import Chunk, OnChunkStep, sample_stream
+from wanexport.runtime.serving.finished import not_finite
 from wanexport.runtime.serving.generator import Generator, computing
 from wanexport.runtime.serving.jobs import Check, Job, JobQueue
 from wanexport.runtime.serving.request import check_texts
@@ -100,12 +101,11 @@ def latent_frames(length: int | None) -> int | None:
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise BadRequest(f"length is {length!r:.40}: expected a number of frames, 4k+1")
     if (length - 1) % TEMPORAL_STRIDE:
-        low = (length - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
+        low, high = nearest_frames(length)
         raise BadRequest(
-            f"a length of {length} frames is not legal: expected 4k+1, {low} or "
-            f"{low + TEMPORAL_STRIDE}"
+            f"a length of {length} frames is not legal: expected 4k+1, {low} or {high}"
         )
-    return (length - 1) // TEMPORAL_STRIDE + 1
+    return latent_count(length)
 
 
 def stream_chunks(
@@ -157,10 +157,7 @@ def _streamed(
     for chunk in chunks:
         with computing(generator.gpu):
             if not is_finite(chunk.latent):
-                raise EngineFailure(
-                    f"engine {generator.denoiser.record.name} gave NaN or Inf in chunk "
-                    f"{chunk.index}: check the inputs, or use an engine in fp32 (--dtype fp32)"
-                )
+                raise not_finite(generator.denoiser.record.name, f"chunk {chunk.index}")
             frames = decoder.decode(chunk.latent)
             latent = np.array(to_numpy(chunk.latent))
         now = time.perf_counter()
