@@ -28,7 +28,6 @@ from wanexport.runtime.errors import (
     needing_extra,
     refuse_empty,
 )
-from wanexport.runtime.fitting import fit_options
 from wanexport.runtime.lora.given import Loras, by_expert
 from wanexport.runtime.lora.merged_file import MergedFile
 
@@ -114,6 +113,8 @@ def open_engine(
         return chosen[0].files
 
     if "resident_blocks" in backend.OPTIONS and device != "cpu":
+        from wanexport.runtime.fitting import fit_options  # of a GPU alone
+
         options = fit_options(manifest, record, weights(), options, device)
     engines = backend.open_engines(record, files, weights, options, device)
     own = chosen[0] if chosen else None
