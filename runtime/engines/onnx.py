@@ -19,9 +19,9 @@ from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.bundle.tensorfile import read_array, read_header
 from wanexport.runtime.engines.cache_folder import cache_folder
 from wanexport.runtime.engines.engine import CLOSED, Engine, EngineOptions, Memory
+from wanexport.runtime.engines.moments import call_moment
 from wanexport.runtime.engines.onnx_location import with_location
 from wanexport.runtime.engines.onnx_moments import (
-    call_moment,
     ends_of,
     numpy_dtype,
     written_state,

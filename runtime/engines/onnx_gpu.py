@@ -24,10 +24,9 @@ from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.engines.device import to_device
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
 from wanexport.runtime.engines.engine import CLOSED, Memory
+from wanexport.runtime.engines.moments import Ends, call_moment
 from wanexport.runtime.engines.onnx import import_onnxruntime, reading_weights
 from wanexport.runtime.engines.onnx_moments import (
-    Ends,
-    call_moment,
     ends_of,
     written_state,
     zeros_by_name,

@@ -16,8 +16,9 @@ from wanexport.exporter.child.child import main
 from wanexport.exporter.reference.figures import Case, proof_figures
 from wanexport.runtime.bundle.pinned_file import pin
 from wanexport.runtime.engines.engine import Memory
+from wanexport.runtime.engines.moments import call_moment
 from wanexport.runtime.engines.onnx import OnnxSession
-from wanexport.runtime.engines.onnx_moments import call_moment, numpy_dtype, zeros_by_name
+from wanexport.runtime.engines.onnx_moments import numpy_dtype, zeros_by_name
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,53 @@
+"""A call of a moment where each moment has a session of its own: a graph, or a plan.
+
+What a session writes nowhere in place comes out of it: a state with `NEXT` after its name.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from wanexport.runtime.arrays import Array
+from wanexport.runtime.bundle.pinned_file import PinnedFile
+from wanexport.runtime.engines.engine import Memory
+from wanexport.runtime.program import NEXT, Program
+
+Ends = Mapping[str, tuple[tuple[int, ...], str]]  # shape, and our name of the dtype
+
+
+class Session(Protocol):
+    """One opened graph."""
+
+    inputs: Ends
+    outputs: Ends
+
+    def __call__(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """The outputs in order."""
+
+
+def call_moment(
+    program: Program,
+    sessions: Mapping[str, Session],
+    inputs: Mapping[str, Array],
+    weights: PinnedFile | None,
+    memory: Memory,
+    moment: str,
+) -> Any:
+    """Run the graph of a moment, and before it that of the prompt where memory has nothing of it.
+
+    Returns the velocity, None of a moment that gives none.
+    """
+    of_prompt = next((call for call in program.calls if call.when == "prompt"), None)
+    if of_prompt is not None and (memory.values is None or memory.weights != weights):
+        written = _run(sessions[of_prompt.name], inputs, memory)
+        memory.values, memory.weights = written, weights
+    call = program.at(moment)
+    written = _run(sessions[call.name], {**inputs, **(memory.values or {})}, memory)
+    return written[call.writes[0]] if call.writes else None
+
+
+def _run(session: Session, inputs: Mapping[str, Array], memory: Memory) -> dict[str, Any]:
+    """What a graph gives by name, but for state, which memory has then."""
+    results = dict(zip(session.outputs, session({**inputs, **memory.state}), strict=True))
+    for name in [name for name in results if name.endswith(NEXT)]:
+        memory.state[name.removesuffix(NEXT)] = results.pop(name)
+    return results
