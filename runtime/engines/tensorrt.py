@@ -5,11 +5,10 @@ addresses aligned to 256 bytes, which a caller's view need not have, and a CUDA 
 stay. Nothing goes through the host, and the host does not wait.
 """
 
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from wanexport.runtime.bundle.details import is_plan
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.engines.cache_folder import cache_folder
-from wanexport.runtime.engines.device import gpu_or_cpu, launch_bound, on_device, to_device
-from wanexport.runtime.engines.device_weights import DeviceWeights, check_room, device_weights
+from wanexport.runtime.engines.device import gpu_or_cpu, launch_bound, to_device
+from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
 from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory
+from wanexport.runtime.engines.tensorrt_buffers import Buffers
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS, import_tensorrt
 from wanexport.runtime.engines.tensorrt_plan import OUTPUT, Plan
 from wanexport.runtime.engines.tensorrt_target import arch
@@ -37,54 +37,6 @@ _BAKED = (
     "--bake-weights"
 )
 _LONG = 10.0  # seconds of the first execution, beyond which no launch is worth measuring
-
-
-class Buffers:
-    """Device memory that the experts of an engine use by turns: inputs, output, activations.
-
-    A turn is in the caller's stream and starts when that before it has ended, in whatever stream.
-    """
-
-    def __init__(
-        self, inputs: Mapping[str, TensorSpec], output: TensorSpec, size: int, device: torch.device
-    ) -> None:
-        advice = "build one of a smaller --resolution or fewer --frames"
-        check_room(size, device, "the engine's activation memory", advice)
-        self.device = device
-        # Of a caller in inference mode, calls outside it could not write them.
-        with on_device(device), torch.inference_mode(False):
-            self.inputs = {
-                name: torch.zeros(spec.shape, device=device) for name, spec in inputs.items()
-            }
-            self.output = torch.empty(output.shape, device=device)
-            self.activations = torch.empty(max(1, size), dtype=torch.uint8, device=device)
-        self.lock = threading.Lock()
-        self.own_stream, self.idle = torch.cuda.Stream(device), torch.cuda.Event()
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Have the buffers for what the caller's current stream is given meanwhile."""
-        with self.lock, on_device(self.device):
-            caller = torch.cuda.current_stream(self.device)
-            caller.wait_event(self.idle)
-            try:
-                yield
-            finally:  # what was launched before a failure uses them too
-                self.idle.record(caller)
-
-    @contextmanager
-    def stream(self) -> Iterator[int]:
-        """Handle of the caller's current stream, or of one of our own between its neighbours where
-        that is the default: there TensorRT makes the host wait."""
-        caller = torch.cuda.current_stream(self.device)
-        if caller.cuda_stream:
-            yield caller.cuda_stream
-            return
-        self.own_stream.wait_stream(caller)
-        try:
-            yield self.own_stream.cuda_stream
-        finally:
-            caller.wait_stream(self.own_stream)
 
 
 class TensorRtEngine:
