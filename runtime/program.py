@@ -20,6 +20,9 @@ DRAWS = ("normal", "rows", "masked", "place")  # how a seeded input is made
 ATTENTION_KINDS = ("self", "text", "image", "cache", "frame")
 LAYER = "{i}"
 NEXT = ".next"  # after a state's name: what a graph, which writes nothing in place, makes it
+# After a state's name: what of it a graph makes anew, as many rows of each as `slots` has entries.
+ROWS = ".rows"
+PLACE_OF_ROWS = "slots"  # the input that says where in the state these lie
 WHOLE = "denoiser"  # the call of the steps, where a graph is all of a moment
 _MOST_LAYERS = 1024
 _Templated = Annotated[str, Text(r"[A-Za-z0-9][A-Za-z0-9._+{}-]*", 64)]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from wanexport.runtime.bundle.details import is_plan
+from wanexport.runtime.bundle.details import is_plan_of_step
 from wanexport.runtime.bundle.manifest import FileRecord, Manifest
 from wanexport.runtime.program import WHOLE
 
@@ -37,5 +37,5 @@ def _files_of(expert: str, files: Mapping[str, FileRecord]) -> dict[str, FileRec
     own = f"{WHOLE}-{expert}"
     if own not in files:
         return dict(files)
-    others = {role: file for role, file in files.items() if not is_plan(role)}
+    others = {role: file for role, file in files.items() if not is_plan_of_step(role)}
     return {WHOLE: files[own], **others}

@@ -58,9 +58,10 @@ def lint_onnx(model: onnx.ModelProto, attentions: int | None = None) -> list[Fin
 
 
 def _writes_state(graph: ir.Graph, node: ir.Node) -> bool:
-    """Whether it makes an output of a graph's input: a state that a runtime can write in place."""
-    is_scatter = node.op_type == "ScatterND"
-    return is_scatter and node.inputs[0] in graph.inputs and node.outputs[0] in graph.outputs
+    """Whether it makes an output of a graph's input: a state that a runtime can write in place; or
+    the graph gives the rows that it writes, which the runtime writes then."""
+    is_scatter = node.op_type == "ScatterND" and node.inputs[0] in graph.inputs
+    return is_scatter and any(v in graph.outputs for v in (node.outputs[0], node.inputs[2]))
 
 
 def _prefixes(graph: ir.Graph) -> set[ir.Value]:

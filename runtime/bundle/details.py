@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from packaging.version import InvalidVersion, Version
 
 from wanexport.runtime.decode import Count, Name
-from wanexport.runtime.program import WHOLE, Program
+from wanexport.runtime.program import MOMENTS, WHOLE, Program
 from wanexport.runtime.vae_config import VaeConfig
 from wanexport.runtime.wan_config import EXPERTS
 
@@ -68,7 +68,7 @@ class VaeDetails:
 
 @dataclass(frozen=True)
 class TensorRtDetails:
-    """A TensorRT plan: whether it serves newer GPUs and versions than those it was built with."""
+    """TensorRT plans: whether they serve newer GPUs and versions than those of the build."""
 
     hardware_compatible: bool = False
     version_compatible: bool = False
@@ -83,7 +83,9 @@ class TensorRtDetails:
             return "it is for no version of TensorRT"
         if target.get("device") != "cuda":
             return f"it is for device {target.get('device')}"
-        return "" if WHOLE in files or _OWN_PLANS <= set(files) else "it has no plan for an expert"
+        if WHOLE in files:
+            return _missing(calls, files)
+        return "" if _OWN_PLANS <= set(files) else "it has no plan for an expert"
 
 
 class Kind(NamedTuple):
@@ -99,11 +101,13 @@ class Kind(NamedTuple):
 
 
 _OWN_PLANS = frozenset(f"{WHOLE}-{expert}" for expert in EXPERTS)
+_LAYERS = "layers"  # the role of a list of layers; the plan's name follows, but for a step's
+_OF_PLANS = _OWN_PLANS | {_LAYERS, *(f"{_LAYERS}-{moment}" for moment in MOMENTS)}
 KINDS = {
     "onnx": Kind(OnnxDetails, True),
     "aoti": Kind(AotiDetails, False, frozenset({"flash_attention"})),
-    "tensorrt": Kind(TensorRtDetails, True, _OWN_PLANS | {"layers"}),
-    "tensorrt-rtx": Kind(TensorRtDetails, True, _OWN_PLANS | {"layers"}),
+    "tensorrt": Kind(TensorRtDetails, True, _OF_PLANS),
+    "tensorrt-rtx": Kind(TensorRtDetails, True, _OF_PLANS),
 }
 VAE_KINDS = {"aoti": Kind(VaeDetails, False)}
 
@@ -114,8 +118,18 @@ def unknown_file(kind: Kind, program: Program, files: Collection[str]) -> str:
     return next((role for role in files if role not in known), "")
 
 
+def layers_role(plan: str) -> str:
+    """The role of the file that lists a plan's layers."""
+    return _LAYERS if is_plan_of_step(plan) else f"{_LAYERS}-{plan}"
+
+
 def is_plan(role: str) -> bool:
-    """Whether a file of this role is a plan: one for all, or one with an expert's weights."""
+    """Whether a file of this role is a plan."""
+    return is_plan_of_step(role) or role in MOMENTS
+
+
+def is_plan_of_step(role: str) -> bool:
+    """Whether a file of this role is a plan of a step: one for all, or with an expert's weights."""
     return role == WHOLE or role.startswith(f"{WHOLE}-")
 
 

@@ -21,6 +21,7 @@ from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.engines.cached_kernels import attending_to
 from wanexport.runtime.engines.device import (
+    blank_input,
     capture_stream,
     gpu_or_cpu,
     launch_bound,
@@ -42,7 +43,7 @@ from wanexport.runtime.errors import (
     WanExportWarning,
 )
 from wanexport.runtime.machine.temporary import check_temporary_folder
-from wanexport.runtime.program import Input, Program
+from wanexport.runtime.program import Program
 
 # What compiled code depends on, of what `versions` says.
 BINDING = ("device", "arch", "march", "instructions", "torch", "cuda")
@@ -192,13 +193,6 @@ class BoundRegions:
         ]
 
 
-def _zeros(spec: Input, device: torch.device) -> Tensor:
-    """An input of zeros; of whole numbers ones, for a forward attends to at least one token."""
-    whole = spec.dtype != "fp32"
-    dtype = getattr(torch, DTYPES[spec.dtype].torch)
-    return torch.full(spec.shape, int(whole), dtype=dtype, device=device)
-
-
 def _names(program: Program) -> dict[str, None]:
     """Every name that a call reads or writes, once, in order of appearance."""
     names = dict.fromkeys(program.inputs)
@@ -255,7 +249,7 @@ class AotiEngine:
         inputs = regions.program.inputs
         # Of a caller in inference mode, calls outside it could not write them.
         with torch.inference_mode(False), on_device(self.device_of):
-            zeros = {n: _zeros(spec, self.device_of) for n, spec in inputs.items()}
+            zeros = {n: blank_input(spec, self.device_of) for n, spec in inputs.items()}
             self.launch_seconds, self.block_seconds = self.bound.warm_up(zeros, self.memory())
             if cuda_graph is None:
                 cuda_graph = launch_bound(self.launch_seconds, self.block_seconds)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.errors import EngineFailure
-from wanexport.runtime.program import ENGINE_DTYPE, Program
+from wanexport.runtime.program import ENGINE_DTYPE, Program, TensorSpec
 
 _LAUNCH_BOUND = 0.7  # of the GPU's time: when a launch takes more, a CUDA graph pays
 
@@ -65,6 +66,13 @@ def to_device(value: Any, device: torch.device, dtype: torch.dtype = torch.float
         tensor = tensor.to(dtype).pin_memory()
     # A copy to the host that nobody waits for would be read before it is there.
     return tensor.to(device, dtype, non_blocking=device.type == "cuda").contiguous()
+
+
+def blank_input(spec: TensorSpec, device: torch.device) -> Tensor:
+    """An input of zeros; of whole numbers ones, for a forward attends to at least one token."""
+    whole = spec.dtype != "fp32"
+    dtype = getattr(torch, DTYPES[spec.dtype].torch)
+    return torch.full(spec.shape, int(whole), dtype=dtype, device=device)
 
 
 def zero_state(program: Program, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

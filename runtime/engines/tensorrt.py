@@ -2,7 +2,8 @@
 
 A call copies its inputs into fixed buffers and the velocity out of one, on the GPU: TensorRT wants
 addresses aligned to 256 bytes, which a caller's view need not have, and a CUDA graph wants them to
-stay. Nothing goes through the host, and the host does not wait.
+stay. Nothing goes through the host, and the host does not wait. Engines of several moments are in
+`tensorrt_moments.py`.
 """
 
 import time
@@ -21,9 +22,10 @@ from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.engines.cache_folder import cache_folder
 from wanexport.runtime.engines.device import gpu_or_cpu, launch_bound, to_device
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
-from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory
+from wanexport.runtime.engines.engine import CLOSED, Engine, EngineOptions, Memory
 from wanexport.runtime.engines.tensorrt_buffers import Buffers
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS, import_tensorrt
+from wanexport.runtime.engines.tensorrt_moments import open_moments
 from wanexport.runtime.engines.tensorrt_plan import OUTPUT, Plan
 from wanexport.runtime.engines.tensorrt_target import arch
 from wanexport.runtime.engines.tensorrt_target import refusal as target_refusal
@@ -63,9 +65,9 @@ class TensorRtEngine:
         self.graph: torch.cuda.CUDAGraph | None = None
         # Before the context and the memory bound to it go: an execution may still use them.
         weakref.finalize(self, buffers.idle.synchronize)
-        tensors = {**(weights.tensors if weights else {}), **buffers.inputs, OUTPUT: buffers.output}
+        tensors = {**(weights.tensors if weights else {}), **buffers.inputs, **buffers.outputs}
         with buffers.turn():
-            self.context = plan.bind(tensors, buffers.activations)
+            self.context = plan.context(tensors, buffers.activations)
             self.launch_seconds, self.seconds = self._warm_up(buffers)
             if cuda_graph is None:
                 cuda_graph = launch_bound(self.launch_seconds, self.seconds)
@@ -125,7 +127,7 @@ class TensorRtEngine:
                 self._execute(buffers)
             else:
                 self.graph.replay()
-            return buffers.output.clone()
+            return buffers.outputs[OUTPUT].clone()
 
     def close(self) -> None:
         """Let go of context, buffers and weights; a call then raises EngineFailure."""
@@ -145,10 +147,8 @@ class TensorRtEngine:
         return {"activations": activations, "weights": weights}
 
     def _execute(self, buffers: Buffers) -> None:
-        self.plan.log.clear()
         with buffers.stream() as handle:
-            if not self.context.execute_async_v3(handle):
-                raise self.plan.failure("execute")
+            self.plan.execute(self.context, handle)
 
     def _warm_up(self, buffers: Buffers) -> tuple[float, float]:
         """Seconds to launch the plan and to run it, which the first execution would not tell: it
@@ -193,7 +193,7 @@ def open_engines(
     weights: Callable[[], Mapping[str, PinnedFile]],
     options: EngineOptions,
     device: str,
-) -> dict[str, TensorRtEngine]:
+) -> Mapping[str, Engine]:
     """The engine of each expert. weights gives the files by expert, where the plans take any.
 
     Raises BundleError when a plan cannot be opened or does not fit, BadRequest for other weights or
@@ -201,6 +201,21 @@ def open_engines(
     """
     place = gpu_or_cpu(device)
     plans = _open_plans(record, files, place)
+    if not record.program.is_plain:
+        return open_moments(record, plans, weights(), options, place)
+    experts = {role.removeprefix(WHOLE).removeprefix("-"): plan for role, plan in plans.items()}
+    return _open_plain(record, experts, weights, options, place)
+
+
+def _open_plain(
+    record: EngineRecord,
+    plans: Mapping[str, Plan],
+    weights: Callable[[], Mapping[str, PinnedFile]],
+    options: EngineOptions,
+    place: torch.device,
+) -> dict[str, TensorRtEngine]:
+    """The engine of each expert, from plans by the expert whose weights are baked in; from one of
+    the key "" that takes any."""
     is_baked = not any(plan.parameters(record.inputs) for plan in plans.values())
     if is_baked and (options.offload or options.weights is not None):
         raise BadRequest(_BAKED.format(f"engine {record.name}"))
@@ -210,10 +225,11 @@ def open_engines(
         raise BundleError(f"engine {record.name} has no {role}: run wanexport build again")
     chosen = {} if is_baked else weights()
     plans = plans if is_baked else {expert: plans[""] for expert in chosen}
+    ends = {**record.inputs, OUTPUT: record.output}
     for expert, plan in plans.items():
-        plan.check(record.inputs, record.output, chosen.get(expert))
+        plan.check(ends, chosen.get(expert))
     size = max(plan.activation_bytes for plan in plans.values())
-    buffers = Buffers(record.inputs, record.output, size, place)
+    buffers = Buffers(record.inputs, {OUTPUT: record.output}, size, place)
     held: DeviceWeights | None = None
     engines: dict[str, TensorRtEngine] = {}
     for expert, plan in plans.items():
@@ -227,10 +243,10 @@ def open_engines(
 def _open_plans(
     record: EngineRecord, files: Mapping[str, PinnedFile], device: torch.device
 ) -> dict[str, Plan]:
-    """The plans by the expert whose weights are baked in; the one key "" for one that takes any."""
+    """The plans by their roles."""
     kernels = cache_folder() if FLAVOURS[record.backend].keeps_kernels else None
     return {
-        role.removeprefix(WHOLE).removeprefix("-"): Plan(
+        role: Plan(
             record.backend,
             file,
             device,
@@ -258,8 +274,8 @@ def run_once(
     place = gpu_or_cpu(device)
     plan = Plan(flavour, path, place, version_compatible=version_compatible)
     file = pin(weights) if plan.parameters(inputs) else None
-    plan.check(inputs, output, file)
-    buffers = Buffers(inputs, output, plan.activation_bytes, place)
+    plan.check({**inputs, OUTPUT: output}, file)
+    buffers = Buffers(inputs, {OUTPUT: output}, plan.activation_bytes, place)
     held = device_weights(file, place) if file else None
     engine = TensorRtEngine(plan, buffers, held, file, cuda_graph=False)
     return engine({name: to_device(v, place) for name, v in values.items()}).cpu().numpy()

@@ -6,29 +6,33 @@ from contextlib import contextmanager
 
 import torch
 
-from wanexport.runtime.engines.device import on_device
+from wanexport.runtime.engines.device import blank_input, on_device
 from wanexport.runtime.engines.device_weights import check_room
 from wanexport.runtime.program import TensorSpec
 
 
 class Buffers:
-    """Device memory that the experts of an engine use by turns: inputs, output, activations.
+    """Device memory that the plans of an engine use by turns: inputs, outputs, activations.
 
     A turn is in the caller's stream and starts when that before it has ended, in whatever stream.
     """
 
     def __init__(
-        self, inputs: Mapping[str, TensorSpec], output: TensorSpec, size: int, device: torch.device
+        self,
+        inputs: Mapping[str, TensorSpec],
+        outputs: Mapping[str, TensorSpec],
+        size: int,
+        device: torch.device,
     ) -> None:
         advice = "build one of a smaller --resolution or fewer --frames"
         check_room(size, device, "the engine's activation memory", advice)
         self.device = device
         # Of a caller in inference mode, calls outside it could not write them.
         with on_device(device), torch.inference_mode(False):
-            self.inputs = {
-                name: torch.zeros(spec.shape, device=device) for name, spec in inputs.items()
-            }
-            self.output = torch.empty(output.shape, device=device)
+            self.inputs, self.outputs = (
+                {name: blank_input(spec, device) for name, spec in ends.items()}
+                for ends in (inputs, outputs)
+            )
             self.activations = torch.empty(max(1, size), dtype=torch.uint8, device=device)
         self.lock = threading.Lock()
         self.own_stream, self.idle = torch.cuda.Stream(device), torch.cuda.Event()

@@ -83,31 +83,32 @@ class Plan:
 
     def check(
         self,
-        inputs: Mapping[str, TensorSpec],
-        output: TensorSpec,
+        ends: Mapping[str, TensorSpec],
         weights: PinnedFile | None,
+        *,
+        reads_all: bool = True,
     ) -> None:
-        """Raise WanExportError unless the plan takes these inputs and the tensors of this file,
-        None where weights were baked in, and gives this output."""
+        """Raise WanExportError unless the plan takes and gives these and takes the tensors of this
+        file, None where weights were baked in; all of them unless it reads only some."""
         # An input is more than a tensor, and equal to no plain one.
-        expected = {n: TensorSpec(s.shape, s.dtype) for n, s in {**inputs, OUTPUT: output}.items()}
+        expected = {name: TensorSpec(spec.shape, spec.dtype) for name, spec in ends.items()}
         if weights is not None:
             with weights.opened():
                 entries = read_header(weights.path)
             for name, entry in entries.items():
-                expected[name] = TensorSpec(entry.shape, STORED[entry.dtype].name)
+                if reads_all or name in self.tensors:
+                    expected[name] = TensorSpec(entry.shape, STORED[entry.dtype].name)
         for name in sorted(expected.keys() | self.tensors.keys()):
             wanted, found = expected.get(name), self.tensors.get(name)
             if wanted != found:
-                is_parameter = weights and name not in inputs and name != OUTPUT
-                source = weights.path if weights and is_parameter else "the manifest"
+                source = weights.path if weights and name not in ends else "the manifest"
                 raise BundleError(
                     f"{self.path} has {_in_words(found)} for {name}, {source} has "
                     f"{_in_words(wanted)}: run wanexport build again"
                 )
 
-    def bind(self, tensors: Mapping[str, Tensor], activations: Tensor) -> Any:
-        """An execution context with every address set.
+    def context(self, tensors: Mapping[str, Tensor], activations: Tensor) -> Any:
+        """An execution context with the addresses of these tensors set, where the plan has them.
 
         Raises WanExportError when TensorRT refuses one.
         """
@@ -117,9 +118,20 @@ class Plan:
             raise self.failure("make a context for")
         context.set_device_memory(activations.data_ptr(), activations.nbytes)
         for name in self.tensors:
-            if not context.set_tensor_address(name, tensors[name].data_ptr()):
-                raise self.failure(f"bind {name} of")
+            if name in tensors:
+                self.bind(context, name, tensors[name].data_ptr())
         return context
+
+    def bind(self, context: Any, name: str, address: int) -> None:
+        """Have a context find a tensor there. Raises WanExportError when TensorRT refuses it."""
+        if not context.set_tensor_address(name, address):
+            raise self.failure(f"bind {name} of")
+
+    def execute(self, context: Any, stream: int) -> None:
+        """Launch the plan on a stream, of this handle. Raises EngineFailure when it fails."""
+        self.log.clear()
+        if not context.execute_async_v3(stream):
+            raise self.failure("execute")
 
     def save_kernels(self) -> None:
         """Keep what TensorRT for RTX compiled since the plan was opened."""

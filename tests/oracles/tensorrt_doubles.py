@@ -1,27 +1,37 @@
 """TensorRT on a CPU: doubles autospecced from its real classes; plans compute a known function.
 
 A plan is a JSON file. Executing one reads the addresses that were bound, as kernels would. A call
-must fit the signature that the real method states, and a misspelt name is an error.
+must fit the signature that the real method states, and a misspelt name is an error. A plan of an
+ONNX graph computes what ONNX Runtime makes of it.
 """
 
 import ctypes
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
 
+import onnx
 import pytest
 import torch
+from onnx import TensorProto
+from onnxruntime import InferenceSession
 from torch import Tensor
 
 from tests.oracles.bindings import accepts, signatures
 from wanexport.runtime.engines import tensorrt as tensorrt_engine
-from wanexport.runtime.engines import tensorrt_plan, tensorrt_target
+from wanexport.runtime.engines import tensorrt_moments, tensorrt_plan, tensorrt_target
 
-DTYPES = {"FLOAT": torch.float32, "BF16": torch.bfloat16, "HALF": torch.float16}
+DTYPES = {
+    "FLOAT": torch.float32,
+    "BF16": torch.bfloat16,
+    "HALF": torch.float16,
+    "INT64": torch.int64,
+}
 Calls = list[tuple[Any, ...]]  # method or function, and what was passed
 
 
@@ -30,6 +40,36 @@ def write_plan(
 ) -> None:
     """A plan that takes these tensors (shape, TensorRT's dtype); `velocity` is its output."""
     path.write_text(json.dumps({"tensors": tensors, "activation_bytes": activation_bytes}))
+
+
+def write_graph_plan(path: Path, graph: Path) -> None:
+    """A plan that computes what an ONNX graph does, and takes and gives the same tensors."""
+    model = onnx.load(graph)
+    tensors = {
+        end.name: (
+            [size.dim_value for size in end.type.tensor_type.shape.dim],
+            _OF_ONNX[end.type.tensor_type.elem_type],
+        )
+        for end in (*model.graph.input, *model.graph.output)
+    }
+    outputs = [end.name for end in model.graph.output]
+    plan = {"tensors": tensors, "outputs": outputs, "graph": str(graph), "activation_bytes": 4096}
+    path.write_text(json.dumps(plan))
+
+
+_OF_ONNX = {TensorProto.FLOAT: "FLOAT", TensorProto.INT64: "INT64"}
+
+
+@cache
+def _session(graph: str) -> InferenceSession:
+    return InferenceSession(graph, providers=["CPUExecutionProvider"])
+
+
+def _run_graph(graph: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    session = _session(graph)
+    names = [end.name for end in session.get_outputs()]
+    found = session.run(names, {name: tensor.numpy() for name, tensor in tensors.items()})
+    return {name: torch.from_numpy(array) for name, array in zip(names, found, strict=True)}
 
 
 def velocity(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -142,8 +182,13 @@ class TensorRt:
 
         def execute() -> None:
             given = {name: _at(addresses[name], *tensors[name]) for name in tensors}
-            output = given.pop("velocity")
-            output.copy_(self.compute(given))
+            outputs = {name: given.pop(name) for name in plan.get("outputs", ["velocity"])}
+            places = {addresses[name] for name in given}
+            assert not places & {addresses[name] for name in outputs}  # nothing is written in place
+            graph = plan.get("graph")
+            found = _run_graph(graph, given) if graph else {"velocity": self.compute(given)}
+            for name, output in outputs.items():
+                output.copy_(found[name])
 
         def execute_async_v3(stream_handle: int) -> bool:
             assert addresses.keys() == {*tensors, "activations"}
@@ -210,7 +255,7 @@ class Gpu:
         for module in (tensorrt_plan, tensorrt_target):
             patch.setattr(module, "import_tensorrt", lambda flavour: trt)
         self.devices: list[str] = []  # by which the GPU was asked for
-        for module in (tensorrt_engine, tensorrt_target):
+        for module in (tensorrt_engine, tensorrt_moments, tensorrt_target):
             patch.setattr(module, "gpu_or_cpu", self._place)
         cuda = {
             "is_available": lambda: True,

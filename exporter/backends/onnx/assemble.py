@@ -6,6 +6,7 @@ parameters as inputs, and holds no weight itself.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import onnx
 import onnx_ir as ir
@@ -16,7 +17,7 @@ from wanexport.runtime.bundle.path import WEIGHTS_FILE
 from wanexport.runtime.bundle.tensorfile import TensorEntry
 from wanexport.runtime.dtypes import DTYPES, STORED
 from wanexport.runtime.engines.onnx_moments import WRITTEN
-from wanexport.runtime.program import ENGINE_DTYPE, NEXT, Call, TensorSpec, of_layer
+from wanexport.runtime.program import ENGINE_DTYPE, ROWS, Call, TensorSpec, of_layer
 
 _DOMAIN = "wanexport"  # of the functions
 _IR_VERSION = 11  # of opset 23; of 24 ONNX Runtime asks for no later one
@@ -42,7 +43,7 @@ def assemble(
     inputs, specs = wiring.inputs, wiring.specs
     outputs = [_named(wiring.values[name], name, specs[name], lowered) for name in ends.writes]
     outputs += [
-        _named(wiring.state[name], name + NEXT, specs[name], lowered)
+        _named(wiring.state[name], name + what.ending, specs[name], lowered)
         for name, what in wiring.becomes.items()
         if what is not Becomes.ITSELF
     ]
@@ -61,7 +62,8 @@ def assemble(
 class _Wiring:
     """The graph of one moment, to which its calls are added in order.
 
-    values and state are what they are by then, and becomes what has become of the state.
+    values and state are what they are by then, of a state that is written by rows these; specs are
+    the shapes, and becomes what has become of the state.
     """
 
     def __init__(self, lowered: Lowered, weights: Mapping[str, TensorEntry], moment: str) -> None:
@@ -92,13 +94,27 @@ class _Wiring:
         results = [ir.Value(name=name) for name in result_names(lowered, call, index)]
         self.nodes.append(ir.Node(_DOMAIN, call.function, given, outputs=results))
         self.values |= dict(zip(call.writes, results))
+        kept = of_layer(call.state, index)
+        self._keep(call, dict(zip(kept, lowered.becomes[call.function], strict=True)))
         changed = of_layer(lowered.changes(call), index)
         self.state |= dict(zip(changed, results[len(call.writes) :], strict=True))
-        kept = of_layer(call.state, index)
-        for name, what in zip(kept, lowered.becomes[call.function], strict=True):
-            if what is not Becomes.ITSELF:  # twice written, it would be read in between
-                is_first = self.becomes[name] is Becomes.ITSELF
-                self.becomes[name] = what if is_first else Becomes.ANOTHER
+
+    def _keep(self, call: Call, becomes: Mapping[str, Becomes]) -> None:
+        """Note what becomes of the state by one layer of a call."""
+        shapes = [value.shape for value in self.lowered.calls[call.function].graph.outputs]
+        made = iter(shapes[len(call.writes) :])
+        for name, what in becomes.items():
+            if self.becomes[name].ending == ROWS:
+                raise RuntimeError(f"{call.name} takes {name}, of which its moment gives rows only")
+            if what is Becomes.ITSELF:
+                continue
+            is_first = self.becomes[name] is Becomes.ITSELF
+            # Twice written, it would be read in between.
+            self.becomes[name] = what if is_first else Becomes.ANOTHER
+            shape = next(made)
+            if what.ending == ROWS:
+                assert shape is not None
+                self.specs[name] = replace(self.specs[name], shape=shape.numpy())
 
 
 def _model(
@@ -122,8 +138,9 @@ def _model(
 def result_names(lowered: Lowered, call: Call, index: int) -> list[str]:
     """What the main graph calls the results of one layer of a call: its writes, then what the state
     becomes that it changes. What leaves the graph has its name there instead."""
-    names = (*call.writes, *(name + NEXT for name in of_layer(lowered.changes(call), index)))
-    return name_results(call, index, names)
+    becomes = zip(of_layer(call.state, index), lowered.becomes[call.function], strict=True)
+    changed = (name + what.ending for name, what in becomes if what is not Becomes.ITSELF)
+    return name_results(call, index, (*call.writes, *changed))
 
 
 def name_results(call: Call, index: int, names: Sequence[str]) -> list[str]:

@@ -13,6 +13,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import opset23 as op
 
+from wanexport.runtime.program import NEXT, ROWS
+
 SCATTER = "ScatterND"
 _HEADS = "q_num_heads"  # an attribute of an Attention to a cache, and of no other
 _OPSET_OF_LENGTHS = 24  # whose Attention is told how many keys count
@@ -20,12 +22,25 @@ _OPSET_OF_LENGTHS = 24  # whose Attention is told how many keys count
 
 class Becomes(Enum):
     """What a call makes of a state: leaves it, writes it where it lies, gives another tensor, or
-    one that it did not even read the state for."""
+    one that it did not even read the state for; or gives only the rows that are new, and reads the
+    state or does not."""
 
     ITSELF = "itself"
     WRITTEN = "written"
     ANOTHER = "another"
     UNREAD = "unread"
+    ROWS = "rows"
+    ROWS_UNREAD = "rows, unread"
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the call reads the state."""
+        return self not in (Becomes.UNREAD, Becomes.ROWS_UNREAD)
+
+    @property
+    def ending(self) -> str:
+        """What stands after the state's name in that of the call's result."""
+        return ROWS if self in (Becomes.ROWS, Becomes.ROWS_UNREAD) else NEXT
 
 
 def write_rows(cache: Any, dim: int, index: Any, source: Any) -> Any:
@@ -52,18 +67,46 @@ def attend_prefix(q: Any, k: Any, v: Any, keys: Any, kind: str) -> Any:
 def attend_masked(q: Any, k: Any, v: Any, keys: Any, kind: str) -> Any:
     """Attention to the whole cache with a mask of its rows: TensorRT's parser takes the lengths of
     opset 24 and drops them. ONNX Runtime, which proves the graph, wants the mask of every query."""
-    numbers = op.Range(
-        op.Constant(value_int=0), op.Constant(value_int=int(k.shape[1])), op.Constant(value_int=1)
-    )
     every = op.Constant(value_ints=[1, 1, int(q.shape[1]), 1])
-    mask = op.Expand(op.Less(numbers, keys), every)
+    mask = op.Expand(_counting(k, keys), every)
     q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
     out, *_ = op.Attention(q, k, v, mask)
     return op.Transpose(out, perm=[0, 2, 1, 3])
 
 
+def attend_decomposed(q: Any, k: Any, v: Any, keys: Any, kind: str) -> Any:
+    """The same in products and a softmax."""
+    return in_products(q, k, v, _counting(k, keys))
+
+
+def _counting(k: Any, keys: Any) -> Any:
+    """Which rows of a cache count: the first `keys`."""
+    numbers = op.Range(
+        op.Constant(value_int=0), op.Constant(value_int=int(k.shape[1])), op.Constant(value_int=1)
+    )
+    return op.Less(numbers, keys)
+
+
+def in_products(q: Any, k: Any, v: Any, counting: Any = None) -> Any:
+    """Attention in products and a softmax, with the scale on q, as TensorRT fuses it; to the keys
+    that count, by default all."""
+    scale = op.CastLike(op.Constant(value_float=float(q.shape[-1]) ** -0.5), q)
+    scaled = op.Mul(op.Transpose(q, perm=[0, 2, 1, 3]), scale)
+    scores = op.MatMul(scaled, op.Transpose(k, perm=[0, 2, 3, 1]))
+    if counting is not None:
+        nothing = op.CastLike(op.Constant(value_float=float("-inf")), q)
+        scores = op.Where(counting, scores, nothing)
+    out = op.MatMul(op.Softmax(scores, axis=-1), op.Transpose(v, perm=[0, 2, 1, 3]))
+    return op.Transpose(out, perm=[0, 2, 1, 3])
+
+
 ATTEND: Mapping[str, Any] = MappingProxyType(
-    {"prefix": attend_prefix, "lengths": attend_prefix, "mask": attend_masked}
+    {
+        "prefix": attend_prefix,
+        "lengths": attend_prefix,
+        "mask": attend_masked,
+        "decomposed": attend_decomposed,
+    }
 )
 
 
@@ -116,8 +159,9 @@ def _shape(q: Any) -> list[int]:
     return [int(size) for size in q.shape]
 
 
-def what_becomes(state: ir.Value, result: ir.Value) -> Becomes:
-    """What a graph makes of a state that it is given, and gives back as result."""
+def what_becomes(state: ir.Value, result: ir.Value, *, rows: bool) -> Becomes:
+    """What a graph makes of a state that it is given, and gives back as result; with rows only the
+    new ones of a state that is written by rows."""
     if _source(result) is state:
         return Becomes.ITSELF
     maker = result.producer()
@@ -126,8 +170,19 @@ def what_becomes(state: ir.Value, result: ir.Value) -> Becomes:
         return Becomes.UNREAD
     is_scattered = maker is not None and maker.op_type == SCATTER
     if is_scattered and [(use.node, use.idx) for use in uses] == [(maker, 0)]:
-        return Becomes.WRITTEN
+        if not rows:
+            return Becomes.WRITTEN
+        return Becomes.ROWS if result.uses() else Becomes.ROWS_UNREAD
     return Becomes.ANOTHER
+
+
+def rows_of(result: ir.Value) -> ir.Value:
+    """The new rows in what a state becomes that is written by one ScatterND."""
+    maker = result.producer()
+    assert maker is not None and maker.op_type == SCATTER
+    rows = maker.inputs[2]
+    assert rows is not None
+    return rows
 
 
 def _source(value: ir.Value) -> ir.Value:

@@ -23,6 +23,8 @@ from torch.export import ExportedProgram
 from wanexport.exporter.backends.onnx.cached import (
     ATTEND,
     Becomes,
+    in_products,
+    rows_of,
     use_lengths,
     what_becomes,
     write_rows,
@@ -43,7 +45,7 @@ from wanexport.graphs.graph import Graph, empty_graph, torch_dtype
 from wanexport.graphs.regions import trace_calls, written_inputs
 from wanexport.graphs.signature import attention_count
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.program import NEXT, Call, Program, of_layer
+from wanexport.runtime.program import NEXT, ROWS, Call, Program, of_layer
 from wanexport.runtime.wan_config import WanConfig
 
 OPSET = 23
@@ -57,7 +59,9 @@ class Lowering:
     and a softmax. With wide_bias what follows a bf16 or fp16 product is fp32: ONNX Runtime on CUDA
     rounds before it adds a bias, and GELU at each of its steps. With separate_queries no two
     attentions have the same query and scale, which TensorRT for RTX 1.7 does not survive. cached is
-    how a cache is attended to: its `prefix`, all of it by `lengths`, or with a `mask`.
+    how a cache is attended to: its `prefix`, all of it by `lengths`, or with a `mask`, which may be
+    `decomposed` too. With rows a state that is written by rows gives only these, for a runtime that
+    writes nothing in place.
     """
 
     dtype: str
@@ -65,6 +69,7 @@ class Lowering:
     wide_bias: bool = False
     separate_queries: bool = False
     cached: str = "prefix"
+    rows: bool = False
 
 
 def for_onnx_runtime(dtype: str, attention: str) -> Lowering:
@@ -75,7 +80,8 @@ def for_onnx_runtime(dtype: str, attention: str) -> Lowering:
 
 def for_tensorrt(dtype: str, attention: str) -> Lowering:
     """How what TensorRT builds a plan of is lowered."""
-    return Lowering(dtype, attention, separate_queries=True, cached="mask")
+    cached = "decomposed" if attention == "decomposed" else "mask"
+    return Lowering(dtype, attention, separate_queries=True, cached=cached, rows=True)
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class Lowered:
     def keeps(self, call: Call) -> tuple[str, ...]:
         """The names in `call.state` of what a call reads, in order."""
         known = zip(call.state, self.becomes[call.function], strict=True)
-        return tuple(name for name, becomes in known if becomes is not Becomes.UNREAD)
+        return tuple(name for name, becomes in known if becomes.is_read)
 
     def changes(self, call: Call) -> tuple[str, ...]:
         """The names in `call.state` of what a call changes, in order."""
@@ -116,7 +122,7 @@ def lower(graph: str, config: WanConfig, geometry: Geometry, how: Lowering) -> L
     calls, becomes = {}, {}
     for call in own:
         model = _translate(traced[call.name], call, how)
-        calls[call.name], becomes[call.name] = model, _fit_state(model.graph, call)
+        calls[call.name], becomes[call.name] = model, _fit_state(model.graph, call, how)
     findings = [f for call in own for f in _lint_traced(empty, call, traced)]
     findings += [f for model in calls.values() for f in _lint_translated(model, how)]
     findings += _missing_attention(program, traced, calls, how)
@@ -125,13 +131,17 @@ def lower(graph: str, config: WanConfig, geometry: Geometry, how: Lowering) -> L
     return Lowered(program, calls, becomes, count(findings), how.dtype)
 
 
-def _fit_state(graph: ir.Graph, call: Call) -> tuple[Becomes, ...]:
+def _fit_state(graph: ir.Graph, call: Call, how: Lowering) -> tuple[Becomes, ...]:
     """What becomes of each state of a call; what is not read is no input, what stays no output."""
     first, number = len(call.writes), len(graph.inputs) - len(call.state)
     states, results = graph.inputs[number:], graph.outputs[first:]
-    becomes = tuple(map(what_becomes, states, results))
-    graph.inputs[number:] = [s for s, what in zip(states, becomes) if what is not Becomes.UNREAD]
-    graph.outputs[first:] = [r for r, what in zip(results, becomes) if what is not Becomes.ITSELF]
+    becomes = tuple(what_becomes(*pair, rows=how.rows) for pair in zip(states, results))
+    graph.inputs[number:] = [s for s, what in zip(states, becomes) if what.is_read]
+    graph.outputs[first:] = [
+        rows_of(result) if what.ending == ROWS else result
+        for result, what in zip(results, becomes)
+        if what is not Becomes.ITSELF
+    ]
     RemoveUnusedNodesPass()(ir.Model(graph, ir_version=11))
     return becomes
 
@@ -269,12 +279,8 @@ def _attention(q: Any, k: Any, v: Any, kind: str) -> Any:
 
 
 def _decomposed_attention(q: Any, k: Any, v: Any, kind: str) -> Any:
-    """The same in products and a softmax, with the scale on q, as TensorRT fuses it."""
-    scale = op.CastLike(op.Constant(value_float=float(q.shape[-1]) ** -0.5), q)
-    scaled = op.Mul(op.Transpose(q, perm=[0, 2, 1, 3]), scale)
-    scores = op.MatMul(scaled, op.Transpose(k, perm=[0, 2, 3, 1]))
-    out = op.MatMul(op.Softmax(scores, axis=-1), op.Transpose(v, perm=[0, 2, 1, 3]))
-    return op.Transpose(out, perm=[0, 2, 1, 3])
+    """The same in products and a softmax."""
+    return in_products(q, k, v)
 
 
 _ATTENTION = {

@@ -3,13 +3,11 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import onnx_ir
 import torch
 
 from wanexport.exporter.backends.backend import (
@@ -19,27 +17,27 @@ from wanexport.exporter.backends.backend import (
     Request,
     TensorRtOptions,
 )
-from wanexport.exporter.backends.onnx.assemble import assemble
-from wanexport.exporter.backends.onnx.lower import Lowering, for_tensorrt, lower, serialize
 from wanexport.exporter.backends.onnx.prove import prove_lowering
+from wanexport.exporter.backends.tensorrt import graphs as graphs_of_plans
 from wanexport.exporter.backends.tensorrt import plan as to_tensorrt
+from wanexport.exporter.backends.tensorrt.graphs import (
+    Graphs,
+    lowered_graphs,
+    lowering,
+    what_is_lowered,
+)
 from wanexport.exporter.backends.tensorrt.plan import PlanJob
 from wanexport.exporter.backends.tensorrt.room import check_room
 from wanexport.exporter.backends.tensorrt.targets import find_targets, gpu_arch
 from wanexport.exporter.child.child import run_process, temporary_folder
-from wanexport.exporter.lint import tensorrt as tensorrt_lint
-from wanexport.graphs.signature import attention_count
-from wanexport.runtime.bundle.details import TensorRtDetails
+from wanexport.runtime.bundle.details import TensorRtDetails, layers_role
 from wanexport.runtime.bundle.durable import fsync_folder, write_durably
 from wanexport.runtime.bundle.manifest import EngineRecord
-from wanexport.runtime.bundle.signature import weights_layout
 from wanexport.runtime.engines.cache_folder import cache_folder
 from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.tensorrt_library import FLAVOURS
 from wanexport.runtime.errors import BadRequest, WanExportError, WanExportWarning, explain
-from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.program import WHOLE
-from wanexport.runtime.wan_config import WanConfig
 
 
 class TensorRtBackend:
@@ -48,7 +46,7 @@ class TensorRtBackend:
     ATTENTION = ("native", "decomposed")
     OPTIONS = TensorRtOptions
     COMPILES = False
-    SOURCES = (lower.__module__, assemble.__module__, to_tensorrt.__name__)
+    SOURCES = (graphs_of_plans.__name__, to_tensorrt.__name__)
 
     def __init__(self, flavour: str) -> None:
         self.flavour, self.title = flavour, FLAVOURS[flavour].title
@@ -80,14 +78,14 @@ class TensorRtBackend:
     def resolve(self, request: Request) -> Request:
         """The request with its own options, of which the targets make several requests.
 
-        Raises BadRequest for a model with state, which a plan does not keep.
+        Raises BadRequest for weights that would be baked into the plans of several moments.
         """
-        if request.program.state:
-            raise BadRequest(
-                f"{self.title} builds no {request.config.family}, which keeps a state between "
-                f"steps: use --backend onnx or aoti"
-            )
         options = request.options or TensorRtOptions()
+        if options.bake_weights and not request.program.is_plain:
+            raise BadRequest(
+                f"a {request.config.family} has a plan for each of its moments, and each would "
+                f"hold weights of its own: leave out --bake-weights"
+            )
         return replace(
             request,
             device=_gpu(request.device),
@@ -99,7 +97,8 @@ class TensorRtBackend:
     def compile_engine(
         self, folder: Path, request: Request, weights: Mapping[str, Path], progress: Progress
     ) -> Compiled:
-        """Write the plan, with baked weights one for each expert, and the list of its layers.
+        """Write a plan for each moment, with baked weights one for each expert, and the list of
+        its layers.
 
         Raises WanExportError when there is no room, when TensorRT refuses the graph, or when
         attention is not fused and that was not allowed.
@@ -112,46 +111,40 @@ class TensorRtBackend:
         _check_fusion_can_be_known(request, options, gpu is not None)
         room = check_room(request, folder, gpu)
         show("tracing and lowering", 0, 0)
-        graph, lint = _lowered(*_what_is_lowered(request))
-        files, results = {}, []
+        graphs = lowered_graphs(*what_is_lowered(request))
+        files, results = {}, {}
         # Beside the plan, where a sweep finds it after a kill.
         with TemporaryDirectory(prefix="plan-", dir=folder) as name:
             scratch = Path(name).resolve()
-            (scratch / "denoiser.onnx").write_bytes(graph)
-            for role, source in _roles(weights, request.bakes).items():
+            for role, call, source in _plans(graphs, weights, request.bakes):
                 files[role] = folder / f"{role}.plan"
-                job = self._job(request, options, scratch, files[role], source)
-                results.append(_run(job, scratch, show))
+                (scratch / f"{call}.onnx").write_bytes(graphs.content[call])
+                job = self._job(request, scratch, role, call, source)
+                results[role] = _run(job, scratch, show)
                 _take_over(job, folder)
-        files["layers"] = folder / "layers.json"
-        program = request.program
-        report = {**_summary(results), "attention_expected": attention_count(program)}
+                files[layers_role(role)] = folder / Path(job.layers).name
+        report = _summary(graphs, results)
         _check_fusion(request, options, report)
         details = TensorRtDetails(options.hardware_compatible, options.version_compatible)
         build = {**report, "needs_bytes": room}
-        return Compiled(files, program.whole(), details, lint, build)
+        return Compiled(files, request.program.whole(), details, graphs.lint, build)
 
     def _job(
-        self,
-        request: Request,
-        options: TensorRtOptions,
-        scratch: Path,
-        plan: Path,
-        weights: Path | None,
+        self, request: Request, scratch: Path, role: str, call: str, weights: Path | None
     ) -> PlanJob:
-        arch = request.target["arch"]
+        options, arch = _options(request), request.target["arch"]
         name = f"{self.flavour}-{request.target[self.flavour]}-{arch}.timing"
         # RTX has no timings to keep.
         cache = cache_folder() if self.flavour == "tensorrt" else None
         return PlanJob(
             flavour=self.flavour,
-            graph=str(scratch / "denoiser.onnx"),
+            graph=str(scratch / f"{call}.onnx"),
             weights=str(weights.resolve().parent) if weights else "",
             dtype=request.dtype,
             arch=arch,
             device=request.device if _is_here(request) else "",
-            plan=str(scratch / plan.name),
-            layers=str(scratch / "layers.json"),
+            plan=str(scratch / f"{role}.plan"),
+            layers=str(scratch / f"{layers_role(role)}.json"),
             timing_cache=str(cache / name) if cache else "",
             new_timing_cache=str(scratch / name) if cache else "",
             optimization_level=options.optimization_level,
@@ -178,7 +171,7 @@ class TensorRtBackend:
             return prove_plan(request, engine, bundle, weights, verify)
         # Plans for several targets share all that the graph's proof depends on.
         stamps = tuple((str(path), path.stat().st_mtime_ns) for path in weights)
-        key = (*_what_is_lowered(request), verify, stamps)
+        key = (*what_is_lowered(request), verify, stamps)
         if self._twin is None or self._twin[0] != key:
             self._twin = key, self._prove_graph(request, engine, bundle, weights, verify)
         return dict(self._twin[1])
@@ -191,12 +184,14 @@ class TensorRtBackend:
         weights: Sequence[Path],
         verify: str,
     ) -> dict[str, Any]:
-        """Prove, by ONNX Runtime, the graph that the plan was built of."""
+        """Prove, by ONNX Runtime, the graphs that the plans were built of."""
+        graphs = lowered_graphs(*what_is_lowered(request))
         with temporary_folder() as scratch:
-            path = scratch / "denoiser.onnx"
-            path.write_bytes(_lowered(*_what_is_lowered(request))[0])
-            how = _lowering(request)
-            figures = prove_lowering(request, how, {WHOLE: path}, weights, verify, opens=False)
+            paths = {name: scratch / f"{name}.onnx" for name in graphs.content}
+            for name, path in paths.items():
+                path.write_bytes(graphs.content[name])
+            how = lowering(request)
+            figures = prove_lowering(request, how, paths, weights, verify, opens=False)
         compared = figures["method"].rpartition("; ")[2]
         return {**figures, "method": f"parsed and built by {self.title}; {compared}"}
 
@@ -257,45 +252,32 @@ def _take_over(job: PlanJob, folder: Path) -> None:
             )
 
 
-def _lowering(request: Request) -> Lowering:
-    assert request.attention is not None
-    return for_tensorrt(request.dtype, request.attention)
-
-
-def _what_is_lowered(request: Request) -> tuple[str, WanConfig, Geometry, Lowering, bool]:
-    """What decides the graph of a plan, which is the same for all targets."""
-    return request.graph, request.config, request.geometry, _lowering(request), not request.bakes
-
-
-@lru_cache(maxsize=2)  # one as inputs for every target's plan, one with initializers to bake
-def _lowered(
-    graph: str, config: WanConfig, geometry: Geometry, how: Lowering, as_inputs: bool
-) -> tuple[bytes, dict[str, int]]:
-    """The graph as ONNX, and its lint counts. Raises RuntimeError when it is not clean."""
-    _, entries = weights_layout(config, how.dtype)
-    lowered = lower(graph, config, geometry, how)
-    whole = assemble(lowered, entries, as_inputs=as_inputs)
-    findings = tensorrt_lint.lint_tensorrt(onnx_ir.to_proto(whole))
-    if findings:
-        raise RuntimeError(f"TensorRT takes no such graph: {findings[0]}")
-    return serialize(whole), {**lowered.lint, tensorrt_lint.KIND: 0}
-
-
-def _roles(weights: Mapping[str, Path], baked: bool) -> dict[str, Path | None]:
-    """The plans to build by role, with the weights that go into each."""
+def _plans(
+    graphs: Graphs, weights: Mapping[str, Path], baked: bool
+) -> list[tuple[str, str, Path | None]]:
+    """The plans to build by role, with the call whose graph it is and the weights inside."""
     if not baked:
-        return {WHOLE: None}
-    return {f"{WHOLE}-{expert}" if expert else WHOLE: path for expert, path in weights.items()}
+        return [(call, call, None) for call in graphs.content]
+    return [(f"{WHOLE}-{e}" if e else WHOLE, WHOLE, path) for e, path in weights.items()]
 
 
-def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is recorded of the builds: the first's layers, all that they took."""
-    first = results[0]
+def _summary(graphs: Graphs, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is recorded of the builds: the layers of all moments, and all that they took.
+
+    Of plans that differ by their weights alone the first stands for all.
+    """
+    first = [results[call] for call in graphs.content if call in results]
+    first = first or [next(iter(results.values()))]
+    seen = {name: [result[name] for result in first] for name in first[0]}
+    kernels, memory = seen["attention_kernels"], seen["activation_bytes"]
     return {
-        **{name: first[name] for name in ("layers", "attention_layers", "attention_kernels")},
-        "activation_bytes": first["activation_bytes"],
-        "plan_seconds": round(sum(result["seconds"] for result in results), 2),
-        "plan_peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
+        "layers": sum(seen["layers"]),
+        "attention_layers": sum(seen["attention_layers"]),
+        "attention_kernels": None if None in kernels else sum(kernels),
+        "activation_bytes": None if None in memory else max(memory),
+        "plan_seconds": round(sum(result["seconds"] for result in results.values()), 2),
+        "plan_peak_rss_bytes": max(result["peak_rss_bytes"] for result in results.values()),
+        "attention_expected": sum(graphs.attentions.values()),
     }
 
 

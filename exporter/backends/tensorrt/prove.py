@@ -16,6 +16,7 @@ from wanexport.exporter.reference.figures import make_case
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.engines.tensorrt import plan_role
+from wanexport.runtime.program import WHOLE
 
 
 def prove_plan(
@@ -35,12 +36,14 @@ def prove_plan(
             device=request.device, tensors=names, folder=scratch,
         )  # fmt: skip
         for expert, file in zip(experts, weights, strict=True):
-            plan = bundle / engine.files[plan_role(engine.files, expert)].path
+            roles = {call.name: call.name for call in engine.program.calls}
+            roles[WHOLE] = plan_role(engine.files, expert)
+            plans = {name: bundle / engine.files[role].path for name, role in roles.items()}
             job = PlanJob(
                 **case,
                 weights=str(file.resolve()),
                 flavour=engine.backend,
-                plan=str(plan.resolve()),
+                plans={name: str(path.resolve()) for name, path in plans.items()},
                 version_compatible=engine.details.version_compatible,
             )
             figures.append(run_in_fresh_process("tensorrt.proof_process", job, scratch))

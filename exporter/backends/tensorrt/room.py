@@ -5,6 +5,7 @@ The host's and the disk's figures are measured on TensorRT for RTX 1.7 and round
 
 import shutil
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
 from wanexport.exporter.backends.backend import Request
@@ -35,13 +36,22 @@ def estimate(request: Request) -> Estimate:
     # The residual stream and its norm in fp32; then queries, keys, values and output, or the FFN.
     widest = max(4 * config.dim, config.dim + config.ffn_dim)
     activations = request.geometry.num_tokens * (8 * config.dim + itemsize * widest)
+    activations += _state_bytes(request, itemsize)
     host = _HOST_BASE + _HOST_PER_BLOCK * config.num_layers
-    disk = _PLAN_BASE + _PLAN_PER_BLOCK * config.num_layers
+    plans = len(request.program.whole().calls)
+    disk = plans * (_PLAN_BASE + _PLAN_PER_BLOCK * config.num_layers)
     return Estimate(
         gpu=weights + activations,
         host=host + (_BAKED_COPIES * weights if request.baked else 0),
         disk=disk + len(request.baked) * weights,
     )
+
+
+def _state_bytes(request: Request, itemsize: int) -> int:
+    """What a session keeps, one layer's as a plan makes it anew, and the new rows of all."""
+    states = [itemsize * prod(spec.shape) for spec in request.program.states().values()]
+    rows = len(states) * itemsize * request.geometry.num_tokens * request.config.dim
+    return sum(states) + 2 * max(states, default=0) + rows
 
 
 def check_room(request: Request, folder: Path, gpu: int | None) -> dict[str, int]:

@@ -11,7 +11,7 @@ from onnxscript import opset23 as op
 from tests.oracles.wan_reference import small_config
 from wanexport.exporter.backends.backend import TensorRtOptions
 from wanexport.exporter.backends.onnx import lower, passes, retype
-from wanexport.exporter.backends.tensorrt.backend import _lowered
+from wanexport.exporter.backends.tensorrt.graphs import lowered_graphs
 from wanexport.exporter.build import build
 from wanexport.graphs.config import PRESETS, Preset
 from wanexport.runtime.errors import WanExportError
@@ -148,7 +148,7 @@ def test_a_fault_in_what_tensorrt_is_given_is_refused(
     targets = TensorRtOptions(targets=("sm89",))
     with pytest.raises(WanExportError, match="failed its proof"):
         build_planted(wrong_scale, monkeypatch, tmp_path, "flf2v-14b", tensorrt=targets, **options)
-    _lowered.cache_clear()  # the fault is in what it keeps for other targets
+    lowered_graphs.cache_clear()  # the fault is in what it keeps for other targets
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,6 @@ OBJECTS: dict[str, dict[str, str]] = {  # file -> expression in it -> its value'
         "context": "IExecutionContext",
         "self.cache": "IRuntimeCache",
     },
-    "runtime/engines/tensorrt.py": {"self.context": "IExecutionContext"},
     "exporter/backends/tensorrt/plan.py": {
         "builder": "Builder",
         "network": "INetworkDefinition",
@@ -263,7 +262,7 @@ def test_each_object_named_here_is_used() -> None:
             "severity: Any, msg: str",
             "severity: Any, text: str",
         ),
-        ("runtime/engines/tensorrt.py", "execute_async_v3(", "execute_async_v2("),
+        ("runtime/engines/tensorrt_plan.py", "execute_async_v3(", "execute_async_v2("),
         ("exporter/backends/tensorrt/plan.py", "builder_optimization_level", "optimization_level"),
         ("exporter/backends/tensorrt/plan.py", "ignore_mismatch=", "ignore_mismatches="),
         (

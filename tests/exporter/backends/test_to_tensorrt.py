@@ -35,6 +35,7 @@ from wanexport.exporter.backends.tensorrt import backend as tensorrt_backend
 from wanexport.exporter.backends.tensorrt import plan as to_tensorrt
 from wanexport.exporter.backends.tensorrt import targets as tensorrt_targets
 from wanexport.exporter.backends.tensorrt.backend import TensorRtBackend
+from wanexport.exporter.backends.tensorrt.graphs import lowered_graphs
 from wanexport.exporter.backends.tensorrt.plan import PlanJob, build_plan, configure, parse
 from wanexport.exporter.build import build
 from wanexport.exporter.child.child import run_process
@@ -87,7 +88,8 @@ def job_of(folder: Path, content: bytes, **changes: Any) -> PlanJob:
 def graph_of(config: WanConfig, geometry: Geometry, dtype: str = "bf16") -> bytes:
     """The graph that a build gives TensorRT, its parameters inputs."""
     how = for_tensorrt(dtype, "native")
-    return tensorrt_backend._lowered(family_of(config).graph, config, geometry, how, True)[0]
+    graphs = lowered_graphs(family_of(config).graph, config, geometry, how, True)
+    return graphs.content["denoiser"]
 
 
 def request_for(target: Mapping[str, str], **changes: Any) -> Request:
@@ -513,13 +515,15 @@ def test_the_plan_itself_is_proven_where_its_gpu_is(
     module.prove_plan.assert_called_once_with(request, engine, tmp_path, [tmp_path / "w"], "ends")
 
 
-def test_a_model_with_state_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_not_baked_into_plans_of_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "memory", memory.FAMILY)
     target = {"device": "cuda", "arch": "sm89", RTX: "1.7"}
     config = replace(small_config("t2v-1.3b"), family="memory")
-    with pytest.raises(BadRequest, match="builds no memory, which keeps a state between") as caught:
-        request_for(target, config=config)
+    options = TensorRtOptions(bake_weights=True)
+    with pytest.raises(BadRequest, match="a memory has a plan for each of its moments, ") as caught:
+        request_for(target, config=config, options=options)
     assert "\n" not in str(caught.value)
+    assert not request_for(target, config=config).bakes
 
 
 def test_a_request_leaves_nothing_to_choose() -> None:

@@ -654,7 +654,7 @@ def test_memory_that_pytorch_cannot_give_is_one_line(
     def full(*arguments: Any, **options: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(torch, "zeros", full)
+    monkeypatch.setattr(torch, "full", full)
     assert "failed on cpu (CUDA out of memory.), for want of memory: close what else" in refused(
         bundle, EngineFailure
     )
@@ -854,7 +854,9 @@ def test_the_proof_of_baked_weights_runs_each_plan_with_its_own_expert(
         bundle / record.file.path for record in manifest.weights_of(manifest.engines[0].layout)
     ]
     prove_plan(request, manifest.engines[0], bundle, files, "ends")
-    assert [Path(job.plan).stem for job in jobs] == [f"denoiser-{expert}" for expert in EXPERTS]
+    assert [Path(job.plans["denoiser"]).stem for job in jobs] == [
+        f"denoiser-{expert}" for expert in EXPERTS
+    ]
     assert [Path(job.weights).parent.name for job in jobs] == [f"{e}-bf16" for e in EXPERTS]
 
 
