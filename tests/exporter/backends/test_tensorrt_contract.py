@@ -64,6 +64,7 @@ RTX_ALONE = {  # used only where the flavour is TensorRT for RTX
     "IRuntimeCache.deserialize",
     "IRuntimeCache.serialize",
 }
+ENGINES = ("engine", "moments")  # tests on doubles
 OWN = {"ILogger.reason", "ILogger.errors", "ILogger.clear"}  # what we add to what we derive
 Description = dict[str, Any]
 
@@ -317,7 +318,7 @@ def test_the_runtime_works_on_doubles_of_these_classes(
     version, variables = environment
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
     child = subprocess.run(
-        [*command, "tests/runtime/engines/test_tensorrt_engine.py"],
+        [*command, *(f"tests/runtime/engines/test_tensorrt_{name}.py" for name in ENGINES)],
         cwd=ROOT,
         env=variables,
         capture_output=True,

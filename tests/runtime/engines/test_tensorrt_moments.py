@@ -14,18 +14,22 @@ import torch
 from torch import Tensor
 
 from tests.causal_stream import CONFIG, Clip, Slots, compared, random_weights
+from tests.exporter.families import memory as memory_family
 from tests.oracles.tensorrt_doubles import Gpu, TensorRt, write_graph_plan
 from tests.runtime.causal_engine import causal_denoiser, joined, text_of
+from tests.runtime.engines.test_tensorrt_engine import CONFIG as SMALL
 from tests.runtime.engines.test_tensorrt_engine import FLAVOUR, REAL, since
 from wanexport.exporter.backends.onnx.assemble import assemble
 from wanexport.exporter.backends.onnx.lower import Lowered, for_tensorrt, lower
 from wanexport.exporter.backends.tensorrt.proof_process import PlanJob, prove_plan
 from wanexport.exporter.bundle.writer import file_record, write_manifest
 from wanexport.exporter.inspection import inspect
+from wanexport.exporter.reference.eager import EagerEngine
 from wanexport.exporter.reference.figures import make_case
+from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import FP32_GATE, relative_l2
 from wanexport.graphs.config import sampling_defaults
-from wanexport.graphs.weights import write_weights
+from wanexport.graphs.weights import RandomWeights, bundle_tensors, write_weights
 from wanexport.runtime import BadRequest, BundleError, WanExportError, load
 from wanexport.runtime.bundle.details import TensorRtDetails
 from wanexport.runtime.bundle.manifest import (
@@ -41,10 +45,12 @@ from wanexport.runtime.bundle.signature import parameter_shapes, weights_layout
 from wanexport.runtime.bundle.tensorfile import header_sha256, load_arrays
 from wanexport.runtime.engines import moments
 from wanexport.runtime.engines.moments import keep_rows
-from wanexport.runtime.engines.tensorrt_moments import MomentsEngine
+from wanexport.runtime.engines.tensorrt_moments import MomentsEngine, run_calls
 from wanexport.runtime.errors import EngineFailure
-from wanexport.runtime.family import family_of
+from wanexport.runtime.family import FAMILIES, family_of
+from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.sample_stream import sample_stream
+from wanexport.runtime.wan_config import WanConfig
 
 GEOMETRY = Clip([3] * 2, 7).geometry
 CLIPS = {
@@ -85,6 +91,30 @@ def lowered() -> Lowered:
     return lower(family_of(CONFIG).graph, CONFIG, GEOMETRY, how)
 
 
+def written_plans(lowered: Lowered, config: WanConfig, folder: Path) -> dict[str, Path]:
+    """Plans that compute what their graphs do, by the calls of the whole Program."""
+    _, layout = weights_layout(config, lowered.dtype)
+    plans = {}
+    for call in lowered.program.whole().calls:
+        graph, plans[call.name] = (folder / f"{call.name}.{kind}" for kind in ("onnx", "plan"))
+        model = assemble(lowered, layout, call.when, as_inputs=True)
+        graph.write_bytes(ir.to_proto(model).SerializeToString())
+        write_graph_plan(plans[call.name], graph)
+    return plans
+
+
+REMEMBERING = replace(SMALL, family="memory")
+
+
+@pytest.fixture(scope="module")
+def remembering() -> Lowered:
+    """The same of a family of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "memory", memory_family.FAMILY)
+        graph, how = family_of(REMEMBERING).graph, for_tensorrt("fp32", "native")
+        return lower(graph, REMEMBERING, Geometry(64, 96, 9), how)
+
+
 @pytest.fixture(scope="module")
 def bundle(lowered: Lowered, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with one engine, whose plans compute what their graphs do."""
@@ -92,14 +122,9 @@ def bundle(lowered: Lowered, tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = folder / "weights" / "fp32" / "denoiser.safetensors"
     weights.parent.mkdir(parents=True)
     write_weights(weights, CONFIG, "fp32", Given(0))
-    _, layout = weights_layout(CONFIG, "fp32")
-    program, files = lowered.program.whole(), {}
-    for call in program.calls:
-        graph, plan = (folder / f"{call.name}.{kind}" for kind in ("onnx", "plan"))
-        model = assemble(lowered, layout, call.when, as_inputs=True)
-        graph.write_bytes(ir.to_proto(model).SerializeToString())
-        write_graph_plan(plan, graph)
-        files[call.name] = file_record(folder, plan)
+    plans = written_plans(lowered, CONFIG, folder)
+    program = lowered.program.whole()
+    files = {name: file_record(folder, path) for name, path in plans.items()}
     header = header_sha256(weights)
     engine = EngineRecord(
         backend=FLAVOUR,
@@ -362,3 +387,26 @@ def test_the_proof_on_a_gpu_refuses_rows_in_other_slots(
     monkeypatch.setattr(moments, "keep_rows", one_slot_off)
     with pytest.raises(WanExportError, match="over the gate"):
         prove_plan(job_of(bundle, tmp_path))
+
+
+def test_a_state_that_is_replaced_and_a_value_of_the_prompt_reach_the_next_step(
+    remembering: Lowered, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another family, whose steps remember: a plan gives its state whole, in a new place."""
+    monkeypatch.setitem(FAMILIES, "memory", memory_family.FAMILY)
+    config, geometry, model = REMEMBERING, Geometry(64, 96, 9), remembering
+    weights = tmp_path / "denoiser.safetensors"
+    write_weights(weights, config, "fp32", RandomWeights(config, 0, ""))
+    program = model.program.whole()
+    inputs = [forward_inputs(config, geometry, 700, seed) for seed in (0, 1)]
+    steps = [("step", given) for given in inputs]
+    names = {name: name for name in parameter_shapes(config)}
+    eager = EagerEngine(config, geometry, "fp32", bundle_tensors(weights, names))
+    memory = eager.memory()
+    expected = [eager(given, memory=memory) for given in inputs]
+    paths = written_plans(model, config, tmp_path)
+    found = run_calls(FLAVOUR, paths, weights, program, "fp32", steps)
+    assert relative_l2(found, expected[1]) <= FP32_GATE
+    text = {"text": inputs[0]["text"]}  # of which a session reads the first alone
+    fresh = run_calls(FLAVOUR, paths, weights, program, "fp32", [("step", inputs[1] | text)])
+    assert relative_l2(fresh, expected[1]) > 100 * FP32_GATE
