@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 from tests.causal_stream import CONFIG, Clip, Slots, compared, random_weights
@@ -23,6 +24,11 @@ from wanexport.exporter.backends.onnx.assemble import assemble
 from wanexport.exporter.backends.onnx.lower import Lowered, for_tensorrt, lower
 from wanexport.exporter.backends.tensorrt.proof_process import PlanJob, prove_plan
 from wanexport.exporter.bundle.writer import file_record, write_manifest
+from wanexport.exporter.cli.main import cli
+from wanexport.exporter.compare.peers import EXACT, Peers
+from wanexport.exporter.compare.recorded import Loop
+from wanexport.exporter.compare.request import CompareRequest
+from wanexport.exporter.compare.streams import stream_rows
 from wanexport.exporter.inspection import inspect
 from wanexport.exporter.reference.eager import EagerEngine
 from wanexport.exporter.reference.figures import make_case
@@ -42,7 +48,7 @@ from wanexport.runtime.bundle.manifest import (
 )
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.bundle.signature import parameter_shapes, weights_layout
-from wanexport.runtime.bundle.tensorfile import header_sha256, load_arrays
+from wanexport.runtime.bundle.tensorfile import header_sha256, load_arrays, save_arrays
 from wanexport.runtime.engines import moments
 from wanexport.runtime.engines.moments import keep_rows
 from wanexport.runtime.engines.tensorrt_moments import MomentsEngine, run_calls
@@ -410,3 +416,16 @@ def test_a_state_that_is_replaced_and_a_value_of_the_prompt_reach_the_next_step(
     text = {"text": inputs[0]["text"]}  # of which a session reads the first alone
     fresh = run_calls(FLAVOUR, paths, weights, program, "fp32", [("step", inputs[1] | text)])
     assert relative_l2(fresh, expected[1]) > 100 * FP32_GATE
+
+
+def test_compare_and_stream_take_the_engine(gpu: Gpu, bundle: Path, tmp_path: Path) -> None:
+    peers = Peers({EXACT: causal_denoiser(GEOMETRY)[0]}, None)
+    asked = CompareRequest(chunks=2, window=5)
+    found = stream_rows(load(bundle), peers, Loop({"text": text_of()}, 4), asked, lambda *_: None)
+    assert found.passed and len(found.rows) == 10
+    save_arrays(tmp_path / "text.safetensors", {"text": text_of()})
+    output = tmp_path / "latents.safetensors"
+    words = ["stream", str(bundle), "--text", str(tmp_path / "text.safetensors"), "--window", "5"]
+    result = CliRunner().invoke(cli, [*words, "-o", str(output)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert np.isfinite(load_arrays(output)["latent"]).all()
