@@ -20,6 +20,7 @@ from wanexport.exporter.backends.onnx import lower as to_onnx
 from wanexport.exporter.backends.onnx.assemble import assemble
 from wanexport.exporter.backends.onnx.lower import Lowering, for_tensorrt, lower, serialize
 from wanexport.exporter.backends.onnx.proof_process import OnnxJob, prove_onnx
+from wanexport.exporter.backends.tensorrt.graphs import lowered_graphs
 from wanexport.exporter.backends.tensorrt.plan import build_plan, network_layers, parse
 from wanexport.exporter.build import build
 from wanexport.exporter.inspection import inspect
@@ -28,7 +29,7 @@ from wanexport.exporter.reference.figures import make_case
 from wanexport.exporter.reference.parity import FP32_GATE
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.weights import RandomWeights, write_weights
-from wanexport.runtime import BadRequest, WanExportError
+from wanexport.runtime import BadRequest, Geometry, WanExportError
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.signature import parameter_shapes, weights_layout
 from wanexport.runtime.engines.tensorrt_library import import_tensorrt, message_log
@@ -245,6 +246,17 @@ def test_in_fp32_it_is_built_with_decomposed_attention(tmp_path: Path) -> None:
     native = graph_of("step", for_tensorrt("fp32", "native")).SerializeToString()
     with pytest.raises(WanExportError, match=r"attention is not fused: .* in fp32 at this size"):
         build_plan(job_of(tmp_path, native, dtype="fp32"), quietly)
+
+
+@pytest.mark.slow
+def test_full_width_layers_build_at_full_size(tmp_path: Path) -> None:
+    config = replace(PRESETS["self-forcing-1.3b"].config, num_layers=2)
+    size, graph = Geometry(480, 832, 81, chunk=3, cache=21), family_of(config).graph
+    graphs = lowered_graphs(graph, config, size, MASK, True)
+    for name, attentions in {"prompt": 0, "denoiser": 4, "commit": 2}.items():
+        result = build_plan(job_of(tmp_path, graphs.content[name]), quietly)
+        assert result["attention_layers"] == graphs.attentions[name] == attentions
+        assert (tmp_path / "denoiser.plan").stat().st_size < 10_000_000
 
 
 def test_baked_weights_are_refused_before_any_work() -> None:
