@@ -120,7 +120,8 @@ class TensorRtBackend:
                 files[role] = folder / f"{role}.plan"
                 (scratch / f"{call}.onnx").write_bytes(graphs.content[call])
                 job = self._job(request, scratch, role, call, source)
-                results[role] = _run(job, scratch, show)
+                own = show if role == WHOLE else _of_plan(role, show)
+                results[role] = _run(job, scratch, own)
                 _take_over(job, folder)
                 files[layers_role(role)] = folder / Path(job.layers).name
         report = _summary(graphs, results)
@@ -216,6 +217,11 @@ def _memory(request: Request) -> int | None:
 def _options(request: Request) -> TensorRtOptions:
     assert request.options is not None
     return request.options
+
+
+def _of_plan(role: str, progress: Progress) -> Progress:
+    """Progress that names the plan."""
+    return lambda stage, done, total: progress(f"{role}, {stage}", done, total)
 
 
 def _run(job: PlanJob, scratch: Path, progress: Progress) -> dict[str, Any]:
