@@ -196,11 +196,12 @@ class OnnxGpuSession:
             given = {
                 name: inputs[name].to(_dtype(end)).contiguous() for name, end in self.inputs.items()
             }
-            outputs = {
-                name: given[state] if (state := name.removesuffix(NEXT)) in self.written else
-                torch.empty(end[0], dtype=_dtype(end), device=self.device)
-                for name, end in self.outputs.items()
-            }  # fmt: skip
+            with torch.inference_mode(False):  # of a caller in it, others could not write the state
+                outputs = {
+                    name: given[state] if (state := name.removesuffix(NEXT)) in self.written else
+                    torch.empty(end[0], dtype=_dtype(end), device=self.device)
+                    for name, end in self.outputs.items()
+                }  # fmt: skip
             self._bind(binding.bind_input, given, self.inputs)
             self._bind(binding.bind_output, outputs, self.outputs)
             with self._in_order():

@@ -70,7 +70,8 @@ class PlanSession:
                 buffers.inputs[name].copy_(inputs[name])
             else:
                 free[name] = inputs[name]
-        outputs = {name: _new(end, buffers.device) for name, end in self.outputs.items()}
+        with torch.inference_mode(False):  # of a caller in it, others could not write the state
+            outputs = {name: _new(end, buffers.device) for name, end in self.outputs.items()}
         for name, tensor in {**free, **outputs}.items():
             if self._bound.get(name) != (address := tensor.data_ptr()):
                 self.plan.bind(self.context, name, address)

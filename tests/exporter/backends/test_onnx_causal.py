@@ -311,3 +311,17 @@ def test_a_built_engine_is_proven_clean_and_whole(dtype: str, tmp_path: Path) ->
         assert np.isfinite(velocity).all() and velocity.dtype == np.float32
         kept = {array.dtype for array in opened.memory().state.values()}
         assert kept == {np.dtype(DTYPES[dtype].numpy)}
+
+
+def test_a_session_that_began_in_inference_mode_goes_on_outside(
+    weights: Path, engine: OnnxEngine
+) -> None:
+    """Of the engine of a GPU, on the CPU."""
+    files, cpu = {"": pin(weights)}, torch.device("cpu")
+    opened = open_engines(engine.graphs, files, cpu, Provider("cpu"), engine.program)[""]
+    memory, given = opened.memory(), {n: torch.from_numpy(a) for n, a in drawn(GEOMETRY).items()}
+    with torch.inference_mode():
+        opened(given, memory=memory)
+    for tensor in memory.state.values():
+        tensor.zero_()
+    assert not memory.state["text_k.0"].is_inference()

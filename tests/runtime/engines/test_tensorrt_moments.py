@@ -429,3 +429,12 @@ def test_compare_and_stream_take_the_engine(gpu: Gpu, bundle: Path, tmp_path: Pa
     result = CliRunner().invoke(cli, [*words, "-o", str(output)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert np.isfinite(load_arrays(output)["latent"]).all()
+
+
+def test_a_session_that_began_in_inference_mode_goes_on_outside(gpu: Gpu, bundle: Path) -> None:
+    stream = load(bundle).stream(text_of())
+    with torch.inference_mode():
+        (first,) = sample_stream(stream, frames=3)
+    stream.reset()
+    (again,) = sample_stream(stream, frames=3)
+    assert relative_l2(joined([again.latent]), joined([first.latent])) == 0
