@@ -18,7 +18,13 @@ from tests.causal_stream import CONFIG, SIDES, Clip, Slots, compared
 from wanexport.exporter.backends.onnx import cached
 from wanexport.exporter.backends.onnx import lower as to_onnx
 from wanexport.exporter.backends.onnx.assemble import assemble
-from wanexport.exporter.backends.onnx.lower import Lowered, Lowering, for_onnx_runtime, lower
+from wanexport.exporter.backends.onnx.lower import (
+    Lowered,
+    Lowering,
+    for_onnx_runtime,
+    for_tensorrt,
+    lower,
+)
 from wanexport.exporter.backends.onnx.proof_process import OnnxJob, prove_onnx
 from wanexport.exporter.backends.onnx.same import compare_graphs
 from wanexport.exporter.build import build
@@ -51,6 +57,7 @@ CLIPS = {
 }
 FP32, LENGTHS = for_onnx_runtime("fp32", "native"), for_onnx_runtime("fp32", "mha")
 MASKED = replace(FP32, cached="mask")
+PLANS = [for_tensorrt("fp32", attention) for attention in ("native", "decomposed")]
 GRAPH = family_of(CONFIG).graph
 
 
@@ -104,7 +111,7 @@ def test_every_step_is_that_of_the_official_rules(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [LENGTHS, MASKED], ids=["lengths", "mask"])
+@pytest.mark.parametrize("how", [LENGTHS, MASKED, *PLANS], ids=["lengths", "mask", "rows", "parts"])
 def test_other_ways_to_attend_give_the_same(how: Lowering, weights: Path, tmp_path: Path) -> None:
     """Those of a GPU's engine and of TensorRT's graph, on the CPU."""
     other = engine_of(tmp_path, weights, GEOMETRY, how)
@@ -229,7 +236,7 @@ def test_a_graph_for_a_gpu_is_told_the_number_of_keys() -> None:
 def test_two_sizes_are_the_same_graphs_but_for_the_grid() -> None:
     small = Geometry(*SIDES, 21, chunk=3, cache=7)
     full = Geometry(64, 96, 81, chunk=3, cache=21)
-    for how in (FP32, LENGTHS, MASKED):
+    for how in (FP32, LENGTHS, MASKED, *PLANS):
         pairs = [graphs_of(lower(GRAPH, CONFIG, size, how)) for size in (full, small)]
         for name, model in pairs[0].items():
             other = pairs[1][name].SerializeToString()
