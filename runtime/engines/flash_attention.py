@@ -18,7 +18,7 @@ FUNCTION = "flash_attention_lse"  # the symbol in the library is __tvm_ffi_<FUNC
 _WITHOUT_LSE = "flash_attention"  # of libraries whose function takes no place for the sums
 # How PyTorch gives tvm-ffi its tensors and its current stream: the name now, and that before.
 EXCHANGES = ("__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__")
-# What a division is predicted with, fitted to times of `tests/tables/causal_attention.py` on an H200.
+# What a division is predicted with, fitted to `tests/tables/causal_attention.py` on an H200.
 _TILE, _HEAD_DIM = 128, 128  # queries of a thread block, and the head dimension that it is so for
 _START = 830  # keys in whose time a block begins and ends
 _JOIN = 1700  # keys in whose time a block's parts are started and joined
