@@ -18,7 +18,7 @@ def show_build(record: dict[str, Any]) -> None:
             out,
             (record["bundle"], "bold"),
             f": {short(record['model'])}, height {geometry['height']}, width {geometry['width']}, "
-            f"{geometry['frames']} frames, {record['tokens']} tokens",
+            f"{geometry['frames']} frames, {record['tokens']} tokens{_chunks(geometry)}",
         )
         write(out, f"  engine {engine['name']}: {in_bytes(size)}")
         if attention := _attention(engine):
@@ -31,6 +31,13 @@ def show_build(record: dict[str, Any]) -> None:
     if record["reused"]:
         write(out, f"  reused: {', '.join(record['reused'])}")
     write(out, f"  {record['seconds']} s, peak memory {in_bytes(record['peak_rss_bytes'])}")
+
+
+def _chunks(geometry: dict[str, Any]) -> str:
+    """The latent frames of a call and of the cache, of a causal engine."""
+    if not geometry["chunk"]:
+        return ""
+    return f", chunk {geometry['chunk']} and cache {geometry['cache']} latent frames"
 
 
 def _origin(source: dict[str, Any]) -> str:
@@ -191,7 +198,7 @@ def _engine_lines(engine: dict[str, Any]) -> Iterator[str]:
     flops = engine["build"].get("flops_per_forward", 0) / 1e12
     yield (
         f"  engine {engine['name']}: {engine['tokens']} tokens, {in_bytes(engine['bytes'])}, "
-        f"{flops:.3g} TFLOPs a forward"
+        f"{flops:.3g} TFLOPs a forward{_chunks(engine['geometry'])}"
     )
     if engine["unusable"]:
         yield f"    not usable: {engine['unusable']}"

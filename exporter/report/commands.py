@@ -12,9 +12,7 @@ Result = Mapping[str, Any]
 
 def engine_words(engine: EngineRecord) -> list[str]:
     """The options that choose an engine by its size and precision."""
-    size = engine.geometry
-    shape = ["--resolution", f"{size.height}x{size.width}", "--frames", str(size.frames)]
-    return [*shape, "--dtype", engine.dtype]
+    return [*engine.geometry.options.split(), "--dtype", engine.dtype]
 
 
 def compare_command(bundle: str, engine: EngineRecord, result: Result) -> str:
@@ -47,11 +45,20 @@ def bench_command(bundle: str, engine: EngineRecord, result: Result) -> str:
 
 def profile_command(bundle: str, result: Result) -> str:
     """`profile` of the same arm."""
-    height, width, frames = str(result["size"]).split("x")
     words = ["wanexport", "profile", bundle, "--arm", str(result["arm"])]
-    words += ["--resolution", f"{height}x{width}", "--frames", frames]
-    words += ["--dtype", str(result["dtype"]), *_weights(result)]
+    words += [*_shape(str(result["size"])), "--dtype", str(result["dtype"]), *_weights(result)]
     return shlex.join([*words, "--steps", str(result["steps"]), "--warmup", str(result["warmup"])])
+
+
+def _shape(size: str) -> list[str]:
+    """The options of a geometry's name, as `64x96x33-chunk3-cache9`."""
+    video, *chunks = size.split("-")
+    height, width, frames = video.split("x")
+    words = ["--resolution", f"{height}x{width}", "--frames", frames]
+    for part in chunks:
+        option = part.rstrip("0123456789")
+        words += [f"--{option}", part.removeprefix(option)]
+    return words
 
 
 def _weights(result: Result) -> list[str]:
