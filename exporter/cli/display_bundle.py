@@ -41,8 +41,8 @@ def _chunks(geometry: dict[str, Any]) -> str:
 
 
 def _origin(source: dict[str, Any]) -> str:
-    """What was read of a checkpoint that is quantised, and the LoRAs merged into it."""
-    told = ""
+    """What was read of a checkpoint that is quantised or has two models, and the LoRAs merged."""
+    told = f", of {short(source['generator'])}" if source.get("generator") else ""
     if source.get("stored"):
         told += f", from {short(source['stored'])}: their precision is the file's"
     for lora in _loras(source):
@@ -102,7 +102,7 @@ def show_ls(record: dict[str, Any]) -> None:
 def _from(file: dict[str, Any]) -> str:
     """Where a file of a set comes from: a checkpoint, a preset or the base set, and LoRAs."""
     source = file["source"]
-    keys = ("path", "hub", "file", "low_noise", "preset", "random_seed", "set", "stored")
+    keys = "path hub file low_noise preset random_seed set generator stored".split()
     told = [f"{key} {short(source[key])}" for key in keys if key in source]
     told += [_lora(lora) for lora in _loras(source)]
     return f"from {', '.join(told)}; sha256 {file['sha256'][:12]}"

@@ -187,6 +187,11 @@ low_noise_option = click.option(
     "--low-noise", metavar="FOLDER|FILE|ID",
     help="The low-noise expert of an A14B, where -m is the high-noise one alone.",
 )  # fmt: skip
+ema_option = click.option(
+    "--ema/--no-ema", default=None,
+    help="Which model of a training's file is read, as Self-Forcing's: generator_ema, or "
+    "generator. Default: generator_ema, or the one that is there.",
+)  # fmt: skip
 lora_options = _adding(
     click.option(
         "--lora", multiple=True, metavar="FILE[:STRENGTH]",

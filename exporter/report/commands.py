@@ -29,9 +29,16 @@ def compare_command(bundle: str, engine: EngineRecord, result: Result) -> str:
     else:
         words += ["--reference", reference]
     if result["model"]:
-        words += ["-m", str(result["model"])]
+        words += ["-m", str(result["model"]), *_of_model(result)]
     words += _inputs(result)
     return shlex.join([*words, *(["--bisect"] if result["bisect"] else [])])
+
+
+def _of_model(result: Result) -> list[str]:
+    """What says more of the checkpoint, in results that have it."""
+    low_noise, ema = result.get("low_noise"), result.get("ema")
+    words = [] if low_noise is None else ["--low-noise", str(low_noise)]
+    return words if ema is None else [*words, "--ema" if ema else "--no-ema"]
 
 
 def bench_command(bundle: str, engine: EngineRecord, result: Result) -> str:
