@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.runtime.bundle.small_bundle import small_bundle
+from tests.runtime.bundle.small_bundle import change, small_bundle
 from wanexport.exporter import build as build_module
 from wanexport.exporter.backends.order import BuildOptions
 from wanexport.exporter.bundle.writer import open_bundle
@@ -157,6 +157,21 @@ def test_a_comparison_is_with_the_model_that_the_weights_were_read_from(
         tensors_of_checkpoint(trained, None, False, manifest, EMA)
     save_file(state, tmp_path / "wan.safetensors")  # which does not say what it is
     assert tensors_of_checkpoint(tmp_path / "wan.safetensors", None, None, manifest, read)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"hub": "a/b", "revision": "0"}, "a/b"),
+        ({"hub": "a/b", "file": "c.pt", "generator": RAW}, f"{RAW} of a/b"),
+        ({"preset": "tiny", "random_seed": 3}, "random weights of tiny, seed 3"),
+    ],
+)
+def test_a_report_names_where_weights_are_from(
+    source: dict[str, Any], said: str, causal: Path
+) -> None:
+    change(causal, "weights.fp32.source", source)
+    assert [row[-1] for row in facts_of_bundle(inspect(causal))["weights"]] == [said]
 
 
 @pytest.mark.parametrize(("ema", "option"), [(True, "--ema"), (False, "--no-ema")])
