@@ -91,6 +91,30 @@ def chosen(bundle: str | Path, **options: Unpack[EngineKeywords]) -> Choice:
     return choose_engine(Path(bundle), read_manifest(Path(bundle)), EngineOptions(**options))
 
 
+def fitted(
+    bundle: Path, record: EngineRecord, device: str, options: EngineOptions
+) -> EngineOptions:
+    """The options with which `load` opens an engine on a device: what they leave open of how a GPU
+    holds weights follows from what is free there. Raises what `load` raises."""
+    if device == "cpu" or "resident_blocks" not in ENGINES[record.backend].backend().OPTIONS:
+        return options
+    manifest = read_manifest(bundle)
+    files = find_weights(bundle, record, options.weights, manifest).files
+    return _fitted(manifest, record, files, options, device)
+
+
+def _fitted(
+    manifest: Manifest,
+    record: EngineRecord,
+    files: Mapping[str, PinnedFile],
+    options: EngineOptions,
+    device: str,
+) -> EngineOptions:
+    from wanexport.runtime.fitting import fit_options  # of a GPU alone
+
+    return fit_options(manifest, record, files, options, device)
+
+
 def open_engine(
     bundle: Path, manifest: Manifest, choice: Choice, options: EngineOptions
 ) -> Denoiser:
@@ -114,9 +138,7 @@ def open_engine(
         return chosen[0].files
 
     if "resident_blocks" in backend.OPTIONS and device != "cpu":
-        from wanexport.runtime.fitting import fit_options  # of a GPU alone
-
-        options = fit_options(manifest, record, weights(), options, device)
+        options = _fitted(manifest, record, weights(), options, device)
     engines = backend.open_engines(record, files, weights, options, device)
     own = chosen[0] if chosen else None
     return Denoiser(record, engines, own, find, offload=options.offload)

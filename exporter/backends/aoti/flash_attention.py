@@ -202,7 +202,7 @@ def _what_it_compiles(dtype: str, head_dim: int) -> _Captured:
         with FakeTensorMode(), torch.no_grad():
             shape, kind = (2, 1024, 3, head_dim), getattr(torch, dtype)
             q, k, v = (torch.empty(shape, dtype=kind, device="cuda") for _ in range(3))
-            interface._flash_attn_fwd(q, k, v)
+            interface._flash_attn_fwd(q, k, v, return_lse=True)
     except _Captured as captured:
         return captured
     finally:
@@ -210,11 +210,12 @@ def _what_it_compiles(dtype: str, head_dim: int) -> _Captured:
     raise RuntimeError("flash-attn-4 compiled nothing: this version of it is not supported")
 
 
-def _four_tensors(forward: Any, rest: list[Any]) -> Callable[..., None]:
-    """The kernel as a function of q, k, v, the output and the stream, whatever else it takes."""
+def _five_tensors(forward: Any, rest: list[Any]) -> Callable[..., None]:
+    """The kernel as a function of q, k, v, the output, the logarithms of the sums of exponentials
+    and the stream, whatever else it takes."""
 
-    def attention(q: Any, k: Any, v: Any, out: Any, stream: Any) -> None:
-        forward(q, k, v, out, *rest, stream)
+    def attention(q: Any, k: Any, v: Any, out: Any, lse: Any, stream: Any) -> None:
+        forward(q, k, v, out, lse, *rest, stream)
 
     return attention
 
@@ -223,9 +224,9 @@ def _compile(kernel: Path, dtype: str, head_dim: int) -> dict[str, str]:
     """Write the object file, and return the libraries that it must be linked with."""
     cute = import_module("cutlass.cute")
     captured = _what_it_compiles(dtype, head_dim)
-    forward, *tensors = captured.arguments[:5]
-    *rest, stream = captured.arguments[5:]
-    function = cute.jit(_four_tensors(forward, rest))
+    forward, *tensors = captured.arguments[:6]
+    *rest, stream = captured.arguments[6:]
+    function = cute.jit(_five_tensors(forward, rest))
     compiled = cute.compile(function, *tensors, stream, options=captured.options)
     compiled.export_to_c(object_file_path=str(kernel), function_name=FUNCTION)
     runtime = Path(cute.runtime.find_runtime_libraries(enable_tvm_ffi=False)[0])
