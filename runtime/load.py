@@ -45,9 +45,10 @@ def load(bundle: str | Path, **options: Unpack[EngineKeywords]) -> Denoiser:
     """Open the engine of a bundle that fits; what is None, or left out, is free.
 
     Which engine: backend (`onnx`, `aoti`, `tensorrt`, `tensorrt-rtx`), device (`cpu`, `cuda`,
-    `cuda:1`), resolution (`480x832`, `832*480` or (480, 832)), frames and dtype. An ONNX engine
-    runs on either device: provider is ONNX Runtime's, `cpu`, `cuda`, `tensorrt` or `tensorrt-rtx`,
-    and provider_options are that provider's own.
+    `cuda:1`), resolution (`480x832`, `832*480` or (480, 832)), frames and dtype; of a causal model
+    chunk and cache too, the latent frames of a call and those that it can attend to. Engines of
+    several shapes are not chosen from. An ONNX engine runs on either device: provider is ONNX
+    Runtime's, `cpu`, `cuda`, `tensorrt` or `tensorrt-rtx`, and provider_options are its own.
 
     weights is the name of a weights set of the bundle, or other weights of the same layout (a
     fine-tune or merged LoRA): a file, or a folder with `denoiser.safetensors`, or with one in each
