@@ -14,14 +14,15 @@ from torch import Tensor
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.errors import BundleError, installing, needing_package
 
-FUNCTION = "flash_attention_lse"  # the symbol in the library is __tvm_ffi_<FUNCTION>
-_WITHOUT_LSE = "flash_attention"  # of libraries whose function takes no place for the sums
+# The symbols in the library are __tvm_ffi_<name>: attention with its sums, and the joining of parts.
+FUNCTION, JOIN = "flash_attention_lse", "flash_attention_join"
+_ALONE = "flash_attention"  # of libraries without sums, which join nothing
 # How PyTorch gives tvm-ffi its tensors and its current stream: the name now, and that before.
 EXCHANGES = ("__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__")
 # What a division is predicted with, fitted to `tests/tables/causal_attention.py` on an H200.
 _TILE, _HEAD_DIM = 128, 128  # queries of a thread block, and the head dimension that it is so for
 _START = 830  # keys in whose time a block begins and ends
-_JOIN = 1700  # keys in whose time a block's parts are started and joined
+_JOINED = 1700  # keys in whose time a block's parts are started and joined
 _MOST_PARTS, _GAIN = 8, 0.98
 
 
@@ -53,8 +54,9 @@ class FlashAttention:
             name = str(library.path.absolute())
             try:
                 module = tvm_ffi.load_module(name)
-                self._gives_sums = module.implements_function(FUNCTION)
-                self._function = module[FUNCTION if self._gives_sums else _WITHOUT_LSE]
+                joins = module.implements_function(JOIN)
+                self._function = module[FUNCTION if joins else _ALONE]
+                self._join = module[JOIN] if joins else None
             except Exception as error:
                 reason = " ".join(str(error).split())
                 raise BundleError(
@@ -72,14 +74,14 @@ class FlashAttention:
         Raises ValueError when a tensor is of another dtype or device.
         """
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        if not self._gives_sums:
+        if self._join is None:
             self._function(q, k, v, out)
             return out
         whole, parts = _division_of(q, k)
         if whole:
             self._run(q[:, :whole], k, v, out[:, :whole])
         if parts > 1:
-            self._join(q[:, whole:], k, v, parts, out[:, whole:])
+            self._in_parts(q[:, whole:], k, v, parts, out[:, whole:])
         return out
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
@@ -88,14 +90,14 @@ class FlashAttention:
         self._function(q, k, v, out, lse)
         return lse
 
-    def _join(self, q: Tensor, k: Tensor, v: Tensor, parts: int, out: Tensor) -> None:
-        """Attention to so many equal parts of the keys, weighed by their sums of exponentials."""
+    def _in_parts(self, q: Tensor, k: Tensor, v: Tensor, parts: int, out: Tensor) -> None:
+        """Attention to so many equal parts of the keys, which their sums of exponentials weigh."""
         shape = (parts, k.shape[1] // parts, *k.shape[2:])
-        q = q.expand(parts, *q.shape[1:]).contiguous()
+        q = torch.cat([q] * parts)
         of_parts = torch.empty_like(q)
         lse = self._run(q, k.view(shape), v.view(shape), of_parts)
-        weights = lse.softmax(0).transpose(1, 2)[..., None]  # [parts, S, H, 1] fp32
-        out.copy_((weights * of_parts).sum(0, keepdim=True))
+        assert self._join is not None
+        self._join(of_parts[:, None], lse[:, None].transpose(2, 3), out)
 
 
 def _division_of(q: Tensor, k: Tensor) -> Division:
@@ -122,7 +124,7 @@ def division(queries: int, heads: int, keys: int, processors: int) -> Division:
     tiles = math.ceil(queries / _TILE)
     undivided = _waves(tiles * heads, processors) * (keys + _START)
     full = tiles * heads // processors * processors // heads  # tiles before the last blocks
-    start = _waves(full * heads, processors) * (keys + _START) + _JOIN
+    start = _waves(full * heads, processors) * (keys + _START) + _JOINED
     blocks = (tiles - full) * heads
     predicted = {
         parts: start + _waves(blocks * parts, processors) * (keys / parts + _START)
