@@ -14,7 +14,7 @@ from torch import Tensor
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.errors import BundleError, installing, needing_package
 
-# The symbols in the library are __tvm_ffi_<name>: attention with its sums, and the joining of parts.
+# The symbols in the library are __tvm_ffi_<name>: attention with its sums, the joining of parts.
 FUNCTION, JOIN = "flash_attention_lse", "flash_attention_join"
 _ALONE = "flash_attention"  # of libraries without sums, which join nothing
 # How PyTorch gives tvm-ffi its tensors and its current stream: the name now, and that before.

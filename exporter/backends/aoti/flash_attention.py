@@ -229,15 +229,15 @@ def _joining(dtype: str, head_dim: int) -> None:
 
 
 def _of_tensors(forward: Any, rest: list[Any], count: int) -> Callable[..., None]:
-    """A kernel as a function of its first tensors and the stream, whatever else it takes."""
+    """A kernel as a function of its first 3 or 5 tensors and the stream, whatever else it takes."""
 
-    def five(q: Any, k: Any, v: Any, out: Any, lse: Any, stream: Any) -> None:
-        forward(q, k, v, out, lse, *rest, stream)
+    def of_five(a: Any, b: Any, c: Any, d: Any, e: Any, stream: Any) -> None:
+        forward(a, b, c, d, e, *rest, stream)
 
-    def three(parts: Any, lse: Any, out: Any, stream: Any) -> None:
-        forward(parts, lse, out, *rest, stream)
+    def of_three(a: Any, b: Any, c: Any, stream: Any) -> None:
+        forward(a, b, c, *rest, stream)
 
-    return {5: five, 3: three}[count]
+    return of_five if count == 5 else of_three
 
 
 def _write(folder: Path, name: str, captured: _Captured, count: int) -> None:

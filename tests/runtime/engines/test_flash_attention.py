@@ -41,7 +41,7 @@ SERVE = """
 import json, sys
 from pathlib import Path
 import torch
-from wanexport.runtime.engines.flash_attention import FUNCTION, JOIN, Division, FlashAttention, division
+from wanexport.runtime.engines.flash_attention import FlashAttention
 
 library, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 queries, keys, heads = map(int, sys.argv[3:])
