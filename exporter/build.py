@@ -62,7 +62,8 @@ def build(model: str | Path | None = None, **options: Unpack[BuildKeywords]) -> 
     default the fastest measured; attention_operator is how the graphs of the others write it, in
     one operator (`native`, or ONNX Runtime's own `mha`, onnx's default on a GPU) or for TensorRT in
     several (`decomposed`). tensorrt has TensorRT's own options. expert_alone builds one expert of
-    an A14B as a model by itself, which is refused without.
+    an A14B as a model by itself, which is refused without. ema is which of the two models of a
+    training's file is read, `generator_ema` or `generator`; by default the first that is there.
     parts builds an engine of the VAE too, which the checkpoint has beside the model, and copies the
     encoders that it has there: such a bundle serves prompts by itself. vae, a file or folder, is
     the VAE of such an engine, with parts or without: vae_dtype is the precision that it decodes in
@@ -119,6 +120,7 @@ def _find_model(model: str | Path | None, asked: BuildOptions) -> ModelSource:
         low_noise=low_noise,
         expert_alone=asked.expert_alone,
         family=asked.family,
+        ema=asked.ema,
     )
     if asked.expert_alone and source.experts:
         raise BadRequest(

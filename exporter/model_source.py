@@ -10,6 +10,7 @@ from typing import Any
 from wanexport.graphs.checkpoint import Checkpoint, open_checkpoint
 from wanexport.graphs.config import PRESETS, variant
 from wanexport.graphs.experts import FOLDERS, expert_of_name
+from wanexport.graphs.torch_file import ema_option, lacks_generator
 from wanexport.graphs.weights import CheckpointWeights, RandomWeights, WeightSource
 from wanexport.runtime.bundle.manifest import Manifest
 from wanexport.runtime.errors import BadRequest, printable
@@ -63,14 +64,17 @@ def resolve(
     low_noise: str | None = None,
     expert_alone: bool = False,
     family: str | None = None,
+    ema: bool | None = None,
 ) -> ModelSource:
     """Find the model; with low_noise, model and this are the two experts of an A14B.
 
     expert_alone allows one expert of an A14B without the other. family is what the model is of,
-    where its tensors are those of two. Raises BadRequest when a checkpoint does not exist, is no
-    Wan checkpoint, is one expert alone, or of another family.
+    where its tensors are those of two. ema is whether generator_ema is read of a file that has
+    this or generator; None takes the average where there is one. Raises BadRequest when a
+    checkpoint does not exist, is no Wan checkpoint, is one expert alone, of another family, or
+    lacks the generator that was asked for.
     """
-    found = _found(model, random_weights, low_noise, expert_alone)
+    found = _found(model, random_weights, low_noise, expert_alone, ema)
     return found if family is None else _of_family(found, family)
 
 
@@ -89,7 +93,11 @@ def _of_family(source: ModelSource, family: str) -> ModelSource:
 
 
 def _found(
-    model: str | None, random_weights: int | None, low_noise: str | None, expert_alone: bool
+    model: str | None,
+    random_weights: int | None,
+    low_noise: str | None,
+    expert_alone: bool,
+    ema: bool | None,
 ) -> ModelSource:
     """What `resolve` finds, of the family that it says itself."""
     for option, value in (("-m", model), ("--low-noise", low_noise)):
@@ -100,34 +108,42 @@ def _found(
             "--low-noise is the second expert of an A14B: pass -m the high-noise one, and leave "
             "out --random-weights and --expert-alone"
         )
+    if ema is not None and (model is None or random_weights is not None):
+        raise BadRequest(f"{ema_option(ema)} is of a file that -m names: leave it out")
     if random_weights is not None:
         return _random(model or DEFAULT_PRESET, random_weights)
     model = model or DEFAULT_MODEL
-    place = _find(model)
+    place = _find(model, ema)
     if low_noise is not None:
-        low = _find(low_noise)
-        checkpoint = open_checkpoint(place.path, low.path)
+        low = _find(low_noise, ema)
+        checkpoint = open_checkpoint(place.path, low.path, ema=ema)
         return _from_checkpoint(checkpoint, {**place.origin, "low_noise": low.whole})
-    checkpoint = open_checkpoint(place.path)
+    checkpoint = open_checkpoint(place.path, ema=ema)
     named = f"{place.name} is named so" if expert_of_name(place.name.rpartition("/")[2]) else ""
     _check_alone(checkpoint, printable(model, 300), checkpoint.alone or named, expert_alone)
     return _from_checkpoint(checkpoint, place.origin)
 
 
-def check_low_noise(model: str | Path | None, low_noise: str | Path | None) -> None:
-    """Raise BadRequest for a second expert without a first."""
+def check_of_model(
+    model: str | Path | None, low_noise: str | Path | None, ema: bool | None
+) -> None:
+    """Raise BadRequest for what says more of a checkpoint where none is named."""
     if low_noise is not None and model is None:
         raise BadRequest("--low-noise is the second expert of -m: pass the high-noise one with -m")
+    if ema is not None and model is None:
+        raise BadRequest(f"{ema_option(ema)} is of a file that -m names: leave it out, or pass -m")
 
 
-def resolve_as(manifest: Manifest, model: str, low_noise: str | Path | None) -> ModelSource:
+def resolve_as(
+    manifest: Manifest, model: str, low_noise: str | Path | None, ema: bool | None
+) -> ModelSource:
     """A checkpoint of the model that a bundle is of, as `resolve` takes it.
 
     Raises BadRequest when it is none, or of another model.
     """
     low = None if low_noise is None else str(low_noise)
     alone = not manifest.experts and low is None
-    source = resolve(model, None, low_noise=low, expert_alone=alone)
+    source = resolve(model, None, low_noise=low, expert_alone=alone, ema=ema)
     own = manifest.config.family
     if own in FAMILIES and are_alike(own, source.config.family):
         source = _of_family(source, own)
@@ -154,8 +170,11 @@ class _Place:
         return ":".join(part for part in parts if part)
 
 
-def _find(model: str) -> _Place:
-    """A folder or file here, or of the hub, from which it is downloaded."""
+def _find(model: str, ema: bool | None) -> _Place:
+    """A folder or file here, or of the hub, from which it is downloaded.
+
+    Of a whole repository only safetensors are, in which there is no generator of ema's kind.
+    """
     path = Path(model)
     if os.path.lexists(path):  # unlike Path's, it is False for a name that is too long
         whole = str(path.resolve())
@@ -168,6 +187,8 @@ def _find(model: str) -> _Place:
     hub, _, file = model.partition(":")
     if file:
         return _find_file(hub, file)
+    if ema is not None:
+        raise lacks_generator(model, ema)
     folder = download(hub, _DIT_FILES)
     if not any(file.suffix == ".safetensors" for file in folder.rglob("*")):
         raise BadRequest(
@@ -226,6 +247,7 @@ def _from_checkpoint(checkpoint: Checkpoint, origin: dict[str, Any]) -> ModelSou
         record={
             **origin,
             "layout": checkpoint.layout,
+            **({"generator": checkpoint.generator} if checkpoint.generator else {}),
             **({"stored": checkpoint.stored} if checkpoint.stored else {}),
             "files": _file_stats(checkpoint),
         },

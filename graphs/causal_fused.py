@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from wanexport.graphs import kernels
-from wanexport.graphs.causal import CausalBlock, Chunk, rows_of
+from wanexport.graphs.causal import CausalBlock, Chunk
 from wanexport.graphs.fused_block import (
     FFN_GATE,
     FFN_SCALE,
@@ -48,19 +48,13 @@ class FusedCausalBlock(CausalBlock):
     def _keep(
         self, h: Tensor, chunk: Chunk, cache_k: Tensor, cache_v: Tensor, *, queries: bool
     ) -> Tensor:
-        """The queries of h [L, dim], whose keys and values are written into their slots.
-
-        Without queries the kernel rotates the keys twice.
-        """
+        """The queries of h [L, dim], whose keys and values are written into their slots."""
         layer = self.self_attn
-        of_q, norm_q = (layer.q, layer.norm_q) if queries else (layer.k, layer.norm_k)
-        q, k, v = (flat_linear(linear, h)[None] for linear in (of_q, layer.k, layer.v))
-        weights = norm_q.weight, layer.norm_k.weight
-        q, k = kernels.rms_norm_rope(q, k, *weights, chunk.cos, chunk.sin, norm_q.eps)
-        rows = rows_of(chunk.slots, h.shape[0] // chunk.slots.shape[0])
-        cache_k.index_copy_(1, rows, layer.heads(k))
-        cache_v.index_copy_(1, rows, layer.heads(v))
-        return q
+        q = flat_linear(layer.q, h) if queries else None
+        k, v = flat_linear(layer.k, h), flat_linear(layer.v, h)
+        weights = layer.norm_q.weight if queries else layer.norm_k.weight, layer.norm_k.weight
+        place = chunk.cos, chunk.sin, chunk.slots
+        return kernels.keep(q, k, v, *weights, *place, cache_k, cache_v, layer.norm_k.eps)
 
     def _attend_text(self, h: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layer = self.cross_attn

@@ -53,6 +53,7 @@ class Checkpoint:
     boundary: float | None  # where the checkpoint itself states one
     alone: str = ""  # what says that this is one expert of an A14B without the other
     stored: str = ""  # what is quantised, and how; empty where nothing is
+    generator: str = ""  # which of a training's models it is; empty where it is no such
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -60,15 +61,18 @@ class Checkpoint:
         return tuple(expert for expert in self.tensors if expert)
 
 
-def open_checkpoint(path: Path, low_noise: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, low_noise: Path | None = None, *, ema: bool | None = None
+) -> Checkpoint:
     """Recognise a folder or a file as a Wan checkpoint; with low_noise, two as both experts.
 
+    ema is which of the two models of a training's file is read, as in `read_torch_file`.
     Raises WanExportError when there is none, an expert, a shard or a tensor is missing, tensors are
     unexpected or wrongly shaped, the files contradict each other, the experts differ in size or
     are one, or the format is not read.
     """
     try:
-        return _open(path) if low_noise is None else _open_pair(path, low_noise)
+        return _open(path, ema) if low_noise is None else _open_pair(path, low_noise, ema)
     except OSError as error:
         place = path if error.filename is None else error.filename
         raise BadRequest(f"cannot read {printable(place)}: {error.strerror}") from error
@@ -81,13 +85,14 @@ class _Model:
     config: WanConfig
     layout: str
     tensors: dict[str, SourceTensor]
+    generators: frozenset[str]
 
 
-def _open(path: Path) -> Checkpoint:
+def _open(path: Path, ema: bool | None) -> Checkpoint:
     index = read_index(path) if path.is_dir() else {}
     boundary = boundary_of(index, path)
     parts = find_parts(path, index)
-    checkpoint = _checkpoint(path, parts, boundary)
+    checkpoint = _checkpoint(path, parts, boundary, ema)
     if len(parts) > 1 and "boundary_ratio" in index and boundary is None:
         warnings.warn(
             f"{printable(path)}/model_index.json has no boundary_ratio for its two experts: the "
@@ -102,7 +107,7 @@ def _open(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _open_pair(high: Path, low: Path) -> Checkpoint:
+def _open_pair(high: Path, low: Path, ema: bool | None) -> Checkpoint:
     """Both experts, each a folder or file of its own."""
     parts = {}
     for expert, path in zip(EXPERTS, (high, low), strict=True):
@@ -114,12 +119,14 @@ def _open_pair(high: Path, low: Path) -> Checkpoint:
                 f"each of -m and --low-noise"
             )
         parts[expert] = found[""]
-    return _checkpoint(high, parts, None)
+    return _checkpoint(high, parts, None, ema)
 
 
-def _checkpoint(path: Path, parts: Mapping[str, Part], boundary: float | None) -> Checkpoint:
+def _checkpoint(
+    path: Path, parts: Mapping[str, Part], boundary: float | None, ema: bool | None
+) -> Checkpoint:
     experts = len([expert for expert in parts if expert])
-    models = {expert: _open_model(part, expert, experts) for expert, part in parts.items()}
+    models = {expert: _open_model(part, expert, experts, ema) for expert, part in parts.items()}
     if len({model.config for model in models.values()}) > 1:
         raise BadRequest(
             f"the two experts in {printable(path)} differ in size: expected one config for both"
@@ -127,6 +134,12 @@ def _checkpoint(path: Path, parts: Mapping[str, Part], boundary: float | None) -
     if len(models) > 1:
         _refuse_twins(*(model.tensors for model in models.values()))
     first = next(iter(models.values()))
+    generators = {name for model in models.values() for name in model.generators}
+    if len(generators) > 1:
+        raise BadRequest(
+            f"{printable(path)} has files with generator_ema and files without: add --no-ema to "
+            f"read generator of all, or take files of one training"
+        )
     return Checkpoint(
         path=path,
         layout=first.layout,
@@ -134,6 +147,7 @@ def _checkpoint(path: Path, parts: Mapping[str, Part], boundary: float | None) -
         tensors={expert: model.tensors for expert, model in models.items()},
         boundary=boundary,
         stored=describe_stored(t for model in models.values() for t in model.tensors.values()),
+        generator="".join(generators),
     )
 
 
@@ -148,8 +162,8 @@ def _refuse_twins(high: Mapping[str, SourceTensor], low: Mapping[str, SourceTens
     )
 
 
-def _open_model(part: Part, expert: str, experts: int) -> _Model:
-    files = _read_files(part, expert)
+def _open_model(part: Part, expert: str, experts: int, ema: bool | None) -> _Model:
+    files = _read_files(part, expert, ema)
     tensors = with_scales(files.tensors, files.quantisation, part.path)
     layout = "diffusers" if "condition_embedder.time_proj.weight" in tensors else "official"
     if layout == "diffusers":
@@ -164,12 +178,12 @@ def _open_model(part: Part, expert: str, experts: int) -> _Model:
     owned = any(file.name.startswith("diffusion_pytorch_model") for file in part.files)
     stated = read_config(config_file, owned=owned)
     config = recognise(tensors, stated, part.path, config_file, experts=experts)
-    if config.family == "t2v" and (files.is_causal or is_of_causal(stated)):
+    if config.family == "t2v" and (files.generators or is_of_causal(stated)):
         config = replace(config, family=SELF_FORCING)
     is_quantised = any(tensor.is_quantised for tensor in tensors.values())
     check_config(stated, config, config_file, is_quantised=is_quantised)
     _check_tensors(tensors, config, part.path)
-    return _Model(config, layout, tensors)
+    return _Model(config, layout, tensors, files.generators)
 
 
 class _Files(NamedTuple):
@@ -177,15 +191,15 @@ class _Files(NamedTuple):
 
     tensors: dict[str, SourceTensor]
     quantisation: list[Any]
-    is_causal: bool
+    generators: frozenset[str]
 
 
-def _read_files(part: Part, expert: str) -> _Files:
+def _read_files(part: Part, expert: str, ema: bool | None) -> _Files:
     found: dict[str, SourceTensor] = {}  # by the names that the files have
-    quantisation, is_causal = [], False
+    quantisation, generators = [], set()
     for file in part.files:
         _check_expert(file, expert)
-        own = open_stored(file)
+        own = open_stored(file, ema)
         for name in own.tensors.keys() & found.keys():
             raise BadRequest(
                 f"{printable(name)} is in {printable(found[name].file)} and in "
@@ -194,7 +208,7 @@ def _read_files(part: Part, expert: str) -> _Files:
         check_listed(part.listed, own.tensors, file)
         found |= own.tensors
         quantisation += [] if own.quantisation is None else [own.quantisation]
-        is_causal |= own.is_causal
+        generators |= {own.generator} - {""}
     refuse_foreign_tensors({name: t.entry.shape for name, t in found.items()}, part.path)
     prefix = prefix_of(found)
     tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
@@ -202,7 +216,7 @@ def _read_files(part: Part, expert: str) -> _Files:
         raise BadRequest(
             f"{printable(part.path)} has names twice, with and without {prefix}: download it again"
         )
-    return _Files(tensors, quantisation, is_causal)
+    return _Files(tensors, quantisation, frozenset(generators))
 
 
 def _check_expert(file: Path, expert: str) -> None:

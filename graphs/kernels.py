@@ -96,6 +96,32 @@ def _rms_rope_kernel(
     tl.store(k_out_ptr + offset + columns, k, mask=inside)
 
 
+@triton.jit
+def _rms_rope_keep_kernel(
+    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, slots_ptr,
+    q_out_ptr, cache_k_ptr, cache_v_ptr, frame_tokens, eps,
+    DIM: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < DIM
+    pair = token * PAIRS + tl.arange(0, BLOCK // 2) % PAIRS
+    cos, sin = tl.load(cos_ptr + pair), tl.load(sin_ptr + pair)
+    offset = token * DIM
+    frame = token // frame_tokens
+    row = tl.load(slots_ptr + frame) * frame_tokens + token - frame * frame_tokens
+    kept = row * DIM
+    k = _rms(k_ptr, k_weight_ptr, offset, eps, columns, inside, DIM)
+    k = _rotate(k, cos, sin, BLOCK).to(cache_k_ptr.dtype.element_ty)
+    tl.store(cache_k_ptr + kept + columns, k, mask=inside)
+    v = tl.load(v_ptr + offset + columns, mask=inside, other=0.0)
+    tl.store(cache_v_ptr + kept + columns, v, mask=inside)
+    if QUERIES:
+        q = _rms(q_ptr, q_weight_ptr, offset, eps, columns, inside, DIM)
+        q = _rotate(q, cos, sin, BLOCK).to(q_out_ptr.dtype.element_ty)
+        tl.store(q_out_ptr + offset + columns, q, mask=inside)
+
+
 @torch.library.triton_op("wanexport::modulated_norm", mutates_args=())
 def modulated_norm(
     x: Tensor, table: Tensor, scale: int, shift: int, eps: float, dtype: torch.dtype
@@ -216,3 +242,34 @@ def rms_norm_rope(
         DIM=dim, PAIRS=cos.shape[-1], BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return q_out, k_out
+
+
+@torch.library.triton_op("wanexport::keep", mutates_args={"cache_k", "cache_v"})
+def keep(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    eps: float,
+) -> Tensor:
+    """`rms_norm_rope` of q and k [L, dim], where k goes into its slots of the cache, as v does.
+
+    slots [C] int64 says where each of the C frames, of L / C tokens, is kept in cache_k and cache_v
+    [1, S * L / C, H, D]. Returns the queries [L, dim]; without q, an empty tensor.
+    """
+    tokens, dim = k.shape
+    q_out = k.new_empty(0) if q is None else torch.empty_like(q)
+    block = triton.next_power_of_2(dim)
+    torch.library.wrap_triton(_rms_rope_keep_kernel)[(tokens,)](
+        k if q is None else q, k, v, q_weight, k_weight, cos, sin, slots,
+        k if q is None else q_out, cache_k, cache_v, tokens // slots.shape[0], eps,
+        DIM=dim, PAIRS=cos.shape[-1], BLOCK=block, QUERIES=q is not None,
+        num_warps=_warps(block),
+    )  # fmt: skip
+    return q_out

@@ -8,7 +8,7 @@ from wanexport.graphs.foreign import file_format, refuse_foreign_tensors
 from wanexport.graphs.gguf_file import read_gguf
 from wanexport.graphs.quantised import METADATA
 from wanexport.graphs.source_tensor import SourceTensor
-from wanexport.graphs.torch_file import read_torch_file
+from wanexport.graphs.torch_file import lacks_generator, read_torch_file
 from wanexport.runtime.bundle.tensorfile import read_header, read_metadata
 from wanexport.runtime.errors import BadRequest, printable
 
@@ -19,23 +19,26 @@ _ARCHITECTURES = ("", "wan", "pig", "cow")
 class StoredFile(NamedTuple):
     """The tensors of a file by the names that it has, and what its header says of quantisation.
 
-    is_causal is whether the file says that it is a causal Wan's.
+    generator is the one of a training's models that these are, `generator` or `generator_ema`, and
+    then they are a causal Wan's; empty where the file has no such.
     """
 
     tensors: dict[str, SourceTensor]
     quantisation: Any  # None where it says nothing
-    is_causal: bool = False
+    generator: str = ""
 
 
-def open_stored(path: Path) -> StoredFile:
-    """The tensors of a file, which is of a Wan, or of a part of one.
+def open_stored(path: Path, ema: bool | None = None) -> StoredFile:
+    """The tensors of a file, which is of a Wan, or of a part of one; ema as in `read_torch_file`.
 
     Raises WanExportError when the file is damaged, of another format or of another thing.
     """
     kind = file_format(path)
     if kind == "torch":
-        saved = read_torch_file(path)
-        found = StoredFile(saved.tensors, None, saved.is_causal)
+        saved = read_torch_file(path, ema)
+        found = StoredFile(saved.tensors, None, saved.generator)
+    elif ema is not None:
+        raise lacks_generator(path, ema)
     elif kind == "gguf":
         found = StoredFile(_read_gguf(path), None)
     else:

@@ -4,7 +4,7 @@ Only tensors are unpickled, so a file can execute nothing, and they stay mapped:
 where it is read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,32 +17,40 @@ from wanexport.runtime.dtypes import STORED
 from wanexport.runtime.errors import BadRequest, printable
 from wanexport.runtime.parts.torch_checkpoint import load_saved
 
-# Under which of its keys a training's file has the model. Self-Forcing samples from the average.
-_GENERATORS = ("generator_ema", "generator")
-_MODELS = (*_GENERATORS, "state_dict", "model", "module")
+# Under which of its keys a training's file has the model. Self-Forcing's authors sample from the
+# average.
+EMA = "generator_ema"
+_GENERATORS = {True: EMA, False: "generator"}  # by whether it is the average
+_OTHERS = ("state_dict", "model", "module")
+_MODELS = (*_GENERATORS.values(), *_OTHERS)
 _DEEPEST = 3  # of these keys, one in another's value: a dictionary may hold itself
 _NAMES = {getattr(torch, row.torch): stored for stored, row in STORED.items() if row.torch}
 
 
 class TorchFile(NamedTuple):
-    """The tensors of a model by the names that its file has, and whether it is a causal Wan's.
+    """The tensors of a model by the names that its file has, and which of a training's it is.
 
-    Self-Forcing and its relatives save the model that they train as a `generator`.
+    Self-Forcing and its relatives save the model that they train as a `generator`, and its moving
+    average as `generator_ema`; of another file `generator` is empty.
     """
 
     tensors: dict[str, SourceTensor]
-    is_causal: bool
+    generator: str
 
 
-def read_torch_file(path: Path) -> TorchFile:
+def read_torch_file(path: Path, ema: bool | None = None) -> TorchFile:
     """The model of a file.
 
-    Of one with `generator` and `generator_ema`, as Self-Forcing's, it is the latter. Raises
-    BundleError as `load_saved` does, and BadRequest when there is no model in the file, tensors
-    overlap, or one is not dense and on the CPU.
+    Of one with `generator` and `generator_ema`, as Self-Forcing's, ema is whether it is the latter;
+    None takes that, or the one that is there. Raises BundleError as `load_saved` does, and
+    BadRequest when there is no model in the file, or not this one, tensors overlap, or one is not
+    dense and on the CPU.
     """
     saved = load_saved(path)
-    tensors = _find_model(saved)
+    wanted = _MODELS if ema is None else (_GENERATORS[ema], *_OTHERS)
+    tensors, generator = _find_model(saved, wanted)
+    if ema is not None and generator != _GENERATORS[ema]:
+        raise lacks_generator(path, ema, _find_model(saved, _MODELS)[1])
     if not tensors:
         raise BadRequest(
             f"{printable(path)} has no model: expected tensors by name, or these under one of "
@@ -56,19 +64,36 @@ def read_torch_file(path: Path) -> TorchFile:
             )
     _check_apart(tensors, path)
     named = {name: SourceTensor(path, _entry(t), name, mapped=t) for name, t in tensors.items()}
-    is_causal = any(isinstance(saved.get(key), dict) for key in _GENERATORS)
-    return TorchFile(named, is_causal)
+    return TorchFile(named, generator)
 
 
-def _find_model(saved: object, depth: int = 0) -> dict[str, Tensor]:
-    """The tensors by name; empty when there are none."""
+def lacks_generator(place: str | Path, ema: bool, other: str = "") -> BadRequest:
+    """The refusal of a checkpoint without the generator that was asked for; other is one it has."""
+    option, wanted = ema_option(ema), _GENERATORS[ema]
+    found = f"{other} alone" if other else "one model, under neither generator nor generator_ema"
+    return BadRequest(
+        f"{option}: {printable(place)} has no {wanted}, it holds {found}: leave {option} out, and "
+        f"that is read"
+    )
+
+
+def ema_option(ema: bool) -> str:
+    """The option of the command line that asks for the average, or for the model without."""
+    return "--ema" if ema else "--no-ema"
+
+
+def _find_model(
+    saved: object, models: Sequence[str], depth: int = 0
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors by name, none when there are none, and which generator they are."""
     if not isinstance(saved, dict) or depth > _DEEPEST:
-        return {}
-    for key in _MODELS:
+        return {}, ""
+    for key in models:
         if isinstance(saved.get(key), dict):
-            return _find_model(saved[key], depth + 1)
+            tensors, generator = _find_model(saved[key], models, depth + 1)
+            return tensors, generator or (key if key in _GENERATORS.values() else "")
     named = {str(name): t for name, t in saved.items() if isinstance(t, Tensor)}
-    return named if len(named) == len(saved) else {}
+    return named if len(named) == len(saved) else {}, ""
 
 
 def _fault(tensor: Tensor) -> str:

@@ -73,15 +73,22 @@ def fit(needs: Needs, room: int) -> Fit | None:
 def fit_blocks(needs: Needs, room: int) -> Fit | None:
     """How a model fits whose blocks are streamed; as many stay as leave the VAE its room: decoding
     in tiles shows, and copies hide behind computation."""
-    least = needs.rest + min(LAYER_BUFFERS, needs.layers) * needs.layer
+    least = streamed_bytes(needs, 0)
     if least + needs.activations > room or not needs.layer:
         return None
     beside = next(size for size in (needs.vae, needs.tiles, 0) if least + size <= room)
     spare = room - least - max(needs.activations, beside)
     resident = max(0, min(spare // needs.layer, needs.layers - LAYER_BUFFERS))
     streamed = (needs.layers - resident) * needs.layer
-    held = least + resident * needs.layer
+    held = streamed_bytes(needs, resident)
     return _placed(needs, room, held, Fit("blocks", resident, streamed, "", "", 0))
+
+
+def streamed_bytes(needs: Needs, resident: int) -> int:
+    """What a model whose blocks are streamed holds all the time: what is in no layer, the buffers,
+    and the layers that stay."""
+    buffers = min(LAYER_BUFFERS, needs.layers)
+    return needs.rest + (buffers + resident) * needs.layer
 
 
 def _placed(needs: Needs, room: int, held: int, found: Fit) -> Fit:

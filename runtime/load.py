@@ -45,9 +45,10 @@ def load(bundle: str | Path, **options: Unpack[EngineKeywords]) -> Denoiser:
     """Open the engine of a bundle that fits; what is None, or left out, is free.
 
     Which engine: backend (`onnx`, `aoti`, `tensorrt`, `tensorrt-rtx`), device (`cpu`, `cuda`,
-    `cuda:1`), resolution (`480x832`, `832*480` or (480, 832)), frames and dtype. An ONNX engine
-    runs on either device: provider is ONNX Runtime's, `cpu`, `cuda`, `tensorrt` or `tensorrt-rtx`,
-    and provider_options are that provider's own.
+    `cuda:1`), resolution (`480x832`, `832*480` or (480, 832)), frames and dtype; of a causal model
+    chunk and cache too, the latent frames of a call and those that it can attend to. Engines of
+    several shapes are not chosen from. An ONNX engine runs on either device: provider is ONNX
+    Runtime's, `cpu`, `cuda`, `tensorrt` or `tensorrt-rtx`, and provider_options are its own.
 
     weights is the name of a weights set of the bundle, or other weights of the same layout (a
     fine-tune or merged LoRA): a file, or a folder with `denoiser.safetensors`, or with one in each
@@ -90,6 +91,30 @@ def chosen(bundle: str | Path, **options: Unpack[EngineKeywords]) -> Choice:
     return choose_engine(Path(bundle), read_manifest(Path(bundle)), EngineOptions(**options))
 
 
+def fitted(
+    bundle: Path, record: EngineRecord, device: str, options: EngineOptions
+) -> EngineOptions:
+    """The options with which `load` opens an engine on a device: what they leave open of how a GPU
+    holds weights follows from what is free there. Raises what `load` raises."""
+    if device == "cpu" or "resident_blocks" not in ENGINES[record.backend].backend().OPTIONS:
+        return options
+    manifest = read_manifest(bundle)
+    files = find_weights(bundle, record, options.weights, manifest).files
+    return _fitted(manifest, record, files, options, device)
+
+
+def _fitted(
+    manifest: Manifest,
+    record: EngineRecord,
+    files: Mapping[str, PinnedFile],
+    options: EngineOptions,
+    device: str,
+) -> EngineOptions:
+    from wanexport.runtime.fitting import fit_options  # of a GPU alone
+
+    return fit_options(manifest, record, files, options, device)
+
+
 def open_engine(
     bundle: Path, manifest: Manifest, choice: Choice, options: EngineOptions
 ) -> Denoiser:
@@ -113,9 +138,7 @@ def open_engine(
         return chosen[0].files
 
     if "resident_blocks" in backend.OPTIONS and device != "cpu":
-        from wanexport.runtime.fitting import fit_options  # of a GPU alone
-
-        options = fit_options(manifest, record, weights(), options, device)
+        options = _fitted(manifest, record, weights(), options, device)
     engines = backend.open_engines(record, files, weights, options, device)
     own = chosen[0] if chosen else None
     return Denoiser(record, engines, own, find, offload=options.offload)

@@ -43,6 +43,7 @@ class BuildKeywords(TypedDict, total=False):
     random_weights: int | None
     low_noise: str | Path | None
     expert_alone: bool
+    ema: bool | None
     lora: Sequence[Given]
     lora_high: Sequence[Given]
     lora_low: Sequence[Given]
@@ -75,6 +76,7 @@ class BuildOptions:
     random_weights: int | None = None
     low_noise: str | Path | None = None
     expert_alone: bool = False
+    ema: bool | None = None
     lora: Sequence[Given] = ()
     lora_high: Sequence[Given] = ()
     lora_low: Sequence[Given] = ()

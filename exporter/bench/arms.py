@@ -13,7 +13,7 @@ from wanexport.runtime.engines.table import ENGINES
 from wanexport.runtime.errors import BadRequest
 
 LEAST_ROUNDS = 5  # of which a median says something
-_OF_ALL = frozenset({"device", "resolution", "frames", "dtype", "weights"})
+_OF_ALL = frozenset({"device", "resolution", "frames", "chunk", "cache", "dtype", "weights"})
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ def choose_subject(bundle: Path, asked: EngineOptions, arms: Sequence[Arm]) -> S
         dtype=record.dtype,
         resolution=f"{geometry.height}x{geometry.width}",
         frames=geometry.frames,
+        chunk=geometry.chunk or None,
+        cache=geometry.cache or None,
         weights=_weights_of_expert(asked.weights, whole),
     )
     (weights,) = find_weights(bundle, record, options.weights, manifest).files.values()

@@ -18,7 +18,7 @@ def show_build(record: dict[str, Any]) -> None:
             out,
             (record["bundle"], "bold"),
             f": {short(record['model'])}, height {geometry['height']}, width {geometry['width']}, "
-            f"{geometry['frames']} frames, {record['tokens']} tokens",
+            f"{geometry['frames']} frames, {record['tokens']} tokens{_chunks(geometry)}",
         )
         write(out, f"  engine {engine['name']}: {in_bytes(size)}")
         if attention := _attention(engine):
@@ -33,9 +33,16 @@ def show_build(record: dict[str, Any]) -> None:
     write(out, f"  {record['seconds']} s, peak memory {in_bytes(record['peak_rss_bytes'])}")
 
 
+def _chunks(geometry: dict[str, Any]) -> str:
+    """The latent frames of a call and of the cache, of a causal engine."""
+    if not geometry["chunk"]:
+        return ""
+    return f", chunk {geometry['chunk']} and cache {geometry['cache']} latent frames"
+
+
 def _origin(source: dict[str, Any]) -> str:
-    """What was read of a checkpoint that is quantised, and the LoRAs merged into it."""
-    told = ""
+    """What was read of a checkpoint that is quantised or has two models, and the LoRAs merged."""
+    told = f", of {short(source['generator'])}" if source.get("generator") else ""
     if source.get("stored"):
         told += f", from {short(source['stored'])}: their precision is the file's"
     for lora in _loras(source):
@@ -95,7 +102,7 @@ def show_ls(record: dict[str, Any]) -> None:
 def _from(file: dict[str, Any]) -> str:
     """Where a file of a set comes from: a checkpoint, a preset or the base set, and LoRAs."""
     source = file["source"]
-    keys = ("path", "hub", "file", "low_noise", "preset", "random_seed", "set", "stored")
+    keys = "path hub file low_noise preset random_seed set generator stored".split()
     told = [f"{key} {short(source[key])}" for key in keys if key in source]
     told += [_lora(lora) for lora in _loras(source)]
     return f"from {', '.join(told)}; sha256 {file['sha256'][:12]}"
@@ -191,7 +198,7 @@ def _engine_lines(engine: dict[str, Any]) -> Iterator[str]:
     flops = engine["build"].get("flops_per_forward", 0) / 1e12
     yield (
         f"  engine {engine['name']}: {engine['tokens']} tokens, {in_bytes(engine['bytes'])}, "
-        f"{flops:.3g} TFLOPs a forward"
+        f"{flops:.3g} TFLOPs a forward{_chunks(engine['geometry'])}"
     )
     if engine["unusable"]:
         yield f"    not usable: {engine['unusable']}"

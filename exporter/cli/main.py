@@ -45,6 +45,7 @@ from wanexport.exporter.cli.options import (
     chunk_options,
     device_option,
     dtype_option,
+    ema_option,
     engine_options,
     frames_option,
     lora_options,
@@ -90,6 +91,7 @@ def cli() -> None:
     help="The seed of random weights, for the preset that -m names.",
 )  # fmt: skip
 @low_noise_option
+@ema_option
 @click.option(
     "--expert-alone", is_flag=True, help="Build one expert of an A14B as a model by itself."
 )
@@ -142,6 +144,7 @@ def build(as_json: bool, **options: Any) -> None:
 @click.argument("name")
 @model_option("The set takes its weights. Default: the bundle's base set, for the LoRAs.")
 @low_noise_option
+@ema_option
 @lora_options
 @click.option(
     "--recipe", type=click.Choice(list(RECIPES)),
@@ -249,6 +252,7 @@ def _tell(note: str) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @model_option("The reference takes its tensors. Default: the bundle's weights.")
 @low_noise_option
+@ema_option
 @click.option(
     "--reference", type=click.Choice(["graph", "diffusers"]), default="graph", show_default=True,
     help="The model whose eager fp32 forward is right: our graph, or diffusers' own. With "

@@ -187,6 +187,11 @@ low_noise_option = click.option(
     "--low-noise", metavar="FOLDER|FILE|ID",
     help="The low-noise expert of an A14B, where -m is the high-noise one alone.",
 )  # fmt: skip
+ema_option = click.option(
+    "--ema/--no-ema", default=None,
+    help="Which model of a training's file is read, as Self-Forcing's: generator_ema, or "
+    "generator. Default: generator_ema, or the one that is there.",
+)  # fmt: skip
 lora_options = _adding(
     click.option(
         "--lora", multiple=True, metavar="FILE[:STRENGTH]",
@@ -242,21 +247,30 @@ frames_option = partial(
 )  # fmt: skip
 
 
+def chunk_option(default: str = "") -> Callable[[_Command], _Command]:
+    """--chunk, with what is its default in words, where it has one."""
+    said = "The latent frames that a call of a causal model makes." + _default(default)
+    return click.option("--chunk", type=COUNT, metavar="NUMBER", help=said)
+
+
+def cache_option(default: str = "") -> Callable[[_Command], _Command]:
+    """--cache, with what is its default in words, where it has one."""
+    said = "The latent frames that a causal model can attend to, those of the call among them."
+    return click.option("--cache", type=COUNT, metavar="NUMBER", help=said + _default(default))
+
+
+def _default(words: str) -> str:
+    return f" Default: {words}." if words else ""
+
+
 chunk_options = _adding(
     click.option(
         "--family", metavar="NAME",
         help="The family of a checkpoint that does not say it: self-forcing for a causal Wan's. "
         "Default: what the checkpoint is.",
     ),
-    click.option(
-        "--chunk", type=COUNT, metavar="NUMBER",
-        help="The latent frames that a call of a causal model makes. Default: 3.",
-    ),
-    click.option(
-        "--cache", type=COUNT, metavar="NUMBER",
-        help="The latent frames that a causal model can attend to, those of the call among them. "
-        "Default: those of the video.",
-    ),
+    chunk_option("3"),
+    cache_option("those of the video"),
 )  # fmt: skip
 
 
@@ -438,6 +452,8 @@ _ENGINE = {  # the fields of EngineOptions
     ),
     "resolution": resolution_option(),
     "frames": frames_option(),
+    "chunk": chunk_option(),
+    "cache": cache_option(),
     "dtype": dtype_option(_BEST),
     "device": device_option(_BEST),
     "weights": click.option(

@@ -70,13 +70,15 @@ def choose_other(
         raise BadRequest(
             f"{bundle} has no other {backend} engine than {record.name} at this size: choose "
             f"another --against, or add one with wanexport build --backend {backend} "
-            f"--resolution {size.height}x{size.width} --frames {size.frames} -o {bundle}"
+            f"{size.options} -o {bundle}"
         )
     wanted = EngineOptions(
         backend=backend,
         device=options.device,
         resolution=(size.height, size.width),
         frames=size.frames,
+        chunk=size.chunk or None,
+        cache=size.cache or None,
         weights=options.weights,
     )
     problems: list[WanExportError] = []

@@ -20,6 +20,7 @@ from wanexport.exporter.compare.peers import (
     EXACT,
     Peers,
     Placed,
+    generator_of,
     needed_peers,
     open_peers,
     refuse_merged,
@@ -57,6 +58,7 @@ def compare(
     *,
     model: str | Path | None = None,
     low_noise: str | Path | None = None,
+    ema: bool | None = None,
     reference: str = "graph",
     inputs: str | Path | None = None,
     calls: str | Path | None = None,
@@ -92,6 +94,7 @@ def compare(
     request = CompareRequest(
         model=model,
         low_noise=low_noise,
+        ema=ema,
         reference=reference,
         inputs=_path(inputs),
         calls=_path(calls),
@@ -224,6 +227,8 @@ def _described(
         "reference": f"recorded ({reference}, {dtype})" if dtype else reference,
         "note": None if peers.other is None else note_on(record, peers.other.denoiser.record),
         "model": None if request.model is None else str(request.model),
+        "low_noise": None if request.low_noise is None else str(request.low_noise),
+        "ema": request.ema,
         "inputs": f"seed {request.seed}" if file is None else str(file),
         "outputs": None if request.outputs is None else str(request.outputs),
     }
@@ -279,7 +284,13 @@ def _open_peers(
     unrounded = None
     if request.model is not None:
         refuse_merged(manifest, record, options.weights)
-        tensors = tensors_of_checkpoint(request.model, request.low_noise, manifest)
+        tensors = tensors_of_checkpoint(
+            request.model,
+            request.low_noise,
+            request.ema,
+            manifest,
+            generator_of(manifest, record, options.weights),
+        )
         unrounded = None if record.dtype == "fp32" else request.reference
         keys |= {(request.reference, "fp32")} if unrounded else set()
     placed = Placed(manifest, record, choice.device, tensors)

@@ -11,13 +11,14 @@ from wanexport.exporter.reference.diffusers import DiffusersEngine
 from wanexport.exporter.reference.eager import EagerEngine
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.source_tensor import SourceTensor
+from wanexport.graphs.torch_file import EMA, ema_option
 from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
 from wanexport.runtime.bundle.check import check_content
 from wanexport.runtime.bundle.manifest import BASE, EngineRecord, Manifest
 from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.bundle.signature import parameter_shapes
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.errors import BadRequest, needing_extra
+from wanexport.runtime.errors import BadRequest, needing_extra, printable
 from wanexport.runtime.load import find_weights
 from wanexport.runtime.machine.memory import free_bytes
 from wanexport.runtime.wan_config import WanConfig
@@ -148,21 +149,40 @@ def tensors_of_bundle(
 
 
 def tensors_of_checkpoint(
-    model: str | Path, low_noise: str | Path | None, manifest: Manifest
+    model: str | Path,
+    low_noise: str | Path | None,
+    ema: bool | None,
+    manifest: Manifest,
+    generator: str,
 ) -> Tensors:
     """The tensors of the checkpoint that a bundle came from, with low_noise of both its experts.
 
-    Raises BadRequest when it is none, or of another model than the bundle's.
+    ema is as in `build`, and generator what `generator_of` gives. Raises BadRequest when it is
+    none, of another model than the bundle's, or another of a training's models was read.
     """
     model = str(model)
     if model.lower() in PRESETS and not Path(model).exists():
         raise BadRequest(f"{model} is a preset: pass -m a checkpoint's folder or hub id")
-    source = resolve_as(manifest, model, low_noise)
+    source = resolve_as(manifest, model, low_noise, ema)
+    read = source.record.get("generator", "")
+    if generator and read and read != generator:
+        raise BadRequest(
+            f"the bundle's weights were read from {generator}, and -m reads {read} of "
+            f"{printable(model)}: compare with {ema_option(generator == EMA)}"
+        )
     return {
         expert: weights.tensors
         for expert, weights in source.weights.items()
         if isinstance(weights, CheckpointWeights)
     }
+
+
+def generator_of(manifest: Manifest, record: EngineRecord, weights: str | Path | None) -> str:
+    """Which of a training's models a weights set was read from; empty where it is no such, or
+    another tool or version made it."""
+    name = BASE if weights is None else str(weights)
+    sources = [part.source for part in manifest.weights_of(record.layout, name)]
+    return next((str(source["generator"]) for source in sources if "generator" in source), "")
 
 
 def refuse_merged(manifest: Manifest, record: EngineRecord, weights: str | Path | None) -> None:

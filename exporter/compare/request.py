@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wanexport.exporter.compare.peers import check_implementation
-from wanexport.exporter.model_source import check_low_noise
+from wanexport.exporter.model_source import check_of_model
 from wanexport.runtime.dtypes import PRECISIONS
 from wanexport.runtime.errors import BadRequest
 
@@ -15,17 +15,18 @@ class CompareRequest:
 
     reference is `graph` or `diffusers`: whose fp32 forward with the engine's weights is right;
     model names the checkpoint to take its tensors from instead, or with low_noise the high-noise
-    one of two. The loop has `steps` steps with the engine's solver and guidance; inputs is a
-    safetensors file for it, as `run` takes it. In its place calls is such a file of single calls
-    (see `recorded`), and outputs the velocities recorded for them, computed in outputs_dtype with
-    the precision policy of reference. against is the backend of another engine, in the place of
-    a model; bisect looks for the first faulty call, and for the first faulty node of an ONNX graph.
-    Of a causal engine, chunks are how many are made, by default the clip's, and window, sink and
-    max_attention are as in `Denoiser.stream`.
+    one of two; ema is as in `build`. The loop has `steps` steps with the engine's solver and
+    guidance; inputs is a safetensors file for it, as `run` takes it. In its place calls is such a
+    file of single calls (see `recorded`), and outputs the velocities recorded for them, computed in
+    outputs_dtype with the precision policy of reference. against is the backend of another engine,
+    in the place of a model; bisect looks for the first faulty call, and for the first faulty node
+    of an ONNX graph. Of a causal engine, chunks are how many are made, by default the clip's, and
+    window, sink and max_attention are as in `Denoiser.stream`.
     """
 
     model: str | Path | None = None
     low_noise: str | Path | None = None
+    ema: bool | None = None
     reference: str = "graph"
     inputs: Path | None = None
     calls: Path | None = None
@@ -43,7 +44,7 @@ class CompareRequest:
 
 def check_request(request: CompareRequest) -> None:
     """Raise BadRequest for what needs no bundle to be seen as wrong."""
-    check_low_noise(request.model, request.low_noise)
+    check_of_model(request.model, request.low_noise, request.ema)
     check_implementation(request.reference)
     if request.inputs is not None and request.calls is not None:
         raise BadRequest("inputs are of a loop, calls are single ones: pass one of the two")

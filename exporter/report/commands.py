@@ -12,9 +12,7 @@ Result = Mapping[str, Any]
 
 def engine_words(engine: EngineRecord) -> list[str]:
     """The options that choose an engine by its size and precision."""
-    size = engine.geometry
-    shape = ["--resolution", f"{size.height}x{size.width}", "--frames", str(size.frames)]
-    return [*shape, "--dtype", engine.dtype]
+    return [*engine.geometry.options.split(), "--dtype", engine.dtype]
 
 
 def compare_command(bundle: str, engine: EngineRecord, result: Result) -> str:
@@ -31,9 +29,16 @@ def compare_command(bundle: str, engine: EngineRecord, result: Result) -> str:
     else:
         words += ["--reference", reference]
     if result["model"]:
-        words += ["-m", str(result["model"])]
+        words += ["-m", str(result["model"]), *_of_model(result)]
     words += _inputs(result)
     return shlex.join([*words, *(["--bisect"] if result["bisect"] else [])])
+
+
+def _of_model(result: Result) -> list[str]:
+    """What says more of the checkpoint, in results that have it."""
+    low_noise, ema = result.get("low_noise"), result.get("ema")
+    words = [] if low_noise is None else ["--low-noise", str(low_noise)]
+    return words if ema is None else [*words, "--ema" if ema else "--no-ema"]
 
 
 def bench_command(bundle: str, engine: EngineRecord, result: Result) -> str:
@@ -47,11 +52,20 @@ def bench_command(bundle: str, engine: EngineRecord, result: Result) -> str:
 
 def profile_command(bundle: str, result: Result) -> str:
     """`profile` of the same arm."""
-    height, width, frames = str(result["size"]).split("x")
     words = ["wanexport", "profile", bundle, "--arm", str(result["arm"])]
-    words += ["--resolution", f"{height}x{width}", "--frames", frames]
-    words += ["--dtype", str(result["dtype"]), *_weights(result)]
+    words += [*_shape(str(result["size"])), "--dtype", str(result["dtype"]), *_weights(result)]
     return shlex.join([*words, "--steps", str(result["steps"]), "--warmup", str(result["warmup"])])
+
+
+def _shape(size: str) -> list[str]:
+    """The options of a geometry's name, as `64x96x33-chunk3-cache9`."""
+    video, *chunks = size.split("-")
+    height, width, frames = video.split("x")
+    words = ["--resolution", f"{height}x{width}", "--frames", frames]
+    for part in chunks:
+        option = part.rstrip("0123456789")
+        words += [f"--{option}", part.removeprefix(option)]
+    return words
 
 
 def _weights(result: Result) -> list[str]:

@@ -86,7 +86,8 @@ def environment() -> list[tuple[str, str]]:
 
 def _origin(source: Held) -> str:
     """Where weights are from: a preset, or a checkpoint, and how it is stored."""
-    named = source.get("preset") or source.get("path") or source.get("repo") or "-"
+    named = source.get("preset") or source.get("path") or source.get("hub") or "-"
+    named = f"{source['generator']} of {named}" if source.get("generator") else named
     seed = source.get("random_seed")
     words = f"random weights of {named}, seed {seed}" if seed is not None else str(named)
     loras = len(source.get("lora") or ())

@@ -128,6 +128,8 @@ def engine_in_full(request: RunRequest, denoiser: Denoiser) -> EngineOptions:
         device=asked.device or device_kind(denoiser.device),
         resolution=f"{geometry.height}x{geometry.width}",
         frames=geometry.frames,
+        chunk=geometry.chunk or None,
+        cache=geometry.cache or None,
         dtype=record.dtype,
         weights=weights,
         offload=denoiser.offload,

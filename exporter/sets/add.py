@@ -8,7 +8,7 @@ from typing import Any
 from wanexport.exporter.backends.backend import Progress
 from wanexport.exporter.bundle.place import check_place
 from wanexport.exporter.bundle.writer import BundleWriter, open_bundle
-from wanexport.exporter.model_source import ModelSource, check_low_noise, resolve_as
+from wanexport.exporter.model_source import ModelSource, check_of_model, resolve_as
 from wanexport.exporter.sets.convert import add_weights
 from wanexport.exporter.sets.loras import LoraOptions, merged, opened
 from wanexport.graphs.merged import BundleWeights
@@ -38,6 +38,7 @@ def add(
     *,
     model: str | Path | None = None,
     low_noise: str | Path | None = None,
+    ema: bool | None = None,
     lora: Sequence[Given] = (),
     lora_high: Sequence[Given] = (),
     lora_low: Sequence[Given] = (),
@@ -47,9 +48,9 @@ def add(
 ) -> dict[str, Any]:
     """Add a weights set to a bundle, and return the record of what was done; nothing is compiled.
 
-    model and low_noise are a checkpoint of the bundle's model, as `build` takes it; without, the
-    LoRAs are merged into the bundle's base set, as it was rounded. lora to lora_partial are as in
-    `build`. recipe is how a run with the set samples, one of `recipes.RECIPES`.
+    model, low_noise and ema are a checkpoint of the bundle's model, as `build` takes it; without,
+    the LoRAs are merged into the bundle's base set, as it was rounded. lora to lora_partial are as
+    in `build`. recipe is how a run with the set samples, one of `recipes.RECIPES`.
     There is a file for each precision that the bundle's engines have, and each expert.
     Raises WanExportError for whatever the caller can put right, and leaves the bundle as it was.
     """
@@ -58,13 +59,13 @@ def add(
     manifest = read_manifest(bundle)
     check_place(bundle)
     _check_name(name, manifest)
-    check_low_noise(model, low_noise)
+    check_of_model(model, low_noise, ema)
     if model is None and not loras:
         raise BadRequest("nothing to add: pass -m a checkpoint, or --lora FILE[:STRENGTH]")
     if recipe is not None:
         recipe_named(recipe).check(manifest.config.family)
     progress("checkpoint", 0, 0)
-    checkpoint = None if model is None else resolve_as(manifest, str(model), low_noise)
+    checkpoint = None if model is None else resolve_as(manifest, str(model), low_noise, ema)
     stacks, reused = opened(loras, manifest.config, manifest.experts), []
     with open_bundle(bundle, manifest) as writer:
         for dtype in _precisions(writer.manifest):

@@ -72,9 +72,14 @@ def _check_source(
         if known_label not in writer.committed.weights:
             writer.forget_weights(known_label)
             continue
-        origins = [known.source[k] for k in ("hub", "path", "preset") if k in known.source]
-        origin = origins[0] if origins else "another source"
-        raise BadRequest(_HOLDS_OTHER[name == BASE].format(writer.path, name, origin))
+        raise BadRequest(_HOLDS_OTHER[name == BASE].format(writer.path, name, _origin(known)))
+
+
+def _origin(known: WeightsRecord) -> str:
+    """Where weights come from, in few words."""
+    source = known.source
+    origin = next((source[k] for k in ("hub", "path", "preset") if k in source), "another source")
+    return f"{source['generator']} of {origin}" if "generator" in source else str(origin)
 
 
 def convert_weights(

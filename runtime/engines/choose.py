@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from wanexport.runtime.bundle.manifest import DENOISER, DEVICES, VAE, EngineRecord, Manifest
 from wanexport.runtime.bundle.usable import unread_name, why_unread, why_unusable
@@ -22,7 +22,8 @@ from wanexport.runtime.errors import (
     installing,
     needing_package,
 )
-from wanexport.runtime.geometry import parse_resolution
+from wanexport.runtime.family import FAMILIES
+from wanexport.runtime.geometry import Geometry, parse_resolution
 
 _FREE = EngineOptions()
 
@@ -37,11 +38,14 @@ class Choice(NamedTuple):
 def choose_engine(bundle: Path, manifest: Manifest, options: EngineOptions) -> Choice:
     """The engine that fits and runs here.
 
+    What options leave open, backend, device and dtype decide, the fastest on a GPU first. A shape
+    is never guessed: its resolution, frames, chunk and cache.
     Warns when one that would come first cannot run here. Raises BadRequest when none fits and when
     engines of several shapes fit, whether they can run here or not, BundleError when none can run.
     """
     options = _with_provider(options)
     _check(options)
+    _check_chunks(bundle, manifest, options)
     fitting = [choice for choice in _candidates(manifest, options) if _fits(choice, options)]
     held = ", ".join(_held(manifest)) or "none"
     if not fitting:
@@ -49,15 +53,8 @@ def choose_engine(bundle: Path, manifest: Manifest, options: EngineOptions) -> C
             f"{bundle} has no such engine; it holds {held}: choose one, or add yours with "
             f"wanexport build{''.join(f'; {why}' for why in _of_others(bundle, manifest))}"
         )
-    shapes = {choice.record.geometry for choice in fitting}
-    if len(shapes) > 1:
-        is_told = len({(shape.height, shape.width, shape.frames) for shape in shapes}) == 1
-        advice = (
-            "take all but one out with wanexport remove"
-            if is_told
-            else "name resolution and frames"
-        )
-        raise BadRequest(f"{bundle} holds several shapes ({held}): {advice}")
+    if open_names := _differing([choice.record.geometry for choice in fitting]):
+        raise BadRequest(f"{bundle} holds several shapes ({held}): name {' and '.join(open_names)}")
     refusals = [
         why_unusable(bundle, manifest, choice.record) or _refusal(bundle, choice, options)
         for choice in fitting
@@ -74,6 +71,17 @@ def choose_engine(bundle: Path, manifest: Manifest, options: EngineOptions) -> C
             stacklevel=2,
         )
     return chosen
+
+
+def _differing(shapes: Sequence[Geometry]) -> list[str]:
+    """The options by which shapes differ; none of one shape."""
+    values: dict[str, set[Any]] = {
+        "resolution": {(shape.height, shape.width) for shape in shapes},
+        "frames": {shape.frames for shape in shapes},
+        "chunk": {shape.chunk for shape in shapes},
+        "cache": {shape.cache for shape in shapes},
+    }
+    return [name for name, found in values.items() if len(found) > 1]
 
 
 def _held(manifest: Manifest) -> list[str]:
@@ -102,6 +110,21 @@ def _check(options: EngineOptions) -> None:
         )
     if options.device is not None:
         check_device(options.device)
+
+
+def _check_chunks(bundle: Path, manifest: Manifest, options: EngineOptions) -> None:
+    """Raise BadRequest for a chunk or cache that is no number, or of a model without."""
+    given = {"chunk": options.chunk, "cache": options.cache}
+    asked = {name: value for name, value in given.items() if value is not None}
+    for name, value in asked.items():
+        if type(value) is not int or value < 1:
+            raise BadRequest(f"{name} {value!r:.40}: expected latent frames, a number from 1")
+    family = FAMILIES.get(manifest.config.family)
+    if asked and family is not None and not family.is_causal:
+        raise BadRequest(
+            f"{' and '.join(asked)}: only engines of a causal model have this, and {bundle} is of "
+            f"family {manifest.config.family}: leave it out"
+        )
 
 
 def _with_provider(options: EngineOptions) -> EngineOptions:
@@ -154,6 +177,8 @@ def _fits(choice: Choice, options: EngineOptions) -> bool:
         and options.dtype in (None, record.dtype)
         and options.device in (None, choice.device)
         and options.frames in (None, geometry.frames)
+        and options.chunk in (None, geometry.chunk)
+        and options.cache in (None, geometry.cache)
         and (size is None or parse_resolution(size) == (geometry.height, geometry.width))
     )
 

@@ -73,6 +73,8 @@ class EngineKeywords(TypedDict, total=False):
     device: str | None
     resolution: str | tuple[int, int] | None
     frames: int | None
+    chunk: int | None
+    cache: int | None
     dtype: str | None
     provider: str | None
     weights: str | Path | None
@@ -91,6 +93,8 @@ class EngineOptions:
     device: str | None = None
     resolution: str | tuple[int, int] | None = None
     frames: int | None = None
+    chunk: int | None = None
+    cache: int | None = None
     dtype: str | None = None
     provider: str | None = None
     weights: str | Path | None = None

@@ -3,7 +3,10 @@
 It needs PyTorch and apache-tvm-ffi, and nothing that compiles.
 """
 
+import math
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +14,24 @@ from torch import Tensor
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.errors import BundleError, installing, needing_package
 
-FUNCTION = "flash_attention"  # the symbol in the library is __tvm_ffi_<FUNCTION>
+# The symbols in the library are __tvm_ffi_<name>: attention with its sums, the joining of parts.
+FUNCTION, JOIN = "flash_attention_lse", "flash_attention_join"
+_ALONE = "flash_attention"  # of libraries without sums, which join nothing
 # How PyTorch gives tvm-ffi its tensors and its current stream: the name now, and that before.
 EXCHANGES = ("__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__")
+# What a division is predicted with, fitted to `tests/tables/causal_attention.py` on an H200.
+_TILE, _HEAD_DIM = 128, 128  # queries of a thread block, and the head dimension that it is so for
+_START = 830  # keys in whose time a block begins and ends
+_JOINED = 1700  # keys in whose time a block's parts are started and joined
+_MOST_PARTS, _GAIN = 8, 0.98
+
+
+class Division(NamedTuple):
+    """How a call is divided: the queries before `whole` see all keys at once, those after it the
+    keys in so many parts, which are joined."""
+
+    whole: int
+    parts: int
 
 
 class FlashAttention:
@@ -35,7 +53,10 @@ class FlashAttention:
             # By its own name: tvm-ffi goes by the suffix, which what a link leads to may lack.
             name = str(library.path.absolute())
             try:
-                self._function = tvm_ffi.load_module(name)[FUNCTION]
+                module = tvm_ffi.load_module(name)
+                joins = module.implements_function(JOIN)
+                self._function = module[FUNCTION if joins else _ALONE]
+                self._join = module[JOIN] if joins else None
             except Exception as error:
                 reason = " ".join(str(error).split())
                 raise BundleError(
@@ -46,10 +67,75 @@ class FlashAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention without a mask on the current stream, as a new tensor [B, S, H, D].
 
+        The last queries, whose blocks would leave processors idle, see the keys in parts.
+
         q is [B, S, H, D], k and v are [B, T, H, D]: contiguous, on one CUDA device. The first call
         of a process loads the kernel into the GPU: make it before a CUDA graph is captured.
         Raises ValueError when a tensor is of another dtype or device.
         """
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        self._function(q, k, v, out)
+        if self._join is None:
+            self._function(q, k, v, out)
+            return out
+        whole, parts = _division_of(q, k)
+        if whole:
+            self._run(q[:, :whole], k, v, out[:, :whole])
+        if parts > 1:
+            self._in_parts(q[:, whole:], k, v, parts, out[:, whole:])
         return out
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        """Attention into `out`; returns the logarithms of the sums of exponentials [B, H, S]."""
+        lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+        self._function(q, k, v, out, lse)
+        return lse
+
+    def _in_parts(self, q: Tensor, k: Tensor, v: Tensor, parts: int, out: Tensor) -> None:
+        """Attention to so many equal parts of the keys, which their sums of exponentials weigh."""
+        shape = (parts, k.shape[1] // parts, *k.shape[2:])
+        q = torch.cat([q] * parts)
+        of_parts = torch.empty_like(q)
+        lse = self._run(q, k.view(shape), v.view(shape), of_parts)
+        assert self._join is not None
+        self._join(of_parts[:, None], lse[:, None].transpose(2, 3), out)
+
+
+def _division_of(q: Tensor, k: Tensor) -> Division:
+    """That of a call, whose tensors are [B, S, H, D] and [B, T, H, D]."""
+    batch, queries, heads, head_dim = q.shape
+    if batch > 1 or head_dim != _HEAD_DIM:
+        return Division(queries, 1)
+    return division(queries, heads, k.shape[1], _processors(q.device))
+
+
+def _processors(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count)
+
+
+@cache
+def division(queries: int, heads: int, keys: int, processors: int) -> Division:
+    """How to divide a call of so many queries, heads and keys for a GPU of so many processors.
+
+    A processor runs one thread block at a time, and a block has a tile of one head's queries. What
+    does not fill all processors is as slow as what does: its keys are divided among more blocks,
+    where that is predicted to take less time.
+    """
+    tiles = math.ceil(queries / _TILE)
+    undivided = _waves(tiles * heads, processors) * (keys + _START)
+    full = tiles * heads // processors * processors // heads  # tiles before the last blocks
+    start = _waves(full * heads, processors) * (keys + _START) + _JOINED
+    blocks = (tiles - full) * heads
+    predicted = {
+        parts: start + _waves(blocks * parts, processors) * (keys / parts + _START)
+        for parts in range(2, _MOST_PARTS + 1)
+        if blocks and keys % parts == 0
+    }
+    parts = min(predicted, key=predicted.__getitem__, default=1)
+    if predicted.get(parts, undivided) > _GAIN * undivided:
+        return Division(queries, 1)
+    return Division(full * _TILE, parts)
+
+
+def _waves(blocks: int, processors: int) -> int:
+    return math.ceil(blocks / processors)

@@ -9,7 +9,7 @@ from torch import Tensor
 from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.engines import convolution  # noqa: F401 - the operator of the packages
-from wanexport.runtime.engines.aoti import BoundRegions, Regions
+from wanexport.runtime.engines.aoti_regions import BoundRegions, Regions
 from wanexport.runtime.engines.device import zero_state
 from wanexport.runtime.engines.engine import Memory
 from wanexport.runtime.engines.operators import Kernel

@@ -12,12 +12,14 @@ from wanexport.runtime.bundle.check import check_weights
 from wanexport.runtime.bundle.manifest import ENCODERS, EngineRecord, WeightsRecord, read_manifest
 from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.engines.device_name import device_kind
+from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.errors import BundleError, WanExportError, WanExportWarning
 from wanexport.runtime.machine.memory import free_bytes
 from wanexport.runtime.parts.carried import carried_encoder
 from wanexport.runtime.parts.find import ComponentFiles, find_components
 from wanexport.runtime.parts.placement import (
     BEFORE,
+    BESIDE,
     CPU,
     FIRST,
     encoder_bytes,
@@ -66,6 +68,7 @@ class Parts:
         self._engine: tuple[EngineRecord | None] | None = None  # of the VAE, once looked for
         self.placement: dict[str, str] = {}  # of encoders, once `place` has decided it
         self.precedes = False  # whether the engine is not open yet
+        self.later: frozenset[str] = frozenset()  # parts in whose memory the engine is to lie too
 
     def find(self, parts: Sequence[str]) -> None:
         """Find the files of these parts, without opening them.
@@ -88,12 +91,14 @@ class Parts:
             self._carried[part] = carried_encoder(self.bundle, part)
         return self._carried[part]
 
-    def place(self, *, keeps_text: bool, one_expert: bool, precedes: bool, first: bool) -> None:
+    def place(
+        self, *, keeps_text: bool, options: EngineOptions, precedes: bool, first: bool
+    ) -> None:
         """Decide where the encoders run beside the engine on a GPU; who asks for one is told.
 
-        keeps_text: whether the text encoder is to stay; one_expert: whether two experts take turns
-        in one buffer; precedes: whether the engine is still to be opened, and first: whether the
-        first prompts are known then. Raises BundleError as read_manifest does.
+        keeps_text: whether the text encoder is to stay; options: how the engine is opened there;
+        precedes: whether it is still to be opened, and first: whether the first prompts are known
+        then. Raises BundleError as read_manifest does.
         """
         self.precedes = precedes
         if device_kind(self.device) == "cpu":
@@ -105,12 +110,18 @@ class Parts:
             if part not in self._given and name in self.record.inputs
         }
         vae = None if "vae" in self._given else self._vae_engine()
-        needs = needs_of(manifest, self.record, vae, one_expert=one_expert)
-        needs = needs if precedes else replace(needs, engine=0)
+        needs = needs_of(
+            manifest, self.record, vae,
+            offload=options.offload, resident_blocks=options.resident_blocks,
+        )  # fmt: skip
+        needs = needs if precedes else replace(needs, engine=0, blocks="")
         free = free_bytes(self.device) + _cached_bytes(self.device)
         self.placement = place_encoders(
             needs, sizes, free, keeps_text=keeps_text, may_precede=precedes and first
         )
+        there = [part for part, place in self.placement.items() if place in (BESIDE, BEFORE)]
+        if needs.most + sum(sizes[part] for part in there) > free:
+            self.later = frozenset(p for p in there if self.placement[p] == BEFORE)
         for part, place in self.placement.items():
             if place != BEFORE or keeps_text or part != "text_encoder":  # it was not asked to stay
                 self._notes[part] = placement_note(part, place, sizes[part], needs, free)

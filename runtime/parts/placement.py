@@ -4,11 +4,13 @@ Nothing here asks what the GPU holds: who opens the parts measures that, and han
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wanexport.runtime.bundle.manifest import EngineRecord, Manifest
-from wanexport.runtime.bundle.signature import parameter_shapes, program_of
-from wanexport.runtime.gpu_fit import activation_bytes
+from wanexport.runtime.bundle.signature import parameter_shapes, program_of, weights_layout
+from wanexport.runtime.engines.layer_parts import parts_of
+from wanexport.runtime.gpu_fit import Needs as ModelNeeds
+from wanexport.runtime.gpu_fit import activation_bytes, streamed_bytes, with_pieces
 from wanexport.runtime.parts.carried import carried_in
 from wanexport.runtime.vae_memory import needed_bytes
 
@@ -29,12 +31,26 @@ _HOW = {
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of GPU memory of an engine and the VAE: weights that stay, and the most of a call."""
+    """Bytes of GPU memory of an engine and the VAE: weights that stay, and the most of a call.
+
+    `blocks` says how many blocks are among the engine's weights where the others are streamed.
+    """
 
     engine: int
     engine_call: int
     vae: int = 0
     vae_call: int = 0
+    blocks: str = ""
+
+    @property
+    def resident(self) -> int:
+        """What stays, with the margin."""
+        return self.engine + self.vae + _MARGIN
+
+    @property
+    def most(self) -> int:
+        """What is taken in the largest call."""
+        return self.resident + max(self.engine_call, self.vae_call)
 
 
 def place_encoders(
@@ -46,8 +62,8 @@ def place_encoders(
     known and the engine is not open yet. An encoder that would take memory from a call of the
     engine or of the VAE is freed before it.
     """
-    resident = needs.engine + needs.vae + _MARGIN
-    call = max(needs.engine_call, needs.vae_call)
+    resident = needs.resident
+    call = needs.most - resident
     placed: dict[str, str] = {}
     for part, size in encoders.items():
         stays = keeps_text or part != "text_encoder"
@@ -68,20 +84,40 @@ def placement_note(part: str, place: str, size: int, needs: Needs, free: int) ->
     if place == BESIDE:
         return ""
     engine, vae = needs.engine + needs.engine_call, needs.vae + needs.vae_call
+    blocks = needs.blocks and f" ({needs.blocks})"
     return (
         f"{_TITLES[part]} ({size / 1e9:.1f} GB) {_HOW[place]}: the GPU has {free / 1e9:.1f} GB "
-        f"free, of which the engine takes {engine / 1e9:.1f} and the VAE {vae / 1e9:.1f}"
+        f"free, of which the engine takes {engine / 1e9:.1f}{blocks} and the VAE {vae / 1e9:.1f}"
     )
 
 
 def needs_of(
-    manifest: Manifest, engine: EngineRecord, vae: EngineRecord | None, *, one_expert: bool
+    manifest: Manifest,
+    engine: EngineRecord,
+    vae: EngineRecord | None,
+    *,
+    offload: str | None = None,
+    resident_blocks: int | None = None,
 ) -> Needs:
-    """What an engine takes, and that of the VAE where the bundle has one.
+    """What an engine takes that is opened like this, and that of the VAE where the bundle has one.
 
-    one_expert: whether two experts take turns in one buffer. A call of TensorRT is as its plan
-    states; that of the others is an estimate.
+    offload and resident_blocks, None for none, are as `load` takes them. A call of TensorRT is as
+    its plan states, that of streamed blocks as the proof measured; that of the others is an
+    estimate.
     """
+    own = _engine_needs(manifest, engine, one_expert=offload is not None)
+    if offload == "blocks":
+        own = _streamed_needs(manifest, engine, own, resident_blocks or 0)
+    if vae is None:
+        return own
+    sizes = vae.details.sizes
+    decoding = needed_bytes(sizes, vae.geometry, vae.dtype, "decode", sizes.decode_chunk)
+    held = sum(w.file.size for w in manifest.weights_of(vae.layout, role=vae.role))
+    return replace(own, vae=held, vae_call=decoding)
+
+
+def _engine_needs(manifest: Manifest, engine: EngineRecord, *, one_expert: bool) -> Needs:
+    """What an engine takes with all its weights, or with those of one expert at a time."""
     sizes = [weights.file.size for weights in manifest.weights_of(engine.layout)]
     sizes = sizes or [file.size for file in engine.files.values()]
     call = engine.build.get("activation_bytes") or activation_bytes(
@@ -89,13 +125,17 @@ def needs_of(
         parameter_shapes(manifest.config),
         engine.dtype,
     )
-    weights = max(sizes) if one_expert else sum(sizes)
-    if vae is None:
-        return Needs(weights, call)
-    own = vae.details.sizes
-    decoding = needed_bytes(own, vae.geometry, vae.dtype, "decode", own.decode_chunk)
-    held = sum(w.file.size for w in manifest.weights_of(vae.layout, role=vae.role))
-    return Needs(weights, call, held, decoding)
+    return Needs(max(sizes) if one_expert else sum(sizes), call)
+
+
+def _streamed_needs(manifest: Manifest, engine: EngineRecord, whole: Needs, resident: int) -> Needs:
+    """What an engine takes of whose blocks so many stay, and two more come by turns."""
+    parts = parts_of(weights_layout(manifest.config, engine.dtype)[1], engine.program)
+    layers = len(parts.layers)
+    measured, stay = engine.proof.get("peak_bytes"), min(resident, layers)
+    call = with_pieces(measured) if measured else whole.engine_call
+    held = streamed_bytes(ModelNeeds(parts.rest.size, parts.layer_bytes, layers, call), stay)
+    return Needs(held, call, blocks=f"{stay} of {layers} blocks stay")
 
 
 def encoder_bytes(manifest: Manifest, part: str) -> int:

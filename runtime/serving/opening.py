@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.engines.engine import EngineKeywords
-from wanexport.runtime.load import chosen
+from wanexport.runtime.engines.engine import EngineKeywords, EngineOptions
+from wanexport.runtime.load import chosen, fitted
 from wanexport.runtime.parts.open import Parts
 from wanexport.runtime.parts.placement import FIRST
 from wanexport.runtime.parts.text_encoder import clean_prompt
@@ -35,9 +35,10 @@ class Opening:
     ) -> Iterator[None]:
         """Begin to open these parts, and let the block open the engine meanwhile.
 
-        Prompts are encoded before it where the GPU does not hold both. Raises BundleError before
-        any is opened when a part is missing, and as `load` does; closes what was opened when the
-        block fails.
+        Prompts are encoded before it where the GPU does not hold both, and an encoder that is to be
+        freed before each call is opened after the engine: what `load` keeps on the GPU follows from
+        the room that it finds there. Raises BundleError before any is opened when a part is
+        missing, and as `load` does; closes what was opened when the block fails.
         """
         if not names:
             yield
@@ -46,12 +47,14 @@ class Opening:
             record, device = chosen(self.bundle, **self.load_options)
         self.parts = parts = self._parts(record, device, precedes=True, first=bool(prompts))
         try:
-            parts.begin(names)
+            parts.find(names)
+            parts.begin([name for name in names if name not in parts.later])
             if parts.placement.get("text_encoder") == FIRST:
                 texts = list(filter(None, dict.fromkeys(map(clean_prompt, prompts))))
                 encode_texts(parts, cache, texts, gpu=gpu_number(device))
                 parts.spare("text_encoder", keep=True)
             yield
+            parts.begin([name for name in names if name in parts.later])
         except BaseException:
             parts.close()
             raise
@@ -71,12 +74,11 @@ class Opening:
         parts = Parts(
             self.bundle, self.model, record, device, self.given, vae_tiling=self.vae_tiling
         )
-        parts.place(
-            keeps_text=self.keeps_text,
-            one_expert=bool(self.load_options.get("offload")),
-            precedes=precedes,
-            first=first,
-        )
+        options = EngineOptions(**self.load_options)
+        if precedes:
+            with warnings.catch_warnings(action="ignore"):  # `load` says it
+                options = fitted(self.bundle, record, device, options)
+        parts.place(keeps_text=self.keeps_text, options=options, precedes=precedes, first=first)
         return parts
 
 

@@ -104,6 +104,8 @@ def test_what_is_ordered_decides(backend: str) -> None:
     others = [
         replace(request, dtype="fp16"),
         replace(request, geometry=replace(request.geometry, frames=13)),
+        *(replace(request, geometry=replace(request.geometry, chunk=3, cache=c)) for c in (7, 9)),
+        replace(request, geometry=replace(request.geometry, chunk=2, cache=7)),
         replace(request, config=replace(request.config, num_layers=3)),
         replace(request, config=replace(request.config, family="t2v-a14b")),
         replace(request, attention="decomposed"),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,8 @@ import json, sys
 from dataclasses import replace
 import torch
 torch.library.wrap_triton = lambda kernel: kernel
+from wanexport.graphs.causal import CausalBlock, Chunk
+from wanexport.graphs.causal_fused import FusedCausalBlock
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.fused_block import FusedBlock
 from wanexport.graphs.graph import parameter_dtype
@@ -42,19 +45,66 @@ def errors(dtype, rows):
         right = exact(x, wide)
         return [((b(x, cond) - right).norm() / right.norm()).item() for b in (fused, plain)]
 
+def causal_errors(dtype):
+    # Of the stream, and of the keys and values that two frames leave in slots 3 and 1.
+    torch.manual_seed(0)
+    config = replace(PRESETS["causal-tiny"].config, dim=384, ffn_dim=512, num_heads=3)
+    plain, fused = CausalBlock(config), FusedCausalBlock(config)
+    for name, p in plain.named_parameters():
+        value = torch.randn_like(p) / p.shape[-1] ** 0.5
+        p.data = value.to(parameter_dtype(f"blocks.0.{name}", dtype))
+    fused.load_state_dict(plain.state_dict(), assign=True)
+    exact = CausalBlock(config)
+    exact.load_state_dict({k: v.float() for k, v in plain.state_dict().items()}, assign=True)
+    angles = torch.randn(1, 10, 1, 64)
+    slots, keys = torch.tensor([3, 1]), torch.tensor([20])
+    chunk = Chunk(torch.randn(2, 6, 384), angles.cos(), angles.sin(), slots, keys)
+    state = [torch.randn(1, n, 3, 128).to(dtype) for n in (25, 25, 512, 512)]
+    x = torch.randn(2, 5, 384)
+    found = {}
+    with torch.no_grad():
+        for name, block in (("exact", exact), ("fused", fused), ("plain", plain)):
+            wide = [(s.float() if name == "exact" else s).clone() for s in state]
+            only = [s.clone() for s in wide[:2]]
+            block(x, chunk._replace(keys=None), *only)
+            found[name] = [block(x, chunk, *wide), *wide[:2], *only]
+    return {
+        name: [((a.float() - b).norm() / b.norm()).item() for a, b in zip(own, found["exact"])]
+        for name, own in found.items()
+    }
+
 cases = [(dtype, rows) for dtype in ("float32", "float16") for rows in (1, 3)]
-print(json.dumps([[d, r, *errors(getattr(torch, d), r)] for d, r in cases]))
+block = [[d, r, *errors(getattr(torch, d), r)] for d, r in cases]
+causal = {d: causal_errors(getattr(torch, d)) for d in ("float32", "float16")}
+print(json.dumps([block, causal]))
 """
 
 
-def test_the_fused_block_is_as_exact_as_the_block() -> None:
+@pytest.fixture(scope="module")
+def found() -> tuple[list[list[Any]], dict[str, dict[str, list[float]]]]:
+    """The errors of the blocks, as the child tells them."""
     child = subprocess.run(
         [sys.executable, "-c", CHILD],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
-    cases = json.loads(child.stdout)
+    block, causal = json.loads(child.stdout)
+    return block, causal
+
+
+def test_the_fused_block_is_as_exact_as_the_block(found: Any) -> None:
+    cases, _ = found
     assert len(cases) == 4
     for dtype, rows, fused, plain in cases:
         gate = 1e-6 if dtype == "float32" else 1.25 * plain
         assert fused <= gate, (dtype, rows, fused, plain)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_fused_causal_block_keeps_and_gives_what_the_block_does(found: Any, dtype: str) -> None:
+    """The stream and the cache of a step, and the cache of a commit's last layer."""
+    _, causal = found
+    fused, plain = causal[dtype]["fused"], causal[dtype]["plain"]
+    assert len(fused) == 5
+    for own, floor in zip(fused, plain):
+        assert own <= (1e-6 if dtype == "float32" else 1.25 * floor), (fused, plain)

@@ -96,6 +96,98 @@ def test_files_of_torch_save_are_read(
         np.testing.assert_array_equal(load_arrays(tmp_path / "out")[Q], state[Q].numpy())
 
 
+def training(*names: str) -> Saved:
+    """A training's file with these models, of which the average is the state, the other one off."""
+    offsets = {"generator": 1, "generator_ema": 0}
+
+    def saved(state: dict[str, Tensor]) -> Any:
+        return {
+            name: {f"model.{n}": t + offsets[name] for n, t in state.items()} for name in names
+        } | {"step": 3}
+
+    return saved
+
+
+BOTH = ("generator_ema", "generator")
+
+
+@pytest.mark.parametrize(
+    ("names", "ema", "read"),
+    [
+        (BOTH, None, "generator_ema"),
+        (BOTH, True, "generator_ema"),
+        (BOTH, False, "generator"),
+        (BOTH[::-1], False, "generator"),
+        (["generator"], None, "generator"),
+        (["generator"], False, "generator"),
+        (["generator_ema"], None, "generator_ema"),
+        (["generator_ema"], True, "generator_ema"),
+    ],
+)
+def test_of_a_trainings_two_models_the_one_that_was_asked_for_is_read(
+    names: list[str],
+    ema: bool | None,
+    read: str,
+    state: dict[str, Tensor],
+    config: WanConfig,
+    tmp_path: Path,
+) -> None:
+    torch.save(training(*names)(state), tmp_path / "wan.pt")
+    checkpoint = open_checkpoint(tmp_path / "wan.pt", ema=ema)
+    assert checkpoint.generator == read
+    expected = {n: t + (read == "generator") for n, t in state.items()}
+    check(checkpoint, expected, replace(config, family="self-forcing"))
+
+
+@pytest.mark.parametrize(
+    ("names", "ema", "message"),
+    [
+        (["generator"], True, r"^--ema: .*wan.pt has no generator_ema, it holds generator alone: "),
+        (
+            ["generator_ema"],
+            False,
+            r"^--no-ema: .* has no generator, it holds generator_ema alone: leave --no-ema out",
+        ),
+    ],
+)
+def test_a_trainings_model_that_is_not_there_is_refused(
+    names: list[str], ema: bool, message: str, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save(training(*names)(state), tmp_path / "wan.pt")
+    with pytest.raises(BadRequest, match=message) as refused:
+        open_checkpoint(tmp_path / "wan.pt", ema=ema)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+@pytest.mark.parametrize("form", ["a state dict", "under model", "safetensors", "GGUF"])
+def test_a_file_of_one_model_has_no_generator(
+    form: str, ema: bool, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "wan"
+    if form == "safetensors":
+        save_file(state, path)
+    elif form == "GGUF":
+        write_gguf(path, state)
+    else:
+        torch.save(SAVED[form](dict(state)), path)
+    assert open_checkpoint(path).generator == ""
+    with pytest.raises(BadRequest, match=r"it holds one model, under neither generator nor gene"):
+        open_checkpoint(path, ema=ema)
+
+
+def test_files_of_two_trainings_are_not_mixed(state: dict[str, Tensor], tmp_path: Path) -> None:
+    names = sorted(state)
+    halves = (names[: len(names) // 2], names[len(names) // 2 :])
+    for number, (own, models) in enumerate(zip(halves, (BOTH, ("generator",))), 1):
+        saved = training(*models)({name: state[name] for name in own})
+        torch.save(saved, tmp_path / f"wan-0000{number}-of-00002.pt")
+    with pytest.raises(BadRequest, match=r"has files with generator_ema and files without: add --"):
+        open_checkpoint(tmp_path)
+    check_generator = open_checkpoint(tmp_path, ema=False)
+    assert check_generator.generator == "generator"
+
+
 def test_a_file_of_torch_before_zip_is_read(
     state: dict[str, Tensor], config: WanConfig, tmp_path: Path
 ) -> None:

@@ -8,8 +8,10 @@ from typing import Any, cast
 import pytest
 import torch
 
+from tests.runtime.bundle.small_bundle import small_bundle
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.weights import RandomWeights, write_weights
+from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.bundle.tensorfile import read_header
@@ -18,6 +20,7 @@ from wanexport.runtime.engines.engine import EngineOptions
 from wanexport.runtime.errors import WanExportWarning
 from wanexport.runtime.fitting import fit_options, needs_of, needs_of_engine
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.load import fitted as fitted_as_load
 
 CONFIG, GEOMETRY = PRESETS["tiny"].config, Geometry(64, 96, 9)
 MANIFEST = cast(Any, SimpleNamespace(experts=(), engines=()))
@@ -103,3 +106,21 @@ def test_of_two_experts_one_stays_where_both_do_not_fit(
         found = fitted({"high_noise": file, "low_noise": pin(other)})
     assert (found.offload, found.resident_blocks) == ("experts", None)
     assert fitted({"high_noise": file, "low_noise": file}).offload is None  # the same twice
+
+
+def test_the_options_of_load_are_known_before_anything_is_opened(
+    room: dict[str, Any], tmp_path: Path
+) -> None:
+    bundle = small_bundle(tmp_path, "aoti", "onnx")
+    manifest = read_manifest(bundle)
+    aoti, onnx = manifest.engines
+    (weights,) = manifest.weights.values()
+    needs = needs_of_engine(manifest, aoti, read_header(bundle / weights.file.path))
+    room["free"] = needs.rest + needs.layers * needs.layer + needs.activations
+    with pytest.warns(WanExportWarning, match="0 of 2 blocks stay"):
+        found = fitted_as_load(bundle, aoti, "cuda", EngineOptions())
+    assert found == EngineOptions(offload="blocks", resident_blocks=0)
+    asked = EngineOptions(offload="blocks", resident_blocks=1)
+    assert fitted_as_load(bundle, aoti, "cuda", asked) == asked
+    for record, place in ((aoti, "cpu"), (onnx, "cuda")):  # which stream nothing
+        assert fitted_as_load(bundle, record, place, EngineOptions()) == EngineOptions()

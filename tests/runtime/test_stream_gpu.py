@@ -1,7 +1,7 @@
 """A stream on a GPU: no host wait in a chunk, and the same bits after one that was left."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from wanexport.exporter.build import build
 from wanexport.exporter.profile.profile import profile
+from wanexport.graphs.config import PRESETS
 from wanexport.runtime import load
 from wanexport.runtime.denoiser import Denoiser
 from wanexport.runtime.sample_stream import ChunkStep, sample_stream
@@ -120,6 +121,38 @@ def test_memory_stays_flat_on_a_gpu(denoiser: Denoiser) -> None:
         torch.cuda.synchronize()
         taken.append(torch.cuda.memory_allocated())
     assert taken[1] == taken[-1]
+
+
+@pytest.mark.parametrize("resident", [0, 1, PRESETS["causal-tiny"].config.num_layers])
+def test_streamed_blocks_make_the_same_video_and_never_wait(
+    bundle: Path, denoiser: Denoiser, resident: int
+) -> None:
+    """Steps and commits, of which the last layer runs another call, go through the same buffers."""
+    streamed = load(bundle, offload="blocks", resident_blocks=resident)
+    assert (streamed.offload, streamed.resident_blocks) == ("blocks", resident)
+    whole = denoiser.stream(text(), **WINDOW)
+    expected = [chunk.latent for chunk in sample_stream(whole, frames=14, seed=3)]
+    stream = streamed.stream(text(), **WINDOW)
+    for number in range(2):
+        with refusing_waits() if number else nullcontext():
+            found = [chunk.latent for chunk in sample_stream(stream, frames=14, seed=3)]
+        assert len(found) == 5 and all(map(torch.equal, found, expected))
+        stream.reset()
+    streamed.close()
+
+
+def test_streams_of_streamed_blocks_do_not_meet(bundle: Path, denoiser: Denoiser) -> None:
+    """Two videos, chunk by chunk in turn, of one engine with other texts and places."""
+    streamed = load(bundle, offload="blocks", resident_blocks=0)
+
+    def begin(own: Denoiser, seed: int) -> Iterator[torch.Tensor]:
+        stream = own.stream(text() * (1 - 2 * seed), **WINDOW)
+        return (chunk.latent for chunk in sample_stream(stream, frames=12, seed=seed))
+
+    alone = [list(begin(denoiser, seed)) for seed in range(2)]
+    for index, latents in enumerate(zip(begin(streamed, 0), begin(streamed, 1), strict=True)):
+        assert all(torch.equal(latent, alone[i][index]) for i, latent in enumerate(latents))
+    streamed.close()
 
 
 def test_a_profile_sees_no_wait_in_a_step(bundle: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from wanexport.exporter.compare.compare import compare
 from wanexport.graphs.rope import axis_dims
 from wanexport.runtime.bundle.manifest import EngineRecord, read_manifest
 from wanexport.runtime.bundle.tensorfile import read_header
-from wanexport.runtime.engines.aoti import BoundCall, BoundRegions
+from wanexport.runtime.engines.aoti_regions import BoundCall, BoundRegions
 
 LAYERS, HEAD_DIM, SEEDS = 8, 128, 20
 SHAPE: dict[str, Any] = {"resolution": "64x96", "frames": 9}

@@ -6,19 +6,22 @@ One GPU, bf16, a chunk of 3 latent frames at 480x832 (4680 queries) and a cache 
 more. Medians of 7 calls; the product of two 8192 x 8192 matrices in the same run is the yardstick.
 The error is relative L2 to fp32, with what lies behind the keys set to 1000: 3e-3 is bf16's own.
 Kernels of plain attention are told the number by the host and given a view of the cache; the others
-read it on the device. FLASH_LIBRARY is a bundle's `flash_attention-bf16-128.so`.
+read it on the device. FLASH_LIBRARY is a bundle's `flash_attention-bf16-128.so`; `fa4 whole` never
+divides the keys of a call's last queries.
 """
 
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wanexport.runtime.engines.cached_kernels import CACHED, CachedKernel, attending_to
+from wanexport.runtime.engines.flash_attention import Division
 from wanexport.runtime.engines.operators import open_kernel
 
 FRAME, CHUNK, CACHE, HEAD_DIM = 1560, 3, 21, 128
@@ -60,6 +63,17 @@ def error(kernel: CachedKernel, q: Tensor, k: Tensor, v: Tensor, count: int) -> 
     q, k, v = (x.float().transpose(1, 2) for x in (q, k[:, :count], v[:, :count]))
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return float((found - expected).norm() / expected.norm())
+
+
+def undivided(kernel: CachedKernel) -> CachedKernel:
+    """FlashAttention-4 on all keys at once, whatever processors that leaves idle."""
+
+    def run(q: Tensor, *rest: Tensor) -> Tensor:
+        path = "wanexport.runtime.engines.flash_attention._division_of"
+        with patch(path, lambda q, _: Division(q.shape[1], 1)):
+            return kernel(q, *rest)
+
+    return run
 
 
 def row(name: str, kernel: CachedKernel, tensors: list[Tensor], rate: float) -> None:
@@ -110,6 +124,7 @@ def main(heads: int, library: Path | None) -> None:
     ]
     names = ("cudnn", "sdpa", *(["fa4"] if library else []))
     kernels = {name: open_kernel(name, library, "cache") for name in names}
+    kernels |= {"fa4 whole": undivided(kernels["fa4"])} if library else {}
     kernels |= {**CACHED, "with sums": with_sums}
     for name, kernel in kernels.items():
         row(name, kernel, tensors, rate)

@@ -11,6 +11,7 @@ of one step and a commit each.
 
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +35,7 @@ from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.wan_config import WanConfig
 
 STEPS, ROUNDS, CHUNKS, WINDOW = 4, 5, 500, 9
+KERNELS = 14  # are told by name
 WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize")
 
 
@@ -158,6 +160,12 @@ def on_the_host(video: Video, place: Place) -> None:
     counts = {name: sum(e.name == name for e in events) for name in WAITS}
     print(f"GPU busy {busy_share(spans) or 0:.3f} of a chunk; calls that wait: {counts}, of which "
           f"one is this table's own")  # fmt: skip
+    kernels = Counter[str]()
+    for event in filter(_is_kernel, events):
+        kernels[event.name] += event.time_range.elapsed_us()
+    print("ms of a chunk's kernels:", "; ".join(
+        f"{time / 1e3:.2f} {name[:60]}" for name, time in kernels.most_common(KERNELS)
+    ))  # fmt: skip
     slots = Slots(video.geometry)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -28,7 +28,7 @@ from wanexport.graphs.graph import parameter_dtype
 from wanexport.graphs.signature import forward_flops
 from wanexport.runtime import Geometry, WanExportError
 from wanexport.runtime.bundle.signature import parameter_shapes, program_of
-from wanexport.runtime.engines.aoti import Regions
+from wanexport.runtime.engines.aoti_regions import Regions
 from wanexport.runtime.engines.device import to_device
 from wanexport.runtime.engines.engine import Memory
 from wanexport.runtime.engines.operators import open_kernel

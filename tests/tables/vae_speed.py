@@ -1,12 +1,13 @@
 """Decoding and encoding a video with VAE engines, and with diffusers' model, on one GPU.
 
-    python -m tests.tables.vae_speed [--tiny] [--seconds N]
+    python -m tests.tables.vae_speed [--brief] [--tiny] [--seconds N]
 
 Weights are random, of the published sizes. Prints as it goes: the rate of a matrix product; each
 convolution alone, whose sum is the floor; engines of several chunks; the kernels of a steady chunk;
 the errors of bf16 against fp32 without TF32, frame by frame, beside those of diffusers in bf16; and
 diffusers as PyTorch runs it, in bf16, and compiled. An arm for which the time that is left does not
-suffice is left out and said so. --tiny is a trial of the script on a CPU.
+suffice is left out and said so. --brief has one engine, its errors, and diffusers' decoder beside
+it. --tiny is a trial of the script on a CPU.
 """
 
 import argparse
@@ -70,20 +71,38 @@ def run(bench: Bench, tiny: bool) -> None:
     clock.arm("errors", 40, 90, partial(compare, bench, main_video, own))
     for arm in encode:
         clock.arm(arm.name, 25, 60, partial(bench.engine, arm, rounds=1))
+    beside(bench, main_video)
+
+
+def beside(bench: Bench, video: Video) -> None:
+    """diffusers' arms."""
     half = torch.bfloat16
     for needs, part, dtype, what, how in (
-        (15, "decode", torch.float32, "fp32 as PyTorch runs it", {}),
-        (15, "encode", torch.float32, "fp32 as PyTorch runs it", {}),
-        (15, "decode", half, "bf16, kernels channels-last", {"last": True}),
         (75, "decode", half, "bf16 compiled", {"compiled": True}),
+        (15, "decode", torch.float32, "fp32 as PyTorch runs it", {}),
+        (15, "decode", half, "bf16, kernels channels-last", {"last": True}),
+        (15, "encode", torch.float32, "fp32 as PyTorch runs it", {}),
     ):
-        work = partial(bench.diffusers, main_video, part, dtype, what=what, **how)
-        clock.arm(f"diffusers {what}", needs, 2 * needs, work)
+        work = partial(bench.diffusers, video, part, dtype, what=what, **how)
+        bench.clock.arm(f"diffusers {what}", needs, 2 * needs, work)
+
+
+def brief(bench: Bench, tiny: bool) -> None:
+    """One engine, its errors, and diffusers."""
+    video = Video("Wan2.1", 64, 96, 13, tiny=True) if tiny else Video("Wan2.1", 480, 832, 81)
+    arm = Arm(video, "decode", "bf16", 2 if tiny else 4)
+    bench.compile([arm])
+    bench.product_rate()
+    pixels = bench.clock.arm(arm.name, 10, 60, partial(bench.engine, arm))
+    own = {} if pixels is None else {f"engine {arm.name}": pixels}
+    bench.clock.arm("errors", 40, 90, partial(compare, bench, video, own))
+    beside(bench, video)
 
 
 def main() -> None:
     """Print the tables, and write them as JSON where $OUT names a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--brief", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=360)
     asked = parser.parse_args()
@@ -93,7 +112,7 @@ def main() -> None:
     clock.say(f"{name}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
     with TemporaryDirectory() as folder:
         bench = Bench(device, clock, Path(folder))
-        run(bench, asked.tiny)
+        (brief if asked.brief else run)(bench, asked.tiny)
     clock.say("done")
     print(json.dumps(bench.results))
 

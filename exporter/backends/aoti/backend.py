@@ -23,13 +23,13 @@ from wanexport.exporter.backends.backend import Compiled, Options, Progress, Req
 from wanexport.exporter.child.process import Lifeline
 from wanexport.runtime.bundle.details import AotiDetails
 from wanexport.runtime.bundle.manifest import EngineRecord
-from wanexport.runtime.engines import aoti as aoti_engine
+from wanexport.runtime.engines import aoti_target
 from wanexport.runtime.engines.device_name import device_kind
 from wanexport.runtime.engines.kernels import KERNELS, check_kernel, kernel_obstacle
 from wanexport.runtime.errors import WanExportError, WanExportWarning
 
 ATTENTION = KERNELS
-BINDING = aoti_engine.BINDING
+BINDING = aoti_target.BINDING
 OPTIONS = None
 COMPILES = True
 SOURCES = (
@@ -69,7 +69,7 @@ def libraries(request: Request) -> dict[str, str]:
 def targets(device: str, options: Options) -> list[dict[str, str]]:
     """What the engine is bound to. Raises WanExportError for a device that is not there."""
     to_aoti.check_compiler(device)
-    return [aoti_engine.versions(device)]
+    return [aoti_target.versions(device)]
 
 
 def check_attention(attention: str | None, dtype: str, target: Mapping[str, str]) -> None:

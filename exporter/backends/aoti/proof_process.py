@@ -18,7 +18,7 @@ from wanexport.exporter.child.child import main
 from wanexport.exporter.reference.figures import Case, proof_figures
 from wanexport.graphs.graph import torch_dtype
 from wanexport.graphs.weights import bundle_tensors, read_tensor
-from wanexport.runtime.engines.aoti import Regions
+from wanexport.runtime.engines.aoti_regions import Regions
 from wanexport.runtime.engines.device import gpu_or_cpu, on_device, to_device
 from wanexport.runtime.engines.operators import open_kernel
 

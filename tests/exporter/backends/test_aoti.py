@@ -59,7 +59,8 @@ from wanexport.runtime.bundle.path import WEIGHTS_FILE
 from wanexport.runtime.bundle.pinned_file import pin
 from wanexport.runtime.bundle.signature import program_of
 from wanexport.runtime.denoiser import Denoiser
-from wanexport.runtime.engines.aoti import AotiEngine, Regions, attention_of, streamed_engines
+from wanexport.runtime.engines.aoti import AotiEngine, attention_of, streamed_engines
+from wanexport.runtime.engines.aoti_regions import Regions
 from wanexport.runtime.engines.engine import EngineOptions, Memory
 from wanexport.runtime.errors import BundleError, EngineFailure, WanExportWarning
 from wanexport.runtime.family import family_of

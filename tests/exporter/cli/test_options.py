@@ -85,7 +85,13 @@ def test_a_number_out_of_its_range_is_refused_by_name(words: str, said: str) -> 
 
 @pytest.mark.parametrize(
     ("command", "lacks"),
-    [("run", set()), ("compare", set()), ("bench", {"backend"})],
+    [
+        ("run", set()),
+        ("stream", set()),
+        ("compare", set()),
+        ("bench", {"backend"}),
+        ("profile", {"backend"}),
+    ],
 )
 def test_every_option_of_load_is_one_of_the_commands(command: str, lacks: set[str]) -> None:
     named = {parameter.name for parameter in cli.commands[command].params}
@@ -104,6 +110,7 @@ def words_of(command: str, option: str) -> str:
     ("option", "commands"),
     [
         *((f"--{name}", "build run compare bench") for name in ("resolution", "frames", "dtype")),
+        *((f"--{name}", "build run stream compare bench profile") for name in ("chunk", "cache")),
         ("--device", "build run compare bench"),
         ("--attention", "build run compare bench"),
         ("--weights", "run compare bench"),

@@ -86,7 +86,7 @@ def test_a_prompt_that_is_encoded_elsewhere_gives_the_same_frames(family: Family
     with Pipeline(family.bundle, backend="aoti") as pipeline:
         parts = pipeline._parts
         manifest = read_manifest(family.bundle)
-        needs = needs_of(manifest, parts.record, parts._vae_engine(), one_expert=False)
+        needs = needs_of(manifest, parts.record, parts._vae_engine())
     text, margin = encoder_bytes(manifest, "text_encoder"), 1 << 30
     resident = needs.engine + needs.vae + margin
     sizes = {"before": resident + text, "first": text + margin, "cpu": margin}

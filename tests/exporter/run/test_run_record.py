@@ -20,6 +20,7 @@ def read_back(words: list[str]) -> EngineOptions:
     [
         EngineOptions(),
         EngineOptions(backend="onnx", device="cuda:1", resolution="480x832", frames=81),
+        EngineOptions(chunk=3, cache=21),
         EngineOptions(dtype="bf16", weights="a style", attention="fa4", offload="experts"),
         EngineOptions(cuda_graph=True),
         EngineOptions(

@@ -4,6 +4,8 @@ Its engines are text, so nothing opens them; its weights are zeros under a true 
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,7 @@ from wanexport.runtime.wan_config import WanConfig
 
 CONFIG = WanConfig("t2v", 64, 128, 2, 2, 16, 16, 0, text_dim=32, text_len=8, freq_dim=16)
 GEOMETRY = Geometry(64, 96, 9)
-_FILES = {
-    "onnx": ("denoiser",),
-    "aoti": ("embed", "block", "head"),
-    "tensorrt": ("denoiser", "layers"),
-}
+CAUSAL = replace(CONFIG, family="self-forcing")
 _TARGETS = {
     "onnx": {"device": "cpu", "onnxruntime": "1.27.0"},
     "aoti": {"device": "cpu", "arch": "x86_64", "instructions": "AVX2", "torch": "2.13.0"},
@@ -39,15 +37,23 @@ _TARGETS = {
 }
 _DETAILS: dict[str, Details] = {
     "onnx": OnnxDetails(attention_score_bytes=10**6),
-    "aoti": AotiDetails({"self": "sdpa", "text": "sdpa"}),
     "tensorrt": TensorRtDetails(),
 }
 
 
-def small_bundle(folder: Path, *backends: str, config: WanConfig = CONFIG) -> Path:
-    """A bundle with one fp32 engine of each backend, by default onnx alone."""
+def small_bundle(
+    folder: Path,
+    *backends: str,
+    config: WanConfig = CONFIG,
+    geometries: Sequence[Geometry] = (GEOMETRY,),
+) -> Path:
+    """A bundle with one fp32 engine of each geometry and backend, by default onnx alone."""
     record = weights_record(folder, config=config)
-    engines = tuple(_engine(folder, backend, config) for backend in backends or ("onnx",))
+    engines = tuple(
+        _engine(folder, backend, config, geometry)
+        for geometry in geometries
+        for backend in backends or ("onnx",)
+    )
     write_manifest(folder, Manifest("small", config, (), {"fp32": record}, engines, "0.1.0"))
     return folder
 
@@ -83,22 +89,22 @@ def weights_record(
     )
 
 
-def _engine(folder: Path, backend: str, config: WanConfig) -> EngineRecord:
-    files = {}
-    for role in _FILES[backend]:
-        path = folder / f"engines/64x96x9/{backend}-fp32/{role}"
+def _engine(folder: Path, backend: str, config: WanConfig, geometry: Geometry) -> EngineRecord:
+    program, files = program_of(config, geometry), {}
+    program = program if backend == "aoti" else program.whole()
+    for role in (*program.functions, *(("layers",) if backend == "tensorrt" else ())):
+        path = folder / f"engines/{geometry.name}/{backend}-fp32/{role}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"the {role} of an engine")
         files[role] = file_record(folder, path)
-    program = program_of(config, GEOMETRY)
     return EngineRecord(
         backend=backend,
         role=DENOISER,
         family=config.family,
         dtype="fp32",
-        geometry=GEOMETRY,
-        program=program if backend == "aoti" else program.whole(),
-        details=_DETAILS[backend],
+        geometry=geometry,
+        program=program,
+        details=_DETAILS.get(backend) or AotiDetails(dict.fromkeys(program.attention, "sdpa")),
         sampling=SamplingDefaults(4, 5.0, (5.0, 5.0), None, 16),
         files=files,
         layout=layout_sha256(config, "fp32"),

@@ -18,7 +18,8 @@ from torch import Tensor
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.bundle.tensorfile import load_arrays, save_arrays
 from wanexport.runtime.denoiser import Denoiser, WeightsSet
-from wanexport.runtime.engines.aoti import AotiEngine, BoundRegions, Regions
+from wanexport.runtime.engines.aoti import AotiEngine
+from wanexport.runtime.engines.aoti_regions import BoundRegions, Regions
 from wanexport.runtime.engines.device_weights import DeviceWeights
 from wanexport.runtime.engines.engine import Memory
 from wanexport.runtime.engines.operators import attention

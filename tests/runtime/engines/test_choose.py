@@ -63,10 +63,11 @@ def gpu_devices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def manifest_of(*engines: EngineRecord) -> Manifest:
-    return Manifest("small", CONFIG, (), {}, engines, wanexport="0")
+    config = replace(CONFIG, family=engines[0].family)
+    return Manifest("small", config, (), {}, engines, wanexport="0")
 
 
-def choose(*engines: EngineRecord, **options: str) -> EngineRecord:
+def choose(*engines: EngineRecord, **options: object) -> EngineRecord:
     asked = EngineOptions(**options)  # type: ignore[arg-type]
     return choose_engine(BUNDLE, manifest_of(*engines), asked).record
 
@@ -142,10 +143,69 @@ def test_a_refused_engine_of_another_shape_needs_a_choice_too(order: int) -> Non
     assert choose(larger, ONNX, device="cpu") == ONNX
 
 
-def test_engines_that_differ_in_their_chunks_alone_are_not_chosen_from() -> None:
-    shapes = [Geometry(480, 832, 81, chunk=3, cache=cache) for cache in (7, 21)]
-    with pytest.raises(BadRequest, match=r"several shapes .*: take all but one out with wanexport"):
-        choose(*(replace(ONNX, geometry=shape) for shape in shapes))
+def causal(chunk: int, cache: int, frames: int = 81) -> EngineRecord:
+    """An engine of a causal model."""
+    geometry = Geometry(480, 832, frames, chunk=chunk, cache=cache)
+    return replace(ONNX, family="self-forcing", geometry=geometry)
+
+
+@pytest.mark.parametrize(
+    ("engines", "asks"),
+    [
+        ([(3, 7), (3, 21)], "name cache"),
+        ([(1, 21), (3, 21)], "name chunk"),
+        ([(1, 7), (3, 21)], "name chunk and cache"),
+        ([(3, 21, 33), (3, 21)], "name frames"),
+        ([(3, 7, 33), (3, 21), (1, 21)], "name frames and chunk and cache"),
+    ],
+)
+def test_of_causal_engines_it_asks_for_that_by_which_they_differ(
+    engines: list[tuple[int, ...]], asks: str
+) -> None:
+    with pytest.raises(BadRequest, match=rf"several shapes \(480x832x.*chunk.*\): {asks}$"):
+        choose(*(causal(*engine) for engine in engines))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_causal_engine_is_chosen_by_its_chunk_and_its_cache(order: int) -> None:
+    small, wide, single = engines = causal(3, 7), causal(3, 21), causal(1, 21)
+    held = engines[::order]
+    assert choose(*held, chunk=1) == single
+    assert choose(*held, cache=7) == small
+    assert choose(*held, chunk=3, cache=21) == wide
+    with pytest.raises(BadRequest, match=r": name chunk$"):
+        choose(*held, cache=21)
+    with pytest.raises(BadRequest) as refused:
+        choose(*held, chunk=1, cache=7)
+    message = str(refused.value)
+    assert "no such engine; it holds " in message and "\n" not in message
+    assert all(engine.name in message for engine in engines)
+    assert small.name == "480x832x81-chunk3-cache7/onnx-fp32"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_one_chunk_and_cache_the_backend_decides_as_ever(
+    order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanexport.runtime.engines.choose._refusal", lambda *_: "")
+    compiled = replace(AOTI_CPU, family="self-forcing", geometry=causal(3, 7).geometry)
+    held = (compiled, causal(3, 21), causal(3, 7))[::order]
+    assert choose(*held, cache=7, device="cpu") == causal(3, 7)
+    assert choose(*held, cache=7, device="cpu", backend="aoti") == compiled
+
+
+@pytest.mark.parametrize("options", [{"chunk": 3}, {"cache": 21}, {"chunk": 3, "cache": 21}])
+def test_an_engine_of_whole_videos_has_no_chunk_and_no_cache(options: dict[str, int]) -> None:
+    said = f"^{' and '.join(options)}: only engines of a causal model have this, and .*t2v: leave"
+    with pytest.raises(BadRequest, match=said):
+        choose(ONNX, **options)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 3.0, "3", float("nan")])
+@pytest.mark.parametrize("name", ["chunk", "cache"])
+def test_a_chunk_that_is_no_number_is_refused(name: str, value: object) -> None:
+    with pytest.raises(BadRequest, match=rf"^{name} .*: expected latent frames, a number from 1"):
+        choose(causal(3, 21), **{name: value})
 
 
 def test_when_none_runs_every_refusal_is_told() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from wanexport.exporter.backends.aoti import backend as aoti_backend
 from wanexport.exporter.backends.aoti import flash_attention
@@ -19,7 +21,13 @@ from wanexport.exporter.backends.backend import Request
 from wanexport.exporter.build import compile_engine
 from wanexport.graphs.config import PRESETS, sampling_defaults
 from wanexport.runtime import Geometry
-from wanexport.runtime.engines.flash_attention import FlashAttention
+from wanexport.runtime.engines.flash_attention import (
+    FUNCTION,
+    JOIN,
+    Division,
+    FlashAttention,
+    division,
+)
 from wanexport.runtime.errors import (
     BadRequest,
     BundleError,
@@ -28,7 +36,6 @@ from wanexport.runtime.errors import (
 )
 
 ABSENT = ("cutlass", "flash_attn", "quack", "triton")
-
 # A serving process: argv is the library, the dtype and the number of keys.
 SERVE = """
 import json, sys
@@ -36,12 +43,13 @@ from pathlib import Path
 import torch
 from wanexport.runtime.engines.flash_attention import FlashAttention
 
-library, dtype, keys = Path(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
+library, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
+queries, keys, heads = map(int, sys.argv[3:])
 attention = FlashAttention(library)
 torch.manual_seed(0)
 def draw(tokens):
-    return torch.randn(1, tokens, 3, 128, device="cuda", dtype=dtype)
-q, k, v = draw(1000), draw(keys), draw(keys)
+    return torch.randn(1, tokens, heads, 128, device="cuda", dtype=dtype)
+q, k, v = draw(queries), draw(keys), draw(keys)
 def plain(q, k, v):
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     weights = torch.softmax(q @ k.transpose(2, 3) / 128**0.5, dim=-1)
@@ -158,8 +166,9 @@ def test_an_engine_whose_kernel_did_not_compile_is_no_later_builds(
 
 
 def test_the_cause_of_a_failed_link_is_said(tmp_path: Path, installed: pytest.MonkeyPatch) -> None:
-    def compile_nothing(kernel: Path, *_: object) -> dict[str, str]:
-        kernel.write_text("no object file")
+    def compile_nothing(folder: Path, *_: object) -> dict[str, str]:
+        for name in (FUNCTION, JOIN):
+            (folder / f"{name}.o").write_text("no object file")
         return dict.fromkeys(("runtime", "tvm_ffi", "cudart"), "/no/such/library.so")
 
     installed.setattr(flash_attention, "_compile_in_child", compile_nothing)
@@ -187,6 +196,73 @@ def test_a_damaged_library_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("queries", "heads", "keys", "expected"),
+    [
+        (4680, 12, 32760, Division(4224, 5)),  # 33 tiles of 12 heads are 3 times 132 blocks
+        (4680, 40, 32760, Division(4608, 3)),
+        (4680, 12, 512, Division(4680, 1)),  # the text: a block is too short to divide
+        (4680, 12, 32761, Division(4680, 1)),  # a prime number of keys
+        (4224, 12, 32760, Division(4224, 1)),  # nothing is left over
+        (128, 1, 32760, Division(0, 8)),  # one block
+    ],
+)
+def test_what_leaves_processors_idle_is_divided(
+    queries: int, heads: int, keys: int, expected: Division
+) -> None:
+    assert division(queries, heads, keys, processors=132) == expected
+
+
+def of_a_double(
+    function: Callable[..., None], join: Callable[..., None] | None = None
+) -> FlashAttention:
+    """The caller of a library that has these functions."""
+    attention = FlashAttention.__new__(FlashAttention)
+    attention._function, attention._join = function, join
+    return attention
+
+
+def weights_of(q: Tensor, k: Tensor) -> Tensor:
+    """The scores in fp64."""
+    return torch.einsum("bshd,bthd->bhst", q.double(), k.double()) / q.shape[-1] ** 0.5
+
+
+@pytest.mark.parametrize("divided", [Division(0, 2), Division(3, 4), Division(7, 1)])
+def test_a_divided_call_gives_what_a_whole_one_gives(
+    divided: Division, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        calls.append((*q.shape[:2], k.shape[1]))
+        scores = weights_of(q, k)
+        lse.copy_(scores.logsumexp(-1))
+        out.copy_(torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v.double()))
+
+    def join(parts: Tensor, lse: Tensor, out: Tensor) -> None:
+        assert lse.stride(2) == 1  # as the kernel asks
+        out.copy_((lse.softmax(0)[..., None] * parts.double()).sum(0))
+
+    path = "wanexport.runtime.engines.flash_attention._division_of"
+    monkeypatch.setattr(path, lambda *_: divided)
+    torch.manual_seed(0)
+    q = torch.randn(1, 7, 3, 16)
+    k, v = (5 * torch.randn(1, 12, 3, 16) for _ in range(2))  # parts of very unlike weight
+    found = of_a_double(run, join)(q, k, v)
+    expected = torch.einsum("bhst,bthd->bshd", weights_of(q, k).softmax(-1), v.double())
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    parts = (divided.parts, 7 - divided.whole, 12 // divided.parts)
+    assert calls == [(1, divided.whole, 12)] * (divided.whole > 0) + [parts] * (divided.parts > 1)
+
+
+def test_a_library_that_joins_nothing_is_called_whole() -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        out.copy_(q + k + v)
+
+    q, k, v = torch.randn(3, 1, 7, 3, 16)
+    assert torch.equal(of_a_double(run)(q, k, v), q + k + v)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "torch_dtype"), flash_attention.DTYPES.items())
 def test_a_fresh_process_runs_the_library_as_accurately_as_sdpa(
@@ -200,8 +276,10 @@ def test_a_fresh_process_runs_the_library_as_accurately_as_sdpa(
         pytest.skip(str(error))
     library = flash_attention.compile_flash_attention(tmp_path, dtype=dtype, head_dim=128)
     assert [path.name for path in tmp_path.iterdir()] == [library.name]
-    for keys in (1000, 512):
-        command = [sys.executable, "-c", SERVE, str(library), torch_dtype, str(keys)]
+    processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    assert division(4680, 12, 4680, processors).parts > 1  # of the last case
+    for sizes in ((1000, 1000, 3), (1000, 512, 3), (4680, 4680, 12)):
+        command = [sys.executable, "-c", SERVE, str(library), torch_dtype, *map(str, sizes)]
         environment = os.environ | {"PATH": "/nonexistent", "CXX": "/nonexistent"}
         child = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert child.returncode == 0, child.stderr

@@ -12,8 +12,7 @@ import torch
 from tests.exporter.backends.machine_code import beyond
 from wanexport.exporter.backends.aoti import compiler
 from wanexport.exporter.backends.aoti.compiler import restrict_inductor
-from wanexport.runtime.engines import aoti as aoti_engine
-from wanexport.runtime.engines import processor
+from wanexport.runtime.engines import aoti_target, processor
 from wanexport.runtime.engines.processor import LEVELS, level_for, level_here, level_of, runs_here
 
 V1, V2, V3, V4 = LEVELS["x86_64"].values()
@@ -78,18 +77,18 @@ def test_a_gpus_engine_is_for_the_usual_processor(monkeypatch: pytest.MonkeyPatc
 def test_an_engine_is_refused_for_instructions_that_are_not_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    target = {**aoti_engine.versions("cpu"), "march": "x86-64-v3"}
+    target = {**aoti_target.versions("cpu"), "march": "x86-64-v3"}
     monkeypatch.setattr(platform, "machine", lambda: target["arch"])
     for here, mismatches in (
         ("x86-64-v4", []),
         ("x86-64-v3", []),
         ("x86-64-v2", ["march x86-64-v3, here x86-64-v2"]),
     ):
-        for module in (processor, aoti_engine):
+        for module in (processor, aoti_target):
             monkeypatch.setattr(module, "level_here", lambda here=here: here)
-        assert aoti_engine.mismatches(target) == mismatches
+        assert aoti_target.mismatches(target) == mismatches
     del target["march"]
-    assert aoti_engine.mismatches(target) == ["march None, here x86-64-v2"]
+    assert aoti_target.mismatches(target) == ["march None, here x86-64-v2"]
 
 
 def test_the_processor_that_inductor_states_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +138,7 @@ def test_the_key_of_an_engine_has_compiler_and_processor(
 
     config, geometry = PRESETS["tiny"].config, Geometry(64, 96, 9)
     sampling = sampling_defaults(config, (), geometry)
-    target = {**aoti_engine.versions("cpu"), "march": "x86-64-v3"}
+    target = {**aoti_target.versions("cpu"), "march": "x86-64-v3"}
     request = Request(config, geometry, sampling, "aoti", "fp32", "cpu", target)
     keys = {engine_key(request), engine_key(replace(request, target={**target, "march": "other"}))}
     other = tmp_path / "g++"

@@ -138,12 +138,12 @@ def test_sessions_on_several_streams_are_as_if_alone(bundle: Path) -> None:
     memories = [engine.memory() for _ in inputs]
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
-    found = []
+    found = list[torch.Tensor]()
     for _ in range(2):
         found.clear()
         for one, memory, stream in zip(inputs, memories, streams, strict=True):
             with torch.cuda.stream(stream):
                 found.append(engine(one, memory=memory))
     torch.cuda.synchronize()
-    for one, other in zip(found, alone, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for velocity, expected in zip(found, alone, strict=True):
+        torch.testing.assert_close(velocity, expected, rtol=0, atol=0)

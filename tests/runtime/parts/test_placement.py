@@ -2,13 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from tests.exporter.carried import carrying_bundle
-from tests.runtime.bundle.small_bundle import small_bundle
+from tests.runtime.bundle.small_bundle import CONFIG, small_bundle
+from wanexport.graphs.config import PRESETS
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.signature import parameter_shapes, program_of
+from wanexport.runtime.bundle.tensorfile import read_header
+from wanexport.runtime.engines.engine import EngineOptions
+from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.gpu_fit import activation_bytes
 from wanexport.runtime.parts import open as open_module
 from wanexport.runtime.parts.open import Parts
@@ -74,21 +80,86 @@ def test_needs_follow_from_the_manifest(tmp_path: Path) -> None:
     manifest = read_manifest(bundle)
     onnx, plan = manifest.engines
     (weights,) = manifest.weights.values()
-    needs = needs_of(manifest, onnx, None, one_expert=False)
+    needs = needs_of(manifest, onnx, None)
     config = manifest.config
     program = program_of(config, onnx.geometry)
     call = activation_bytes(program, parameter_shapes(config), "fp32")
     assert needs == Needs(weights.file.size, call)
     stated = replace(plan, build={"activation_bytes": 1234})
-    assert needs_of(manifest, stated, None, one_expert=False).engine_call == 1234
+    assert needs_of(manifest, stated, None).engine_call == 1234
     pair = replace(
         manifest,
         experts=("high_noise", "low_noise"),
         weights={e: replace(weights, expert=e) for e in ("high_noise", "low_noise")},
     )
-    assert needs_of(pair, onnx, None, one_expert=False).engine == 2 * weights.file.size
-    assert needs_of(pair, onnx, None, one_expert=True).engine == weights.file.size
+    assert needs_of(pair, onnx, None).engine == 2 * weights.file.size
+    assert needs_of(pair, onnx, None, offload="experts").engine == weights.file.size
     assert encoder_bytes(manifest, "text_encoder") == 11_361_820_672  # 5.68 billion in bf16
+
+
+def test_of_streamed_blocks_what_is_on_the_gpu_counts(tmp_path: Path) -> None:
+    """Two buffers, the blocks that stay, and what is in none, each tensor on 256 bytes."""
+    bundle = small_bundle(tmp_path / "bundle", "aoti", config=replace(CONFIG, num_layers=6))
+    manifest = read_manifest(bundle)
+    (engine,), (weights,) = manifest.engines, manifest.weights.values()
+    sizes = {
+        name: -(-entry.size // 256) * 256
+        for name, entry in read_header(bundle / weights.file.path).items()
+    }
+    layer = sum(size for name, size in sizes.items() if name.startswith("blocks.3."))
+    rest = sum(sizes.values()) - 6 * layer
+    call = needs_of(manifest, engine, None).engine_call
+    for resident, held in ((None, 2), (0, 2), (1, 3), (4, 6), (6, 8)):
+        needs = needs_of(manifest, engine, None, offload="blocks", resident_blocks=resident)
+        stay = f"{held - 2} of 6 blocks stay"
+        assert needs == Needs(rest + held * layer, call, blocks=stay)
+    proven = replace(engine, proof={"peak_bytes": 1_000_000})
+    assert needs_of(manifest, proven, None, offload="blocks").engine_call == 1_050_000
+
+
+def test_an_encoder_has_room_beside_streamed_blocks_of_the_14b() -> None:
+    """28.9 GB of weights on a card of 24 GB; a block has 0.703 GB, and 0.8 are in none."""
+    config, geometry = PRESETS["t2v-14b"].config, Geometry(480, 832, 81)
+    file = SimpleNamespace(file=SimpleNamespace(size=28_900_000_000))
+    manifest = cast(Any, SimpleNamespace(config=config, weights_of=lambda layout: [file]))
+    engine = cast(
+        Any,
+        SimpleNamespace(
+            layout="", dtype="bf16", geometry=geometry, program=program_of(config, geometry),
+            proof={"peak_bytes": 2_900_000_000}, build={},
+        ),
+    )  # fmt: skip
+    options: dict[str, Any] = {"keeps_text": True, "may_precede": False}
+    whole = needs_of(manifest, engine, None)
+    assert place_encoders(whole, TEXT, 24 * GB, **options) == {"text_encoder": "cpu"}
+    needs = needs_of(manifest, engine, None, offload="blocks", resident_blocks=8)
+    assert needs.engine == pytest.approx(0.85 * GB + 10 * 0.703 * GB, rel=0.02)
+    assert place_encoders(needs, TEXT, 24 * GB, **options) == {"text_encoder": "beside"}
+    assert place_encoders(needs, TEXT, 21 * GB, **options) == {"text_encoder": "before"}
+    told = placement_note("text_encoder", "before", 11 * GB, needs, 21 * GB)
+    assert "of which the engine takes 10.9 (8 of 40 blocks stay) and the VAE 0.0" in told
+
+
+def test_an_encoder_that_the_engine_has_no_room_beside_opens_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = carrying_bundle(tmp_path)
+    manifest = read_manifest(bundle)
+    record, size = manifest.engines[0], encoder_bytes(manifest, "text_encoder")
+    monkeypatch.setattr(open_module, "choose_vae_engine", lambda *_: None)
+    needs, image = needs_of(manifest, record, None), encoder_bytes(manifest, "image_encoder")
+    both = {"text_encoder", "image_encoder"}
+    for free, keeps, later in (
+        (needs.most + size + image, True, set()),
+        (needs.most + size + image, False, set()),  # freed before a call, though there is room
+        (needs.most + size + image - 1, False, {"text_encoder"}),
+        (needs.most + min(size, image) - 1, True, both),
+        (10**6, True, set()),  # on the CPU
+    ):
+        monkeypatch.setattr(open_module, "free_bytes", lambda device, free=free: free)
+        parts = Parts(bundle, None, record, "cuda:0", {})
+        parts.place(keeps_text=keeps, options=EngineOptions(), precedes=True, first=False)
+        assert parts.later == later
 
 
 def test_parts_are_placed_once_by_what_the_gpu_has_free(
@@ -105,12 +176,12 @@ def test_parts_are_placed_once_by_what_the_gpu_has_free(
     monkeypatch.setattr(open_module, "free_bytes", free)
     monkeypatch.setattr(open_module, "choose_vae_engine", lambda *_: None)
     parts = Parts(bundle, None, record, "cuda:0", {})
-    parts.place(keeps_text=True, one_expert=False, precedes=False, first=False)
+    parts.place(keeps_text=True, options=EngineOptions(), precedes=False, first=False)
     assert parts.placement == {"text_encoder": "beside", "image_encoder": "beside"}
     assert asked == ["cuda:0"]
     monkeypatch.setattr(open_module, "free_bytes", lambda device: 10**6)
     small = Parts(bundle, None, record, "cuda:0", {})
-    small.place(keeps_text=True, one_expert=False, precedes=False, first=False)
+    small.place(keeps_text=True, options=EngineOptions(), precedes=False, first=False)
     assert set(small.placement.values()) == {"cpu"}
     with pytest.warns(match=r"the text encoder \(0\.0 GB\) runs on the CPU"):
         small.text_encoder()  # on a machine without a GPU

@@ -1,6 +1,7 @@
 """Parts open beside one another and beside the engine, each in a thread of its own."""
 
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from tests.runtime.serving.test_pipeline import Codec, Encoder, Engine, denoiser_of
 from wanexport.runtime import Denoiser, WanExportError
 from wanexport.runtime.engines.choose import Choice
-from wanexport.runtime.errors import BundleError
+from wanexport.runtime.engines.engine import EngineOptions
+from wanexport.runtime.errors import BundleError, WanExportWarning
 from wanexport.runtime.parts import open as parts_module
 from wanexport.runtime.parts.find import ComponentFiles
 from wanexport.runtime.parts.open import Parts
@@ -171,6 +173,38 @@ def test_an_encoder_that_comes_first_is_gone_before_the_engine_opens(
         made = pipeline.generate("one", negative="no", steps=1)
         assert pipeline.placement == {"text_encoder": "first"}
     assert made.prompt_cached and bundle.order.count("text_encoder") == 1
+
+
+def test_an_encoder_whose_memory_the_engine_needs_opens_after_it(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def place(self: Parts, **_: Any) -> None:
+        self.placement, self.later = {"text_encoder": "before"}, frozenset({"text_encoder"})
+
+    monkeypatch.setattr(Parts, "place", place)
+    with Pipeline("bundle", open_parts=PARTS) as pipeline:
+        assert set(pipeline._parts._opening) == set(PARTS)
+        pipeline.generate("one", steps=1)
+    order = bundle.order
+    assert order.count("text_encoder") == 1 and order.index("engine") < order.index("text_encoder")
+
+
+def test_encoders_are_placed_beside_the_engine_as_it_will_be_held(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With blocks streamed as `load` would choose; what it says of them is said by it."""
+    found, placed = EngineOptions(offload="blocks", resident_blocks=8), list[EngineOptions]()
+
+    def fitted(*_: object) -> EngineOptions:
+        warnings.warn("blocks are streamed", WanExportWarning, stacklevel=2)
+        return found
+
+    monkeypatch.setattr(opening_module, "fitted", fitted)
+    monkeypatch.setattr(Parts, "place", lambda _, options, **__: placed.append(options))
+    with warnings.catch_warnings(action="error"), Pipeline("bundle", open_parts=PARTS):
+        assert placed == [found]
+    with Pipeline("bundle"):  # the engine is open, and its memory taken, before the parts
+        assert placed == [found, EngineOptions()]
 
 
 def test_what_has_no_place_beside_the_engine_is_freed_after_its_use(

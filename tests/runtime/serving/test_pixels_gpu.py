@@ -133,3 +133,19 @@ def test_a_file_holds_the_frames_of_the_arrays(bundle: Path, tmp_path: Path) -> 
         direct = pipeline.generate("a red circle", **asked, output=tmp_path / "direct.mp4")
     np.testing.assert_array_equal(direct.latent, made.latent)
     assert file_sha256(tmp_path / "arrays.mp4") == file_sha256(tmp_path / "direct.mp4")
+
+
+@pytest.mark.parametrize("resident", [0, 2])
+def test_streamed_blocks_and_the_vae_beside_them_give_the_same_frames(
+    resident: int, bundle: Path
+) -> None:
+    """The VAE opens while the engine does."""
+    streamed = {"offload": "blocks", "resident_blocks": resident, "open_parts": ("vae",)}
+    made = []
+    for options in (dict[str, Any](), streamed):
+        with Pipeline(bundle, text_encoder=Encoder(), **options) as pipeline:
+            made.append(pipeline.generate("a red circle", seed=1, steps=4))
+            assert pipeline.denoiser.offload == options.get("offload")
+    assert made[0].video is not None and made[1].video is not None
+    np.testing.assert_array_equal(made[1].latent, made[0].latent)
+    np.testing.assert_array_equal(made[1].video, made[0].video)
