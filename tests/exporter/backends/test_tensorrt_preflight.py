@@ -81,3 +81,15 @@ def test_the_figures_are_recorded_where_there_is_room(
     request = request_of("t2v-1.3b")
     room = check_room(request, tmp_path, 80_000_000_000)
     assert room == {name: getattr(estimate(request), name) for name in ("gpu", "host", "disk")}
+
+
+def test_the_state_of_a_causal_model_counts() -> None:
+    geometry = Geometry(480, 832, 81, chunk=3, cache=21)
+    causal = replace(request_of("self-forcing-1.3b"), geometry=geometry)
+    larger = replace(causal, geometry=replace(geometry, cache=22))
+    frame = 2 * 1536 * 1560  # bytes of one latent frame's keys, or values, of one layer
+    # Kept in every layer, and in one a second time, as its plan writes a chunk into a copy.
+    assert estimate(larger).gpu - estimate(causal).gpu == (2 * 30 + 2) * frame
+    # Its cache has a slot for what fills a short chunk up; the rows of a chunk come out beside it.
+    assert estimate(causal).gpu > 2.8e9 + 2 * 30 * (22 + 3) * frame
+    assert estimate(causal).disk == 3 * estimate(request_of("t2v-1.3b")).disk
