@@ -1,8 +1,8 @@
 """A cache of keys and values in ONNX: how a chunk is written into it, and how it is attended to.
 
 ONNX writes nothing in place. A state that is only written by one ScatterND can have its new content
-where the old was: a runtime that is given one address for both copies the chunk and nothing else. One
-that takes no such address, as TensorRT, is given a graph of the new rows alone.
+where the old was: a runtime that is given one address for both copies the chunk and nothing else.
+TensorRT takes no such address: it is given a graph that gives the new rows alone.
 """
 
 from collections.abc import Mapping
