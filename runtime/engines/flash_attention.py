@@ -14,15 +14,14 @@ from torch import Tensor
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.errors import BundleError, installing, needing_package
 
-# The symbols in the library are __tvm_ffi_<name>: attention with its sums, the joining of parts.
-FUNCTION, JOIN = "flash_attention_lse", "flash_attention_join"
-_ALONE = "flash_attention"  # of libraries without sums, which join nothing
+FUNCTION = "flash_attention_lse"  # the symbol in the library is __tvm_ffi_<FUNCTION>
+_WITHOUT_LSE = "flash_attention"  # of libraries whose function takes no place for the sums
 # How PyTorch gives tvm-ffi its tensors and its current stream: the name now, and that before.
 EXCHANGES = ("__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__")
 # What a division is predicted with, fitted to `tests/tables/causal_attention.py` on an H200.
 _TILE, _HEAD_DIM = 128, 128  # queries of a thread block, and the head dimension that it is so for
 _START = 830  # keys in whose time a block begins and ends
-_JOINED = 1700  # keys in whose time a block's parts are started and joined
+_JOIN = 1700  # keys in whose time a block's parts are started and joined
 _MOST_PARTS, _GAIN = 8, 0.98
 
 
@@ -54,9 +53,8 @@ class FlashAttention:
             name = str(library.path.absolute())
             try:
                 module = tvm_ffi.load_module(name)
-                joins = module.implements_function(JOIN)
-                self._function = module[FUNCTION if joins else _ALONE]
-                self._join = module[JOIN] if joins else None
+                self._gives_sums = module.implements_function(FUNCTION)
+                self._function = module[FUNCTION if self._gives_sums else _WITHOUT_LSE]
             except Exception as error:
                 reason = " ".join(str(error).split())
                 raise BundleError(
@@ -74,14 +72,14 @@ class FlashAttention:
         Raises ValueError when a tensor is of another dtype or device.
         """
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        if self._join is None:
+        if not self._gives_sums:
             self._function(q, k, v, out)
             return out
         whole, parts = _division_of(q, k)
         if whole:
             self._run(q[:, :whole], k, v, out[:, :whole])
         if parts > 1:
-            self._in_parts(q[:, whole:], k, v, parts, out[:, whole:])
+            self._join(q[:, whole:], k, v, parts, out[:, whole:])
         return out
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
@@ -90,14 +88,14 @@ class FlashAttention:
         self._function(q, k, v, out, lse)
         return lse
 
-    def _in_parts(self, q: Tensor, k: Tensor, v: Tensor, parts: int, out: Tensor) -> None:
-        """Attention to so many equal parts of the keys, which their sums of exponentials weigh."""
+    def _join(self, q: Tensor, k: Tensor, v: Tensor, parts: int, out: Tensor) -> None:
+        """Attention to so many equal parts of the keys, weighed by their sums of exponentials."""
         shape = (parts, k.shape[1] // parts, *k.shape[2:])
-        q = torch.cat([q] * parts)
+        q = q.expand(parts, *q.shape[1:]).contiguous()
         of_parts = torch.empty_like(q)
         lse = self._run(q, k.view(shape), v.view(shape), of_parts)
-        assert self._join is not None
-        self._join(of_parts[:, None], lse[:, None].transpose(2, 3), out)
+        weights = lse.softmax(0).transpose(1, 2)[..., None]  # [parts, S, H, 1] fp32
+        out.copy_((weights * of_parts).sum(0, keepdim=True))
 
 
 def _division_of(q: Tensor, k: Tensor) -> Division:
@@ -124,7 +122,7 @@ def division(queries: int, heads: int, keys: int, processors: int) -> Division:
     tiles = math.ceil(queries / _TILE)
     undivided = _waves(tiles * heads, processors) * (keys + _START)
     full = tiles * heads // processors * processors // heads  # tiles before the last blocks
-    start = _waves(full * heads, processors) * (keys + _START) + _JOINED
+    start = _waves(full * heads, processors) * (keys + _START) + _JOIN
     blocks = (tiles - full) * heads
     predicted = {
         parts: start + _waves(blocks * parts, processors) * (keys / parts + _START)

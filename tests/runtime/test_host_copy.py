@@ -33,6 +33,7 @@ def test_a_copy_from_a_gpu_waits_for_what_was_launched_and_for_nothing_later() -
     value = torch.zeros(1 << 20, device="cuda")
     side = torch.cuda.Stream()
     HostCopy(value, side).array()  # pinned memory, and the stream, are there
+    bad = torch.full((4,), float("nan"), device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -44,7 +45,6 @@ def test_a_copy_from_a_gpu_waits_for_what_was_launched_and_for_nothing_later() -
         torch.cuda._sleep(400_000_000)
         assert (early.array() == 1).all() and (beside.array() == 2).all()
         assert not torch.cuda.current_stream().query()
-        bad = torch.tensor(float("nan"), device="cuda").expand(4)
         assert finite([np.ones(2), value, bad]).array().tolist() == [True, True, False]
     finally:
         torch.cuda.set_sync_debug_mode("default")

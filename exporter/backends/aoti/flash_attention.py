@@ -1,9 +1,8 @@
 """FlashAttention-4 compiled ahead of time, as one shared library without weights or shapes.
 
 FlashAttention-4 is a Python package that compiles its kernels when they are first called. Here a
-child process has it compile two, attention and the joining of attention to parts of the keys, for
-the dtype and head dimension of a model and for any batch, length and number of heads. It writes an
-object file of each, which a C++ compiler links.
+child process has it compile one kernel, for the dtype and head dimension of a model and for any
+batch, length and number of heads, and writes the object file, which a C++ compiler links.
 `wanexport.runtime.engines.flash_attention` loads and calls the library, and needs none of the
 packages that made it.
 """
@@ -13,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 from wanexport.exporter.backends.aoti.compiler import compiler, march_flags
 from wanexport.exporter.child.child import known, main, run_process
 from wanexport.exporter.child.process import Lifeline, environment_of, last_words, run_command
-from wanexport.runtime.engines.flash_attention import FUNCTION, JOIN
+from wanexport.runtime.engines.flash_attention import FUNCTION
 from wanexport.runtime.engines.processor import level_for
 from wanexport.runtime.errors import BadRequest, WanExportError, installing
 
@@ -54,9 +52,9 @@ EXPORTS = "{ global: __tvm_ffi_*; local: *; };"
 
 @dataclass(frozen=True)
 class KernelJob:
-    """The kernels to compile; their object files go into `folder`, dtype is PyTorch's name."""
+    """One kernel to compile; `kernel` is where its object file goes, dtype is PyTorch's name."""
 
-    folder: str
+    kernel: str
     dtype: str
     head_dim: int
 
@@ -93,9 +91,9 @@ def compile_flash_attention(
         raise BadRequest(f"FlashAttention-4 takes bf16 or fp16, not {dtype}: leave it out")
     library = folder / f"flash_attention-{dtype}-{head_dim}.so"
     with tempfile.TemporaryDirectory(prefix="flash-attention-", dir=folder) as name:
-        scratch = Path(name).resolve()
-        needed = _compile_in_child(scratch, _architecture(device), dtype, head_dim, lifeline)
-        _link(scratch, needed, library, lifeline)
+        kernel = Path(name).resolve() / "kernel.o"
+        needed = _compile_in_child(kernel, _architecture(device), dtype, head_dim, lifeline)
+        _link(kernel, needed, library, lifeline)
     return library
 
 
@@ -116,7 +114,7 @@ def _architecture(device: str) -> str:
 
 
 def _compile_in_child(
-    scratch: Path, architecture: str, dtype: str, head_dim: int, lifeline: Lifeline | None
+    kernel: Path, architecture: str, dtype: str, head_dim: int, lifeline: Lifeline | None
 ) -> dict[str, str]:
     """Compile in a process of its own, as the packages stay loaded and patch PyTorch.
 
@@ -129,12 +127,12 @@ def _compile_in_child(
         # A kernel found in the package's own cache would not be compiled.
         "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
     }
-    job = KernelJob(str(scratch), DTYPES[dtype], head_dim)
+    job = KernelJob(str(kernel), DTYPES[dtype], head_dim)
     try:
         needed: dict[str, str] = run_process(
             "backends.aoti.flash_attention",
             job,
-            scratch,
+            kernel.parent,
             lifeline=lifeline,
             environment=environment,
         )
@@ -143,23 +141,22 @@ def _compile_in_child(
     return needed
 
 
-def _link(scratch: Path, needed: dict[str, str], library: Path, lifeline: Lifeline | None) -> None:
-    """Link the object files into the library. Raises WanExportError when that fails."""
-    errors, exports = scratch / "errors.cpp", scratch / "exports.map"
+def _link(kernel: Path, needed: dict[str, str], library: Path, lifeline: Lifeline | None) -> None:
+    """Link the object file into the library. Raises WanExportError when that fails."""
+    errors, exports = kernel.with_name("errors.cpp"), kernel.with_name("exports.map")
     errors.write_text(ERRORS)
     exports.write_text(EXPORTS)
-    linked = scratch / library.name
-    kernels = [str(scratch / f"{name}.o") for name in (FUNCTION, JOIN)]
+    linked = kernel.with_name(library.name)
     command = [compiler(), "-shared", "-fPIC", "-O2", *march_flags(level_for("cuda"))]
-    command += ["-ffunction-sections", "-o", str(linked), *kernels, str(errors)]
+    command += ["-ffunction-sections", "-o", str(linked), str(kernel), str(errors)]
     command += [needed["runtime"], "-Wl,--as-needed", needed["tvm_ffi"], needed["cudart"]]
     command += [f"-Wl,--no-undefined,--gc-sections,--version-script={exports}"]
     try:
         ended = run_command(
             command,
-            environment=environment_of(scratch),
+            environment=environment_of(kernel.parent),
             lifeline=lifeline,
-            folders=[scratch],
+            folders=[kernel.parent],
         )
     except OSError as error:
         raise WanExportError(
@@ -186,13 +183,16 @@ class _Captured(Exception):
         self.options = options
 
 
-def _what_it_compiles(call: Callable[[], object]) -> _Captured:
-    """FlashAttention-4's own choice of kernel, tiles and placeholders for a call of its interface,
-    on tensors without memory: it is stopped where it would compile."""
+def _what_it_compiles(dtype: str, head_dim: int) -> _Captured:
+    """FlashAttention-4's own choice of kernel, tiles and placeholders for attention without a mask.
+
+    Its entry point is called on tensors without memory, and stopped where it would compile.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     cute: Any = import_module("cutlass.cute")
+    interface = import_module("flash_attn.cute.interface")
 
     def capture(*arguments: Any, options: str = "") -> None:
         raise _Captured(arguments, options)
@@ -200,7 +200,9 @@ def _what_it_compiles(call: Callable[[], object]) -> _Captured:
     compile_kernel, cute.compile = cute.compile, capture
     try:
         with FakeTensorMode(), torch.no_grad():
-            call()
+            shape, kind = (2, 1024, 3, head_dim), getattr(torch, dtype)
+            q, k, v = (torch.empty(shape, dtype=kind, device="cuda") for _ in range(3))
+            interface._flash_attn_fwd(q, k, v, return_lse=True)
     except _Captured as captured:
         return captured
     finally:
@@ -208,54 +210,25 @@ def _what_it_compiles(call: Callable[[], object]) -> _Captured:
     raise RuntimeError("flash-attn-4 compiled nothing: this version of it is not supported")
 
 
-def _attention(dtype: str, head_dim: int) -> None:
-    """Call attention without a mask, of which the sums are asked too."""
-    import torch
+def _five_tensors(forward: Any, rest: list[Any]) -> Callable[..., None]:
+    """The kernel as a function of q, k, v, the output, the logarithms of the sums of exponentials
+    and the stream, whatever else it takes."""
 
-    shape, kind = (2, 1024, 3, head_dim), getattr(torch, dtype)
-    q, k, v = (torch.empty(shape, dtype=kind, device="cuda") for _ in range(3))
-    import_module("flash_attn.cute.interface")._flash_attn_fwd(q, k, v, return_lse=True)
+    def attention(q: Any, k: Any, v: Any, out: Any, lse: Any, stream: Any) -> None:
+        forward(q, k, v, out, lse, *rest, stream)
 
-
-def _joining(dtype: str, head_dim: int) -> None:
-    """Call the joining of attention to two parts of the keys."""
-    import torch
-
-    shape, kind = (2, 1, 1024, 3, head_dim), getattr(torch, dtype)
-    parts = torch.empty(shape, dtype=kind, device="cuda")
-    lse = torch.empty((2, 1, 3, 1024), device="cuda").transpose(2, 3)
-    out = torch.empty(shape[1:], dtype=kind, device="cuda")
-    import_module("flash_attn.cute.interface")._flash_attn_fwd_combine(parts, lse, out)
+    return attention
 
 
-def _of_tensors(forward: Any, rest: list[Any], count: int) -> Callable[..., None]:
-    """A kernel as a function of its first 3 or 5 tensors and the stream, whatever else it takes."""
-
-    def of_five(a: Any, b: Any, c: Any, d: Any, e: Any, stream: Any) -> None:
-        forward(a, b, c, d, e, *rest, stream)
-
-    def of_three(a: Any, b: Any, c: Any, stream: Any) -> None:
-        forward(a, b, c, *rest, stream)
-
-    return of_five if count == 5 else of_three
-
-
-def _write(folder: Path, name: str, captured: _Captured, count: int) -> None:
-    """Compile what was captured, as a function of so many tensors, to the folder's `name`.o."""
+def _compile(kernel: Path, dtype: str, head_dim: int) -> dict[str, str]:
+    """Write the object file, and return the libraries that it must be linked with."""
     cute = import_module("cutlass.cute")
-    forward, *tensors = captured.arguments[: count + 1]
-    *rest, stream = captured.arguments[count + 1 :]
-    function = cute.jit(_of_tensors(forward, rest, count))
+    captured = _what_it_compiles(dtype, head_dim)
+    forward, *tensors = captured.arguments[:6]
+    *rest, stream = captured.arguments[6:]
+    function = cute.jit(_five_tensors(forward, rest))
     compiled = cute.compile(function, *tensors, stream, options=captured.options)
-    compiled.export_to_c(object_file_path=str(folder / f"{name}.o"), function_name=name)
-
-
-def _compile(folder: Path, dtype: str, head_dim: int) -> dict[str, str]:
-    """Write the object files, and return the libraries that they must be linked with."""
-    cute = import_module("cutlass.cute")
-    for name, call, count in ((FUNCTION, _attention, 5), (JOIN, _joining, 3)):
-        captured = _what_it_compiles(partial(call, dtype, head_dim))
-        _write(folder, name, captured, count)
+    compiled.export_to_c(object_file_path=str(kernel), function_name=FUNCTION)
     runtime = Path(cute.runtime.find_runtime_libraries(enable_tvm_ffi=False)[0])
     return {
         "runtime": str(runtime.with_name("libcuda_dialect_runtime_static.a")),
@@ -275,7 +248,7 @@ def _loaded_cuda_runtime() -> str:
 def compile_kernel(job: KernelJob) -> dict[str, str]:
     """The child's side: compile in this process; return the libraries to link."""
     try:
-        return _compile(Path(job.folder), job.dtype, job.head_dim)
+        return _compile(Path(job.kernel), job.dtype, job.head_dim)
     except ImportError as error:
         raise WanExportError(f"{_in_one_line(error)}: {installing('flash-attn-4')}") from error
     except Exception as error:

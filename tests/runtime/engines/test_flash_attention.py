@@ -21,13 +21,7 @@ from wanexport.exporter.backends.backend import Request
 from wanexport.exporter.build import compile_engine
 from wanexport.graphs.config import PRESETS, sampling_defaults
 from wanexport.runtime import Geometry
-from wanexport.runtime.engines.flash_attention import (
-    FUNCTION,
-    JOIN,
-    Division,
-    FlashAttention,
-    division,
-)
+from wanexport.runtime.engines.flash_attention import Division, FlashAttention, division
 from wanexport.runtime.errors import (
     BadRequest,
     BundleError,
@@ -36,12 +30,13 @@ from wanexport.runtime.errors import (
 )
 
 ABSENT = ("cutlass", "flash_attn", "quack", "triton")
+
 # A serving process: argv is the library, the dtype and the number of keys.
 SERVE = """
 import json, sys
 from pathlib import Path
 import torch
-from wanexport.runtime.engines.flash_attention import FlashAttention
+from wanexport.runtime.engines.flash_attention import Division, FlashAttention, division
 
 library, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 queries, keys, heads = map(int, sys.argv[3:])
@@ -166,9 +161,8 @@ def test_an_engine_whose_kernel_did_not_compile_is_no_later_builds(
 
 
 def test_the_cause_of_a_failed_link_is_said(tmp_path: Path, installed: pytest.MonkeyPatch) -> None:
-    def compile_nothing(folder: Path, *_: object) -> dict[str, str]:
-        for name in (FUNCTION, JOIN):
-            (folder / f"{name}.o").write_text("no object file")
+    def compile_nothing(kernel: Path, *_: object) -> dict[str, str]:
+        kernel.write_text("no object file")
         return dict.fromkeys(("runtime", "tvm_ffi", "cudart"), "/no/such/library.so")
 
     installed.setattr(flash_attention, "_compile_in_child", compile_nothing)
@@ -213,12 +207,10 @@ def test_what_leaves_processors_idle_is_divided(
     assert division(queries, heads, keys, processors=132) == expected
 
 
-def of_a_double(
-    function: Callable[..., None], join: Callable[..., None] | None = None
-) -> FlashAttention:
-    """The caller of a library that has these functions."""
+def of_a_double(function: Callable[..., None], *, gives_sums: bool = True) -> FlashAttention:
+    """The caller of a library that has this function."""
     attention = FlashAttention.__new__(FlashAttention)
-    attention._function, attention._join = function, join
+    attention._function, attention._gives_sums = function, gives_sums
     return attention
 
 
@@ -239,28 +231,24 @@ def test_a_divided_call_gives_what_a_whole_one_gives(
         lse.copy_(scores.logsumexp(-1))
         out.copy_(torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v.double()))
 
-    def join(parts: Tensor, lse: Tensor, out: Tensor) -> None:
-        assert lse.stride(2) == 1  # as the kernel asks
-        out.copy_((lse.softmax(0)[..., None] * parts.double()).sum(0))
-
     path = "wanexport.runtime.engines.flash_attention._division_of"
     monkeypatch.setattr(path, lambda *_: divided)
     torch.manual_seed(0)
     q = torch.randn(1, 7, 3, 16)
     k, v = (5 * torch.randn(1, 12, 3, 16) for _ in range(2))  # parts of very unlike weight
-    found = of_a_double(run, join)(q, k, v)
+    found = of_a_double(run)(q, k, v)
     expected = torch.einsum("bhst,bthd->bshd", weights_of(q, k).softmax(-1), v.double())
     assert (found - expected).norm() <= 1e-6 * expected.norm()
     parts = (divided.parts, 7 - divided.whole, 12 // divided.parts)
     assert calls == [(1, divided.whole, 12)] * (divided.whole > 0) + [parts] * (divided.parts > 1)
 
 
-def test_a_library_that_joins_nothing_is_called_whole() -> None:
+def test_a_library_without_sums_is_called_whole() -> None:
     def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         out.copy_(q + k + v)
 
     q, k, v = torch.randn(3, 1, 7, 3, 16)
-    assert torch.equal(of_a_double(run)(q, k, v), q + k + v)
+    assert torch.equal(of_a_double(run, gives_sums=False)(q, k, v), q + k + v)
 
 
 @pytest.mark.gpu
