@@ -14,13 +14,14 @@ LONG := readme docs_run install packaging build compare to_tensorrt tiny_wan run
 
 setup: .venv/.ready
 
+# Python compiles what is imported: of what is installed that is a small part.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet $(if $(TORCH),--extra-index-url '$(TORCH)') \
+	$(BIN)/python -m pip install --quiet --no-compile $(if $(TORCH),--extra-index-url '$(TORCH)') \
 		-c constraints.txt -e '.[$(EXTRAS)]' --group dev
 	for version in $(TENSORRT); do \
-		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/contract/$$version \
+		$(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target .venv/contract/$$version \
 			tensorrt-cu13-bindings==$$version || exit; \
 	done
 	touch $@
