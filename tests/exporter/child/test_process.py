@@ -99,7 +99,9 @@ def test_ctrl_c_ends_the_program_too(tmp_path: Path) -> None:
     word = str(tmp_path / "left")
     script = f"exec -a {word} sleep 60"
     code = (
-        "from wanexport.exporter.child.process import run_command; "
+        "from wanexport.exporter.child.process import run_command\n"
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it\n"
         f"run_command(['bash', '-c', {script!r}])"
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as parent:
