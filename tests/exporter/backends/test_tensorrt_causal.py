@@ -13,6 +13,7 @@ import pytest
 
 from tests.causal_stream import CONFIG, Clip
 from tests.exporter.backends.test_to_tensorrt import RTX, job_of, quietly
+from tests.quick import slow_but
 from wanexport.exporter.backends.onnx.assemble import assemble
 from wanexport.exporter.backends.onnx.lower import Lowering, for_tensorrt, lower
 from wanexport.exporter.backends.tensorrt.plan import build_plan, network_layers, parse
@@ -42,7 +43,7 @@ def parsed(content: bytes) -> tuple[Any, list[dict[str, Any]]]:
     return (log, builder), network_layers(parse(trt, builder, log, content))
 
 
-@pytest.mark.parametrize("moment", ["prompt", "step", "commit"])
+@pytest.mark.parametrize("moment", slow_but(["prompt", "step", "commit"], "step"))
 def test_every_moment_of_a_causal_model_builds(moment: str, tmp_path: Path) -> None:
     model = graph_of(moment)
     assert lint_tensorrt(model) == []
@@ -74,6 +75,7 @@ def sources(name: str, makers: dict[str, dict[str, Any]]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_network_that_drops_the_valid_length_is_refused(tmp_path: Path) -> None:
     """TensorRT's parser takes `nonpad_kv_seqlen` without a word, and attends to the whole cache."""
     content = graph_of("step", LENGTHS).SerializeToString()
