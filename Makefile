@@ -37,7 +37,8 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu and not slow'
 	$(BIN)/python -m pytest -m gpu $(GPU)
 
-# And what needs minutes: a model of full size, and 200 clips of the tiny one instead of 48.
+# And what takes long: every family, precision and page where the quick tests take one or two (see
+# tests/quick.py), every kill and mutation, what AOTInductor compiles, a model of full size.
 test-all: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu'
 	$(BIN)/python -m pytest -m gpu $(GPU)

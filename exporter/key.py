@@ -88,9 +88,25 @@ def _file(module: str) -> Path | None:
 def _imported(module: str, path: Path) -> Iterator[str]:
     """Every name that a file imports, in functions too; some are of no module."""
     package = module if path.name == _OF_PACKAGE else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            source = resolve_name("." * node.level + (node.module or ""), package)
-            yield from (source, *(f"{source}.{alias.name}" for alias in node.names))
+    for origin, names in _imports(path.read_bytes()):
+        if origin is None:
+            yield from names
+        else:
+            source = resolve_name(origin, package)
+            yield from (source, *(f"{source}.{name}" for name in names))
+
+
+@cache
+def _imports(code: bytes) -> list[tuple[str | None, tuple[str, ...]]]:
+    """Each import: what it is from, with its dots, if it is from something, and the names.
+
+    The same code is parsed once: the key of each engine of a build reads the same hundred files.
+    """
+    return [
+        (
+            None if isinstance(node, ast.Import) else "." * node.level + (node.module or ""),
+            tuple(alias.name for alias in node.names),
+        )
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]

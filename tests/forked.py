@@ -32,6 +32,7 @@ from wanexport.exporter.cli import main as cli
 _COMPILE = "wanexport.exporter.backends.aoti.compile"
 _OWN = (  # variables that differ between children of the same settings
     "KINETO_LOG_LEVEL",  # set by a profile
+    "LD_LIBRARY_PATH",  # set when TensorRT for RTX is imported, for what is started later
     "ORT_DISABLE_TELEMETRY",  # set when ONNX Runtime is imported
     "PYTEST_CURRENT_TEST",
     "PYTHONPATH",  # a fork takes it up, as far as nothing of it is imported yet

@@ -20,29 +20,36 @@ from tests.onnx_library import read_once
 from tests.oracles.wan_reference import diffusers_model, official_state, small_config
 from tests.traced import trace_once
 from tests.translated import translate_once
+from tests.unsynced import spare_the_disk
 from wanexport.exporter.build import build
 from wanexport.exporter.child import child
 from wanexport.exporter.child.process import run_command
 from wanexport.runtime.wan_config import WanConfig
 
 LONGEST = (
-    "test_docs_run",
     "test_readme",
-    "test_build",
-    "test_tiny_wan",
-    "test_run",
-    "test_to_tensorrt",
     "test_aoti",
-    "test_compare",
-    "test_proofs",
-    "test_install",
-    "test_families",
-    "test_bisect",
-    "test_tensorrt_contract",
-    "test_to_onnx",
-    "test_process",
-    "test_samples",
+    "test_to_tensorrt",
+    "test_build",
     "test_bench",
+    "test_run",
+    "test_compare",
+    "test_bisect",
+    "test_docs_run",
+    "test_proofs",
+    "test_doctor",
+    "test_vae_engine",
+    "test_tiny_wan",
+    "test_diffusers_pipeline",
+    "test_onnx_cuda",
+    "test_cli",
+    "test_sets",
+    "test_polygraphy_io",
+    "test_samples",
+    "test_pipeline",
+    "test_onnx_causal",
+    "test_to_onnx",
+    "test_install",
 )
 
 
@@ -53,12 +60,17 @@ def pytest_configure() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Every process of a build would compile a program for each vector instruction set of this CPU.
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    spare_the_disk()
 
 
 def pytest_collection_finish() -> None:
-    """Look no more for garbage among all that was imported."""
+    """Look no more for garbage among all that was imported, and seldom among what tests make.
+
+    A trace makes a million objects that are kept, and a sixth of its time would go into the search.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

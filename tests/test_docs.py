@@ -5,6 +5,7 @@ Nothing that they show is run here: `test_readme` and `test_docs_run` do that.
 
 import importlib
 import re
+from itertools import pairwise
 
 import click
 import pytest
@@ -16,6 +17,8 @@ from wanexport.exporter.cli.main import cli
 
 DOCUMENTS = documents()
 EACH = pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+OF_DOCS = [page for page in DOCUMENTS if page.name.startswith("docs/")]
+EACH_OF_DOCS = pytest.mark.parametrize("page", OF_DOCS, ids=lambda page: page.name)
 # Written by hand in columns, or by another rule.
 AS_THEY_ARE = {"docs/architecture.md", "docs/checkpoints.md"}
 PLAIN = [page for page in DOCUMENTS if page.name not in AS_THEY_ARE]
@@ -23,6 +26,7 @@ EACH_PLAIN = pytest.mark.parametrize("page", PLAIN, ids=lambda page: page.name)
 LONGEST_LINE, LONGEST_PARAGRAPH = 105, 5
 # What other programs take, and scripts of tests/tables/.
 OTHERS_OPTIONS = {"--minutes"}
+FILES = ("--text", "--initial", "--calls", "--outputs", "--lora")  # options whose value is read
 FOLDERS = ("exporter", "graphs", "runtime", "samples", "tests", "docs")
 
 
@@ -88,6 +92,18 @@ def test_every_command_is_one_that_click_takes(page: Document) -> None:
     for line in page.commands("bash", "sh"):
         for words in words_of(line, "wanexport"):
             parse(words)
+
+
+@EACH_OF_DOCS
+def test_a_command_reads_what_one_before_it_made(page: Document) -> None:
+    assert unmade(page) == set()
+
+
+def test_a_name_that_no_command_made_is_found() -> None:
+    shown = "wanexport run tiny --text a.safetensors -o b.mp4\nwanexport compare small/x -m model\n"
+    assert unmade(Document("docs/x.md", f"```bash\n{shown}```\n")) == {
+        "a.safetensors", "small", "model",
+    }  # fmt: skip
 
 
 @EACH
@@ -190,6 +206,25 @@ SERVING = (
 )
 def test_what_an_example_gets_wrong_is_found(source: str, fault: str) -> None:
     assert faults(source) == ([fault] if fault else [])
+
+
+def unmade(page: Document) -> set[str]:
+    """What the commands of a page of docs/ read though none before has made it.
+
+    The first command of docs/build.md is before all of them. A sample makes what it names.
+    """
+    made, missing = {"tiny"}, set[str]()
+    for line in page.commands("bash"):
+        for script, *words in words_of(line, "python"):
+            made |= {*words, *re.findall(r'"([\w.]+)"', (ROOT / script).read_text())}
+        for command, *words in words_of(line, "wanexport"):
+            options = [*pairwise(words)]
+            read = [value for option, value in options if option in FILES]
+            if command not in ("build", "doctor"):
+                read += [*words[:1], *(value for option, value in options if option == "-m")]
+            missing |= {re.split("[/:]", name)[0] for name in read} - made
+            made |= {value for option, value in options if option == "-o"}
+    return missing
 
 
 def parse(words: list[str]) -> None:

@@ -10,11 +10,14 @@ import pytest
 
 from tests.documents import Document, document, documents
 from tests.forked import Forks
+from tests.quick import slow_but
 from tests.shown_commands import Reader, copy_tree, needs_environment, offline_environment
 from wanexport.runtime.bundle.tensorfile import load_arrays
 
 FIRST = document("docs/build.md").commands("bash")[0]
 PAGES = [p for p in documents() if p.name.startswith("docs/") and p.blocks("bash", "python")]
+# The others compile, or run for long; test_docs has click take every command that they show.
+QUICK = ("docs/python.md", "docs/report.md", "docs/run.md", "docs/weights.md")
 MADE = {  # what a page's commands leave, by its name
     "docs/build.md": ("tiny/engines/128x192x17/onnx-fp32/denoiser.onnx",),
     "docs/run.md": ("latents.safetensors", "distilled.safetensors.json"),
@@ -41,7 +44,7 @@ def built(
 
 
 @needs_environment
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", slow_but({page.name: page for page in PAGES}, *QUICK))
 def test_every_command_of_a_page_runs(
     page: Document, built: Path, environment: dict[str, str], forks: Forks, tmp_path: Path
 ) -> None:

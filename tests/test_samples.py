@@ -2,8 +2,6 @@
 
 import os
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 
 from tests.documents import documents
 from tests.forked import Forks
+from tests.quick import slow_but
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "samples"
@@ -43,7 +42,9 @@ def test_every_sample_is_run() -> None:
     assert {f"samples/{name}" for name in SHOWN} == shown
 
 
-@pytest.mark.parametrize("name", LAST_WORDS)
+@pytest.mark.parametrize(
+    "name", slow_but(list(LAST_WORDS), "02_build_and_sample.py", "06_two_experts.py")
+)
 def test_the_sample_runs(name: str, forks: Forks, tmp_path: Path) -> None:
     ended = forks.run_program(["python", str(SAMPLES / name), "."], tmp_path, os.environ)
     assert ended.code == 0, ended.errors
@@ -51,13 +52,11 @@ def test_the_sample_runs(name: str, forks: Forks, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_sample_for_a_gpu_says_what_is_missing(tmp_path: Path) -> None:
-    command = [sys.executable, str(SAMPLES / ON_A_GPU), "."]
-    child = subprocess.run(
-        [*command, "--backend", "tensorrt-rtx"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (child.returncode, child.stdout) == (2, "")
-    assert child.stderr == (
+def test_the_sample_for_a_gpu_says_what_is_missing(forks: Forks, tmp_path: Path) -> None:
+    command = ["python", str(SAMPLES / ON_A_GPU), ".", "--backend", "tensorrt-rtx"]
+    ended = forks.run_program(command, tmp_path, os.environ)
+    assert (ended.code, ended.output) == (2, "")
+    assert ended.errors == (
         "TensorRT for RTX needs an NVIDIA GPU and PyTorch for CUDA, which finds none: choose one "
         "of another --backend\n"
     )
@@ -101,9 +100,9 @@ def test_the_sample_for_a_gpu_reports_the_engine_that_it_built(
 
 
 @pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")
-def test_the_sample_for_a_gpu_says_what_to_install(tmp_path: Path) -> None:
-    command = [sys.executable, str(SAMPLES / ON_A_GPU), ".", "--backend", "tensorrt"]
-    child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (child.returncode, child.stdout) == (2, "")
+def test_the_sample_for_a_gpu_says_what_to_install(forks: Forks, tmp_path: Path) -> None:
+    command = ["python", str(SAMPLES / ON_A_GPU), ".", "--backend", "tensorrt"]
+    ended = forks.run_program(command, tmp_path, os.environ)
+    assert (ended.code, ended.output) == (2, "")
     wanted = "TensorRT is not installed: pip install 'tensorrt-cu13>=10.14'\n"
-    assert child.stderr == wanted
+    assert ended.errors == wanted

@@ -7,6 +7,7 @@ test plants there is traced.
 import builtins
 import hashlib
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -14,12 +15,12 @@ import torch
 from torch.export import ExportedProgram
 
 from wanexport.exporter.backends.onnx import lower
-from wanexport.graphs import graph, regions, rope, signature, vae, vae_layers, wan
-from wanexport.runtime import dtypes, family, geometry, program, wan_config
+from wanexport.graphs import causal, graph, regions, rope, signature, vae, vae_layers, wan
+from wanexport.runtime import causal_wan, dtypes, family, geometry, program, wan_config
 from wanexport.runtime.bundle import signature as layouts
 
-_GRAPHS = (graph, regions, rope, signature, vae, vae_layers, wan)
-_READ = (dtypes, family, geometry, layouts, program, wan_config)
+_GRAPHS = (causal, graph, regions, rope, signature, vae, vae_layers, wan)
+_READ = (causal_wan, dtypes, family, geometry, layouts, program, wan_config)
 
 
 def trace_once() -> None:
@@ -38,13 +39,19 @@ def trace_once() -> None:
     ) -> dict[str, ExportedProgram]:
         if type(graph).__module__ not in own or [*_code()] != known:
             return trace(graph, device, names, functional=functional)
-        size = (repr(graph.config), graph.geometry, graph.dtype)
+        size = (repr(_of_one_layer(graph)), graph.geometry, graph.dtype)
         key = (type(graph), *size, device, names and tuple(names), functional)
         if key not in traces:
             traces[key] = trace(graph, device, names, functional=functional)
         return traces[key]
 
     lower.trace_calls = traced  # type: ignore[attr-defined]
+
+
+def _of_one_layer(graph: graph.Graph) -> object:
+    """The config; of plain Wan without the number of layers, as a call is traced for the first."""
+    plain = type(graph) is wan.WanModel
+    return replace(graph.config, num_layers=1) if plain else graph.config
 
 
 def _code() -> Iterator[tuple[str, int]]:

@@ -23,6 +23,7 @@ from tests.oracles.wan_reference import (
     write_diffusers,
     write_official,
 )
+from tests.quick import QUICK_PRESETS, slow_but
 from wanexport.exporter import build as build_module
 from wanexport.exporter.backends.backend import Request, TensorRtOptions
 from wanexport.exporter.backends.onnx import backend as onnx_backend
@@ -51,7 +52,7 @@ def build_small(model: Path, preset: str, bundle: Path, **options: Any) -> dict[
     return build(str(model), resolution=size, frames=geometry.frames, output=bundle, **options)
 
 
-@pytest.mark.parametrize("preset", VARIANTS)
+@pytest.mark.parametrize("preset", slow_but(VARIANTS, *QUICK_PRESETS))
 def test_the_engine_gives_diffusers_velocity(preset: str, tmp_path: Path) -> None:
     config = small_config(preset)
     two_experts = preset.endswith("a14b")
@@ -113,16 +114,16 @@ def test_the_manifest_describes_every_file(tiny_bundle: Path) -> None:
 
 def test_a_second_shape_adds_only_its_engine(bundle: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in bundle.rglob("denoiser.*")}
-    record = build("tiny", random_weights=0, resolution="96*64", frames=5, output=bundle)
+    record = build("tiny", random_weights=0, resolution="64*64", frames=5, output=bundle)
     assert record["reused"] == ["weights fp32"]
     added = {p.relative_to(bundle).as_posix() for p in bundle.rglob("denoiser.*")} - {
         p.relative_to(bundle).as_posix() for p in before
     }
-    assert added == {"engines/64x96x5/onnx-fp32/denoiser.onnx"}
+    assert added == {"engines/64x64x5/onnx-fp32/denoiser.onnx"}
     assert (bundle / added.pop()).stat().st_size < 1_000_000
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    again = build("tiny", random_weights=0, resolution="64x96", frames=5, output=bundle)
-    assert again["reused"] == ["weights fp32", "engine 64x96x5/onnx-fp32"]
+    again = build("tiny", random_weights=0, resolution="64x64", frames=5, output=bundle)
+    assert again["reused"] == ["weights fp32", "engine 64x64x5/onnx-fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,7 @@ def test_a_file_in_the_working_directory_is_not_imported(
 ) -> None:
     (tmp_path / "onnxruntime.py").write_text("raise RuntimeError('imported from the cwd')")
     monkeypatch.chdir(tmp_path)
-    build("tiny", random_weights=0, resolution="32x32", frames=1, output="b")
+    build("tiny", random_weights=0, resolution="64x96", frames=9, output="b")
 
 
 @pytest.mark.parametrize(
@@ -329,15 +330,16 @@ def test_an_onnx_request_leaves_no_operator_to_choose(device: str, attention: st
 
 
 def test_a_full_proof_runs_every_block(tmp_path: Path) -> None:
-    options = {"random_weights": 0, "resolution": "32x32", "frames": 1, "proof": "full"}
+    options = {"random_weights": 0, "resolution": "64x96", "frames": 9, "proof": "full"}
     record = build("tiny", output=tmp_path / "b", **options)  # type: ignore[arg-type]
     assert record["engines"][0]["proof"]["blocks"] == 4
     options["proof"] = "ends"  # less than what is proven already
     record = build("tiny", output=tmp_path / "b", **options)  # type: ignore[arg-type]
-    assert record["reused"] == ["weights fp32", "engine 32x32x1/onnx-fp32"]
+    assert record["reused"] == ["weights fp32", "engine 64x96x9/onnx-fp32"]
     assert record["engines"][0]["proof"]["blocks"] == 4
 
 
+@pytest.mark.slow  # test_proofs has others
 def test_a_failed_proof_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = to_onnx._ATTENTION["native"]
 

@@ -47,9 +47,8 @@ def rows() -> Iterator[None]:
 
 
 def _case(family: str, backend: str) -> Any:
-    """What is slow compiles; of the two families that with state stays among the quick tests."""
-    is_slow = (family, backend) == ("camera", "aoti")
-    marks = pytest.mark.slow if is_slow else ()
+    """What is slow compiles."""
+    marks = pytest.mark.slow if backend == "aoti" else ()
     return pytest.param((family, backend), marks=marks, id=f"{family}-{backend}")
 
 

@@ -87,14 +87,14 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     def prefixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {f"diffusion_model.{name}": tensor for name, tensor in tensors.items()}
 
-    style = low_rank(Q, 256, 256) | low_rank(FFN, 256, 512)
+    style = low_rank(Q, 256, 256) | low_rank(FFN, 256, 1024)
     style |= {f"{Q}.alpha": torch.tensor(2.0), f"{FFN}.alpha": torch.tensor(8)}
     style["blocks.0.diff_m"] = torch.randn(1, 6, 256, generator=rng) / 20
     style["head.head.diff_b"] = torch.randn(64, generator=rng) / 20
     files = {
         "style": prefixed(style),
         "other": low_rank(Q, 256, 256, 8),
-        "deep": prefixed(style | low_rank("blocks.7.ffn.0", 512, 256)),
+        "deep": prefixed(style | low_rank("blocks.7.ffn.0", 1024, 256)),
         "wide": prefixed(low_rank(Q, 512, 512)),
         "image": prefixed(low_rank("blocks.0.cross_attn.k_img", 256, 256)),
     }

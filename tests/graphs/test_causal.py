@@ -17,6 +17,7 @@ from tests.causal_stream import (
     eager,
     random_weights,
 )
+from tests.quick import slow_but
 from wanexport.exporter.reference.parity import FP32_GATE, relative_l2
 from wanexport.graphs import causal
 
@@ -36,6 +37,13 @@ CLIPS = {
     "given first frames": Clip([3] * 5, 12, window=12, given=2),
     "given frames and then ones": Clip([1, 1, 3, 3], 8, given=1),
 }
+QUICK = (
+    "a window that chunks do not divide",
+    "a first chunk of one frame",
+    "a last chunk of one frame",
+    "the latest of what is kept",
+    "given first frames",
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,7 @@ def worst(clip: Clip, weights: Any, call: Any, slots: Any = None, **options: Any
     return max(relative_l2(*pair) for pair in compared(clip, weights, call, slots, **options))
 
 
-@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("name", slow_but(list(CLIPS), *QUICK))
 def test_every_step_is_that_of_the_official_rules(name: str, weights: Any) -> None:
     clip = CLIPS[name]
     _, call = eager(weights, clip.geometry)

@@ -23,6 +23,7 @@ from tests.oracles.wan_reference import (
     write_diffusers,
     write_official,
 )
+from tests.quick import QUICK_PRESETS, slow_but
 from wanexport.graphs.checkpoint import open_checkpoint
 from wanexport.graphs.weights import CheckpointWeights, write_weights
 from wanexport.runtime.errors import BadRequest, WanExportError, WanExportWarning
@@ -30,7 +31,7 @@ from wanexport.runtime.wan_config import WanConfig
 from wanexport.runtime.wan_keys import official_name
 
 
-@pytest.mark.parametrize("preset", VARIANTS)
+@pytest.mark.parametrize("preset", slow_but(VARIANTS, "t2v-a14b", *QUICK_PRESETS))
 def test_both_layouts_are_recognised_and_convert_alike(preset: str, tmp_path: Path) -> None:
     config = small_config(preset)
     model = diffusers_model(config)

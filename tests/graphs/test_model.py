@@ -15,6 +15,7 @@ from tests.oracles.wan_reference import (
     small_config,
     small_geometry,
 )
+from tests.quick import QUICK_PRESETS, slow_but
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
 from wanexport.graphs.config import PRESETS
@@ -41,7 +42,7 @@ def our_velocity(
         return ours(**tensors).cpu().numpy()
 
 
-@pytest.mark.parametrize("timestep", [999.0, 812.0, 92.0])
+@pytest.mark.parametrize("timestep", slow_but([999.0, 812.0, 92.0], 999.0))
 @pytest.mark.parametrize("preset", VARIANTS)
 def test_fp32_velocity_is_diffusers(preset: str, timestep: float) -> None:
     config = small_config(preset)
@@ -69,7 +70,7 @@ def test_only_the_sinusoid_differs_from_diffusers(
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("preset", VARIANTS)
+@pytest.mark.parametrize("preset", slow_but(VARIANTS, *QUICK_PRESETS))
 def test_bf16_error_is_no_larger_than_diffusers(preset: str, device: str, tmp_path: Path) -> None:
     config = small_config(preset, num_layers=4)
     model = diffusers_model(config)

@@ -17,6 +17,7 @@ from tests.oracles.wan_reference import (
     small_config,
     small_geometry,
 )
+from tests.quick import QUICK_PRESETS, slow_but
 from wanexport.exporter.lint.program import attention_operators, lint_program
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.exporter.reference.parity import relative_l2
@@ -54,7 +55,7 @@ def run(exported: ExportedProgram, *arguments: list[torch.Tensor]) -> tuple[torc
     return results
 
 
-@pytest.mark.parametrize("preset", VARIANTS)
+@pytest.mark.parametrize("preset", slow_but(VARIANTS, *QUICK_PRESETS))
 def test_the_calls_give_diffusers_velocity(preset: str) -> None:
     graph = graph_of(preset, num_layers=3)
     config, model = graph.config, diffusers_model(graph.config)
@@ -71,8 +72,8 @@ def test_the_calls_give_diffusers_velocity(preset: str) -> None:
     assert relative_l2(velocity, diffusers_velocity(model, config, inputs)) <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [*VARIANTS, *OWN])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.bfloat16], torch.bfloat16))
+@pytest.mark.parametrize("name", slow_but([*VARIANTS, *OWN], *QUICK_PRESETS, *OWN))
 def test_a_call_writes_what_its_program_says(name: str, dtype: torch.dtype) -> None:
     graph = graph_of(name, dtype, num_layers=1)
     program, exported = graph.program, trace_calls(graph, "cpu")

@@ -53,7 +53,7 @@ def test_nan_and_infinity_are_counted_and_refused_by_name(
     damaged = with_changes(state, blocks__1__ffn__0__weight=bad)
     stored_alike = {name: tensor.to(stored) for name, tensor in damaged.items()}
     folder = write_official(tmp_path / "in", stored_alike, config)
-    message = r"blocks\.1\.ffn\.0\.weight has 2 NaN and 1 infinite of 131072 values"
+    message = r"blocks\.1\.ffn\.0\.weight has 2 NaN and 1 infinite of 262144 values"
     (tmp_path / "out").mkdir()
     with pytest.raises(BadRequest, match=message):
         convert(folder, tmp_path / "out" / "x", dtype)

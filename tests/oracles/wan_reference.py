@@ -60,9 +60,15 @@ def official_key(key: str) -> str:
 
 
 def small_config(preset: str, num_layers: int = 2) -> WanConfig:
-    """The preset's family at dim 256: two heads of 128."""
-    config = PRESETS[preset].config
-    return replace(config, dim=256, ffn_dim=512, num_heads=2, num_layers=num_layers)
+    """The preset's family in the tiny one's sizes: what is traced of both is the same."""
+    config, tiny = PRESETS[preset].config, PRESETS["tiny"].config
+    return replace(
+        config,
+        dim=tiny.dim,
+        ffn_dim=tiny.ffn_dim,
+        num_heads=tiny.num_heads,
+        num_layers=num_layers,
+    )
 
 
 def small_geometry(config: WanConfig) -> Geometry:

@@ -13,6 +13,7 @@ import torch
 from tests.causal_stream import CONFIG, random_weights
 from tests.oracles.causal_oracle import CausalOracle
 from tests.oracles.plain_wan64 import as_fp64
+from tests.quick import slow_but
 from tests.runtime.causal_engine import (
     STYLE,
     causal_denoiser,
@@ -288,7 +289,7 @@ def operators_of(work: Callable[[], Any]) -> dict[str, int]:
     return {event.key: event.count for event in profiler.key_averages()}
 
 
-@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("window", slow_but([None, 7], 7))
 def test_no_step_reads_a_number_from_a_tensor(window: int | None) -> None:
     """Where a literal implementation reads several a layer."""
     denoiser, _ = causal_denoiser(LARGE, torch_arrays=True)

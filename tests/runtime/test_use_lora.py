@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.oracles.lora_files import write_lora
+from tests.quick import slow_but
 from tests.runtime.test_use import digest
 from wanexport.exporter.sets.add import add
 from wanexport.graphs.config import PRESETS
@@ -47,7 +48,7 @@ def alone(bundle: Path, given: dict[str, Any]) -> str:
     return forward(denoiser)
 
 
-@pytest.mark.parametrize("swaps", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("swaps", slow_but([8, 100], 8))
 def test_swaps_from_threads_leave_every_call_one_style(
     bundle: Path, styles: dict[str, dict[str, Any]], swaps: int
 ) -> None:
@@ -71,18 +72,19 @@ def test_swaps_from_threads_leave_every_call_one_style(
         assert forward(denoiser) == expected[name], name
 
 
-def test_a_style_in_memory_is_that_of_its_set_to_the_bit(bundle: Path, loras: list[Path]) -> None:
-    for dtype in ("fp32", "fp16"):
-        denoiser = load(bundle, dtype=dtype)
-        plain = forward(denoiser)
-        name = f"set-of-{dtype}"
-        add(bundle, name, lora=[loras[0], f"{loras[1]}:-0.5"])
-        denoiser.use(lora=[loras[0], f"{loras[1]}:-0.5"])
-        merged = forward(denoiser)
-        denoiser.use(name)
-        assert forward(denoiser) == merged != plain
-        denoiser.use()
-        assert forward(denoiser) == plain
+@pytest.mark.parametrize("dtype", slow_but(["fp32", "fp16"], "fp16"))
+def test_a_style_in_memory_is_that_of_its_set_to_the_bit(
+    dtype: str, bundle: Path, loras: list[Path]
+) -> None:
+    denoiser = load(bundle, dtype=dtype)
+    plain = forward(denoiser)
+    add(bundle, "set", lora=[loras[0], f"{loras[1]}:-0.5"])
+    denoiser.use(lora=[loras[0], f"{loras[1]}:-0.5"])
+    merged = forward(denoiser)
+    denoiser.use("set")
+    assert forward(denoiser) == merged != plain
+    denoiser.use()
+    assert forward(denoiser) == plain
 
 
 def test_a_lora_that_cannot_be_used_leaves_the_set_before(

@@ -8,7 +8,7 @@ run in fp32 on the CPU, from the same noise.
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -52,11 +52,11 @@ def caption_of(number: int) -> str:
     return CAPTIONS[number % len(CAPTIONS)]
 
 
-def open_backends(bundle: Path) -> dict[str, Denoiser]:
+def open_backends(bundle: Path, backends: Sequence[str] = COMPILED) -> dict[str, Denoiser]:
     """Build the engines into the bundle, and open them and eager PyTorch, in fp32 on the CPU."""
-    build(MODEL, **SHAPE, backends=COMPILED, device="cpu", dtype="fp32", output=bundle)
+    build(MODEL, **SHAPE, backends=backends, device="cpu", dtype="fp32", output=bundle)
     chosen: dict[str, Any] = {"device": "cpu", "dtype": "fp32"}
-    compiled = {name: load(bundle, backend=name, **chosen) for name in COMPILED}
+    compiled = {name: load(bundle, backend=name, **chosen) for name in backends}
     manifest = read_manifest(bundle)
     config, record = manifest.config, compiled["onnx"].record
     (weights,) = manifest.weights.values()

@@ -36,3 +36,10 @@ def beyond(package: Path, level: str) -> Counter[str]:
                 if _NEWER.match(mnemonic) or (level == "x86-64-v3" and _WIDE.search(instruction)):
                     found[mnemonic] += 1
     return found
+
+
+def compiled_for(package: Path) -> set[str]:
+    """The processors that the compiler was told, as Inductor notes them in the package."""
+    with zipfile.ZipFile(package) as archive:
+        texts = [archive.read(name).decode(errors="replace") for name in archive.namelist()]
+    return {processor for text in texts for processor in re.findall(r"-march=([\w-]+)", text)}

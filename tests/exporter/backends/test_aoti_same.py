@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.oracles.wan_reference import VARIANTS, small_config
+from tests.quick import QUICK_PRESETS, slow_but
 from wanexport.exporter.backends.aoti import prove
 from wanexport.exporter.backends.aoti.same import compare_programs
 from wanexport.exporter.backends.backend import Request
@@ -134,7 +135,7 @@ def test_a_difference_in_a_branch_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         compare_programs(TOY, CONFIG, "fp32", FULL, SMALL)
 
 
-@pytest.mark.parametrize("preset", VARIANTS)
+@pytest.mark.parametrize("preset", slow_but(VARIANTS, *QUICK_PRESETS))
 def test_what_every_variant_is_traced_to_differs_by_the_grid_alone(preset: str) -> None:
     config = small_config(preset)
     stride = family_of(config).vae.spatial_stride

@@ -15,6 +15,7 @@ import torch
 from onnxscript import opset23 as op
 
 from tests.causal_stream import CONFIG, SIDES, Clip, Slots, compared
+from tests.quick import slow_but
 from wanexport.exporter.backends.onnx import cached
 from wanexport.exporter.backends.onnx import lower as to_onnx
 from wanexport.exporter.backends.onnx.assemble import assemble
@@ -185,7 +186,7 @@ def test_the_engine_of_a_gpu_binds_whole_numbers_and_keeps_its_cache(
         open_engines(engine.graphs, files, place, Provider("tensorrt"), engine.program)
 
 
-@pytest.mark.parametrize("moment", ["step", "commit"])
+@pytest.mark.parametrize("moment", slow_but(["step", "commit"], "step"))
 def test_nothing_of_a_caches_size_is_copied(moment: str, weights: Path, tmp_path: Path) -> None:
     """A cache that nobody has written takes no memory, and a copy of it would."""
     geometry = replace(GEOMETRY, height=64, width=96, cache=16_000)

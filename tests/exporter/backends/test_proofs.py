@@ -9,6 +9,7 @@ import pytest
 from onnxscript import opset23 as op
 
 from tests.oracles.wan_reference import small_config
+from tests.quick import slow_but
 from wanexport.exporter.backends.backend import TensorRtOptions
 from wanexport.exporter.backends.onnx import lower, passes, retype
 from wanexport.exporter.backends.tensorrt.graphs import lowered_graphs
@@ -123,13 +124,17 @@ def wrong_retyping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("plant", "options"),
-    [
-        (triple_gelu, {}),
-        (twice_the_bias, {}),
-        (wrong_retyping, {}),
-        (only_in_large_videos, {"size": LARGE, "dtype": "fp32"}),
-        (constant_only_in_large_videos, {"size": LARGE, "dtype": "fp32"}),
-    ],
+    slow_but(
+        [
+            (triple_gelu, {}),
+            (twice_the_bias, {}),
+            (wrong_retyping, {}),
+            (only_in_large_videos, {"size": LARGE, "dtype": "fp32"}),
+            (constant_only_in_large_videos, {"size": LARGE, "dtype": "fp32"}),
+        ],
+        "triple_gelu",
+        "wrong_retyping",
+    ),
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_fault_in_the_lowering_is_refused(
@@ -140,7 +145,7 @@ def test_a_fault_in_the_lowering_is_refused(
     assert not (tmp_path / "bundle" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", slow_but(["bf16", "fp32"], "fp32"))
 def test_a_fault_in_what_tensorrt_is_given_is_refused(
     dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -153,11 +158,14 @@ def test_a_fault_in_what_tensorrt_is_given_is_refused(
 
 @pytest.mark.parametrize(
     ("preset", "options"),
-    [
-        ("i2v-14b", {}),
-        ("t2v-1.3b", {"size": LARGE}),
-        ("ti2v-5b", {"dtype": "fp32", "size": ("128x192", 9)}),
-    ],
+    slow_but(
+        [
+            ("i2v-14b", {}),
+            ("t2v-1.3b", {"size": LARGE}),
+            ("ti2v-5b", {"dtype": "fp32", "size": ("128x192", 9)}),
+        ],
+        "ti2v-5b",
+    ),
 )
 def test_without_a_fault_the_same_builds_are_proven(
     preset: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -13,6 +13,7 @@ from onnx.external_data_helper import uses_external_data
 from onnxruntime import InferenceSession
 
 from tests.oracles.wan_reference import small_config, small_geometry
+from tests.quick import slow_but
 from wanexport.exporter.backends.onnx import retype as retyping
 from wanexport.exporter.backends.onnx.assemble import assemble
 from wanexport.exporter.backends.onnx.lower import (
@@ -199,7 +200,7 @@ HOWS = [
 ]
 
 
-@pytest.mark.parametrize("how", HOWS, ids=str)
+@pytest.mark.parametrize("how", slow_but(HOWS, HOWS[0]), ids=str)
 def test_stored_parameters_are_cast_where_they_are_first_used(how: Lowering) -> None:
     config = small_config("i2v-14b")
     layout = weights_layout(config, how.dtype)[1]

@@ -7,6 +7,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from tests.oracles.wan_reference import small_config
+from tests.quick import slow_but
 from wanexport.exporter.backends.onnx.assemble import assemble
 from wanexport.exporter.backends.onnx.lower import (
     Lowering,
@@ -204,7 +205,7 @@ def lowered_bytes(preset: str, geometry: Geometry, how: Lowering, *, ends: bool)
     return serialize(assemble(lowered, weights_layout(config, how.dtype)[1]))
 
 
-@pytest.mark.parametrize("preset", LOWERED)
+@pytest.mark.parametrize("preset", slow_but(list(LOWERED), "i2v-a14b"))
 def test_what_is_lowered_differs_by_the_grid_alone(preset: str) -> None:
     how = LOWERED[preset]
     stride = family_of(small_config(preset)).vae.spatial_stride

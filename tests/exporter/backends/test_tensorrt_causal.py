@@ -14,6 +14,7 @@ from onnxscript import opset23 as op
 
 from tests.causal_stream import CONFIG, Clip
 from tests.exporter.backends.test_to_tensorrt import RTX, job_of, quietly, request_for
+from tests.quick import slow_but
 from wanexport.exporter.backends.backend import TensorRtOptions
 from wanexport.exporter.backends.onnx import cached
 from wanexport.exporter.backends.onnx import lower as to_onnx
@@ -55,7 +56,7 @@ def parsed(content: bytes) -> tuple[Any, list[dict[str, Any]]]:
     return (log, builder), network_layers(parse(trt, builder, log, content))
 
 
-@pytest.mark.parametrize("moment", ["prompt", "step", "commit"])
+@pytest.mark.parametrize("moment", slow_but(["prompt", "step", "commit"], "step"))
 def test_every_moment_of_a_causal_model_builds(moment: str, tmp_path: Path) -> None:
     model = graph_of(moment)
     assert lint_tensorrt(model) == []
@@ -138,6 +139,7 @@ def sources(name: str, makers: dict[str, dict[str, Any]]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_network_that_drops_the_valid_length_is_refused(tmp_path: Path) -> None:
     """TensorRT's parser takes `nonpad_kv_seqlen` without a word, and attends to the whole cache."""
     content = graph_of("step", LENGTHS).SerializeToString()

@@ -24,6 +24,7 @@ from tests.oracles.bindings import (
     signatures,
     stand_ins,
 )
+from tests.quick import slow_but
 from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.engines.tensorrt_library import import_tensorrt
 
@@ -283,6 +284,7 @@ def test_a_wrong_name_or_call_is_found(
         assert faults(description, file, source.replace(right, wrong), is_rtx=is_rtx)
 
 
+@pytest.mark.parametrize("environment", slow_but(VERSIONS, VERSIONS[-1]), indirect=True)
 def test_a_plan_is_refused_in_one_line_where_tensorrt_does_not_start(
     environment: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
@@ -306,15 +308,10 @@ def test_a_plan_is_refused_in_one_line_where_tensorrt_does_not_start(
     assert len(child.stdout.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [VERSIONS[0], *(pytest.param(v, marks=pytest.mark.slow) for v in VERSIONS[1:-1]), VERSIONS[-1]],
-    indirect=True,
-)
+@pytest.mark.slow  # of this Python's own classes, the same tests are quick
 def test_the_runtime_works_on_doubles_of_these_classes(
     environment: tuple[str, dict[str, str]],
 ) -> None:
-    """The oldest and the newest of the quick tests; those between differ from both by less."""
     version, variables = environment
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
     child = subprocess.run(

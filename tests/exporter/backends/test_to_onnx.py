@@ -19,6 +19,7 @@ from onnxruntime import InferenceSession
 
 from tests.exporter.families import memory
 from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
+from tests.quick import QUICK_PRESETS, slow_but
 from wanexport.exporter.backends.onnx import lower as to_onnx
 from wanexport.exporter.backends.onnx.assemble import assemble
 from wanexport.exporter.backends.onnx.cached import Becomes
@@ -60,7 +61,12 @@ def flat(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize(
-    ("preset", "dtype"), [*((preset, "bf16") for preset in VARIANTS), ("t2v-1.3b", "fp32")]
+    ("preset", "dtype"),
+    slow_but(
+        [*((preset, "bf16") for preset in VARIANTS), ("t2v-1.3b", "fp32")],
+        *QUICK_PRESETS,
+        ("t2v-1.3b", "fp32"),
+    ),
 )
 def test_the_graph_is_weightless_and_native(preset: str, dtype: str) -> None:
     config = small_config(preset)
@@ -86,7 +92,7 @@ def test_the_graph_is_weightless_and_native(preset: str, dtype: str) -> None:
     assert {(o.domain, o.version) for o in model.opset_import} == {("", 23), ("wanexport", 1)}
 
 
-@pytest.mark.parametrize("preset", ["t2v-1.3b", "ti2v-5b"])
+@pytest.mark.parametrize("preset", slow_but(["t2v-1.3b", "ti2v-5b"], "t2v-1.3b"))
 def test_the_block_is_one_function_called_once_a_layer(preset: str) -> None:
     config = small_config(preset, 3)
     model = assembled(preset, "fp32", 3)
@@ -110,7 +116,7 @@ def test_the_block_is_one_function_called_once_a_layer(preset: str) -> None:
     assert chain[-1].output == ["velocity"]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", slow_but(["fp32", "bf16"], "bf16"))
 def test_more_layers_are_more_calls_of_the_same_functions(dtype: str) -> None:
     few, many = (assembled("i2v-14b", dtype, layers) for layers in (2, 5))
     content = [[f.SerializeToString(deterministic=True) for f in m.functions] for m in (few, many)]
@@ -118,7 +124,7 @@ def test_more_layers_are_more_calls_of_the_same_functions(dtype: str) -> None:
     assert len(many.graph.node) == len(few.graph.node) + 3
 
 
-@pytest.mark.parametrize("attention", ["native", "mha"])
+@pytest.mark.parametrize("attention", slow_but(["native", "mha"], "native"))
 def test_nodes_are_counted_as_a_forward_has_them(attention: str) -> None:
     config = small_config("i2v-14b", 3)
     lowered = lowered_of(config, "bf16", attention)
@@ -151,7 +157,9 @@ class Weights:
         return OnnxSession(path, self.file)({**given, **state})
 
 
-@pytest.mark.parametrize("family", ["t2v-1.3b", "flf2v-14b", "ti2v-5b", "memory"])
+@pytest.mark.parametrize(
+    "family", slow_but(["t2v-1.3b", "flf2v-14b", "ti2v-5b", "memory"], "ti2v-5b")
+)
 def test_onnx_runtime_gives_the_same_bits_without_functions(
     family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -245,7 +253,7 @@ def test_attention_nodes_have_one_output_and_no_mask() -> None:
     assert {(len(node.input), len(node.output)) for node in nodes} == {(3, 1)}
 
 
-@pytest.mark.parametrize("attention", ["native", "mha", "decomposed"])
+@pytest.mark.parametrize("attention", slow_but(["native", "mha", "decomposed"], "native"))
 def test_fewer_attentions_than_the_model_has_are_refused(
     attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

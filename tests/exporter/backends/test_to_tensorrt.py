@@ -26,6 +26,7 @@ from tests.oracles.wan_reference import (
     small_geometry,
     write_official,
 )
+from tests.quick import slow_but
 from wanexport.exporter.backends.backend import Request, TensorRtOptions
 from wanexport.exporter.backends.onnx.assemble import assemble
 from wanexport.exporter.backends.onnx.lower import for_onnx_runtime, for_tensorrt, lower, serialize
@@ -56,7 +57,7 @@ from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 RTX = "tensorrt-rtx"
 TARGETS = ("sm86", "sm89", "sm120")
-SIZE: dict[str, Any] = {"random_weights": 0, "resolution": "32x32", "frames": 1}
+SIZE: dict[str, Any] = {"random_weights": 0, "resolution": "64x96", "frames": 9}
 
 
 def quietly(stage: str, done: int, total: int) -> None:
@@ -106,7 +107,7 @@ def shapes_of(config: WanConfig, geometry: Geometry) -> dict[str, tuple[int, ...
     return {**{name: spec.shape for name, spec in inputs.items()}, **parameter_shapes(config)}
 
 
-@pytest.mark.parametrize("preset", VARIANTS)
+@pytest.mark.parametrize("preset", slow_but(VARIANTS, "i2v-14b"))
 def test_lint_takes_every_variant_and_it_builds(preset: str, tmp_path: Path) -> None:
     config = small_config(preset, num_layers=1)
     program = program_of(config, small_geometry(config))
@@ -123,6 +124,7 @@ def test_lint_takes_every_variant_and_it_builds(preset: str, tmp_path: Path) -> 
     assert layers[-1]["outputs"][0][1:] == ["FLOAT", *program.output.shape]
 
 
+@pytest.mark.slow
 def test_a_full_width_block_builds_at_full_size(tmp_path: Path) -> None:
     config = replace(PRESETS["t2v-1.3b"].config, num_layers=1)
     content = graph_of(config, Geometry(480, 832, 81))
@@ -171,6 +173,7 @@ def test_separate_queries_change_no_velocity() -> None:
     assert [separate_queries(model) for model in other.calls.values()] == [0, 0, 0]
 
 
+@pytest.mark.slow  # test_proofs builds one of fp32
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_other_precisions_build(dtype: str, tmp_path: Path) -> None:
     config = small_config("t2v-1.3b", num_layers=1)
@@ -311,7 +314,7 @@ def test_what_a_child_wrote_is_moved_into_the_bundle_by_its_parent(tmp_path: Pat
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny preset for two targets, built by the command line."""
     bundle = tmp_path_factory.mktemp("plans") / "bundle"
-    arguments = f"build -m tiny --random-weights 0 --resolution 32x32 --frames 1 --backend {RTX}"
+    arguments = f"build -m tiny --random-weights 0 --resolution 64x96 --frames 9 --backend {RTX}"
     options = ["--target", "sm89,SM120", "-o", str(bundle)]
     result = CliRunner().invoke(cli, [*arguments.split(), *options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -322,7 +325,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_build_makes_a_plan_for_each_target(tiny: Path) -> None:
     manifest = read_manifest(tiny)
     assert [engine.name for engine in manifest.engines] == [
-        f"32x32x1/{RTX}-bf16-{arch}" for arch in ("sm89", "sm120")
+        f"64x96x9/{RTX}-bf16-{arch}" for arch in ("sm89", "sm120")
     ]
     for engine in manifest.engines:
         assert set(engine.files) == {"denoiser", "layers"}
@@ -343,7 +346,7 @@ def test_one_build_makes_a_plan_for_each_target(tiny: Path) -> None:
 def test_a_second_build_reuses_both_and_other_options_do_not(tiny: Path) -> None:
     options = TensorRtOptions(targets=("sm120", "sm89"))
     record = build("tiny", output=tiny, backends=[RTX], tensorrt=options, **SIZE)
-    names = [f"engine 32x32x1/{RTX}-bf16-{arch}" for arch in ("sm120", "sm89")]
+    names = [f"engine 64x96x9/{RTX}-bf16-{arch}" for arch in ("sm120", "sm89")]
     assert record["reused"] == ["weights bf16", *names]
     keys = {
         tensorrt_key(replace(options, targets=(), **change))
@@ -362,7 +365,7 @@ def tensorrt_key(options: TensorRtOptions) -> str:
 def test_the_record_has_only_the_engines_that_were_asked_for(tiny: Path) -> None:
     options = TensorRtOptions(targets=("sm120",))
     record = build("tiny", output=tiny, backends=[RTX], tensorrt=options, **SIZE)
-    assert [engine["name"] for engine in record["engines"]] == [f"32x32x1/{RTX}-bf16-sm120"]
+    assert [engine["name"] for engine in record["engines"]] == [f"64x96x9/{RTX}-bf16-sm120"]
 
 
 def test_options_of_tensorrt_need_its_backend(tmp_path: Path) -> None:
@@ -548,6 +551,7 @@ def test_decomposed_attention_without_its_gpu_must_be_allowed(tmp_path: Path) ->
     assert compiled.files["denoiser"].stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_an_engine_of_decomposed_attention_is_linted_and_proven(tmp_path: Path) -> None:
     options = TensorRtOptions(targets=("sm89",), allow_unfused=True)
     with pytest.warns(WanExportWarning, match="attention layers are fused"):

@@ -12,15 +12,12 @@ import pytest
 
 from tests.exporter.bundle.disk_faults import dies_at, full_after, full_at_name
 from tests.exporter.bundle.stub_build import check_readable, check_whole, files_of, stub_build
+from tests.quick import slow_but
+from tests.unsynced import spare_the_disk
 from wanexport.runtime.bundle.manifest import Manifest, read_manifest
 from wanexport.runtime.errors import WanExportError
 
 Work = Callable[[Path], None]
-
-
-def spare_the_disk() -> None:
-    """What a process wrote outlives it without being synced."""
-    os.fsync = lambda fd: None
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +25,6 @@ def small_process() -> Iterator[Callable[[Work, Path], None]]:
     """Does work in a small process: each of its many forks would copy the tables of a large one."""
     with ProcessPoolExecutor(1, get_context("spawn"), spare_the_disk) as pool:
         yield lambda work, folder: pool.submit(work, folder).result()
-
-
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
@@ -62,7 +54,7 @@ def held(bundle: Path) -> Manifest | None:
     return manifest
 
 
-def kill_replacing(folder: Path) -> None:
+def kill_replacing(folder: Path, every: int) -> None:
     old = build_old(folder)
     before, bundle, point = read_manifest(old), copy_of(old), 1
     while dies_at(point, partial(stub_build, bundle, version="2")):
@@ -70,22 +62,22 @@ def kill_replacing(folder: Path) -> None:
         assert seen is not None
         assert seen == before or seen.engines[0].key != before.engines[0].key
         check_whole(bundle, stub_build(bundle, version="2"))
-        point, bundle = point + 1, copy_of(old)
+        point, bundle = point + every, copy_of(old)
     check_whole(bundle, read_manifest(bundle))
     assert point > 50
 
 
-def kill_first(folder: Path) -> None:
+def kill_first(folder: Path, every: int) -> None:
     bundle, point = folder / "bundle", 1
     while dies_at(point, partial(stub_build, bundle)):
         held(bundle)
         check_whole(bundle, stub_build(bundle))
         shutil.rmtree(bundle)
-        point += 1
+        point += every
     assert point > 50
 
 
-def kill_failing(folder: Path) -> None:
+def kill_failing(folder: Path, every: int) -> None:
     bundle, point = folder / "bundle", 1
 
     def fails() -> None:
@@ -95,16 +87,24 @@ def kill_failing(folder: Path) -> None:
     while dies_at(point, fails):
         check_whole(bundle, stub_build(bundle))
         shutil.rmtree(bundle)
-        point += 1
+        point += every
     assert point > 50
 
 
+@pytest.mark.parametrize("every", slow_but([1, 7], 7))
 @pytest.mark.parametrize("work", [kill_replacing, kill_first, kill_failing])
 def test_a_kill_at_any_operation_leaves_the_old_bundle_or_the_new(
-    work: Work, small_process: Callable[[Work, Path], None], tmp_path: Path
+    work: Callable[[Path, int], None],
+    every: int,
+    small_process: Callable[[Work, Path], None],
+    tmp_path: Path,
 ) -> None:
     """Nor does it bar the next build."""
-    small_process(work, tmp_path)
+    small_process(partial(_every, work, every), tmp_path)
+
+
+def _every(work: Callable[[Path, int], None], every: int, folder: Path) -> None:
+    work(folder, every)
 
 
 @pytest.mark.parametrize("free", [0, 1, 100, 1000, 2000, 4000, 60_000, 70_000, 72_000, 74_000])

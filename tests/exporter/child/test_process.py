@@ -12,19 +12,22 @@ from pathlib import Path
 import pytest
 
 from tests.exporter.child.killed_parents import BUILDS, alive, kill_after, kill_build
+from tests.quick import slow_but
 from wanexport.exporter.child.process import Lifeline, environment_of, last_words, run_command
 from wanexport.runtime.errors import WanExportError
 
 SHELL = ["sh", "-c"]
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3])
+@pytest.mark.parametrize(
+    "seconds", slow_but([0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3], 0.005, 0.04, 0.3)
+)
 def test_nothing_outlives_a_parent_that_is_killed(seconds: float, tmp_path: Path) -> None:
     left, wrote = kill_after(seconds, tmp_path / "folder")
     assert not left and not wrote
 
 
-@pytest.mark.parametrize(("backend", "child"), BUILDS)
+@pytest.mark.parametrize(("backend", "child"), slow_but(BUILDS, "aoti"))
 def test_nothing_outlives_a_build_that_is_killed(backend: str, child: str, tmp_path: Path) -> None:
     left, wrote = kill_build(backend, child, 0.1, tmp_path)
     assert not left and not wrote
@@ -99,7 +102,9 @@ def test_ctrl_c_ends_the_program_too(tmp_path: Path) -> None:
     word = str(tmp_path / "left")
     script = f"exec -a {word} sleep 60"
     code = (
-        "from wanexport.exporter.child.process import run_command; "
+        "from wanexport.exporter.child.process import run_command\n"
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it\n"
         f"run_command(['bash', '-c', {script!r}])"
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as parent:

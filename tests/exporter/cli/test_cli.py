@@ -86,14 +86,14 @@ def test_compare_fails_with_exit_code_one(bundle: Path, monkeypatch: pytest.Monk
 
 
 def test_build_prints_its_record(tmp_path: Path) -> None:
-    model = ("-m", "TINY", "--random-weights", 3, "--resolution", "48*32", "--frames", 1)
+    model = ("-m", "TINY", "--random-weights", 3, "--resolution", "96*64", "--frames", 9)
     result = invoke("build", *model, "-o", tmp_path / "b", "--json")
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout)
-    assert record["engines"][0]["name"] == "32x48x1/onnx-fp32"
+    assert record["engines"][0]["name"] == "64x96x9/onnx-fp32"
     result = invoke("build", *model, "-o", tmp_path / "b")
-    assert "height 32, width 48, 1 frames, 6 tokens" in result.stdout
-    assert "reused: weights fp32, engine 32x48x1/onnx-fp32" in result.stdout
+    assert "height 64, width 96, 9 frames, 72 tokens" in result.stdout
+    assert "reused: weights fp32, engine 64x96x9/onnx-fp32" in result.stdout
 
 
 BUILD = ("build", "--resolution", "64x96", "--frames", "9")
@@ -189,6 +189,7 @@ def test_a_full_disk_is_one_line(
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow  # test_disk_faults has full disks
 def test_a_disk_that_fills_leaves_nothing(tmp_path: Path) -> None:
     limit = f"ulimit -f 4096; exec {sys.executable} -m wanexport.exporter.cli.main"  # 4 MiB a file
     command = " ".join(map(str, (limit, *BUILD, *TINY, "-o", tmp_path / "b")))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.quick import slow_but
 from wanexport.exporter.cli.streams import minding_the_reader
 from wanexport.runtime.errors import WanExportError
 
@@ -13,7 +14,7 @@ CLOSED = "error: standard output is closed: give it a file, or /dev/null\n"
 FULL = "error: cannot write to standard output (No space left on device): send it elsewhere\n"
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", slow_but(["", "1"], ""))
 @pytest.mark.parametrize(
     ("shell", "code", "said"),
     [

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.quick import slow_but
 from tests.runtime.bundle.small_bundle import change, manifest_of, put, small_bundle
 from wanexport.exporter.cli import display_bundle, terminal
 from wanexport.exporter.cli.main import main
@@ -70,29 +71,29 @@ def strings(data: Any, place: str = "") -> list[str]:
     return [found for key, value in pairs for found in strings(value, f"{place}.{key}")]
 
 
+@pytest.mark.parametrize("text", slow_but(IN_FIELDS, IN_FIELDS[0]))
 def test_no_text_of_a_manifest_is_markup_or_moves_the_cursor(
-    tmp_path: Path, shown: io.StringIO
+    text: str, tmp_path: Path, shown: io.StringIO
 ) -> None:
     bundle = small_bundle(tmp_path / "bundle", "onnx", "aoti", "tensorrt")
     whole, seen = manifest_of(bundle), 0
     for place in [p for p in strings(whole) if ".parameters." not in p]:
-        for text in IN_FIELDS:
-            put(bundle, whole)
-            change(bundle, place, text)
-            try:
-                record = inspect(bundle)
-            except ValueError as error:
-                assert str(error).isprintable(), place
-                continue
-            shown.seek(0)
-            shown.truncate(0)
-            display_bundle.show_inspect(record)
-            json.dumps(record)
-            lines = shown.getvalue().split("\n")
-            assert all(line.isprintable() for line in lines), (place, text)
-            assert all(len(problem) < 3000 for problem in record["problems"])
-            seen += 1
-    assert seen > 20  # many fields take any text
+        put(bundle, whole)
+        change(bundle, place, text)
+        try:
+            record = inspect(bundle)
+        except ValueError as error:
+            assert str(error).isprintable(), place
+            continue
+        shown.seek(0)
+        shown.truncate(0)
+        display_bundle.show_inspect(record)
+        json.dumps(record)
+        lines = shown.getvalue().split("\n")
+        assert all(line.isprintable() for line in lines), (place, text)
+        assert all(len(problem) < 3000 for problem in record["problems"])
+        seen += 1
+    assert seen > 6  # many fields take any text
 
 
 @pytest.mark.parametrize("text", IN_FIELDS)

@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
+from tests.quick import slow_but
 from tests.tables import faults
 from tests.tables.bisect import Fault, alter_block, bisected, engine_of
 from wanexport.exporter.bundle.writer import file_record, write_manifest
@@ -46,7 +47,11 @@ PLANTED = [  # and the operator whose value is the first one in excess
 ]
 
 
-@pytest.mark.parametrize(("fault", "operator"), PLANTED, ids=lambda case: getattr(case, "kind", ""))
+@pytest.mark.parametrize(
+    ("fault", "operator"),
+    slow_but(PLANTED, PLANTED[2]),
+    ids=lambda case: getattr(case, "kind", ""),
+)
 def test_a_fault_in_one_block_is_located(bundle: Path, fault: Fault, operator: str) -> None:
     found = bisected(bundle, fault)["bisect"]
     assert found["first"] == f"block {fault.layer}"
@@ -63,7 +68,10 @@ def test_a_weight_that_was_converted_wrong_is_named(converted: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "call"), [("time_embedding.0.weight", "embed"), ("head.head.weight", "head")]
+    ("name", "call"),
+    slow_but(
+        [("time_embedding.0.weight", "embed"), ("head.head.weight", "head")], "head.head.weight"
+    ),
 )
 def test_the_ends_are_looked_into_too(converted: Path, name: str, call: str) -> None:
     faults.alter_weight(converted, name, faults.scale_tensor)
@@ -73,7 +81,9 @@ def test_the_ends_are_looked_into_too(converted: Path, name: str, call: str) -> 
     assert name in found["nodes"]["first"]["parameters"]
 
 
-@pytest.mark.parametrize(("dtype", "reference"), [("fp16", "graph"), ("fp32", "diffusers")])
+@pytest.mark.parametrize(
+    ("dtype", "reference"), slow_but([("fp16", "graph"), ("fp32", "diffusers")], "fp16")
+)
 def test_a_clean_engine_has_no_faulty_call(tiny_bundle: Path, dtype: str, reference: str,
                                            tmp_path: Path) -> None:  # fmt: skip
     result = compare(
@@ -282,6 +292,7 @@ def test_the_command_line_shows_calls_verdict_and_plot(bundle: Path, tmp_path: P
     assert saved["bisect"]["nodes"]["first"]["operators"][-1] == "Mul"
 
 
+@pytest.mark.slow
 def test_the_values_inside_every_call_of_a_clean_engine_have_the_names_of_the_trace(
     tiny_bundle: Path,
 ) -> None:

@@ -17,6 +17,7 @@ from polygraphy.comparator import RunResults
 from polygraphy.json import load_json
 
 from tests.exporter.bench.test_bench import with_low_noise_expert
+from tests.quick import slow_but
 from wanexport.exporter.cli.main import cli
 from wanexport.exporter.compare.compare import compare
 from wanexport.exporter.compare.polygraphy import SavedFiles, check_files, feed, save_calls
@@ -37,7 +38,7 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", slow_but(["fp32", "fp16"], "fp32"))
 def test_the_printed_command_passes_and_a_wrong_reference_fails(
     bundle: Path, tmp_path: Path, dtype: str
 ) -> None:

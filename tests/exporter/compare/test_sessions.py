@@ -129,6 +129,7 @@ def with_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "b"
 
 
+@pytest.mark.slow
 def test_what_a_model_keeps_between_steps_is_compared(
     with_state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

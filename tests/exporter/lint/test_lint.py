@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 
 from tests.graphs.test_rope import complex_original, strided
 from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
+from tests.quick import QUICK_PRESETS, slow_but
 from wanexport.exporter.lint.program import KINDS, attention_operators, count, lint_program
 from wanexport.graphs.graph import empty_graph
 from wanexport.graphs.regions import trace_calls
@@ -84,7 +85,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("preset", VARIANTS)
+@pytest.mark.parametrize("preset", slow_but(VARIANTS, *QUICK_PRESETS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_our_graphs_are_clean(preset: str, dtype: torch.dtype) -> None:
     config = small_config(preset)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tests.exporter.lint.hostile_archives import call, program, trapped, write
 from tests.exporter.lint.test_lint import FAULTS, FOUR, WritesItsParameter, exported
+from tests.quick import slow_but
 from wanexport.exporter.lint.archive import lint_program_file
 from wanexport.exporter.lint.onnx import lint
 from wanexport.exporter.lint.onnx_expansion import check_expansion
@@ -37,7 +38,7 @@ PROGRAMS: list[tuple[str, Callable[[], torch.export.ExportedProgram]]] = [
 ]
 
 
-@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("decomposed", slow_but([False, True], False))
 @pytest.mark.parametrize(("name", "make"), PROGRAMS)
 def test_a_saved_program_has_the_findings_of_the_one_that_is_loaded(
     name: str, make: Callable[[], torch.export.ExportedProgram], decomposed: bool, tmp_path: Path

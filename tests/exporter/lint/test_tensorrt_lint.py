@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
+from tests.quick import slow_but
 from wanexport.exporter.backends.onnx.assemble import assemble
 from wanexport.exporter.backends.onnx.lower import for_tensorrt, lower, serialize
 from wanexport.exporter.cli.main import cli
@@ -121,7 +122,7 @@ def external(place: str) -> onnx.ModelProto:
 GRAPH = "wanexport.graphs.wan:WanModel"
 
 
-@pytest.mark.parametrize("preset", VARIANTS)
+@pytest.mark.parametrize("preset", slow_but(VARIANTS, "ti2v-5b"))
 def test_lint_and_parser_take_every_variant_decomposed(preset: str) -> None:
     config = small_config(preset, num_layers=1)
     _, layout = weights_layout(config, "bf16")

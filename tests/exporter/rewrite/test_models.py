@@ -1,6 +1,7 @@
 """Real models of others: diffusers' Wan and Helios, and Wan as the official code computes it."""
 
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import onnx
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from tests.oracles.foreign_models import DTYPES, LAYERS, MODELS, official_wan
+from tests.quick import slow_but
 from wanexport.exporter.child.quiet import quiet
 from wanexport.exporter.lint.program import count, lint_program
 from wanexport.exporter.rewrite.fix_onnx import fix_onnx
@@ -33,18 +35,10 @@ def scatters(path: Path) -> int:
     return sum(node.op_type == "ScatterND" for node in onnx.load(path).graph.node)
 
 
-QUICK = [
-    (name, dtype)
-    for name in MODELS
-    for dtype in DTYPES
-    if name in ("diffusers Wan", "official Wan")
-]
-LONG = [(name, dtype) for name in MODELS for dtype in DTYPES if (name, dtype) not in QUICK]
+QUICK = (("diffusers Wan", torch.float32), ("official Wan", torch.bfloat16))
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in LONG)]
-)
+@pytest.mark.parametrize(("name", "dtype"), slow_but(product(MODELS, DTYPES), *QUICK))
 def test_a_model_keeps_every_bit(name: str, dtype: torch.dtype) -> None:
     program = export(name, dtype)
     proof = Proof(program)
@@ -61,6 +55,7 @@ def test_a_model_keeps_every_bit(name: str, dtype: torch.dtype) -> None:
         assert not found.left
 
 
+@pytest.mark.slow
 def test_scatters_of_diffusers_wan_go_from_four_a_block_to_none(tmp_path: Path) -> None:
     paths = [tmp_path / "before.onnx", tmp_path / "after.onnx", tmp_path / "fixed.onnx"]
     program = export("diffusers Wan", torch.float32)
@@ -76,6 +71,7 @@ def test_scatters_of_diffusers_wan_go_from_four_a_block_to_none(tmp_path: Path) 
     assert [scatters(path) for path in paths] == [4 * LAYERS, 0, 0]
 
 
+@pytest.mark.slow
 def test_the_official_wan_is_exported_to_onnx_only_when_it_is_real(tmp_path: Path) -> None:
     model, args, _ = official_wan()
     with torch.no_grad(), quiet("torch"):

@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.exporter.rewrite.programs import exported
 from tests.exporter.rewrite.test_strided_writes import FITTING, LOOK_ALIKES
 from tests.graphs.test_rope import strided
+from tests.quick import slow_but
 from wanexport.exporter.child.quiet import quiet
 from wanexport.exporter.rewrite.fix_onnx import fix_onnx
 from wanexport.exporter.rewrite.record import STRIDED_WRITES, Rewriting
@@ -45,7 +46,7 @@ def to_onnx(path: Path, function: Callable[..., Any], *args: Tensor, optimize: b
     return path
 
 
-@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("optimize", slow_but([False, True], True))
 def test_writes_that_make_up_a_tensor_are_assembled(optimize: bool, tmp_path: Path) -> None:
     """All in one graph, for its export takes the time."""
 

@@ -29,6 +29,7 @@ from tests.oracles import official_encoders, official_vae
 from tests.oracles.official_encoders import write_tokenizer
 from tests.oracles.transformers_encoders import clip_of, umt5_of
 from tests.oracles.wan_reference import diffusers_velocity
+from tests.quick import slow_but
 from tests.runtime.drop_in.test_diffusers_pipeline import Family, make_family, picture
 from wanexport.exporter.bundle.writer import write_manifest
 from wanexport.exporter.cli.main import cli
@@ -281,11 +282,12 @@ def test_image_to_video_with_clip(i2v: Family, tmp_path: Path, written: list[np.
     assert_run_is_right(i2v, tmp_path, written, 1)
 
 
+@pytest.mark.slow
 def test_first_to_last_image(tmp_path: Path, written: list[np.ndarray]) -> None:
     assert_run_is_right(whole_family("flf2v-14b", tmp_path), tmp_path, written, 2)
 
 
-@pytest.mark.parametrize("images", [0, 1])
+@pytest.mark.parametrize("images", slow_but([0, 1], 1))
 def test_text_or_image_to_video(
     images: int, ti2v: Family, tmp_path: Path, written: list[np.ndarray]
 ) -> None:
@@ -312,7 +314,9 @@ def official_parts(preset: str, folder: Path) -> tuple[Path, Path]:
     return official, converted
 
 
-@pytest.mark.parametrize(("preset", "pictures"), [("t2v", 0), ("i2v", 1), ("ti2v", 1)])
+@pytest.mark.parametrize(
+    ("preset", "pictures"), slow_but([("t2v", 0), ("i2v", 1), ("ti2v", 1)], "ti2v")
+)
 def test_the_official_layout_gives_the_same(
     preset: str,
     pictures: int,
@@ -495,7 +499,7 @@ def refuse_disk(*_: object) -> None:
         (video_module, "_packets", refuse_disk, "No space left on device"),
     ],
 )
-@pytest.mark.parametrize("source", ["--prompt", "--text"])
+@pytest.mark.parametrize("source", slow_but(["--prompt", "--text"], "--text"))
 def test_the_latent_survives_a_failure_after_the_sampling(
     source: str,
     owner: Any,

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.quick import slow_but
 from tests.runtime.bundle.mutations import failures, mutant, read_inspect_choose
 from tests.runtime.bundle.small_bundle import manifest_of, small_bundle
 from wanexport.exporter.bundle.place import JOURNAL
 from wanexport.exporter.bundle.writer import open_bundle
 from wanexport.runtime.bundle.manifest import Manifest, read_manifest
 
-COUNT = 400  # a campaign: python -m tests.runtime.bundle.mutations 10000
+# A campaign: python -m tests.runtime.bundle.mutations 10000
+COUNTS = pytest.mark.parametrize("count", slow_but([80, 400], 80))
 
 
 def test_a_mutant_is_repeated_by_its_seed_and_differs(tmp_path: Path) -> None:
@@ -23,22 +25,24 @@ def test_a_mutant_is_repeated_by_its_seed_and_differs(tmp_path: Path) -> None:
     assert len(set(texts)) > 45
 
 
+@COUNTS
 @pytest.mark.filterwarnings("ignore::wanexport.runtime.errors.WanExportWarning")
 def test_a_mutated_manifest_is_read_or_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = small_bundle(tmp_path / "bundle", "onnx", "aoti", "tensorrt")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert failures(bundle, range(COUNT), read_inspect_choose) == []
+    assert failures(bundle, range(count), read_inspect_choose) == []
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2_000_000  # kB
     assert all(line.isprintable() for line in capsys.readouterr().out.split("\n"))
 
 
-def test_a_mutated_journal_never_stops_a_build_nor_the_bundle(tmp_path: Path) -> None:
+@COUNTS
+def test_a_mutated_journal_never_stops_a_build_nor_the_bundle(count: int, tmp_path: Path) -> None:
     whole = small_bundle(tmp_path / "whole")
     manifest, data = read_manifest(whole), manifest_of(whole)
     empty: Manifest = replace(manifest, weights={}, engines=())
-    for seed in range(COUNT // 4):
+    for seed in range(count // 4):
         bundle = Path(shutil.copytree(whole, tmp_path / "bundle"))
         (bundle / JOURNAL).write_text(mutant(data, seed))
         with open_bundle(bundle, empty) as writer:

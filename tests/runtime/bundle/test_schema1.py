@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.quick import slow_but
 from tests.runtime.bundle.first_schema import EXPERTS, FAMILIES, SIZES, engine, file, manifest
 from tests.runtime.bundle.mutations import mutant
 from wanexport.runtime.bundle.details import AotiDetails, OnnxDetails, TensorRtDetails
@@ -218,10 +219,11 @@ def test_two_experts_of_a_model_that_has_one_are_damage(tmp_path: Path) -> None:
         read(tmp_path, {**manifest("ti2v"), "experts": EXPERTS})
 
 
-def test_a_mutated_manifest_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", slow_but([60, 300], 60))
+def test_a_mutated_manifest_is_read_or_refused_in_one_line(count: int, tmp_path: Path) -> None:
     data = manifest("i2v", *(engine("i2v", backend) for backend in ("onnx", "aoti", "tensorrt")))
     path = tmp_path / "manifest.json"
-    for seed in range(300):
+    for seed in range(count):
         path.write_text(mutant(data, seed))
         try:
             found = read_manifest(tmp_path)

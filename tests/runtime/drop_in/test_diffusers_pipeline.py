@@ -36,6 +36,7 @@ except ImportError:  # before transformers 5 it was the only one, without a suff
     from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 from tests.oracles.wan_reference import diffusers_model, small_config, write_diffusers
+from tests.quick import slow_but
 from tests.runtime.test_denoiser import EchoEngine, record
 from wanexport.exporter.backends.onnx import backend as onnx_backend
 from wanexport.exporter.build import build
@@ -243,7 +244,9 @@ def test_text_to_video(t2v: Family) -> None:
     assert_the_same(t2v, t2v.pipeline())
 
 
-@pytest.mark.parametrize(("preset", "pictures"), [("i2v-14b", 1), ("flf2v-14b", 2)])
+@pytest.mark.parametrize(
+    ("preset", "pictures"), slow_but([("i2v-14b", 1), ("flf2v-14b", 2)], "i2v-14b")
+)
 def test_image_to_video_with_clip(preset: str, pictures: int, tmp_path: Path) -> None:
     family = make_family(preset, tmp_path)
     images = {name: picture(family, i) for i, name in enumerate(("image", "last_image")[:pictures])}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.oracles.wan_reference import small_config, small_geometry
+from tests.quick import slow_but
 from tests.runtime.drop_in.test_diffusers_pipeline import Family, picture, run
 from tests.runtime.drop_in.test_official import open_denoiser
 from tests.runtime.test_denoiser import EchoEngine, inputs_of, record
@@ -55,7 +56,8 @@ def model(request: pytest.FixtureRequest, open_drop_in: Open) -> Model:
 
 
 @pytest.mark.parametrize(
-    ("preset", "pictures"), [("t2v-1.3b", 0), ("i2v-14b", 1), ("flf2v-14b", 2)]
+    ("preset", "pictures"),
+    slow_but([("t2v-1.3b", 0), ("i2v-14b", 1), ("flf2v-14b", 2)], "t2v-1.3b", "i2v-14b"),
 )
 def test_one_given_text_serves_all_videos_of_a_prompt(
     preset: str, pictures: int, open_drop_in: Open

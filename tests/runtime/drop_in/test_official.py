@@ -22,6 +22,7 @@ from tests.oracles.wan_reference import (
     small_config,
     write_official,
 )
+from tests.quick import slow_but
 from tests.runtime.test_denoiser import EchoEngine, record
 from wanexport.exporter.build import build
 from wanexport.graphs.config import PRESETS
@@ -229,7 +230,10 @@ def bundles(monkeypatch: pytest.MonkeyPatch) -> dict[str, Denoiser]:
     return opened
 
 
-@pytest.mark.parametrize("preset", ["t2v-1.3b", "i2v-14b", "flf2v-14b", "t2v-a14b", "i2v-a14b"])
+@pytest.mark.parametrize(
+    "preset",
+    slow_but(["t2v-1.3b", "i2v-14b", "flf2v-14b", "t2v-a14b", "i2v-a14b"], "flf2v-14b", "i2v-a14b"),
+)
 def test_a_patched_pipeline_gives_what_its_own_models_gave(
     preset: str, bundles: dict[str, Denoiser], rng: np.random.Generator
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.quick import slow_but
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.weights import RandomWeights, write_weights
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
@@ -175,13 +176,14 @@ def values(weights: DeviceWeights) -> set[float]:
     return set().union(*found, *(torch.unique(t).tolist() for t in weights.tensors.values()))
 
 
-def test_what_a_thread_holds_is_never_torn(small: list[PinnedFile]) -> None:
+@pytest.mark.parametrize("number", slow_but([10, 40], 10))
+def test_what_a_thread_holds_is_never_torn(number: int, small: list[PinnedFile]) -> None:
     weights = DeviceWeights(small[0], CPU)
 
     def hold(place: int) -> set[tuple[int, frozenset[float]]]:
         seen = set()
-        for number in range(40):
-            which = (place + number) % 2
+        for turn in range(number):
+            which = (place + turn) % 2
             with weights.held(small[which]):
                 seen.add((which, frozenset(values(weights))))
         return seen

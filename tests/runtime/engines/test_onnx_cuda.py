@@ -18,6 +18,7 @@ import torch
 
 from tests.oracles.tensorrt_doubles import Calls, Stream
 from tests.oracles.wan_reference import small_config, small_geometry
+from tests.quick import slow_but
 from wanexport.exporter.backends.onnx.assemble import assemble
 from wanexport.exporter.backends.onnx.lower import for_onnx_runtime, lower, serialize
 from wanexport.exporter.backends.onnx.proof_process import OnnxJob, run_with_device_weights
@@ -491,7 +492,7 @@ def test_pairs_of_an_option() -> None:
             parse_pairs("--provider-option", [text])
 
 
-@pytest.mark.parametrize("preset", ["t2v-1.3b", "flf2v-14b"])
+@pytest.mark.parametrize("preset", slow_but(["t2v-1.3b", "flf2v-14b"], "t2v-1.3b"))
 def test_onnx_runtimes_own_attention_is_the_same(preset: str, tmp_path: Path) -> None:
     config = small_config(preset)
     geometry = small_geometry(config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.exporter.backends.machine_code import beyond
+from tests.exporter.backends.machine_code import beyond, compiled_for
 from wanexport.exporter.backends.aoti import compiler
 from wanexport.exporter.backends.aoti.compiler import restrict_inductor
 from wanexport.runtime.engines import aoti_target, processor
@@ -109,23 +109,14 @@ def test_the_processor_that_inductor_states_is_replaced(monkeypatch: pytest.Monk
         cpp_builder._get_optimization_cflags("g++")
 
 
+@pytest.mark.slow  # test_aoti has the same of the packages that it builds
 @pytest.mark.skipif(level_here() < "x86-64-v3", reason="needs a processor of x86-64-v3")
-@pytest.mark.parametrize("level", ["x86-64-v3", pytest.param("", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("level", ["x86-64-v3", ""])
 def test_a_package_has_no_instruction_beyond_its_level(level: str, tmp_path: Path) -> None:
     path = tmp_path / "head.pt2"
     subprocess.run([sys.executable, "-c", COMPILE, level, str(path)], check=True)
     assert not beyond(path, level or level_for("cpu"))
-    assert compiled_flags(path) == {f"-march={level or level_for('cpu')}"}
-
-
-def compiled_flags(package: Path) -> set[str]:
-    """The processors that the compiler was told, as Inductor notes them in the package."""
-    import re
-    import zipfile
-
-    with zipfile.ZipFile(package) as archive:
-        texts = [archive.read(n).decode(errors="replace") for n in archive.namelist()]
-    return {flag for text in texts for flag in re.findall(r"-march=[\w-]+", text)}
+    assert compiled_for(path) == {level or level_for("cpu")}
 
 
 def test_the_key_of_an_engine_has_compiler_and_processor(

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.quick import slow_but
 from tests.runtime.test_denoiser import EchoEngine, record
 from tests.test_imports import WITHOUT_TORCH
 from wanexport.graphs.config import PRESETS
@@ -1105,6 +1106,7 @@ def test_two_pipelines_and_a_direct_caller_share_one_engine(
                 np.testing.assert_array_equal(job.result(SECONDS).latent, expected[seed])
 
 
+@pytest.mark.slow
 def test_100_requests_from_4_threads_are_all_answered_in_constant_memory(
     tiny_bundle: Path,
 ) -> None:
@@ -1116,8 +1118,9 @@ def test_100_requests_from_4_threads_are_all_answered_in_constant_memory(
     assert told["rss_after_100"] <= 1.05 * told["rss_after_10"]
 
 
-def test_eight_threads_are_served_while_parts_fail() -> None:
-    command = [sys.executable, "-m", "tests.tables.serving_soak", "--minutes", "0.08"]
+@pytest.mark.parametrize("minutes", slow_but(["0.02", "0.08"], "0.02"))
+def test_eight_threads_are_served_while_parts_fail(minutes: str) -> None:
+    command = [sys.executable, "-m", "tests.tables.serving_soak", "--minutes", minutes]
     child = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert child.returncode == 0, child.stdout + child.stderr
     assert "threads left after close: 0" in child.stdout
