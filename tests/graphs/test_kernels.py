@@ -100,7 +100,8 @@ def found(request: pytest.FixtureRequest) -> Found:
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
-    return Found(*json.loads(child.stdout), request.param)
+    block, causal = json.loads(child.stdout)
+    return Found(block, causal, request.param)
 
 
 def test_the_fused_block_is_as_exact_as_the_block(found: Found) -> None:
