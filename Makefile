@@ -18,7 +18,7 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --no-compile $(if $(TORCH),--extra-index-url '$(TORCH)') \
+	$(BIN)/python -m pip install --quiet $(if $(TORCH),--extra-index-url '$(TORCH)') --no-compile \
 		-c constraints.txt -e '.[$(EXTRAS)]' --group dev
 	for version in $(TENSORRT); do \
 		$(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target .venv/contract/$$version \
