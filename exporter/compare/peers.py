@@ -164,11 +164,11 @@ def tensors_of_checkpoint(
     if model.lower() in PRESETS and not Path(model).exists():
         raise BadRequest(f"{model} is a preset: pass -m a checkpoint's folder or hub id")
     source = resolve_as(manifest, model, low_noise, ema)
-    read = source.record.get("generator", "")
+    read, option = source.record.get("generator", ""), ema_option(generator == EMA)
     if generator and read and read != generator:
         raise BadRequest(
             f"the bundle's weights were read from {generator}, and -m reads {read} of "
-            f"{printable(model)}: compare with {ema_option(generator == EMA)}"
+            f"{printable(model)}: pass {option}, and -m a file with {generator}"
         )
     return {
         expert: weights.tensors
