@@ -11,7 +11,7 @@ from wanexport.exporter.reference.diffusers import DiffusersEngine
 from wanexport.exporter.reference.eager import EagerEngine
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.source_tensor import SourceTensor
-from wanexport.graphs.torch_file import EMA, ema_option
+from wanexport.graphs.torch_file import EMA, GENERATORS, ema_option
 from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
 from wanexport.runtime.bundle.check import check_content
 from wanexport.runtime.bundle.manifest import BASE, EngineRecord, Manifest
@@ -182,7 +182,8 @@ def generator_of(manifest: Manifest, record: EngineRecord, weights: str | Path |
     another tool or version made it."""
     name = BASE if weights is None else str(weights)
     sources = [part.source for part in manifest.weights_of(record.layout, name)]
-    return next((str(source["generator"]) for source in sources if "generator" in source), "")
+    stated = [source.get("generator") for source in sources]
+    return next((known for known in GENERATORS.values() if known in stated), "")
 
 
 def refuse_merged(manifest: Manifest, record: EngineRecord, weights: str | Path | None) -> None:

@@ -161,6 +161,16 @@ def test_a_comparison_is_with_the_model_that_the_weights_were_read_from(
     assert tensors_of_checkpoint(tmp_path / "wan.safetensors", None, None, manifest, read)
 
 
+@pytest.mark.parametrize("stated", ["critic", "a\nb", 3, ["generator"], None])
+def test_what_is_no_generator_decides_no_comparison(stated: Any, causal: Path) -> None:
+    change(causal, "weights.fp32.source", {"path": "wan.pt", "generator": stated})
+    manifest = read_manifest(causal)
+    assert generator_of(manifest, manifest.engines[0], None) == ""
+    change(causal, "weights.fp32.source", {"path": "wan.pt", "generator": RAW})
+    manifest = read_manifest(causal)
+    assert generator_of(manifest, manifest.engines[0], None) == RAW
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
