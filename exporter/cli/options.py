@@ -489,14 +489,9 @@ _ENGINE = {  # the fields of EngineOptions
     ),
 }  # fmt: skip
 engine_options = _adding(*_ENGINE.values())
-
-
-def _without(*names: str) -> _Added[_Command]:
-    """The options of an engine but for these."""
-    return _adding(*(option for name, option in _ENGINE.items() if name not in names))
-
-
 # bench and profile name backends as arms, and bench takes no causal model.
-profile_options = _without("backend")
-bench_options = _without("backend", "chunk", "cache")
+profile_options = _adding(*(own for name, own in _ENGINE.items() if name != "backend"))
+bench_options = _adding(
+    *(own for name, own in _ENGINE.items() if name not in ("backend", "chunk", "cache"))
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
