@@ -62,18 +62,20 @@ def place_encoders(
 
     keeps_text: whether the text encoder is to stay. may_precede: whether the first prompts are
     known and the engine is not open yet. An encoder that would take memory from a call of the
-    engine or of the VAE is freed before it.
+    engine or of the VAE is freed before it. Encoders are opened at the same time.
     """
-    resident = needs.resident
+    resident, freed = needs.resident, 0
     call = needs.most - resident
     placed: dict[str, str] = {}
     for part, size in encoders.items():
         stays = keeps_text or part != "text_encoder"
-        if stays and resident + call + size <= free:
+        fits = resident + freed + size <= free
+        if stays and fits and resident + call + size <= free:
             placed[part] = BESIDE
             resident += size
-        elif resident + size <= free:
+        elif fits:
             placed[part] = BEFORE
+            freed += size
         elif part == "text_encoder" and may_precede and size + _MARGIN <= free:
             placed[part] = FIRST
         else:

@@ -46,6 +46,8 @@ TEXT, BOTH = {"text_encoder": 11 * GB}, {"text_encoder": 11 * GB, "image_encoder
         (LARGE, BOTH, 80, True, False, ["beside", "beside"]),
         (LARGE, BOTH, 55, True, False, ["beside", "before"]),
         (LARGE, BOTH, 45, True, False, ["before", "beside"]),
+        (LARGE, BOTH, 43, True, False, ["before", "before"]),
+        (LARGE, BOTH, 42, True, False, ["before", "cpu"]),  # both open at the same time
         (LARGE, BOTH, 32, True, False, ["cpu", "before"]),
         (LARGE, BOTH, 32, False, True, ["first", "before"]),
         (LARGE, BOTH, 24, False, True, ["first", "cpu"]),
