@@ -89,7 +89,7 @@ def _find_model(
     if not isinstance(saved, dict) or depth > _DEEPEST:
         return {}, ""
     for key in models:
-        if isinstance(saved.get(key), dict):
+        if isinstance(saved.get(key), dict) and saved[key]:
             tensors, generator = _find_model(saved[key], models, depth + 1)
             return tensors, generator or (key if key in GENERATORS.values() else "")
     named = {str(name): t for name, t in saved.items() if isinstance(t, Tensor)}

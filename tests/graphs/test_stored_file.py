@@ -184,6 +184,17 @@ def test_a_trainings_model_that_is_not_there_is_refused(
     assert "\n" not in str(refused.value)
 
 
+def test_an_average_that_has_not_begun_is_none(
+    state: dict[str, Tensor], config: WanConfig, tmp_path: Path
+) -> None:
+    torch.save({"generator": dict(state), "generator_ema": {}}, tmp_path / "wan.pt")
+    checkpoint = open_checkpoint(tmp_path / "wan.pt")
+    assert checkpoint.generator == "generator"
+    check(checkpoint, state, replace(config, family="self-forcing"))
+    with pytest.raises(BadRequest, match="has no generator_ema, it holds generator alone"):
+        open_checkpoint(tmp_path / "wan.pt", ema=True)
+
+
 @pytest.mark.parametrize("ema", [True, False])
 @pytest.mark.parametrize("form", ["a state dict", "under model", "safetensors", "GGUF"])
 def test_a_file_of_one_model_has_no_generator(
