@@ -23,6 +23,7 @@ _OF_PACKAGE = "__init__.py"
 # Program is in the key as data.
 _UNDECIDING = (
     "wanexport.graphs",
+    "wanexport.runtime",  # the package's names, not what lies in it
     "wanexport.runtime.errors",
     "wanexport.runtime.family",
     "wanexport.runtime.machine.*",

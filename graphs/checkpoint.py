@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wanexport.graphs.experts import expert_of_name, why_alone
-from wanexport.graphs.foreign import prefix_of, refuse_foreign_tensors
+from wanexport.graphs.foreign import FSDP, prefix_of, refuse_foreign_tensors
 from wanexport.graphs.places import Part, check_listed, find_parts
 from wanexport.graphs.quantised import describe_stored, with_scales
 from wanexport.graphs.source_tensor import FLOATS, SCALED, SourceTensor
@@ -210,11 +210,13 @@ def _read_files(part: Part, expert: str, ema: bool | None) -> _Files:
         quantisation += [] if own.quantisation is None else [own.quantisation]
         generators |= {own.generator} - {""}
     refuse_foreign_tensors({name: t.entry.shape for name, t in found.items()}, part.path)
-    prefix = prefix_of(found)
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    plain = {name.replace(FSDP, ""): tensor for name, tensor in found.items()}
+    prefix = prefix_of(plain)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
     if len(tensors) < len(found):
+        twice = prefix if len(plain) == len(found) else FSDP
         raise BadRequest(
-            f"{printable(part.path)} has names twice, with and without {prefix}: download it again"
+            f"{printable(part.path)} has names twice, with and without {twice}: download it again"
         )
     return _Files(tensors, quantisation, frozenset(generators))
 

@@ -18,9 +18,8 @@ PREFIXES = (
     "diffusion_model.",
     "generator.model.",
     "model.",
-    "model._fsdp_wrapped_module.",
-    "generator.model._fsdp_wrapped_module.",
 )
+FSDP = "_fsdp_wrapped_module."  # in names wherever PyTorch's FSDP has wrapped a module
 _HEAD = 1 << 16  # bytes of a file that tell what it is
 
 _TAKE_FILES = (
@@ -91,7 +90,7 @@ _FUN_CHANNELS = {  # 48 in and 48 out is TI2V's
 _SIGNS = ("head.modulation", "condition_embedder.time_proj.weight")  # of a Wan, in each layout
 _PREFIXES = re.compile(
     r"^(model\.diffusion_model\.|(generator|generator_ema|critic|model|module|diffusion_model"
-    r"|_orig_mod|_fsdp_wrapped_module|transformer|dit|net|pipe)\.)+"
+    r"|_orig_mod|transformer|dit|net|pipe)\.)+"
 )
 
 
@@ -132,7 +131,7 @@ def refuse_foreign_tensors(
 
     partial is for one file of several, which may lack what tells a Wan.
     """
-    if what := _tensors_kind(shapes, partial):
+    if what := _tensors_kind({n.replace(FSDP, ""): shape for n, shape in shapes.items()}, partial):
         raise BadRequest(f"{printable(path)} {what}")
 
 

@@ -20,9 +20,9 @@ from wanexport.runtime.parts.torch_checkpoint import load_saved
 # Under which of its keys a training's file has the model. Self-Forcing's authors sample from the
 # average.
 EMA = "generator_ema"
-_GENERATORS = {True: EMA, False: "generator"}  # by whether it is the average
+GENERATORS = {True: EMA, False: "generator"}  # by whether it is the average
 _OTHERS = ("state_dict", "model", "module")
-_MODELS = (*_GENERATORS.values(), *_OTHERS)
+_MODELS = (*GENERATORS.values(), *_OTHERS)
 _DEEPEST = 3  # of these keys, one in another's value: a dictionary may hold itself
 _NAMES = {getattr(torch, row.torch): stored for stored, row in STORED.items() if row.torch}
 
@@ -47,9 +47,9 @@ def read_torch_file(path: Path, ema: bool | None = None) -> TorchFile:
     dense and on the CPU.
     """
     saved = load_saved(path)
-    wanted = _MODELS if ema is None else (_GENERATORS[ema], *_OTHERS)
+    wanted = _MODELS if ema is None else (GENERATORS[ema], *_OTHERS)
     tensors, generator = _find_model(saved, wanted)
-    if ema is not None and generator != _GENERATORS[ema]:
+    if ema is not None and generator != GENERATORS[ema]:
         raise lacks_generator(path, ema, _find_model(saved, _MODELS)[1])
     if not tensors:
         raise BadRequest(
@@ -69,7 +69,7 @@ def read_torch_file(path: Path, ema: bool | None = None) -> TorchFile:
 
 def lacks_generator(place: str | Path, ema: bool, other: str = "") -> BadRequest:
     """The refusal of a checkpoint without the generator that was asked for; other is one it has."""
-    option, wanted = ema_option(ema), _GENERATORS[ema]
+    option, wanted = ema_option(ema), GENERATORS[ema]
     found = f"{other} alone" if other else "one model, under neither generator nor generator_ema"
     return BadRequest(
         f"{option}: {printable(place)} has no {wanted}, it holds {found}: leave {option} out, and "
@@ -89,9 +89,9 @@ def _find_model(
     if not isinstance(saved, dict) or depth > _DEEPEST:
         return {}, ""
     for key in models:
-        if isinstance(saved.get(key), dict):
+        if isinstance(saved.get(key), dict) and saved[key]:
             tensors, generator = _find_model(saved[key], models, depth + 1)
-            return tensors, generator or (key if key in _GENERATORS.values() else "")
+            return tensors, generator or (key if key in GENERATORS.values() else "")
     named = {str(name): t for name, t in saved.items() if isinstance(t, Tensor)}
     return named if len(named) == len(saved) else {}, ""
 

@@ -18,6 +18,7 @@ from wanexport.runtime.gpu_fit import (
     activation_bytes,
     fit,
     fit_blocks,
+    state_bytes,
     with_pieces,
 )
 from wanexport.runtime.parts.placement import PUBLISHED_BYTES
@@ -52,6 +53,7 @@ def needs_of(
         vae=_eager(sizes, geometry) if sizes else 0,
         tiles=_eager(sizes, replace(geometry, height=_TILE, width=_TILE)) if sizes else 0,
         text=PUBLISHED_BYTES["text_encoder"],
+        state=state_bytes(program, dtype),
     )
 
 
@@ -109,11 +111,12 @@ def fit_options(
 
 def _tell(found: Fit, needs: Needs, why: str, size: int) -> None:
     """Say aloud that weights of `size` bytes are not all on the GPU."""
+    running = needs.activations + needs.state
     held = "one expert stays at a time"
     if found.offload == "blocks":
         held = f"{found.resident_blocks} of {needs.layers} blocks stay, the others are streamed"
     warnings.warn(
-        f"{size / 1e9:.1f} GB of weights, and {needs.activations / 1e9:.1f} GB to run them, {why}: "
+        f"{size / 1e9:.1f} GB of weights, and {running / 1e9:.1f} GB to run them, {why}: "
         f"{held} (--offload {found.offload})",
         WanExportWarning,
         stacklevel=3,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from wanexport.runtime.program import Program
+from wanexport.runtime.program import ENGINE_DTYPE, Program
 
 LAYER_BUFFERS = 2  # that streamed layers use by turns: one computes, the other is copied into
 CARDS = tuple(n << 30 for n in (8, 12, 16, 24, 32, 48, 80))  # bytes that are sold
@@ -26,8 +26,9 @@ class Needs:
     """What running a model on a GPU takes, in bytes.
 
     `layer` are the parameters of one of `layers`, `rest` all others of one expert. `activations`
-    is what a forward takes beside parameters. `vae` is what the VAE takes for the whole picture,
-    its weights included, `tiles` the same in tiles, and `text` the text encoder.
+    is what a forward takes beside parameters, and `state` what a session keeps, as a causal model's
+    cache. `vae` is what the VAE takes for the whole picture, its weights included, `tiles` the same
+    in tiles, and `text` the text encoder.
     """
 
     rest: int
@@ -38,6 +39,7 @@ class Needs:
     vae: int = 0
     tiles: int = 0
     text: int = 0
+    state: int = 0
 
 
 class Fit(NamedTuple):
@@ -59,7 +61,7 @@ def fit(needs: Needs, room: int) -> Fit | None:
     the CPU.
     """
     expert = needs.rest + needs.layers * needs.layer
-    ways = {None: needs.experts * expert, "experts": expert}
+    ways = {None: needs.state + needs.experts * expert, "experts": needs.state + expert}
     blocks = fit_blocks(needs, room)
     for beside in (max(needs.activations, needs.tiles), needs.activations):
         for offload, held in ways.items():
@@ -85,10 +87,10 @@ def fit_blocks(needs: Needs, room: int) -> Fit | None:
 
 
 def streamed_bytes(needs: Needs, resident: int) -> int:
-    """What a model whose blocks are streamed holds all the time: what is in no layer, the buffers,
-    and the layers that stay."""
+    """What a model whose blocks are streamed holds all the time: a session's state, what is in no
+    layer, the buffers, and the layers that stay."""
     buffers = min(LAYER_BUFFERS, needs.layers)
-    return needs.rest + (buffers + resident) * needs.layer
+    return needs.state + needs.rest + (buffers + resident) * needs.layer
 
 
 def _placed(needs: Needs, room: int, held: int, found: Fit) -> Fit:
@@ -124,6 +126,14 @@ def activation_bytes(program: Program, shapes: Mapping[str, tuple[int, ...]], dt
     item = _ITEMSIZE.get(dtype, 4)
     estimate = values * (8 + 2 * item) + values // width * widest * item
     return max(_LEAST_ACTIVATIONS, with_pieces(estimate))
+
+
+def state_bytes(program: Program, dtype: str) -> int:
+    """What a session of an engine of this precision keeps."""
+    return sum(
+        prod(spec.shape) * _ITEMSIZE.get(dtype if spec.dtype == ENGINE_DTYPE else "fp32", 4)
+        for spec in program.states().values()
+    )
 
 
 def with_pieces(size: int) -> int:

@@ -27,9 +27,11 @@ from wanexport.exporter.bundle.place import REPORTS
 from wanexport.exporter.child.child import run_process
 from wanexport.exporter.reference.inputs import forward_inputs
 from wanexport.graphs.signature import forward_flops
+from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.tensorfile import load_arrays, save_arrays
 from wanexport.runtime.engines.engine import EngineKeywords, EngineOptions
 from wanexport.runtime.errors import BadRequest, EngineFailure, WanExportError, refuse_empty
+from wanexport.runtime.family import FAMILIES
 from wanexport.runtime.machine.temporary import check_temporary_folder, marked_folder
 
 _LIMIT = 1800.0  # seconds after which an arm is given up, one that compiles too
@@ -58,13 +60,15 @@ def bench(
     high-noise one is measured. Each arm has `rounds` timed forwards; profile adds host waits and
     the GPU's busy share. An arm that failed is in `failed`, with the reason. Result and plot are
     saved in report, by default the bundle's `reports/`.
-    Raises WanExportError when no engine fits, an arm is unknown or cannot run here, or none ran.
+    Raises WanExportError when the model is causal, no engine fits, an arm is unknown or cannot run
+    here, or none ran.
     """
     started, asked = time.monotonic(), EngineOptions(**options)
     _check_request(rounds, asked)
     named = find_arms(arms or ())
-    subject = choose_subject(Path(bundle).resolve(), asked, named)
-    _refuse_chunks(subject)
+    path = Path(bundle).resolve()
+    _refuse_causal(path)
+    subject = choose_subject(path, asked, named)
     chosen = named or arms_that_apply(subject)
     result = measure(subject, chosen, rounds=rounds, profile=profile, progress=progress)
     result["seconds"] = time.monotonic() - started
@@ -73,12 +77,13 @@ def bench(
     return result
 
 
-def _refuse_chunks(subject: Subject) -> None:
-    """Raise BadRequest for a causal engine, whose forward takes longer the more is kept."""
-    if subject.record.geometry.chunk:
+def _refuse_causal(bundle: Path) -> None:
+    """Raise BadRequest for a causal model, whose forward takes longer the more is kept."""
+    family = FAMILIES.get(read_manifest(bundle).config.family)
+    if family is not None and family.is_causal:
         raise BadRequest(
-            f"engine {subject.record.name} makes a video chunk by chunk, and bench measures whole "
-            f"ones: wanexport stream says how long each chunk takes, as denoiser.stream does it"
+            f"{bundle} is of a causal model, which makes a video chunk by chunk, and bench "
+            f"measures whole ones: wanexport stream says how long the chunks take"
         )
 
 

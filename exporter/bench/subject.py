@@ -42,10 +42,7 @@ class Subject:
 
 
 def choose_subject(bundle: Path, asked: EngineOptions, arms: Sequence[Arm]) -> Subject:
-    """The engine of the first arm that has one, by default the best one, with all said of it.
-
-    Raises BadRequest for a causal model.
-    """
+    """The engine of the first arm that has one, by default the best one, with all said of it."""
     whole = read_manifest(bundle)
     manifest = with_measured_expert(whole)
     engines = [options_of(arm, asked) for arm in arms if arm.backend is not None]

@@ -53,6 +53,7 @@ from wanexport.exporter.cli.options import (
     model_option,
     parse_names,
     parsed,
+    profile_options,
     prompt_options,
     report_option,
     resolution_option,
@@ -376,7 +377,7 @@ def bench(bundle: Path, as_json: bool, **options: Any) -> None:
     "--warmup", type=SEED, metavar="NUMBER", help="How many steps run before them. Default: 2."
 )
 @report_option("BUNDLE/reports, or the working directory")
-@bench_options
+@profile_options
 @as_json
 def profile(target: str, as_json: bool, **options: Any) -> None:
     """Say where the time of a step goes, and which lines of Python the host waits at.

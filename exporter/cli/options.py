@@ -249,13 +249,13 @@ frames_option = partial(
 
 def chunk_option(default: str = "") -> Callable[[_Command], _Command]:
     """--chunk, with what is its default in words, where it has one."""
-    said = "The latent frames that a call of a causal model makes." + _default(default)
+    said = "How many latent frames a call of a causal model makes." + _default(default)
     return click.option("--chunk", type=COUNT, metavar="NUMBER", help=said)
 
 
 def cache_option(default: str = "") -> Callable[[_Command], _Command]:
     """--cache, with what is its default in words, where it has one."""
-    said = "The latent frames that a causal model can attend to, those of the call among them."
+    said = "How many latent frames a causal model can attend to, those of the call among them."
     return click.option("--cache", type=COUNT, metavar="NUMBER", help=said + _default(default))
 
 
@@ -489,6 +489,9 @@ _ENGINE = {  # the fields of EngineOptions
     ),
 }  # fmt: skip
 engine_options = _adding(*_ENGINE.values())
-# bench and profile name backends as arms.
-bench_options = _adding(*(option for name, option in _ENGINE.items() if name != "backend"))
+# bench and profile name backends as arms, and bench takes no causal model.
+profile_options = _adding(*(own for name, own in _ENGINE.items() if name != "backend"))
+bench_options = _adding(
+    *(own for name, own in _ENGINE.items() if name not in ("backend", "chunk", "cache"))
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -11,7 +11,7 @@ from wanexport.exporter.reference.diffusers import DiffusersEngine
 from wanexport.exporter.reference.eager import EagerEngine
 from wanexport.graphs.config import PRESETS
 from wanexport.graphs.source_tensor import SourceTensor
-from wanexport.graphs.torch_file import EMA, ema_option
+from wanexport.graphs.torch_file import EMA, GENERATORS, ema_option
 from wanexport.graphs.weights import CheckpointWeights, bundle_tensors
 from wanexport.runtime.bundle.check import check_content
 from wanexport.runtime.bundle.manifest import BASE, EngineRecord, Manifest
@@ -164,11 +164,11 @@ def tensors_of_checkpoint(
     if model.lower() in PRESETS and not Path(model).exists():
         raise BadRequest(f"{model} is a preset: pass -m a checkpoint's folder or hub id")
     source = resolve_as(manifest, model, low_noise, ema)
-    read = source.record.get("generator", "")
+    read, option = source.record.get("generator", ""), ema_option(generator == EMA)
     if generator and read and read != generator:
         raise BadRequest(
             f"the bundle's weights were read from {generator}, and -m reads {read} of "
-            f"{printable(model)}: compare with {ema_option(generator == EMA)}"
+            f"{printable(model)}: pass {option}, and -m a file with {generator}"
         )
     return {
         expert: weights.tensors
@@ -182,7 +182,8 @@ def generator_of(manifest: Manifest, record: EngineRecord, weights: str | Path |
     another tool or version made it."""
     name = BASE if weights is None else str(weights)
     sources = [part.source for part in manifest.weights_of(record.layout, name)]
-    return next((str(source["generator"]) for source in sources if "generator" in source), "")
+    stated = [source.get("generator") for source in sources]
+    return next((known for known in GENERATORS.values() if known in stated), "")
 
 
 def refuse_merged(manifest: Manifest, record: EngineRecord, weights: str | Path | None) -> None:

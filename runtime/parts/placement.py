@@ -10,7 +10,7 @@ from wanexport.runtime.bundle.manifest import EngineRecord, Manifest
 from wanexport.runtime.bundle.signature import parameter_shapes, program_of, weights_layout
 from wanexport.runtime.engines.layer_parts import parts_of
 from wanexport.runtime.gpu_fit import Needs as ModelNeeds
-from wanexport.runtime.gpu_fit import activation_bytes, streamed_bytes, with_pieces
+from wanexport.runtime.gpu_fit import activation_bytes, state_bytes, streamed_bytes, with_pieces
 from wanexport.runtime.parts.carried import carried_in
 from wanexport.runtime.vae_memory import needed_bytes
 
@@ -33,19 +33,21 @@ _HOW = {
 class Needs:
     """Bytes of GPU memory of an engine and the VAE: weights that stay, and the most of a call.
 
-    `blocks` says how many blocks are among the engine's weights where the others are streamed.
+    `state` is what a session keeps, as a causal model's cache. `blocks` says how many blocks are
+    among the engine's weights where the others are streamed.
     """
 
     engine: int
     engine_call: int
     vae: int = 0
     vae_call: int = 0
+    state: int = 0
     blocks: str = ""
 
     @property
     def resident(self) -> int:
         """What stays, with the margin."""
-        return self.engine + self.vae + _MARGIN
+        return self.engine + self.state + self.vae + _MARGIN
 
     @property
     def most(self) -> int:
@@ -60,18 +62,20 @@ def place_encoders(
 
     keeps_text: whether the text encoder is to stay. may_precede: whether the first prompts are
     known and the engine is not open yet. An encoder that would take memory from a call of the
-    engine or of the VAE is freed before it.
+    engine or of the VAE is freed before it. Encoders are opened at the same time.
     """
-    resident = needs.resident
+    resident, freed = needs.resident, 0
     call = needs.most - resident
     placed: dict[str, str] = {}
     for part, size in encoders.items():
         stays = keeps_text or part != "text_encoder"
-        if stays and resident + call + size <= free:
+        fits = resident + freed + size <= free
+        if stays and fits and resident + call + size <= free:
             placed[part] = BESIDE
             resident += size
-        elif resident + size <= free:
+        elif fits:
             placed[part] = BEFORE
+            freed += size
         elif part == "text_encoder" and may_precede and size + _MARGIN <= free:
             placed[part] = FIRST
         else:
@@ -83,7 +87,8 @@ def placement_note(part: str, place: str, size: int, needs: Needs, free: int) ->
     """One line about an encoder that does not stay beside the engine; empty for one that does."""
     if place == BESIDE:
         return ""
-    engine, vae = needs.engine + needs.engine_call, needs.vae + needs.vae_call
+    engine = needs.engine + needs.state + needs.engine_call
+    vae = needs.vae + needs.vae_call
     blocks = needs.blocks and f" ({needs.blocks})"
     return (
         f"{_TITLES[part]} ({size / 1e9:.1f} GB) {_HOW[place]}: the GPU has {free / 1e9:.1f} GB "
@@ -120,12 +125,12 @@ def _engine_needs(manifest: Manifest, engine: EngineRecord, *, one_expert: bool)
     """What an engine takes with all its weights, or with those of one expert at a time."""
     sizes = [weights.file.size for weights in manifest.weights_of(engine.layout)]
     sizes = sizes or [file.size for file in engine.files.values()]
+    program = program_of(manifest.config, engine.geometry)
     call = engine.build.get("activation_bytes") or activation_bytes(
-        program_of(manifest.config, engine.geometry),
-        parameter_shapes(manifest.config),
-        engine.dtype,
+        program, parameter_shapes(manifest.config), engine.dtype
     )
-    return Needs(max(sizes) if one_expert else sum(sizes), call)
+    held = max(sizes) if one_expert else sum(sizes)
+    return Needs(held, call, state=state_bytes(program, engine.dtype))
 
 
 def _streamed_needs(manifest: Manifest, engine: EngineRecord, whole: Needs, resident: int) -> Needs:
@@ -135,7 +140,7 @@ def _streamed_needs(manifest: Manifest, engine: EngineRecord, whole: Needs, resi
     measured, stay = engine.proof.get("peak_bytes"), min(resident, layers)
     call = with_pieces(measured) if measured else whole.engine_call
     held = streamed_bytes(ModelNeeds(parts.rest.size, parts.layer_bytes, layers, call), stay)
-    return Needs(held, call, blocks=f"{stay} of {layers} blocks stay")
+    return replace(whole, engine=held, engine_call=call, blocks=f"{stay} of {layers} blocks stay")
 
 
 def encoder_bytes(manifest: Manifest, part: str) -> int:

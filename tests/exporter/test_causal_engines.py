@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.runtime.bundle.small_bundle import CAUSAL, small_bundle
+from wanexport.exporter.bench.bench import bench
 from wanexport.exporter.bench.subject import choose_subject
 from wanexport.exporter.build import build
 from wanexport.exporter.bundle.writer import open_bundle
@@ -59,6 +60,16 @@ def test_what_was_chosen_is_stated_for_every_arm(
 def test_without_a_choice_no_engine_is_measured(causal: Path) -> None:
     with pytest.raises(BadRequest, match=r"64x96x33-chunk1-cache9/.*: name chunk and cache$"):
         choose_subject(causal, EngineOptions(), [])
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 1}, {"chunk": 7}, {"arms": ["graph"]}])
+def test_bench_refuses_a_causal_model_and_asks_for_nothing(
+    options: dict[str, Any], causal: Path
+) -> None:
+    said = r"bundle is of a causal model.*: wanexport stream says how long the chunks take$"
+    with pytest.raises(BadRequest, match=said) as refused:
+        bench(causal, **options)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -153,10 +153,22 @@ def test_a_comparison_is_with_the_model_that_the_weights_were_read_from(
             tensors_of_checkpoint(trained, None, ema, manifest, read)
     tensors = tensors_of_checkpoint(trained, None, False, manifest, read)[""]
     torch.testing.assert_close(read_tensor(tensors[BIAS]), state[BIAS] + 1, atol=0, rtol=0)
-    with pytest.raises(BadRequest, match=r"-m reads generator of .*: compare with --ema$"):
+    with pytest.raises(
+        BadRequest, match=r"-m reads generator of .*: pass --ema, and -m a file with generator_ema$"
+    ):
         tensors_of_checkpoint(trained, None, False, manifest, EMA)
     save_file(state, tmp_path / "wan.safetensors")  # which does not say what it is
     assert tensors_of_checkpoint(tmp_path / "wan.safetensors", None, None, manifest, read)
+
+
+@pytest.mark.parametrize("stated", ["critic", "a\nb", 3, ["generator"], None])
+def test_what_is_no_generator_decides_no_comparison(stated: Any, causal: Path) -> None:
+    change(causal, "weights.fp32.source", {"path": "wan.pt", "generator": stated})
+    manifest = read_manifest(causal)
+    assert generator_of(manifest, manifest.engines[0], None) == ""
+    change(causal, "weights.fp32.source", {"path": "wan.pt", "generator": RAW})
+    manifest = read_manifest(causal)
+    assert generator_of(manifest, manifest.engines[0], None) == RAW
 
 
 @pytest.mark.parametrize(

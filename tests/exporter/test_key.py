@@ -28,11 +28,13 @@ DECIDING = {
     "tensorrt-rtx": "exporter.backends.onnx.lower exporter.backends.onnx.passes "
     "exporter.backends.tensorrt.plan runtime.engines.tensorrt_library",
 }
+CAUSAL = "graphs.causal runtime.causal_wan runtime.engines.cached_kernels"
 OF_ALL = "graphs.wan graphs.rope graphs.graph graphs.regions runtime.engines.operators"
 UNDECIDING = (
     "runtime.errors runtime.family runtime.bundle.manifest runtime.bundle.durable runtime.load "
-    "runtime.denoiser exporter.build exporter.cli.display exporter.child.child "
-    "exporter.backends.onnx.prove exporter.reference.eager exporter.model_source"
+    "runtime.denoiser runtime.engines.choose runtime.serving.pipeline exporter.build "
+    "exporter.cli.display exporter.child.child exporter.backends.onnx.prove "
+    "exporter.reference.eager exporter.model_source"
 )
 
 
@@ -55,6 +57,10 @@ def test_what_is_reached_by_import_is_what_a_reader_finds(backend: str) -> None:
     found = {name.removeprefix("wanexport.") for name in sources(ROOTS[backend])}
     assert {*DECIDING[backend].split(), *OF_ALL.split()} <= found
     assert not found & set(UNDECIDING.split())
+    roots = (*BACKENDS[backend].SOURCES, FAMILIES["self-forcing"].graph.partition(":")[0])
+    causal = {name.removeprefix("wanexport.") for name in sources(roots)}
+    assert {*DECIDING[backend].split(), *OF_ALL.split(), *CAUSAL.split()} <= causal
+    assert not causal & set(UNDECIDING.split())
 
 
 def test_a_familys_own_graph_is_among_it() -> None:

@@ -1,5 +1,6 @@
 """Files of every format and spelling give one model: safetensors, torch.save and GGUF."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -48,12 +49,36 @@ def test_a_prefix_of_diffusers_names_is_taken_off(config: WanConfig, tmp_path: P
     assert (checkpoint.layout, checkpoint.config) == ("diffusers", config)
 
 
-def test_a_name_with_and_without_the_prefix_is_refused(
-    state: dict[str, Tensor], tmp_path: Path
+FSDP = "_fsdp_wrapped_module."
+
+
+@pytest.mark.parametrize("before", ["", "model.", "generator.model."])
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        lambda name: FSDP + name,
+        lambda name: re.sub(r"^(blocks\.\d+\.)", rf"\1{FSDP}", name),
+        lambda name: FSDP + re.sub(r"^(blocks\.\d+\.)(\w+\.)", rf"\1{FSDP}\2{FSDP}", name),
+    ],
+)
+def test_what_fsdp_puts_into_names_is_taken_out(
+    before: str,
+    renamed: Callable[[str], str],
+    state: dict[str, Tensor],
+    config: WanConfig,
+    tmp_path: Path,
 ) -> None:
-    twice = {**{f"model.{n}": t for n, t in state.items()}, Q: state[Q].clone()}
+    save_file({before + renamed(n): t for n, t in state.items()}, tmp_path / "wan.safetensors")
+    check(open_checkpoint(tmp_path / "wan.safetensors"), state, config)
+
+
+@pytest.mark.parametrize("prefix", ["model.", FSDP])
+def test_a_name_with_and_without_the_prefix_is_refused(
+    prefix: str, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    twice = {**{prefix + n: t for n, t in state.items()}, Q: state[Q].clone()}
     save_file(twice, tmp_path / "wan.safetensors")
-    with pytest.raises(BadRequest, match="names twice, with and without model"):
+    with pytest.raises(BadRequest, match=f"names twice, with and without {prefix}: "):
         open_checkpoint(tmp_path / "wan.safetensors")
 
 
@@ -157,6 +182,17 @@ def test_a_trainings_model_that_is_not_there_is_refused(
     with pytest.raises(BadRequest, match=message) as refused:
         open_checkpoint(tmp_path / "wan.pt", ema=ema)
     assert "\n" not in str(refused.value)
+
+
+def test_an_average_that_has_not_begun_is_none(
+    state: dict[str, Tensor], config: WanConfig, tmp_path: Path
+) -> None:
+    torch.save({"generator": dict(state), "generator_ema": {}}, tmp_path / "wan.pt")
+    checkpoint = open_checkpoint(tmp_path / "wan.pt")
+    assert checkpoint.generator == "generator"
+    check(checkpoint, state, replace(config, family="self-forcing"))
+    with pytest.raises(BadRequest, match="has no generator_ema, it holds generator alone"):
+        open_checkpoint(tmp_path / "wan.pt", ema=True)
 
 
 @pytest.mark.parametrize("ema", [True, False])

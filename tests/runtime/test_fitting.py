@@ -1,6 +1,7 @@
 """How `load` opens an engine on a GPU of which so much is free, without a GPU."""
 
 import warnings
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -63,6 +64,13 @@ def test_what_a_proof_measured_takes_the_place_of_the_estimate(file: PinnedFile)
         < needs_of(RECORD.program, entries, "bf16", GEOMETRY).activations
     )
     assert needs.rest + 4 * needs.layer >= sum(entry.size for entry in entries.values())
+
+
+def test_a_causal_engines_cache_is_among_what_it_needs(file: PinnedFile) -> None:
+    geometry = Geometry(64, 96, 9, chunk=3, cache=3)
+    program = program_of(PRESETS["causal-tiny"].config, geometry)
+    found = needs_of(program, read_header(file.path), "bf16", geometry).state
+    assert found == sum(2 * prod(spec.shape) for spec in program.states().values()) > 0
 
 
 def test_all_stays_where_it_fits_and_nothing_is_said(

@@ -1,11 +1,20 @@
 """What fits on a GPU: a table of cards, worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime.bundle.signature import program_of, weights_layout
 from wanexport.runtime.geometry import Geometry
-from wanexport.runtime.gpu_fit import Needs, activation_bytes, fit, fit_blocks, streamed_seconds
+from wanexport.runtime.gpu_fit import (
+    Needs,
+    activation_bytes,
+    fit,
+    fit_blocks,
+    state_bytes,
+    streamed_seconds,
+)
 
 # 4 + 40 x 1 of weights, 6 to run them, 12 or 3 to decode, 11 for the text encoder.
 MODEL = Needs(rest=4, layer=1, layers=40, activations=6, vae=12, tiles=3, text=11)
@@ -40,6 +49,23 @@ def test_the_best_that_fits(
     )  # fmt: skip
     assert found.taken <= room
     assert found.streamed == (0 if resident is None else 40 - resident)
+
+
+@pytest.mark.parametrize("room", [11, 12, 17, 49, 50, 55, 66, 67, 93, 94])
+@pytest.mark.parametrize("needs", [MODEL, TWO])
+def test_what_a_session_keeps_takes_its_room_from_all_else(needs: Needs, room: int) -> None:
+    without = fit(needs, room)
+    expected = without and without._replace(taken=without.taken + 7)
+    assert fit(replace(needs, state=7), room + 7) == expected
+
+
+def test_a_causal_session_keeps_its_cache_and_the_prompt() -> None:
+    config = PRESETS["self-forcing-1.3b"].config
+    program = program_of(config, Geometry(480, 832, 81, chunk=3, cache=21))
+    # Keys and values of 30 layers: 22 slots of 1560 tokens, and 512 of the text, 1536 wide.
+    assert state_bytes(program, "bf16") == 2 * 30 * (22 * 1560 + 512) * 1536 * 2
+    assert state_bytes(program, "fp32") == 2 * state_bytes(program, "fp16")
+    assert state_bytes(program_of(PRESETS["tiny"].config, Geometry(64, 96, 9)), "bf16") == 0
 
 
 def test_less_than_two_layers_and_a_forward_fits_nowhere() -> None:

@@ -121,7 +121,7 @@ def test_a_bundle_says_what_it_holds(bundle: Path) -> None:
 
 @pytest.mark.slow
 def test_what_takes_whole_videos_refuses_a_causal_engine(bundle: Path) -> None:
-    with pytest.raises(BadRequest, match=r"chunk by chunk, and bench .*denoiser\.stream"):
+    with pytest.raises(BadRequest, match=r"chunk by chunk, and bench .*: wanexport stream"):
         bench(bundle)
     with pytest.raises(BadRequest, match="chunk by chunk, and a pipeline"):
         EngineModule(load(bundle))

@@ -1,5 +1,6 @@
 """FlashAttention-4 in a bundle: every refusal, and the library against plain maths on a GPU."""
 
+import ctypes
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from torch import Tensor
 from wanexport.exporter.backends.aoti import backend as aoti_backend
 from wanexport.exporter.backends.aoti import flash_attention
 from wanexport.exporter.backends.aoti.compile import Regions
+from wanexport.exporter.backends.aoti.compiler import compiler
 from wanexport.exporter.backends.backend import Request
 from wanexport.exporter.build import compile_engine
 from wanexport.graphs.config import PRESETS, sampling_defaults
@@ -249,6 +251,23 @@ def test_a_library_without_sums_is_called_whole() -> None:
 
     q, k, v = torch.randn(3, 1, 7, 3, 16)
     assert torch.equal(of_a_double(run, gives_sums=False)(q, k, v), q + k + v)
+
+
+@pytest.mark.parametrize(("name", "count"), [("flash_attention", 4), ("flash_attention_lse", 5)])
+def test_a_library_is_called_with_what_its_function_takes(
+    name: str, count: int, tmp_path: Path
+) -> None:
+    """Libraries of earlier builds have a function without a place for the sums."""
+    pytest.importorskip("tvm_ffi", reason="needs apache-tvm-ffi")
+    source, library = tmp_path / "kernel.cpp", tmp_path / "kernel.so"
+    source.write_text(
+        f'extern "C" {{ int seen = 0; int __tvm_ffi_{name}(void *, const void *, int count, void *)'
+        f"{{ seen = count; return 0; }} }}"
+    )
+    subprocess.run([compiler(), "-shared", "-fPIC", "-o", library, source], check=True)
+    q, k, v = torch.zeros(3, 2, 7, 3, 16)  # two videos, which are never divided
+    assert FlashAttention(library)(q, k, v).shape == q.shape
+    assert ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "seen").value == count
 
 
 @pytest.mark.gpu

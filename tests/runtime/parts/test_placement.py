@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from tests.exporter.carried import carrying_bundle
-from tests.runtime.bundle.small_bundle import CONFIG, small_bundle
+from tests.runtime.bundle.small_bundle import CAUSAL, CONFIG, small_bundle
 from wanexport.graphs.config import PRESETS
 from wanexport.runtime.bundle.manifest import read_manifest
 from wanexport.runtime.bundle.signature import parameter_shapes, program_of
@@ -46,6 +46,8 @@ TEXT, BOTH = {"text_encoder": 11 * GB}, {"text_encoder": 11 * GB, "image_encoder
         (LARGE, BOTH, 80, True, False, ["beside", "beside"]),
         (LARGE, BOTH, 55, True, False, ["beside", "before"]),
         (LARGE, BOTH, 45, True, False, ["before", "beside"]),
+        (LARGE, BOTH, 43, True, False, ["before", "before"]),
+        (LARGE, BOTH, 42, True, False, ["before", "cpu"]),  # both open at the same time
         (LARGE, BOTH, 32, True, False, ["cpu", "before"]),
         (LARGE, BOTH, 32, False, True, ["first", "before"]),
         (LARGE, BOTH, 24, False, True, ["first", "cpu"]),
@@ -115,6 +117,33 @@ def test_of_streamed_blocks_what_is_on_the_gpu_counts(tmp_path: Path) -> None:
         assert needs == Needs(rest + held * layer, call, blocks=stay)
     proven = replace(engine, proof={"peak_bytes": 1_000_000})
     assert needs_of(manifest, proven, None, offload="blocks").engine_call == 1_050_000
+
+
+def test_of_a_causal_engine_the_cache_counts_before_and_after_it_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry = Geometry(64, 96, 9, chunk=3, cache=3)
+    bundle = small_bundle(tmp_path / "bundle", "aoti", config=CAUSAL, geometries=[geometry])
+    manifest = read_manifest(bundle)
+    (engine,), (weights,) = manifest.engines, manifest.weights.values()
+    # Keys and values of 2 layers in fp32, 64 wide: 4 slots of 24 tokens, and 8 of the text.
+    kept = 2 * 2 * (4 * 24 + 8) * 64 * 4
+    needs = needs_of(manifest, engine, None)
+    assert (needs.engine, needs.state) == (weights.file.size, kept)
+    assert needs_of(manifest, engine, None, offload="blocks").state == kept
+    assert f"{(needs.engine + kept + needs.engine_call) / 1e9:.1f} and" in placement_note(
+        "text_encoder", "cpu", GB, needs, GB
+    )
+    size = encoder_bytes(manifest, "text_encoder")
+    monkeypatch.setattr(open_module, "choose_vae_engine", lambda *_: None)
+    for precedes, engine_bytes in ((True, needs.engine), (False, 0)):
+        enough = engine_bytes + kept + needs.engine_call + (1 << 30) + size
+        for free, place in ((enough, "beside"), (enough - 1, "before")):
+            monkeypatch.setattr(open_module, "free_bytes", lambda device, free=free: free)
+            parts = Parts(bundle, None, engine, "cuda:0", {})
+            options = EngineOptions()
+            parts.place(keeps_text=True, options=options, precedes=precedes, first=False)
+            assert parts.placement == {"text_encoder": place}
 
 
 def test_an_encoder_has_room_beside_streamed_blocks_of_the_14b() -> None:
