@@ -56,7 +56,7 @@ from wanexport.runtime.errors import EngineFailure
 from wanexport.runtime.family import FAMILIES, family_of
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.sample_stream import sample_stream
-from wanexport.runtime.wan_config import WanConfig
+from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 GEOMETRY = Clip([3] * 2, 7).geometry
 CLIPS = {
@@ -346,6 +346,37 @@ def test_an_engine_without_a_plan_for_a_moment_is_unusable(bundle: Path, tmp_pat
     files = {role: file for role, file in engine.files.items() if role != "commit"}
     write_manifest(copy, replace(manifest, engines=(replace(engine, files=files),)))
     assert "it has no file for its call commit" in str(inspect(copy)["problems"])
+
+
+def test_plans_of_experts_are_no_plan_of_a_causal_step(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    manifest = read_manifest(copy)
+    (engine,) = manifest.engines
+    files = dict(engine.files)
+    step = files.pop("denoiser")
+    files |= {f"denoiser-{expert}": step for expert in EXPERTS}
+    write_manifest(copy, replace(manifest, engines=(replace(engine, files=files),)))
+    assert "it has no file for its call denoiser" in str(inspect(copy)["problems"])
+
+
+def test_a_plan_that_gives_nothing_of_a_state_is_refused(
+    gpu: Gpu, bundle: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    manifest = read_manifest(copy)
+    (engine,) = manifest.engines
+    files = dict(engine.files)
+    for call in ("denoiser", "commit"):
+        plan = json.loads((copy / f"{call}.plan").read_text())
+        del plan["tensors"]["cache_k.1.rows"]
+        plan["outputs"].remove("cache_k.1.rows")
+        (copy / f"{call}.plan").write_text(json.dumps(plan))
+        files[call] = file_record(copy, copy / f"{call}.plan")
+    write_manifest(copy, replace(manifest, engines=(replace(engine, files=files),)))
+    with pytest.raises(BundleError, match=r"cache_k\.1.*run wanexport build again"):
+        load(copy)
 
 
 def test_other_weights_are_used_between_videos(gpu: Gpu, bundle: Path, other: Path) -> None:
