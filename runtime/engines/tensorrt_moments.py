@@ -166,9 +166,10 @@ class MomentsEngine:
                 self.weights = self.buffers = None
 
     def _held(self, file: PinnedFile) -> AbstractContextManager[None]:
-        if self.weights is None:
+        weights = self.weights
+        if weights is None:
             raise EngineFailure(CLOSED)
-        return self.weights.held(file)
+        return weights.held(file)
 
 
 def open_moments(

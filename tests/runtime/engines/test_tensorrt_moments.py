@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -299,6 +299,27 @@ def test_what_tensorrt_refuses_leaves_the_session_as_it_was(gpu: Gpu, bundle: Pa
     for call in (lambda: engine(drawn(0), memory=memory), lambda: engine.use(engine.file)):
         with pytest.raises(EngineFailure, match="was closed: load it again"):
             call()
+
+
+def test_a_close_beside_a_call_is_told_in_one_line(gpu: Gpu, bundle: Path) -> None:
+    """Of another thread, between the looks that a call takes at the engine's weights."""
+
+    class ClosedBetween(MomentsEngine):
+        looks: ClassVar[list[Any]] = []
+
+        @property
+        def weights(self) -> Any:
+            return self.looks.pop(0) if self.looks else None
+
+        @weights.setter
+        def weights(self, weights: Any) -> None: ...
+
+    engine = opened(bundle)
+    ClosedBetween.looks = [engine.weights]
+    engine.__class__ = ClosedBetween
+    engine(drawn(0))
+    with pytest.raises(EngineFailure, match="was closed: load it again"):
+        engine(drawn(0))
 
 
 WRONG: dict[str, tuple[str, str, Any, str]] = {
