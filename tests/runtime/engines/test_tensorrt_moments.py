@@ -261,7 +261,9 @@ def test_the_text_is_read_once_and_again_for_other_weights(
 
 
 def test_the_host_waits_for_nothing_and_no_graph_is_captured(gpu: Gpu, bundle: Path) -> None:
-    engine = opened(bundle, cuda_graph=True)
+    with pytest.raises(BadRequest, match=r"a state of each session, .*: leave --cuda-graph out"):
+        load(bundle, cuda_graph=True)
+    engine = opened(bundle)
     memory = engine.memory()
     engine(drawn(0), memory=memory)
     gpu.trt.calls.clear()
