@@ -92,4 +92,8 @@ def test_the_state_of_a_causal_model_counts() -> None:
     assert estimate(larger).gpu - estimate(causal).gpu == (2 * 30 + 2) * frame
     # Its cache has a slot for what fills a short chunk up; the rows of a chunk come out beside it.
     assert estimate(causal).gpu > 2.8e9 + 2 * 30 * (22 + 3) * frame
+    # Of the text there are no rows: beside its keys and values are activations of 0.16 GB.
+    text = 2 * 30 * 512 * 1536 * 2
+    most = 2.9e9 + (2 * 30 * (22 + 3) + 2 * 22) * frame + text + 0.2e9
+    assert estimate(causal).gpu < most
     assert estimate(causal).disk == 3 * estimate(request_of("t2v-1.3b")).disk
