@@ -1,8 +1,12 @@
-"""When a CUDA graph pays."""
+"""When a CUDA graph pays, and what an engine is first run with."""
 
 import pytest
+import torch
 
-from wanexport.runtime.engines.device import launch_bound
+from tests.causal_stream import CONFIG
+from wanexport.runtime.causal_wan import program
+from wanexport.runtime.engines.device import blank_inputs, launch_bound
+from wanexport.runtime.geometry import Geometry
 
 
 @pytest.mark.parametrize(
@@ -19,3 +23,12 @@ def test_a_graph_pays_where_launches_take_most_of_the_time(
     launch: float, gpu: float, pays: bool
 ) -> None:
     assert launch_bound(launch, gpu) is pays
+
+
+@pytest.mark.parametrize(("chunk", "cache"), [(1, 1), (1, 2), (3, 3)])
+def test_what_an_engine_is_first_run_with_lies_in_its_cache(chunk: int, cache: int) -> None:
+    """The slots are rows that machine code writes to; a cache of one chunk of one frame has one."""
+    size = Geometry(32, 48, 9, chunk=chunk, cache=cache)
+    blank = blank_inputs(program(CONFIG, size).inputs, torch.device("cpu"))
+    assert blank["slots"].shape == (chunk,) and blank["slots"].max() < size.slots
+    assert blank["keys"].tolist() == [1] and blank["latent"].dtype == torch.float32
