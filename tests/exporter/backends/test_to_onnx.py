@@ -21,6 +21,7 @@ from tests.exporter.families import memory
 from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
 from wanexport.exporter.backends.onnx import lower as to_onnx
 from wanexport.exporter.backends.onnx.assemble import assemble
+from wanexport.exporter.backends.onnx.attention import ATTENTION_FORMS
 from wanexport.exporter.backends.onnx.cached import Becomes
 from wanexport.exporter.backends.onnx.lower import (
     Lowered,
@@ -270,7 +271,7 @@ def test_fewer_attentions_than_the_model_has_are_refused(
 def test_attention_is_lowered_as_it_was_asked_for(
     asked: str, planted: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(to_onnx._ATTENTION, asked, to_onnx._ATTENTION[planted])
+    monkeypatch.setitem(ATTENTION_FORMS, asked, ATTENTION_FORMS[planted])
     with pytest.raises(RuntimeError, match=message):
         lowered_of(small_config("t2v-1.3b"), "fp32", asked)
 
