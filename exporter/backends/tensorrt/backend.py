@@ -117,11 +117,12 @@ class TensorRtBackend:
         # Beside the plan, where a sweep finds it after a kill.
         with TemporaryDirectory(prefix="plan-", dir=folder) as name:
             scratch = Path(name).resolve()
-            for role, call, source in _plans(graphs, weights, request.bakes):
+            plans = _plans(graphs, weights, request.bakes)
+            for role, call, source in plans:
                 files[role] = folder / f"{role}.plan"
                 (scratch / f"{call}.onnx").write_bytes(graphs.content[call])
                 job = self._job(request, scratch, role, call, source)
-                own = show if role == WHOLE else _of_plan(role, show)
+                own = _of_plan(role, show) if len(plans) > 1 else show
                 results[role] = _run(job, scratch, own)
                 _take_over(job, folder)
                 files[layers_role(role)] = folder / Path(job.layers).name
