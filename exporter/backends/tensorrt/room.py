@@ -63,8 +63,9 @@ def check_room(request: Request, folder: Path, gpu: int | None) -> dict[str, int
     Raises EngineFailure with the figures when memory or disk cannot suffice.
     """
     needed = estimate(request)
+    less = "--cache" if request.geometry.chunk else "fewer --frames"
     rooms = {
-        "GPU memory": (needed.gpu, gpu, "choose a smaller --resolution or fewer --frames"),
+        "GPU memory": (needed.gpu, gpu, f"choose a smaller --resolution or {less}"),
         "host memory": (needed.host, available_bytes(), "close what else uses it"),
         "disk": (needed.disk, shutil.disk_usage(folder).free, "name a folder elsewhere with -o"),
     }
