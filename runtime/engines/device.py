@@ -75,11 +75,16 @@ def blank_inputs(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[
         name: torch.full(
             spec.shape,
             int(name == NUMBER_OF_KEYS),
-            dtype=getattr(torch, DTYPES[spec.dtype].torch),
+            dtype=_dtype(spec),
             device=device,
         )
         for name, spec in specs.items()
     }
+
+
+def _dtype(spec: TensorSpec) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, DTYPES[spec.dtype].torch)
+    return dtype
 
 
 def zero_state(program: Program, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -88,7 +93,7 @@ def zero_state(program: Program, dtype: torch.dtype, device: torch.device) -> di
         return {
             name: torch.zeros(
                 spec.shape,
-                dtype=dtype if spec.dtype == ENGINE_DTYPE else torch.float32,
+                dtype=dtype if spec.dtype == ENGINE_DTYPE else _dtype(spec),
                 device=device,
             )
             for name, spec in program.states().items()

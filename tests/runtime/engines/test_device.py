@@ -5,8 +5,9 @@ import torch
 
 from tests.causal_stream import CONFIG
 from wanexport.runtime.causal_wan import program
-from wanexport.runtime.engines.device import blank_inputs, launch_bound
+from wanexport.runtime.engines.device import blank_inputs, launch_bound, zero_state
 from wanexport.runtime.geometry import Geometry
+from wanexport.runtime.program import ENGINE_DTYPE, Call, Program, TensorSpec
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,13 @@ def test_what_an_engine_is_first_run_with_lies_in_its_cache(chunk: int, cache: i
     blank = blank_inputs(program(CONFIG, size).inputs, torch.device("cpu"))
     assert blank["slots"].shape == (chunk,) and blank["slots"].max() < size.slots
     assert blank["keys"].tolist() == [1] and blank["latent"].dtype == torch.float32
+
+
+def test_a_state_has_the_dtype_that_the_program_says() -> None:
+    """Machine code is given its address alone."""
+    dtypes = {"kept": ENGINE_DTYPE, "mean": "fp32", "half": "fp16", "count": "I64"}
+    state = {name: TensorSpec((2,), dtype) for name, dtype in dtypes.items()}
+    own = Program({}, {}, (Call("step", (), (), state=tuple(state)),), state=state)
+    made = zero_state(own, torch.bfloat16, torch.device("cpu"))
+    expected = (torch.bfloat16, torch.float32, torch.float16, torch.int64)
+    assert tuple(made[name].dtype for name in dtypes) == expected
