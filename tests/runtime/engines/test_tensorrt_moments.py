@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.causal_stream import CONFIG, Clip, Slots, compared, random_weights
 from tests.exporter.families import memory as memory_family
-from tests.oracles.tensorrt_doubles import Gpu, TensorRt, write_graph_plan
+from tests.oracles.tensorrt_doubles import Gpu, Stream, TensorRt, write_graph_plan
 from tests.runtime.causal_engine import causal_denoiser, joined, text_of
 from tests.runtime.engines.test_tensorrt_engine import CONFIG as SMALL
 from tests.runtime.engines.test_tensorrt_engine import FLAVOUR, REAL, since
@@ -271,6 +271,32 @@ def test_the_host_waits_for_nothing_and_no_graph_is_captured(gpu: Gpu, bundle: P
         engine(drawn(0), memory=memory, moment=moment)
     names = [c[0] for c in gpu.trt.calls if c[0] != "set_tensor_address"]
     assert names == ["wait_event", "execute_async_v3", "record"] * 2
+
+
+def test_rows_are_written_behind_the_plan_where_it_ran_on_another_stream(
+    gpu: Gpu, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, calls = opened(bundle), gpu.trt.calls
+    memory = engine.memory()
+    engine(drawn(0), memory=memory)
+
+    def noted(*arrays: Any) -> None:
+        calls.append(("rows",))
+        keep_rows(*arrays)
+
+    monkeypatch.setattr(moments, "keep_rows", noted)
+    gpu.current = Stream(calls, 0)
+    calls.clear()
+    engine(drawn(0), memory=memory, moment="commit")
+    own = [
+        ("wait_event", 0),
+        ("wait_stream", 99, 0),
+        ("execute_async_v3", 99),
+        ("wait_stream", 0, 99),
+        *[("rows",)] * 2 * CONFIG.num_layers,
+        ("record", 0),
+    ]
+    assert [call for call in calls if call[0] != "set_tensor_address"] == own
 
 
 def test_the_plans_share_weights_and_activations(gpu: Gpu, bundle: Path) -> None:
