@@ -59,8 +59,9 @@ def load(bundle: str | Path, **options: Unpack[EngineKeywords]) -> Denoiser:
     default as many as leave room for a forward and the VAE, and copies the others from the host's
     memory while those before them run. None is whatever fits, which is said where it is not all.
     cuda_graph is whether to replay a captured graph, by default where launching takes as long as
-    running. Weights already on the device are shared. attention is the kernel of self-attention in
-    an AOTInductor engine (`fa4`, `cudnn` or `sdpa`) in place of the recorded one.
+    running; of a causal model there is none. Weights already on the device are shared. attention is
+    the kernel of self-attention in an AOTInductor engine (`fa4`, `cudnn` or `sdpa`) in place of the
+    recorded one.
 
     An engine is native code, and its hash is the bundle's own: open bundles of people you trust.
     Nothing else that a bundle names is opened or downloaded.
@@ -127,6 +128,7 @@ def open_engine(
     backend = ENGINES[record.backend].backend()
     check_options(record, options, backend.OPTIONS)
     _check_offload(record, manifest, options, backend.OPTIONS)
+    _check_cuda_graph(record, options)
     # Engines are code: their whole content is checked at every load.
     files = {role: check_content(bundle, file) for role, file in record.files.items()}
     find = partial(_find, bundle, record)
@@ -162,6 +164,15 @@ def _check_offload(
         raise BadRequest("resident blocks are those that stay with --offload blocks: add that")
     if blocks is not None and (type(blocks) is not int or blocks < 0):
         raise BadRequest(f"{blocks!r:.40} resident blocks: expected a whole number from 0")
+
+
+def _check_cuda_graph(record: EngineRecord, options: EngineOptions) -> None:
+    """Raise BadRequest for a captured graph of calls that use what a session has."""
+    if options.cuda_graph and not record.program.is_plain:
+        raise BadRequest(
+            f"engine {record.name} keeps a state of each session, of which a captured CUDA graph "
+            f"would hold one: leave --cuda-graph out"
+        )
 
 
 def check_options(record: EngineRecord, options: EngineOptions, taken: frozenset[str]) -> None:

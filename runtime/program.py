@@ -23,6 +23,7 @@ NEXT = ".next"  # after a state's name: what a graph, which writes nothing in pl
 # After a state's name: what of it a graph makes anew, as many rows of each as `slots` has entries.
 ROWS = ".rows"
 PLACE_OF_ROWS = "slots"  # the input that says where in the state these lie
+NUMBER_OF_KEYS = "keys"  # the input that says how many tokens of a cache are attended to
 WHOLE = "denoiser"  # the call of the steps, where a graph is all of a moment
 _MOST_LAYERS = 1024
 _Templated = Annotated[str, Text(r"[A-Za-z0-9][A-Za-z0-9._+{}-]*", 64)]

@@ -83,7 +83,8 @@ class TensorRtDetails:
             return "it is for no version of TensorRT"
         if target.get("device") != "cuda":
             return f"it is for device {target.get('device')}"
-        if WHOLE in files:
+        # Only of a step that is all of a Program may each expert have a plan of its own.
+        if WHOLE in files or tuple(calls) != (WHOLE,):
             return _missing(calls, files)
         return "" if _OWN_PLANS <= set(files) else "it has no plan for an expert"
 

@@ -13,7 +13,7 @@ from wanexport.runtime.bundle.pinned_file import PinnedFile
 from wanexport.runtime.engines.aoti_regions import BoundRegions, Regions
 from wanexport.runtime.engines.aoti_target import refusal
 from wanexport.runtime.engines.device import (
-    blank_input,
+    blank_inputs,
     capture_stream,
     gpu_or_cpu,
     launch_bound,
@@ -68,7 +68,7 @@ class AotiEngine:
         inputs = regions.program.inputs
         # Of a caller in inference mode, calls outside it could not write them.
         with torch.inference_mode(False), on_device(self.device_of):
-            zeros = {n: blank_input(spec, self.device_of) for n, spec in inputs.items()}
+            zeros = blank_inputs(inputs, self.device_of)
             self.launch_seconds, self.block_seconds = self.bound.warm_up(zeros, self.memory())
             if cuda_graph is None:
                 cuda_graph = launch_bound(self.launch_seconds, self.block_seconds)

@@ -1,7 +1,7 @@
 """The device that an engine runs on: its name, and what PyTorch raises there in one line."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.errors import EngineFailure
-from wanexport.runtime.program import ENGINE_DTYPE, Program, TensorSpec
+from wanexport.runtime.program import ENGINE_DTYPE, NUMBER_OF_KEYS, Program, TensorSpec
 
 _LAUNCH_BOUND = 0.7  # of the GPU's time: when a launch takes more, a CUDA graph pays
 
@@ -68,11 +68,23 @@ def to_device(value: Any, device: torch.device, dtype: torch.dtype = torch.float
     return tensor.to(device, dtype, non_blocking=device.type == "cuda").contiguous()
 
 
-def blank_input(spec: TensorSpec, device: torch.device) -> Tensor:
-    """An input of zeros; of whole numbers ones, for a forward attends to at least one token."""
-    whole = spec.dtype != "fp32"
-    dtype = getattr(torch, DTYPES[spec.dtype].torch)
-    return torch.full(spec.shape, int(whole), dtype=dtype, device=device)
+def blank_inputs(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:
+    """Zeros, which of whole numbers are places that every model has; but a forward attends to at
+    least one token."""
+    return {
+        name: torch.full(
+            spec.shape,
+            int(name == NUMBER_OF_KEYS),
+            dtype=_dtype(spec),
+            device=device,
+        )
+        for name, spec in specs.items()
+    }
+
+
+def _dtype(spec: TensorSpec) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, DTYPES[spec.dtype].torch)
+    return dtype
 
 
 def zero_state(program: Program, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -81,7 +93,7 @@ def zero_state(program: Program, dtype: torch.dtype, device: torch.device) -> di
         return {
             name: torch.zeros(
                 spec.shape,
-                dtype=dtype if spec.dtype == ENGINE_DTYPE else torch.float32,
+                dtype=dtype if spec.dtype == ENGINE_DTYPE else _dtype(spec),
                 device=device,
             )
             for name, spec in program.states().items()

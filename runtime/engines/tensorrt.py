@@ -135,7 +135,7 @@ class TensorRtEngine:
         if buffers is not None:
             with buffers.turn():
                 buffers.idle.synchronize()
-                self.context = self.graph = self.weights = self.buffers = None
+                self.buffers = self.context = self.graph = self.weights = None
 
     @property
     def device_memory(self) -> dict[str, int]:

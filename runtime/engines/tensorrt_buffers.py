@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from wanexport.runtime.engines.device import blank_input, on_device
+from wanexport.runtime.engines.device import blank_inputs, on_device
 from wanexport.runtime.engines.device_weights import check_room
 from wanexport.runtime.program import TensorSpec
 
@@ -29,10 +29,8 @@ class Buffers:
         self.device = device
         # Of a caller in inference mode, calls outside it could not write them.
         with on_device(device), torch.inference_mode(False):
-            self.inputs, self.outputs = (
-                {name: blank_input(spec, device) for name, spec in ends.items()}
-                for ends in (inputs, outputs)
-            )
+            self.inputs = blank_inputs(inputs, device)
+            self.outputs = blank_inputs(outputs, device)
             self.activations = torch.empty(max(1, size), dtype=torch.uint8, device=device)
         self.lock = threading.Lock()
         self.own_stream, self.idle = torch.cuda.Stream(device), torch.cuda.Event()

@@ -22,12 +22,13 @@ from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory
 from wanexport.runtime.engines.moments import Ends, call_moment
 from wanexport.runtime.engines.tensorrt_buffers import Buffers
 from wanexport.runtime.engines.tensorrt_plan import Plan
-from wanexport.runtime.errors import EngineFailure
+from wanexport.runtime.errors import BundleError, EngineFailure
 from wanexport.runtime.program import (
     ENGINE_DTYPE,
     NEXT,
     PLACE_OF_ROWS,
     ROWS,
+    WHOLE,
     Call,
     Program,
     TensorSpec,
@@ -165,9 +166,10 @@ class MomentsEngine:
                 self.weights = self.buffers = None
 
     def _held(self, file: PinnedFile) -> AbstractContextManager[None]:
-        if self.weights is None:
+        weights = self.weights
+        if weights is None:
             raise EngineFailure(CLOSED)
-        return self.weights.held(file)
+        return weights.held(file)
 
 
 def open_moments(
@@ -235,8 +237,21 @@ def _checked_buffers(
         plan = plans[call.name]
         for file in files:
             plan.check(_ends(plan, program, call, dtype), file, reads_all=False)
+    _check_state(plans, program)
     size = max(plan.activation_bytes for plan in plans.values())
     return Buffers(program.inputs, {}, size, device)
+
+
+def _check_state(plans: Mapping[str, Plan], program: Program) -> None:
+    """Raise BundleError where a session would keep zeros of a state: no plan gives any of it."""
+    given = {name for plan in plans.values() for name in plan.tensors}
+    for state in program.states():
+        if not given & {state + NEXT, state + ROWS}:
+            folder = plans[WHOLE].path.parent
+            raise BundleError(
+                f"no plan in {folder} gives {state}{NEXT} or {state}{ROWS}, which a session keeps: "
+                f"run wanexport build again"
+            )
 
 
 def _ends(plan: Plan, program: Program, call: Call, dtype: str) -> dict[str, TensorSpec]:

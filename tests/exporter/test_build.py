@@ -27,7 +27,7 @@ from tests.quick import QUICK_PRESETS, slow_but
 from wanexport.exporter import build as build_module
 from wanexport.exporter.backends.backend import Request, TensorRtOptions
 from wanexport.exporter.backends.onnx import backend as onnx_backend
-from wanexport.exporter.backends.onnx import lower as to_onnx
+from wanexport.exporter.backends.onnx.attention import ATTENTION_FORMS
 from wanexport.exporter.backends.order import BuildOptions, attention_for, geometry_for, make_order
 from wanexport.exporter.backends.table import BACKENDS, default_backend
 from wanexport.exporter.build import build
@@ -341,12 +341,12 @@ def test_a_full_proof_runs_every_block(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # test_proofs has others
 def test_a_failed_proof_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = to_onnx._ATTENTION["native"]
+    right = ATTENTION_FORMS["native"]
 
     def unscaled(q: Any, k: Any, v: Any, kind: str) -> Any:
         return right(op.Mul(q, op.CastLike(op.Constant(value_float=0.1), q)), k, v, kind)
 
-    monkeypatch.setitem(to_onnx._ATTENTION, "native", unscaled)
+    monkeypatch.setitem(ATTENTION_FORMS, "native", unscaled)
     with pytest.raises(WanExportError, match="failed its proof: relative L2 error"):
         build("tiny", random_weights=0, resolution="32x32", frames=1, output=tmp_path / "b")
     left = [path.name for path in (tmp_path / "b").rglob("*") if path.is_file()]

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import opset23 as op
 
+from wanexport.exporter.backends.onnx.attention import in_products
 from wanexport.runtime.program import NEXT, ROWS
 
 SCATTER = "ScatterND"
@@ -86,19 +87,6 @@ def _counting(k: Any, keys: Any) -> Any:
         op.Constant(value_int=0), op.Constant(value_int=int(k.shape[1])), op.Constant(value_int=1)
     )
     return op.Less(numbers, keys)
-
-
-def in_products(q: Any, k: Any, v: Any, counting: Any = None) -> Any:
-    """Attention in products and a softmax, with the scale on q, as TensorRT fuses it; to the keys
-    that count, by default all."""
-    scale = op.CastLike(op.Constant(value_float=float(q.shape[-1]) ** -0.5), q)
-    scaled = op.Mul(op.Transpose(q, perm=[0, 2, 1, 3]), scale)
-    scores = op.MatMul(scaled, op.Transpose(k, perm=[0, 2, 3, 1]))
-    if counting is not None:
-        nothing = op.CastLike(op.Constant(value_float=float("-inf")), q)
-        scores = op.Where(counting, scores, nothing)
-    out = op.MatMul(op.Softmax(scores, axis=-1), op.Transpose(v, perm=[0, 2, 1, 3]))
-    return op.Transpose(out, perm=[0, 2, 1, 3])
 
 
 ATTEND: Mapping[str, Any] = MappingProxyType(

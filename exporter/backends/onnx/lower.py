@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -16,14 +15,13 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
 )
-from onnxscript import opset23 as op
 from onnxscript import optimizer
 from torch.export import ExportedProgram
 
+from wanexport.exporter.backends.onnx.attention import ATTENTION_FORMS
 from wanexport.exporter.backends.onnx.cached import (
     ATTEND,
     Becomes,
-    in_products,
     rows_of,
     use_lengths,
     what_becomes,
@@ -210,7 +208,7 @@ def _export(exported: ExportedProgram, how: Lowering) -> torch.onnx.ONNXProgram:
             verbose=False,
             custom_translation_table={
                 torch.ops.aten.linear.default: linear,
-                torch.ops.wanexport.attention.kind: _ATTENTION[how.attention],
+                torch.ops.wanexport.attention.kind: ATTENTION_FORMS[how.attention],
                 torch.ops.wanexport.cached_attention.default: ATTEND[how.cached],
                 torch.ops.aten.index_copy.default: write_rows,
                 torch.ops.aten.clamp.default: clamp,
@@ -269,25 +267,6 @@ _CLEANUPS = (
     RemoveUnusedOpsetsPass(),
     ClearMetadataAndDocStringPass(),
 )
-
-
-def _attention(q: Any, k: Any, v: Any, kind: str) -> Any:
-    """[B, S, H, D] to ONNX's [B, H, S, D] and back; its default scale is ours, 1 / sqrt(D)."""
-    q, k, v = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (q, k, v))
-    out, *_ = op.Attention(q, k, v)  # the operator has optional outputs: take the first
-    return op.Transpose(out, perm=[0, 2, 1, 3])
-
-
-def _decomposed_attention(q: Any, k: Any, v: Any, kind: str) -> Any:
-    """The same in products and a softmax."""
-    return in_products(q, k, v)
-
-
-_ATTENTION = {
-    "native": _attention,
-    "mha": _attention,
-    "decomposed": _decomposed_attention,
-}
 
 
 def serialize(model: ir.Model) -> bytes:

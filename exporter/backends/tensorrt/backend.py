@@ -20,6 +20,7 @@ from wanexport.exporter.backends.backend import (
 from wanexport.exporter.backends.onnx.prove import prove_lowering
 from wanexport.exporter.backends.tensorrt import graphs as graphs_of_plans
 from wanexport.exporter.backends.tensorrt import plan as to_tensorrt
+from wanexport.exporter.backends.tensorrt.fusion import check_fusion, check_fusion_can_be_known
 from wanexport.exporter.backends.tensorrt.graphs import (
     Graphs,
     lowered_graphs,
@@ -108,7 +109,7 @@ class TensorRtBackend:
             progress(f"{request.label}: {stage}", done, total)
 
         options, gpu = _options(request), _memory(request)
-        _check_fusion_can_be_known(request, options, gpu is not None)
+        check_fusion_can_be_known(request, options, gpu is not None)
         room = check_room(request, folder, gpu)
         show("tracing and lowering", 0, 0)
         graphs = lowered_graphs(*what_is_lowered(request))
@@ -116,16 +117,17 @@ class TensorRtBackend:
         # Beside the plan, where a sweep finds it after a kill.
         with TemporaryDirectory(prefix="plan-", dir=folder) as name:
             scratch = Path(name).resolve()
-            for role, call, source in _plans(graphs, weights, request.bakes):
+            plans = _plans(graphs, weights, request.bakes)
+            for role, call, source in plans:
                 files[role] = folder / f"{role}.plan"
                 (scratch / f"{call}.onnx").write_bytes(graphs.content[call])
                 job = self._job(request, scratch, role, call, source)
-                own = show if role == WHOLE else _of_plan(role, show)
+                own = _of_plan(role, show) if len(plans) > 1 else show
                 results[role] = _run(job, scratch, own)
                 _take_over(job, folder)
                 files[layers_role(role)] = folder / Path(job.layers).name
         report = _summary(graphs, results)
-        _check_fusion(request, options, report)
+        check_fusion(request, options, report)
         details = TensorRtDetails(options.hardware_compatible, options.version_compatible)
         build = {**report, "needs_bytes": room}
         return Compiled(files, request.program.whole(), details, graphs.lint, build)
@@ -285,28 +287,3 @@ def _summary(graphs: Graphs, results: Mapping[str, dict[str, Any]]) -> dict[str,
         "plan_peak_rss_bytes": max(result["peak_rss_bytes"] for result in results.values()),
         "attention_expected": sum(graphs.attentions.values()),
     }
-
-
-def _check_fusion_can_be_known(request: Request, options: TensorRtOptions, is_here: bool) -> None:
-    if request.attention == "decomposed" and not is_here and not options.allow_unfused:
-        raise BadRequest(
-            f"whether TensorRT fuses decomposed attention shows only on a GPU, and there is no "
-            f"{request.target['arch']} here: use --attention-operator native, or --allow-unfused"
-        )
-
-
-def _check_fusion(request: Request, options: TensorRtOptions, report: dict[str, Any]) -> None:
-    """Refuse an engine whose attention is not known to be fused, or warn where that is allowed."""
-    is_native = request.attention != "decomposed"
-    found = report["attention_layers" if is_native else "attention_kernels"]
-    expected = report["attention_expected"]
-    if found is not None and found >= expected:
-        return
-    shown = "an unknown number" if found is None else str(found)
-    message = (
-        f"{request.label}: {shown} of {expected} attention layers are fused; others would keep "
-        f"every score in GPU memory"
-    )
-    if not options.allow_unfused:
-        raise BadRequest(f"{message}: use --attention-operator native, or --allow-unfused")
-    warnings.warn(message, WanExportWarning, stacklevel=2)

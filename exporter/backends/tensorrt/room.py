@@ -48,9 +48,12 @@ def estimate(request: Request) -> Estimate:
 
 
 def _state_bytes(request: Request, itemsize: int) -> int:
-    """What a session keeps, one layer's as a plan makes it anew, and the new rows of all."""
-    states = [itemsize * prod(spec.shape) for spec in request.program.states().values()]
-    rows = len(states) * itemsize * request.geometry.num_tokens * request.config.dim
+    """What a session keeps, one layer's as a plan makes it anew, and the new rows of the caches."""
+    specs, geometry = request.program.states().values(), request.geometry
+    states = [itemsize * prod(spec.shape) for spec in specs]
+    kept = geometry.slots * geometry.frame_tokens
+    caches = sum(spec.shape[1] == kept for spec in specs)  # the others are of the text
+    rows = caches * itemsize * geometry.num_tokens * request.config.dim
     return sum(states) + 2 * max(states, default=0) + rows
 
 
@@ -60,8 +63,9 @@ def check_room(request: Request, folder: Path, gpu: int | None) -> dict[str, int
     Raises EngineFailure with the figures when memory or disk cannot suffice.
     """
     needed = estimate(request)
+    less = "--cache" if request.geometry.chunk else "fewer --frames"
     rooms = {
-        "GPU memory": (needed.gpu, gpu, "choose a smaller --resolution or fewer --frames"),
+        "GPU memory": (needed.gpu, gpu, f"choose a smaller --resolution or {less}"),
         "host memory": (needed.host, available_bytes(), "close what else uses it"),
         "disk": (needed.disk, shutil.disk_usage(folder).free, "name a folder elsewhere with -o"),
     }

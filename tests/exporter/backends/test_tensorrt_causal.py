@@ -21,8 +21,9 @@ from wanexport.exporter.backends.onnx import lower as to_onnx
 from wanexport.exporter.backends.onnx.assemble import assemble
 from wanexport.exporter.backends.onnx.lower import Lowering, for_tensorrt, lower, serialize
 from wanexport.exporter.backends.onnx.proof_process import OnnxJob, prove_onnx
-from wanexport.exporter.backends.tensorrt.graphs import lowered_graphs
-from wanexport.exporter.backends.tensorrt.plan import build_plan, network_layers, parse
+from wanexport.exporter.backends.tensorrt import backend
+from wanexport.exporter.backends.tensorrt.graphs import Graphs, lowered_graphs
+from wanexport.exporter.backends.tensorrt.plan import PlanJob, build_plan, network_layers, parse
 from wanexport.exporter.build import build
 from wanexport.exporter.inspection import inspect
 from wanexport.exporter.lint.tensorrt import lint_tensorrt
@@ -296,3 +297,32 @@ def test_an_input_that_reaches_no_output_is_refused(name: str) -> None:
     check: Callable[[bytes], Any] = parsed
     with pytest.raises(WanExportError, match=f"drops its input {dropped}: no output"):
         check(model.SerializeToString())
+
+
+def test_each_of_several_plans_is_named_while_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = dict.fromkeys(("layers", "attention_layers", "seconds", "peak_rss_bytes"), 0)
+
+    def run(job: PlanJob, scratch: Path, progress: Callable[[str, int, int], None]) -> Any:
+        progress("building", 0, 1)
+        return {**result, "attention_kernels": None, "activation_bytes": None}
+
+    shown: list[str] = []
+    monkeypatch.setattr(backend, "_run", run)
+    monkeypatch.setattr(backend, "_take_over", lambda job, folder: None)
+    request = request_for(
+        {"device": "cuda", "arch": "sm89", RTX: "1.7"}, config=CONFIG, geometry=GEOMETRY
+    )
+    for moments in (("prompt", "denoiser", "commit"), ("denoiser",)):
+        none = dict.fromkeys(moments, 0)
+        monkeypatch.setattr(
+            backend, "lowered_graphs", lambda *_, n=none: Graphs(dict.fromkeys(n, b""), n, {})
+        )
+        backend.TensorRtBackend(RTX).compile_engine(
+            tmp_path, request, {}, lambda stage, *_: shown.append(stage)
+        )
+    label = request.label
+    building = [f"{label}: {name}, building" for name in ("prompt", "denoiser", "commit")]
+    lowering = f"{label}: tracing and lowering"
+    assert shown == [lowering, *building, lowering, f"{label}: building"]

@@ -92,4 +92,16 @@ def test_the_state_of_a_causal_model_counts() -> None:
     assert estimate(larger).gpu - estimate(causal).gpu == (2 * 30 + 2) * frame
     # Its cache has a slot for what fills a short chunk up; the rows of a chunk come out beside it.
     assert estimate(causal).gpu > 2.8e9 + 2 * 30 * (22 + 3) * frame
+    # Of the text there are no rows: beside its keys and values are activations of 0.16 GB.
+    text = 2 * 30 * 512 * 1536 * 2
+    most = 2.9e9 + (2 * 30 * (22 + 3) + 2 * 22) * frame + text + 0.2e9
+    assert estimate(causal).gpu < most
     assert estimate(causal).disk == 3 * estimate(request_of("t2v-1.3b")).disk
+
+
+def test_a_causal_model_that_does_not_fit_is_told_of_its_cache(tmp_path: Path) -> None:
+    """How long its video is decides nothing where the cache is named."""
+    geometry = Geometry(480, 832, 81, chunk=3, cache=21)
+    causal = replace(request_of("self-forcing-1.3b"), geometry=geometry)
+    with pytest.raises(WanExportError, match=r"8\.00 GB: choose .* or --cache$"):
+        check_room(causal, tmp_path, 8_000_000_000)

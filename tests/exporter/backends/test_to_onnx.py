@@ -22,6 +22,7 @@ from tests.oracles.wan_reference import VARIANTS, small_config, small_geometry
 from tests.quick import QUICK_PRESETS, slow_but
 from wanexport.exporter.backends.onnx import lower as to_onnx
 from wanexport.exporter.backends.onnx.assemble import assemble
+from wanexport.exporter.backends.onnx.attention import ATTENTION_FORMS
 from wanexport.exporter.backends.onnx.cached import Becomes
 from wanexport.exporter.backends.onnx.lower import (
     Lowered,
@@ -211,8 +212,8 @@ adding (float[4] {reads}, float[4] sum) => (float[4] {writes}, float[4] sum_next
 """
 
 
-def test_a_state_that_several_calls_and_layers_keep_is_handed_on() -> None:
-    """It has one name: the first call adds x, then both layers of the second add what it wrote."""
+def adding(*becomes: Becomes) -> Lowered:
+    """Calls that keep one sum: the first adds x, then both layers of the second what it wrote."""
     spec = TensorSpec((4,))
     program = Program(
         inputs={"x": Input((4,))},
@@ -229,8 +230,13 @@ def test_a_state_that_several_calls_and_layers_keep_is_handed_on() -> None:
         "second": ADDING.format(reads="y", writes="z"),
     }
     calls = {name: ir.from_proto(onnx.parser.parse_model(text)) for name, text in texts.items()}
-    becomes = dict.fromkeys(calls, (Becomes.ANOTHER,))
-    model = ir.to_proto(assemble(Lowered(program, calls, becomes, {}, "fp32"), {}))
+    made = {name: (own,) for name, own in zip(calls, becomes, strict=True)}
+    return Lowered(program, calls, made, {}, "fp32")
+
+
+def test_a_state_that_several_calls_and_layers_keep_is_handed_on() -> None:
+    """It has one name."""
+    model = ir.to_proto(assemble(adding(Becomes.ANOTHER, Becomes.ANOTHER), {}))
     assert not model.metadata_props  # what two calls write one after the other is read in between
     assert [value.name for value in model.graph.output] == ["y", "sum.next"]
     session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -238,6 +244,11 @@ def test_a_state_that_several_calls_and_layers_keep_is_handed_on() -> None:
     y, after = session.run(None, {"x": x, "sum": kept})
     np.testing.assert_array_equal(y, x)
     np.testing.assert_array_equal(after, kept + 3 * x)
+
+
+def test_a_state_of_which_there_are_rows_alone_is_handed_to_no_other_call() -> None:
+    with pytest.raises(RuntimeError, match="second takes sum, of which its moment gives rows only"):
+        assemble(adding(Becomes.ROWS, Becomes.ANOTHER), {})
 
 
 def test_a_graph_whose_parts_do_not_fit_is_refused() -> None:
@@ -278,7 +289,7 @@ def test_fewer_attentions_than_the_model_has_are_refused(
 def test_attention_is_lowered_as_it_was_asked_for(
     asked: str, planted: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(to_onnx._ATTENTION, asked, to_onnx._ATTENTION[planted])
+    monkeypatch.setitem(ATTENTION_FORMS, asked, ATTENTION_FORMS[planted])
     with pytest.raises(RuntimeError, match=message):
         lowered_of(small_config("t2v-1.3b"), "fp32", asked)
 

@@ -36,6 +36,7 @@ from wanexport.exporter.backends.tensorrt import backend as tensorrt_backend
 from wanexport.exporter.backends.tensorrt import plan as to_tensorrt
 from wanexport.exporter.backends.tensorrt import targets as tensorrt_targets
 from wanexport.exporter.backends.tensorrt.backend import TensorRtBackend
+from wanexport.exporter.backends.tensorrt.fusion import check_fusion
 from wanexport.exporter.backends.tensorrt.graphs import lowered_graphs
 from wanexport.exporter.backends.tensorrt.plan import PlanJob, build_plan, configure, parse
 from wanexport.exporter.build import build
@@ -584,12 +585,12 @@ def test_fewer_fused_attentions_than_the_model_has_are_refused(
         "attention_expected": 2,
     }
     if is_fused:
-        tensorrt_backend._check_fusion(request, TensorRtOptions(), report)
+        check_fusion(request, TensorRtOptions(), report)
         return
     with pytest.raises(WanExportError, match="1 of 2 attention layers are fused"):
-        tensorrt_backend._check_fusion(request, TensorRtOptions(), report)
+        check_fusion(request, TensorRtOptions(), report)
     with pytest.warns(WanExportWarning, match="would keep every score"):
-        tensorrt_backend._check_fusion(request, TensorRtOptions(allow_unfused=True), report)
+        check_fusion(request, TensorRtOptions(allow_unfused=True), report)
 
 
 def test_an_opened_plan_is_asked_for_its_kernels_and_memory(tmp_path: Path) -> None:

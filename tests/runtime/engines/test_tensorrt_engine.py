@@ -396,6 +396,22 @@ def test_a_closed_engine_says_so(gpu: Gpu, experts: Path) -> None:
     denoiser.close()
 
 
+def test_a_call_beside_a_close_is_told_of_it(gpu: Gpu, bundle: Path) -> None:
+    """Of another thread, when the weights have just been let go of: they were not baked in."""
+
+    class Calling(TensorRtEngine):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "weights":
+                with pytest.raises(EngineFailure, match="was closed: load it again"):
+                    self._held(self.file)
+
+    engine = engine_of(load(bundle))
+    engine.__class__ = Calling
+    engine.close()
+    assert engine.weights is None
+
+
 def test_the_gpu_is_the_one_that_was_named(gpu: Gpu, bundle: Path) -> None:
     load(bundle, device="cuda:1")
     assert set(gpu.devices) == {"cuda:1"}

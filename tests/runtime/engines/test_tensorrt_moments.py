@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.causal_stream import CONFIG, Clip, Slots, compared, random_weights
 from tests.exporter.families import memory as memory_family
-from tests.oracles.tensorrt_doubles import Gpu, TensorRt, write_graph_plan
+from tests.oracles.tensorrt_doubles import Gpu, Stream, TensorRt, write_graph_plan
 from tests.runtime.causal_engine import causal_denoiser, joined, text_of
 from tests.runtime.engines.test_tensorrt_engine import CONFIG as SMALL
 from tests.runtime.engines.test_tensorrt_engine import FLAVOUR, REAL, since
@@ -56,7 +56,7 @@ from wanexport.runtime.errors import EngineFailure
 from wanexport.runtime.family import FAMILIES, family_of
 from wanexport.runtime.geometry import Geometry
 from wanexport.runtime.sample_stream import sample_stream
-from wanexport.runtime.wan_config import WanConfig
+from wanexport.runtime.wan_config import EXPERTS, WanConfig
 
 GEOMETRY = Clip([3] * 2, 7).geometry
 CLIPS = {
@@ -261,7 +261,9 @@ def test_the_text_is_read_once_and_again_for_other_weights(
 
 
 def test_the_host_waits_for_nothing_and_no_graph_is_captured(gpu: Gpu, bundle: Path) -> None:
-    engine = opened(bundle, cuda_graph=True)
+    with pytest.raises(BadRequest, match=r"a state of each session, .*: leave --cuda-graph out"):
+        load(bundle, cuda_graph=True)
+    engine = opened(bundle)
     memory = engine.memory()
     engine(drawn(0), memory=memory)
     gpu.trt.calls.clear()
@@ -269,6 +271,32 @@ def test_the_host_waits_for_nothing_and_no_graph_is_captured(gpu: Gpu, bundle: P
         engine(drawn(0), memory=memory, moment=moment)
     names = [c[0] for c in gpu.trt.calls if c[0] != "set_tensor_address"]
     assert names == ["wait_event", "execute_async_v3", "record"] * 2
+
+
+def test_rows_are_written_behind_the_plan_where_it_ran_on_another_stream(
+    gpu: Gpu, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, calls = opened(bundle), gpu.trt.calls
+    memory = engine.memory()
+    engine(drawn(0), memory=memory)
+
+    def noted(*arrays: Any) -> None:
+        calls.append(("rows",))
+        keep_rows(*arrays)
+
+    monkeypatch.setattr(moments, "keep_rows", noted)
+    gpu.current = Stream(calls, 0)
+    calls.clear()
+    engine(drawn(0), memory=memory, moment="commit")
+    own = [
+        ("wait_event", 0),
+        ("wait_stream", 99, 0),
+        ("execute_async_v3", 99),
+        ("wait_stream", 0, 99),
+        *[("rows",)] * 2 * CONFIG.num_layers,
+        ("record", 0),
+    ]
+    assert [call for call in calls if call[0] != "set_tensor_address"] == own
 
 
 def test_the_plans_share_weights_and_activations(gpu: Gpu, bundle: Path) -> None:
@@ -299,6 +327,27 @@ def test_what_tensorrt_refuses_leaves_the_session_as_it_was(gpu: Gpu, bundle: Pa
     for call in (lambda: engine(drawn(0), memory=memory), lambda: engine.use(engine.file)):
         with pytest.raises(EngineFailure, match="was closed: load it again"):
             call()
+
+
+def test_a_close_beside_a_call_is_told_in_one_line(gpu: Gpu, bundle: Path) -> None:
+    """Of another thread, between the looks that a call takes at the engine's weights."""
+
+    class ClosedBetween(MomentsEngine):
+        looks: ClassVar[list[Any]] = []
+
+        @property
+        def weights(self) -> Any:
+            return self.looks.pop(0) if self.looks else None
+
+        @weights.setter
+        def weights(self, weights: Any) -> None: ...
+
+    engine = opened(bundle)
+    ClosedBetween.looks = [engine.weights]
+    engine.__class__ = ClosedBetween
+    engine(drawn(0))
+    with pytest.raises(EngineFailure, match="was closed: load it again"):
+        engine(drawn(0))
 
 
 WRONG: dict[str, tuple[str, str, Any, str]] = {
@@ -346,6 +395,37 @@ def test_an_engine_without_a_plan_for_a_moment_is_unusable(bundle: Path, tmp_pat
     files = {role: file for role, file in engine.files.items() if role != "commit"}
     write_manifest(copy, replace(manifest, engines=(replace(engine, files=files),)))
     assert "it has no file for its call commit" in str(inspect(copy)["problems"])
+
+
+def test_plans_of_experts_are_no_plan_of_a_causal_step(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    manifest = read_manifest(copy)
+    (engine,) = manifest.engines
+    files = dict(engine.files)
+    step = files.pop("denoiser")
+    files |= {f"denoiser-{expert}": step for expert in EXPERTS}
+    write_manifest(copy, replace(manifest, engines=(replace(engine, files=files),)))
+    assert "it has no file for its call denoiser" in str(inspect(copy)["problems"])
+
+
+def test_a_plan_that_gives_nothing_of_a_state_is_refused(
+    gpu: Gpu, bundle: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    manifest = read_manifest(copy)
+    (engine,) = manifest.engines
+    files = dict(engine.files)
+    for call in ("denoiser", "commit"):
+        plan = json.loads((copy / f"{call}.plan").read_text())
+        del plan["tensors"]["cache_k.1.rows"]
+        plan["outputs"].remove("cache_k.1.rows")
+        (copy / f"{call}.plan").write_text(json.dumps(plan))
+        files[call] = file_record(copy, copy / f"{call}.plan")
+    write_manifest(copy, replace(manifest, engines=(replace(engine, files=files),)))
+    with pytest.raises(BundleError, match=r"cache_k\.1.*run wanexport build again"):
+        load(copy)
 
 
 def test_other_weights_are_used_between_videos(gpu: Gpu, bundle: Path, other: Path) -> None:
