@@ -42,9 +42,7 @@ def test_every_sample_is_run() -> None:
     assert {f"samples/{name}" for name in SHOWN} == shown
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(list(LAST_WORDS), "02_build_and_sample.py", "06_two_experts.py")
-)
+@pytest.mark.parametrize("name", slow_but(list(LAST_WORDS), "02_build_and_sample.py"))
 def test_the_sample_runs(name: str, forks: Forks, tmp_path: Path) -> None:
     ended = forks.run_program(["python", str(SAMPLES / name), "."], tmp_path, os.environ)
     assert ended.code == 0, ended.errors

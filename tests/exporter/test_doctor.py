@@ -26,6 +26,7 @@ def stated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return requirements
 
 
+@pytest.mark.slow  # every library is imported
 def test_this_environment_is_usable() -> None:
     record = doctor()
     assert record["usable"]

@@ -240,6 +240,7 @@ def test_a_causal_engine_is_built_proven_and_inspected(dtype: str, tmp_path: Pat
     assert not inspect(tmp_path / "bundle", verify=True)["problems"]
 
 
+@pytest.mark.slow
 def test_in_fp32_it_is_built_with_decomposed_attention(tmp_path: Path) -> None:
     """TensorRT for RTX has no kernel of attention with a mask in fp32."""
     parts = graph_of("step", for_tensorrt("fp32", "decomposed"))

@@ -147,6 +147,7 @@ def test_a_block_that_reads_another_ones_value_is_named(bundle: Path) -> None:
         compare(bundle, dtype="fp32", steps=1, bisect=True)
 
 
+@pytest.mark.slow
 def test_another_engine_takes_the_place_of_the_model(bundle: Path) -> None:
     options: dict[str, Any] = {"dtype": "fp16", "against": "onnx", "steps": 1, "bisect": True}
     clean = compare(bundle, **options)
