@@ -17,7 +17,7 @@ from wanexport.runtime.bundle.tensorfile import load_arrays
 FIRST = document("docs/build.md").commands("bash")[0]
 PAGES = [p for p in documents() if p.name.startswith("docs/") and p.blocks("bash", "python")]
 # The others compile, or run for long; test_docs has click take every command that they show.
-QUICK = ("docs/python.md", "docs/report.md", "docs/run.md", "docs/weights.md")
+QUICK = ("docs/python.md", "docs/report.md", "docs/run.md")
 MADE = {  # what a page's commands leave, by its name
     "docs/build.md": ("tiny/engines/128x192x17/onnx-fp32/denoiser.onnx",),
     "docs/run.md": ("latents.safetensors", "distilled.safetensors.json"),

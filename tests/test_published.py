@@ -176,6 +176,7 @@ for one in (new, made):
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_rotate_and_the_one_in_place_writes_over_its_input() -> None:
     pytest.importorskip("triton", reason="needs Triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -56,6 +56,7 @@ for found in pkgutil.walk_packages(runtime.__path__, "wanexport.runtime."):
 """
 
 
+@pytest.mark.slow
 def test_every_module_of_the_runtime_imports() -> None:
     run_on_windows(EVERY_MODULE, libraries=("numpy", "torch", "diffusers"))
 
@@ -121,6 +122,7 @@ with pinned.opened() as descriptor:
 """
 
 
+@pytest.mark.slow
 def test_weights_are_read_whole_by_any_number_of_threads(tiny_bundle: Path, tmp_path: Path) -> None:
     run_on_windows(WEIGHTS, tiny_bundle, tmp_path, libraries=("numpy", "torch"))
 

@@ -60,6 +60,7 @@ def test_a_fault_in_one_block_is_located(bundle: Path, fault: Fault, operator: s
     assert found["verdict"].startswith(f"block {fault.layer} is the first call that exceeds")
 
 
+@pytest.mark.slow
 def test_a_weight_that_was_converted_wrong_is_named(converted: Path) -> None:
     found = bisected(converted, Fault("onnx", "fp16", "weight", 1, "cross_attn.v"))["bisect"]
     assert found["first"] == "block 1"
@@ -111,6 +112,7 @@ def test_a_flat_graph_is_cut_too(bundle: Path) -> None:
     assert found["nodes"]["first"]["operators"] == ["Slice"]
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_graph_shows_against_diffusers_and_in_no_node(
     converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +123,7 @@ def test_a_fault_of_the_graph_shows_against_diffusers_and_in_no_node(
     assert "they differ from our graph's nowhere" in found["verdict"]
 
 
+@pytest.mark.slow
 def test_values_are_tapped_a_few_at_a_time(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alter_block(bundle, fault := Fault("onnx", "fp32", "RoPE axis", 1, "frames"))
     options: dict[str, Any] = {"dtype": fault.dtype, "steps": 1, "bisect": True}

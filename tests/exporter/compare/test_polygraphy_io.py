@@ -88,6 +88,7 @@ def test_inputs_and_velocities_are_those_of_the_compared_calls(
     assert float(command.rpartition(" ")[2]) == pytest.approx(1e-5 * max(norms), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_each_expert_has_files_and_a_command_of_its_own(bundle: Path, tmp_path: Path) -> None:
     with_low_noise_expert(bundle)
     inputs, outputs = tmp_path / "in.json", tmp_path / "out.json"

@@ -104,6 +104,7 @@ def test_serving_takes_no_package_that_builds(t2v: Family, tmp_path: Path) -> No
     assert json.loads(child.stdout)["shape"] == [1, 16, 3, *(n // 8 for n in (32, 48))]
 
 
+@pytest.mark.slow
 def test_a_vae_without_an_engine_needs_diffusers_and_says_so(t2v: Family, tmp_path: Path) -> None:
     """In one line, before the sampling."""
     gone = t2v.bundle.parent / "gone"
