@@ -22,8 +22,8 @@ setup: .venv/.ready
 		-c constraints.txt -e '.[$(EXTRAS)]' --group dev
 	for version in $(TENSORRT); do \
 		$(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target .venv/contract/$$version \
-			tensorrt-cu13-bindings==$$version || exit; \
-	done
+			tensorrt-cu13-bindings==$$version & pids="$$pids $$!"; \
+	done; for pid in $$pids; do wait $$pid || exit; done
 	touch $@
 
 demo: setup
