@@ -71,9 +71,7 @@ from wanexport.runtime.wan_config import EXPERTS
 FLOPS = 1_237_581_824  # of the tiny preset at 64x96x9, counted by hand below
 
 
-@pytest.fixture(
-    scope="module", params=slow_but(["onnx graph", "onnx graph diffusers"], "onnx graph")
-)
+@pytest.fixture(scope="module", params=slow_but(["onnx graph", "onnx graph diffusers"]))
 def measured(
     request: pytest.FixtureRequest, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], Path]:
