@@ -101,16 +101,6 @@ def fitted(
         return options
     manifest = read_manifest(bundle)
     files = find_weights(bundle, record, options.weights, manifest).files
-    return _fitted(manifest, record, files, options, device)
-
-
-def _fitted(
-    manifest: Manifest,
-    record: EngineRecord,
-    files: Mapping[str, PinnedFile],
-    options: EngineOptions,
-    device: str,
-) -> EngineOptions:
     from wanexport.runtime.fitting import fit_options  # of a GPU alone
 
     return fit_options(manifest, record, files, options, device)
@@ -140,7 +130,9 @@ def open_engine(
         return chosen[0].files
 
     if "resident_blocks" in backend.OPTIONS and device != "cpu":
-        options = _fitted(manifest, record, weights(), options, device)
+        from wanexport.runtime.fitting import fit_options  # of a GPU alone
+
+        options = fit_options(manifest, record, weights(), options, device)
     engines = backend.open_engines(record, files, weights, options, device)
     own = chosen[0] if chosen else None
     return Denoiser(record, engines, own, find, offload=options.offload)
