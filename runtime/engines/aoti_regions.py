@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
-from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.engines.cached_kernels import attending_to
-from wanexport.runtime.engines.device import zero_state
+from wanexport.runtime.engines.device import torch_dtype, zero_state
 from wanexport.runtime.engines.engine import Memory
 from wanexport.runtime.engines.operators import Kernel, attention_kernels
 from wanexport.runtime.engines.streamed_weights import StreamedWeights
@@ -46,7 +45,7 @@ class Regions:
         dtype: str = "fp32",
     ) -> None:
         self.program, self.kernels, self.device = program, kernels, device
-        self.dtype: torch.dtype = getattr(torch, DTYPES[dtype].torch)
+        self.dtype = torch_dtype(dtype)
         check_temporary_folder(runs_code=True)
         self.runners = {name: _open(files[name], device) for name in program.functions}
         self.lock = threading.Lock()  # a runner serves one caller at a time

@@ -68,6 +68,12 @@ def to_device(value: Any, device: torch.device, dtype: torch.dtype = torch.float
     return tensor.to(device, dtype, non_blocking=device.type == "cuda").contiguous()
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """PyTorch's dtype of our name, as `bf16` or `I64`."""
+    dtype: torch.dtype = getattr(torch, DTYPES[name].torch)
+    return dtype
+
+
 def blank_inputs(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:
     """Zeros, which of whole numbers are places that every model has; but a forward attends to at
     least one token."""
@@ -75,16 +81,11 @@ def blank_inputs(specs: Mapping[str, TensorSpec], device: torch.device) -> dict[
         name: torch.full(
             spec.shape,
             int(name == NUMBER_OF_KEYS),
-            dtype=_dtype(spec),
+            dtype=torch_dtype(spec.dtype),
             device=device,
         )
         for name, spec in specs.items()
     }
-
-
-def _dtype(spec: TensorSpec) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, DTYPES[spec.dtype].torch)
-    return dtype
 
 
 def zero_state(program: Program, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -93,7 +94,7 @@ def zero_state(program: Program, dtype: torch.dtype, device: torch.device) -> di
         return {
             name: torch.zeros(
                 spec.shape,
-                dtype=dtype if spec.dtype == ENGINE_DTYPE else _dtype(spec),
+                dtype=dtype if spec.dtype == ENGINE_DTYPE else torch_dtype(spec.dtype),
                 device=device,
             )
             for name, spec in program.states().items()

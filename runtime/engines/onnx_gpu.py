@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
-from wanexport.runtime.dtypes import DTYPES
-from wanexport.runtime.engines.device import to_device
+from wanexport.runtime.engines.device import to_device, torch_dtype
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
 from wanexport.runtime.engines.engine import CLOSED, Memory
 from wanexport.runtime.engines.moments import Ends, call_moment
@@ -194,12 +193,13 @@ class OnnxGpuSession:
         binding = self.session.io_binding()
         try:
             given = {
-                name: inputs[name].to(_dtype(end)).contiguous() for name, end in self.inputs.items()
+                name: inputs[name].to(torch_dtype(dtype)).contiguous()
+                for name, (_, dtype) in self.inputs.items()
             }
             with torch.inference_mode(False):  # of a caller in it, others could not write the state
                 outputs = {
                     name: given[state] if (state := name.removesuffix(NEXT)) in self.written else
-                    torch.empty(end[0], dtype=_dtype(end), device=self.device)
+                    torch.empty(end[0], dtype=torch_dtype(end[1]), device=self.device)
                     for name, end in self.outputs.items()
                 }  # fmt: skip
             self._bind(binding.bind_input, given, self.inputs)
@@ -276,7 +276,7 @@ class OnnxGpuEngine:
         with torch.inference_mode(False):
             return Memory(
                 {
-                    name: torch.zeros(end[0], dtype=_dtype(end), device=self._device)
+                    name: torch.zeros(end[0], dtype=torch_dtype(end[1]), device=self._device)
                     for name, end in self._state.items()
                 }
             )
@@ -449,12 +449,6 @@ def _assigned(session: Any) -> Counter[tuple[str, str]]:
         for part in session.get_provider_graph_assignment_info()
         for node in part.get_nodes()
     )
-
-
-def _dtype(end: tuple[tuple[int, ...], str]) -> torch.dtype:
-    """PyTorch's dtype of an input or output."""
-    dtype: torch.dtype = getattr(torch, DTYPES[end[1]].torch)
-    return dtype
 
 
 def _free_bytes(device: torch.device) -> int:

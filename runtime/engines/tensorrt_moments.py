@@ -15,8 +15,13 @@ from torch import Tensor
 
 from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
-from wanexport.runtime.dtypes import DTYPES
-from wanexport.runtime.engines.device import gpu_or_cpu, on_device, to_device, zero_state
+from wanexport.runtime.engines.device import (
+    gpu_or_cpu,
+    on_device,
+    to_device,
+    torch_dtype,
+    zero_state,
+)
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
 from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory
 from wanexport.runtime.engines.moments import Ends, call_moment
@@ -128,7 +133,7 @@ class MomentsEngine:
     def memory(self) -> Memory:
         """What a new session keeps: a state of zeros."""
         with on_device(self._device):
-            return Memory(zero_state(self.program, _torch_dtype(self.dtype), self._device))
+            return Memory(zero_state(self.program, torch_dtype(self.dtype), self._device))
 
     def use(self, weights: PinnedFile) -> None:
         """Read the weights of a file now, when calls that run have ended."""
@@ -217,7 +222,7 @@ def run_calls(
     memory, velocity = engine.memory(), None
     for moment, inputs in calls:
         given = {
-            name: to_device(value, place, _torch_dtype(program.inputs[name].dtype))
+            name: to_device(value, place, torch_dtype(program.inputs[name].dtype))
             for name, value in inputs.items()
         }
         velocity = engine(given, memory=memory, moment=moment)
@@ -283,9 +288,4 @@ def _rows(program: Program, state: TensorSpec, found: TensorSpec) -> TensorSpec:
 
 
 def _new(end: tuple[tuple[int, ...], str], device: torch.device) -> Tensor:
-    return torch.empty(end[0], dtype=_torch_dtype(end[1]), device=device)
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, DTYPES[name].torch)
-    return dtype
+    return torch.empty(end[0], dtype=torch_dtype(end[1]), device=device)

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile
-from wanexport.runtime.dtypes import DTYPES
 from wanexport.runtime.engines import convolution  # noqa: F401 - the operator of the packages
 from wanexport.runtime.engines.aoti_regions import BoundRegions, Regions
-from wanexport.runtime.engines.device import zero_state
+from wanexport.runtime.engines.device import torch_dtype, zero_state
 from wanexport.runtime.engines.engine import Memory
 from wanexport.runtime.engines.operators import Kernel
 from wanexport.runtime.engines.vae_clip import Clip, part_of
@@ -38,7 +37,7 @@ class VaeRegions:
     ) -> None:
         self.program = part_of(vae_program(sizes, geometry), part)
         self.sizes, self.part = sizes, part
-        self.dtype: torch.dtype = getattr(torch, DTYPES[dtype].torch)
+        self.dtype = torch_dtype(dtype)
         self.regions = Regions(files, self.program, kernels, device)
 
     def bind(self, tensors: Mapping[str, Tensor]) -> "BoundVae":
