@@ -18,8 +18,8 @@ from wanexport.runtime.engines.device import (
     gpu_or_cpu,
     launch_bound,
     on_device,
-    to_device,
 )
+from wanexport.runtime.engines.device_engine import DeviceEngine
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
 from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory
 from wanexport.runtime.engines.kernels import check_kernel
@@ -39,7 +39,7 @@ __all__ = [
 OPTIONS = frozenset({"attention", "offload", "resident_blocks", "cuda_graph"})
 
 
-class AotiEngine:
+class AotiEngine(DeviceEngine):
     """Calls the regions with one expert's weights; torch tensors on the device in and out.
 
     `weights` hold by turns the files that calls name: with --offload two engines share one buffer.
@@ -75,23 +75,9 @@ class AotiEngine:
             if cuda_graph and self.device_of.type == "cuda" and regions.program.is_plain:
                 self._capture(self.bound, zeros)
 
-    @property
-    def device(self) -> str:
-        """PyTorch's name of the device."""
-        return str(self.device_of)
-
-    def array(self, value: Any) -> Tensor:
-        """An fp32 tensor on the device."""
-        return to_device(value, self.device_of)
-
     def memory(self) -> Memory:
         """What a new session keeps: a state of zeros."""
         return self.regions.memory()
-
-    def use(self, weights: PinnedFile) -> None:
-        """Read the weights of a file now, when calls that run have ended."""
-        with self._held(weights):
-            pass
 
     def __call__(
         self,

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
-from wanexport.runtime.engines.device import to_device, torch_dtype
+from wanexport.runtime.engines.device import torch_dtype
+from wanexport.runtime.engines.device_engine import DeviceEngine
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
 from wanexport.runtime.engines.engine import CLOSED, Memory
 from wanexport.runtime.engines.moments import Ends, call_moment
@@ -235,7 +236,7 @@ class OnnxGpuSession:
                 current.wait_stream(self.stream)
 
 
-class OnnxGpuEngine:
+class OnnxGpuEngine(DeviceEngine):
     """Calls sessions with one expert's weights: with a provider that reads them where they lie,
     `weights` hold by turns the files that calls name.
 
@@ -253,7 +254,7 @@ class OnnxGpuEngine:
         self.file, self.program = file, program
         self.sessions: dict[str, OnnxGpuSession] | None = dict(sessions)
         self.weights = weights
-        self._device = sessions[WHOLE].device
+        self.device_of = sessions[WHOLE].device
         self._state = zeros_by_name(program, sessions.values())
         self._lock = threading.Lock()
 
@@ -262,29 +263,15 @@ class OnnxGpuEngine:
         """That of a step."""
         return None if self.sessions is None else self.sessions[WHOLE]
 
-    @property
-    def device(self) -> str:
-        """PyTorch's name of the device."""
-        return str(self._device)
-
-    def array(self, value: Any) -> Tensor:
-        """An fp32 tensor on the device."""
-        return to_device(value, self._device)
-
     def memory(self) -> Memory:
         """What a new session keeps: a state of zeros."""
         with torch.inference_mode(False):
             return Memory(
                 {
-                    name: torch.zeros(end[0], dtype=torch_dtype(end[1]), device=self._device)
+                    name: torch.zeros(end[0], dtype=torch_dtype(end[1]), device=self.device_of)
                     for name, end in self._state.items()
                 }
             )
-
-    def use(self, weights: PinnedFile) -> None:
-        """Read the weights of a file now, when calls that run have ended."""
-        with self._sessions_of(weights):
-            pass
 
     def __call__(
         self,
@@ -300,11 +287,11 @@ class OnnxGpuEngine:
         """
         memory = self.memory() if memory is None else memory
         file = weights or self.file
-        with self._sessions_of(file) as sessions, sessions[WHOLE].lock:
+        with self._held(file) as sessions, sessions[WHOLE].lock:
             return call_moment(self.program, sessions, inputs, file, memory, moment)
 
     @contextmanager
-    def _sessions_of(self, file: PinnedFile) -> Iterator[dict[str, OnnxGpuSession]]:
+    def _held(self, file: PinnedFile) -> Iterator[dict[str, OnnxGpuSession]]:
         """The sessions with the weights of a file, for as long as the block lasts.
 
         One that has a copy of others is opened anew.

@@ -21,6 +21,7 @@ from wanexport.runtime.bundle.manifest import EngineRecord
 from wanexport.runtime.bundle.pinned_file import PinnedFile, pin
 from wanexport.runtime.engines.cache_folder import cache_folder
 from wanexport.runtime.engines.device import gpu_or_cpu, launch_bound, to_device
+from wanexport.runtime.engines.device_engine import DeviceEngine
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
 from wanexport.runtime.engines.engine import CLOSED, Engine, EngineOptions, Memory
 from wanexport.runtime.engines.tensorrt_buffers import Buffers
@@ -41,7 +42,7 @@ _BAKED = (
 _LONG = 10.0  # seconds of the first execution, beyond which no launch is worth measuring
 
 
-class TensorRtEngine:
+class TensorRtEngine(DeviceEngine):
     """Executes a plan with one expert's weights; torch tensors on the device in and out.
 
     `weights` hold by turns the files that calls name: with --offload two engines share one buffer.
@@ -59,7 +60,7 @@ class TensorRtEngine:
         *,
         cuda_graph: bool | None = None,
     ) -> None:
-        self.plan, self.file = plan, file
+        self.plan, self.file, self.device_of = plan, file, buffers.device
         self.buffers: Buffers | None = buffers
         self.weights = weights
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -74,25 +75,10 @@ class TensorRtEngine:
             if cuda_graph:
                 self._capture(buffers)
         plan.save_kernels()
-        self._device = buffers.device
-
-    @property
-    def device(self) -> str:
-        """PyTorch's name of the device."""
-        return str(self._device)
-
-    def array(self, value: Any) -> Tensor:
-        """An fp32 tensor on the device."""
-        return to_device(value, self._device)
 
     def memory(self) -> Memory:
         """Nothing: a plan keeps no state."""
         return Memory()
-
-    def use(self, weights: PinnedFile) -> None:
-        """Read the weights of a file now, when calls that run have ended."""
-        with self._held(weights):
-            pass
 
     def _held(self, file: PinnedFile | None) -> AbstractContextManager[None]:
         weights = self.weights

@@ -22,6 +22,7 @@ from wanexport.runtime.engines.device import (
     torch_dtype,
     zero_state,
 )
+from wanexport.runtime.engines.device_engine import DeviceEngine
 from wanexport.runtime.engines.device_weights import DeviceWeights, device_weights
 from wanexport.runtime.engines.engine import CLOSED, EngineOptions, Memory
 from wanexport.runtime.engines.moments import Ends, call_moment
@@ -87,7 +88,7 @@ class PlanSession:
         return [*outputs.values()]
 
 
-class MomentsEngine:
+class MomentsEngine(DeviceEngine):
     """Calls a plan for each moment with one expert's weights; torch tensors on the device.
 
     `weights` hold by turns the files that calls name. Each plan runs once here, which loads its
@@ -104,7 +105,7 @@ class MomentsEngine:
         weights: DeviceWeights,
         file: PinnedFile,
     ) -> None:
-        self.program, self.dtype, self.file, self._device = program, dtype, file, buffers.device
+        self.program, self.dtype, self.file, self.device_of = program, dtype, file, buffers.device
         self.buffers: Buffers | None = buffers
         self.weights: DeviceWeights | None = weights
         # Before contexts and what is bound to them go: an execution may still use them.
@@ -121,24 +122,10 @@ class MomentsEngine:
         for plan in plans.values():
             plan.save_kernels()
 
-    @property
-    def device(self) -> str:
-        """PyTorch's name of the device."""
-        return str(self._device)
-
-    def array(self, value: Any) -> Tensor:
-        """An fp32 tensor on the device."""
-        return to_device(value, self._device)
-
     def memory(self) -> Memory:
         """What a new session keeps: a state of zeros."""
-        with on_device(self._device):
-            return Memory(zero_state(self.program, torch_dtype(self.dtype), self._device))
-
-    def use(self, weights: PinnedFile) -> None:
-        """Read the weights of a file now, when calls that run have ended."""
-        with self._held(weights):
-            pass
+        with on_device(self.device_of):
+            return Memory(zero_state(self.program, torch_dtype(self.dtype), self.device_of))
 
     def __call__(
         self,
