@@ -120,6 +120,20 @@ class Clip:
         return {n: getattr(self, n) for n in ("window", "sink", "max_attention")}
 
 
+def video_of(engine: Any, device: str = "cpu", *, tells: bool = False) -> Call:
+    """A video of an engine that has not begun, from numpy to numpy; with tells the engine is told
+    how many keys count."""
+    memory = engine.memory()
+
+    def call(inputs: Mapping[str, np.ndarray], moment: str) -> Any:
+        memory.attended = int(inputs["keys"][0]) if tells else None
+        given = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+        velocity = engine(given, memory=memory, moment=moment)
+        return None if velocity is None else velocity.cpu().numpy()
+
+    return call
+
+
 TIMES = (1000.0, 833.3333, 312.5)
 
 

@@ -28,15 +28,18 @@ from wanexport.graphs.wan import Block, Conditioning
 
 config = replace(PRESETS["i2v-14b"].config, dim=384, ffn_dim=512, num_heads=3)  # no power of two
 
-def errors(dtype, rows):
-    torch.manual_seed(0)
-    plain, fused = Block(config), FusedBlock(config)
+def of_same_weights(kind, fused_kind, config, dtype):
+    plain, fused, exact = kind(config), fused_kind(config), kind(config)
     for name, p in plain.named_parameters():
         value = torch.randn_like(p) / p.shape[-1] ** 0.5
         p.data = value.to(parameter_dtype(f"blocks.0.{name}", dtype))
     fused.load_state_dict(plain.state_dict(), assign=True)
-    exact = Block(config)
     exact.load_state_dict({k: v.float() for k, v in plain.state_dict().items()}, assign=True)
+    return plain, fused, exact
+
+def errors(dtype, rows):
+    torch.manual_seed(0)
+    plain, fused, exact = of_same_weights(Block, FusedBlock, config, dtype)
     angles = torch.randn(1, rows * 5, 1, 64)
     given = {"modulation": torch.randn(rows, 6, 384), "cos": angles.cos(), "sin": angles.sin()}
     low = {"context": torch.randn(1, 512, 384), "image_context": torch.randn(1, 257, 384)}
@@ -51,13 +54,7 @@ def causal_errors(dtype):
     # Of the stream, and of the keys and values that two frames leave in slots 3 and 1.
     torch.manual_seed(0)
     config = replace(PRESETS["causal-tiny"].config, dim=384, ffn_dim=512, num_heads=3)
-    plain, fused = CausalBlock(config), FusedCausalBlock(config)
-    for name, p in plain.named_parameters():
-        value = torch.randn_like(p) / p.shape[-1] ** 0.5
-        p.data = value.to(parameter_dtype(f"blocks.0.{name}", dtype))
-    fused.load_state_dict(plain.state_dict(), assign=True)
-    exact = CausalBlock(config)
-    exact.load_state_dict({k: v.float() for k, v in plain.state_dict().items()}, assign=True)
+    plain, fused, exact = of_same_weights(CausalBlock, FusedCausalBlock, config, dtype)
     angles = torch.randn(1, 10, 1, 64)
     slots, keys = torch.tensor([3, 1]), torch.tensor([20])
     chunk = Chunk(torch.randn(2, 6, 384), angles.cos(), angles.sin(), slots, keys)

@@ -3,18 +3,15 @@
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 
-from tests.causal_stream import Call, Clip, compared
+from tests.causal_stream import Clip, compared, video_of
 from wanexport.exporter.bench.bench import bench
 from wanexport.exporter.build import build
 from wanexport.exporter.cli.main import cli
@@ -55,25 +52,13 @@ def engine(bundle: Path) -> Iterator[AotiEngine]:
     opened.close()
 
 
-def session(engine: AotiEngine) -> Call:
-    """A video of the engine that has not begun."""
-    memory = engine.memory()
-
-    def call(inputs: Mapping[str, np.ndarray], moment: str) -> Any:
-        given = {name: torch.from_numpy(array) for name, array in inputs.items()}
-        velocity = engine(given, memory=memory, moment=moment)
-        return None if velocity is None else velocity.numpy()
-
-    return call
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLIPS)
 def test_every_step_is_that_of_the_official_rules(
     name: str, bundle: Path, engine: AotiEngine
 ) -> None:
     weights = load_arrays(bundle / "weights" / "fp32" / WEIGHTS_FILE)
-    pairs = compared(CLIPS[name], weights, session(engine), config=CONFIG)
+    pairs = compared(CLIPS[name], weights, video_of(engine), config=CONFIG)
     assert max(relative_l2(*pair) for pair in pairs) <= FP32_GATE
 
 
@@ -81,8 +66,8 @@ def test_every_step_is_that_of_the_official_rules(
 def test_two_sessions_do_not_meet(bundle: Path, engine: AotiEngine) -> None:
     weights, clip = load_arrays(bundle / "weights" / "fp32" / WEIGHTS_FILE), CLIPS["everything"]
     other = replace(clip, chunks=[1, 3, 3], window=7)
-    others = compared(other, weights, session(engine), config=CONFIG)
-    for pair in compared(clip, weights, session(engine), config=CONFIG):
+    others = compared(other, weights, video_of(engine), config=CONFIG)
+    for pair in compared(clip, weights, video_of(engine), config=CONFIG):
         assert relative_l2(*pair) <= FP32_GATE and relative_l2(*next(others)) <= FP32_GATE
 
 

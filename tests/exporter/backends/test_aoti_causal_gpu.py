@@ -1,15 +1,13 @@
 """A causal engine of AOTInductor on a GPU: its kernels, its clips, and no wait of the host."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.causal_stream import Call, Clip, Slots, compared
+from tests.causal_stream import Clip, Slots, compared, video_of
 from wanexport.exporter.backends.aoti.cached_attention import TOLERANCE, error_of
 from wanexport.exporter.build import build
 from wanexport.exporter.reference.eager import EagerEngine
@@ -41,19 +39,6 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
-def session(engine: Any, *, tells: bool = True) -> Call:
-    """A video of an engine that has not begun, which is told how many keys count."""
-    memory = engine.memory()
-
-    def call(inputs: Mapping[str, np.ndarray], moment: str) -> Any:
-        memory.attended = int(inputs["keys"][0]) if tells else None
-        given = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
-        velocity = engine(given, memory=memory, moment=moment)
-        return None if velocity is None else velocity.cpu().numpy()
-
-    return call
-
-
 def fp32_weights(bundle: Path) -> dict[str, np.ndarray]:
     (file,) = bundle.glob(f"weights/*/{WEIGHTS_FILE}")
     return load_arrays(file)
@@ -77,8 +62,8 @@ def test_every_step_is_as_near_the_rules_as_eager(bundle: Path, tells: bool) -> 
     dtype = denoiser.record.dtype
     eager = EagerEngine(CONFIG, denoiser.geometry, dtype, tensors, device="cuda")
     pairs = zip(
-        compared(CLIP, weights, session(denoiser.engines[""], tells=tells), config=CONFIG),
-        compared(CLIP, weights, session(eager), config=CONFIG),
+        compared(CLIP, weights, video_of(denoiser.engines[""], "cuda", tells=tells), config=CONFIG),
+        compared(CLIP, weights, video_of(eager, "cuda", tells=True), config=CONFIG),
     )
     for own, floor in pairs:
         gate = FP32_GATE if dtype == "fp32" else FLOOR_FACTOR * relative_l2(*floor)

@@ -1,14 +1,11 @@
 """A causal ONNX engine on a GPU: Self-Forcing's rules, its cache in place, and no wait."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from tests.causal_stream import Clip, compared
+from tests.causal_stream import Clip, compared, video_of
 from wanexport.exporter.build import build
 from wanexport.exporter.reference.eager import EagerEngine
 from wanexport.exporter.reference.parity import FLOOR_FACTOR, FP32_GATE, relative_l2
@@ -42,18 +39,6 @@ def opened(bundle: Path) -> OnnxGpuEngine:
     return engine
 
 
-def session(engine: Any) -> Callable[[Mapping[str, np.ndarray], str], Any]:
-    """A video of an engine that has not begun, from numpy to numpy."""
-    memory = engine.memory()
-
-    def call(inputs: Mapping[str, np.ndarray], moment: str) -> Any:
-        given = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
-        velocity = engine(given, memory=memory, moment=moment)
-        return None if velocity is None else velocity.cpu().numpy()
-
-    return call
-
-
 def test_every_step_is_that_of_the_official_rules(bundle: Path) -> None:
     """In fp32 to 1e-5; below it no farther off than eager PyTorch in the same precision."""
     (record,) = read_manifest(bundle).weights.values()
@@ -65,8 +50,8 @@ def test_every_step_is_that_of_the_official_rules(bundle: Path) -> None:
     dtype, geometry = engine.dtype, engine.geometry
     names = {name: name for name in parameter_shapes(CONFIG)}
     eager = EagerEngine(CONFIG, geometry, dtype, bundle_tensors(file, names), device="cuda")
-    pairs = compared(CLIP, weights, session(opened(bundle)), config=CONFIG)
-    floors = compared(CLIP, weights, session(eager), config=CONFIG)
+    pairs = compared(CLIP, weights, video_of(opened(bundle), "cuda"), config=CONFIG)
+    floors = compared(CLIP, weights, video_of(eager, "cuda"), config=CONFIG)
     for pair, floor in zip(pairs, floors, strict=True):
         gate = max(FP32_GATE, FLOOR_FACTOR * relative_l2(*floor))
         assert relative_l2(*pair) <= gate
